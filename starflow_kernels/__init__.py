@@ -1,0 +1,26 @@
+"""Fast exact ops for transformer autoregressive normalizing flows. Importing needs torch alone."""
+
+from .affine_flow.api import affine_flow
+from .affine_flow_inverse.api import affine_flow_inverse
+from .block.api import block_forward, block_inverse
+from .cached_attention.api import cached_attention
+from .causal_attention.api import causal_attention
+from .dispatch import backends
+from .flow_head.api import flow_head
+from .solve_inverse.api import SolveReport, solve_inverse
+from .spec import AffineSpec, BlockSpec
+
+__all__ = [
+    "AffineSpec",
+    "BlockSpec",
+    "SolveReport",
+    "affine_flow",
+    "affine_flow_inverse",
+    "backends",
+    "block_forward",
+    "block_inverse",
+    "cached_attention",
+    "causal_attention",
+    "flow_head",
+    "solve_inverse",
+]

@@ -1,0 +1,62 @@
+"""Affine flow transform, density direction."""
+
+from __future__ import annotations
+
+import torch
+
+from ..checks import check_tensor
+from ..library import define, differentiable
+from ..spec import AffineSpec, Logdet, check_choice
+from . import reference
+
+ARGUMENTS = "Tensor x, Tensor params, str scale, float soft_clip, bool shift, bool flip, str logdet"
+
+
+def empty_logdet(x: torch.Tensor, logdet: str) -> torch.Tensor:
+    """Output of the log-determinant: (B, T, D) for "none", else (B,)."""
+    return x.new_empty(x.shape if logdet == "none" else x.shape[:1], dtype=reference.accumulation_dtype(x.dtype))
+
+
+define(
+    "affine_flow",
+    ARGUMENTS,
+    "(Tensor, Tensor)",
+    fake=lambda x, params, scale, soft_clip, shift, flip, logdet: (x.new_empty(x.shape), empty_logdet(x, logdet)),
+    reference=reference.affine_flow,
+)
+differentiable("affine_flow", ARGUMENTS, 2, reference.affine_flow_backward)
+
+
+def affine_flow(
+    x: torch.Tensor,
+    params: torch.Tensor,
+    spec: AffineSpec = AffineSpec(),
+    *,
+    shift: bool = False,
+    flip: bool = False,
+    logdet: Logdet = "sum",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transform data to noise, z_t = (x_t - mu_t) / sigma_t, with the log-determinant (arXiv 2412.06329, eq. 3).
+
+    Args:
+        x: (B, T, D) tokens, any floating dtype.
+        params: (B, T, 2D) raw head outputs [a | b], or (B, T, D) where spec.scale is "unit".
+        spec: how a and b become sigma and mu.
+        shift: params[:, t] belongs to token t + 1, and token 0 passes unchanged.
+        flip: params are in the reverse of the token order of x; z keeps the order of x.
+        logdet: "sum" over T and D, "mean" over T and D, or "none": one value an element, in the order of x.
+        backend: name of a backend; None takes the first that can.
+
+    Returns:
+        z (B, T, D) in the dtype of x, and log|det dz/dx| = -log sigma, (B,) or (B, T, D), float32 (float64 for
+        float64 x). Both are differentiable, once, with respect to x and params.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, device or value.
+    """
+    check_choice("logdet", logdet, Logdet)
+    check_tensor("x", x, ("B", "T", "D"))
+    B, T, D = x.shape
+    check_tensor("params", params, (B, T, spec.params_dim(D)), like=x)
+    return torch.ops.starflow.affine_flow(x, params, spec.scale, spec.soft_clip, shift, flip, logdet, backend=backend)

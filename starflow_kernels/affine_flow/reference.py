@@ -1,0 +1,96 @@
+"""Affine flow transform: the specification in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# softplus(SOFTPLUS_ONE) = 1: zero outputs of the network are the identity transform.
+SOFTPLUS_ONE = 0.541324854612918
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def raw_outputs(params: torch.Tensor, scale: str, soft_clip: float) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Soft-clipped (a, b) of raw parameters; a is None where sigma = 1."""
+    params = params.to(accumulation_dtype(params.dtype))
+    if soft_clip:
+        params = soft_clip * torch.tanh(params / soft_clip)
+    return (None, params) if scale == "unit" else params.chunk(2, dim=-1)
+
+
+def sigma_of(a: torch.Tensor | None, b: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard deviation and its logarithm."""
+    if scale == "unit":
+        return torch.ones_like(b), torch.zeros_like(b)
+    if scale == "exp":
+        return a.exp(), a
+    sigma = F.softplus(a + SOFTPLUS_ONE)
+    return sigma, sigma.log()
+
+
+def affine_flow(
+    x: torch.Tensor, params: torch.Tensor, scale: str, soft_clip: float, shift: bool, flip: bool, logdet: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z_t = (x_t - mu_t) / sigma_t and -log sigma, all t at once."""
+    if shift:
+        params = F.pad(params[:, :-1], (0, 0, 1, 0))
+    if flip:
+        params = params.flip(1)
+    a, mu = raw_outputs(params, scale, soft_clip)
+    sigma, log_sigma = sigma_of(a, mu, scale)
+    z = ((x - mu) / sigma).to(x.dtype)
+    if logdet == "none":
+        return z, -log_sigma.to(accumulation_dtype(x.dtype))
+    reduce = torch.sum if logdet == "sum" else torch.mean
+    return z, -reduce(log_sigma, dim=(1, 2)).to(accumulation_dtype(x.dtype))
+
+
+def params_gradient(
+    grads: list[torch.Tensor],
+    z: torch.Tensor,
+    x: torch.Tensor,
+    params: torch.Tensor,
+    scale: str,
+    soft_clip: float,
+    shift: bool,
+    flip: bool,
+    logdet: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients with respect to x and params, in the accumulation dtype.
+
+    With l = -log sigma: dL/dmu = -dL/dz / sigma and dL/dlog sigma = -z dL/dz - dL/dl.
+    """
+    grad_z, grad_l = grads
+    if shift:
+        params = F.pad(params[:, :-1], (0, 0, 1, 0))
+    if flip:
+        params = params.flip(1)
+    a, mu = raw_outputs(params, scale, soft_clip)
+    sigma, _ = sigma_of(a, mu, scale)
+    if logdet != "none":
+        grad_l = grad_l[:, None, None] / (1 if logdet == "sum" else x.shape[1] * x.shape[2])
+    grad_x = grad_z / sigma
+    if scale == "unit":
+        grad_params, raw = -grad_x, mu
+    else:
+        grad_a = -(grad_z * z + grad_l)
+        if scale == "softplus":
+            grad_a = grad_a * torch.sigmoid(a + SOFTPLUS_ONE) / sigma
+        grad_params, raw = torch.cat([grad_a, -grad_x], dim=-1), torch.cat([a, mu], dim=-1)
+    if soft_clip:
+        grad_params = grad_params * (1 - (raw / soft_clip).square())
+    if flip:
+        grad_params = grad_params.flip(1)
+    if shift:
+        grad_params = F.pad(grad_params[:, 1:], (0, 0, 0, 1))
+    return grad_x, grad_params
+
+
+def affine_flow_backward(grads, outputs, x, params, *options) -> list[torch.Tensor]:
+    """Gradients with respect to x and params."""
+    grad_x, grad_params = params_gradient(grads, outputs[0], x, params, *options)
+    return [grad_x.to(x.dtype), grad_params.to(params.dtype)]

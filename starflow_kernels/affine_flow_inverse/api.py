@@ -1,0 +1,80 @@
+"""Inverse affine transform with guidance, sampling direction."""
+
+from __future__ import annotations
+
+import torch
+
+from ..checks import check_tensor
+from ..library import define
+from ..spec import AffineSpec, GuidanceRule, check_choice
+from . import reference
+
+ARGUMENTS = "Tensor z, Tensor params, Tensor? guidance, str scale, float soft_clip, str rule"
+
+define(
+    "affine_flow_inverse",
+    ARGUMENTS,
+    "Tensor",
+    fake=lambda z, *args: z.new_empty(z.shape),
+    reference=reference.affine_flow_inverse,
+)
+define(
+    "affine_flow_inverse_out",
+    f"{ARGUMENTS}, Tensor(a!) out",
+    "()",
+    fake=lambda *args: None,
+    reference=reference.affine_flow_inverse_out,
+)
+
+
+def affine_flow_inverse(
+    z: torch.Tensor,
+    params: torch.Tensor,
+    spec: AffineSpec = AffineSpec(),
+    *,
+    guidance: float | torch.Tensor | None = None,
+    rule: GuidanceRule = "tarflow",
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Transform noise to data where the parameters are known: x_t = mu_t + sigma_t z_t.
+
+    Args:
+        z: (B, n, D) noise tokens, any floating dtype; float32 is the dtype of a sampled state.
+        params: (B, n, 2D) raw head outputs [a | b], (B, n, D) where spec.scale is "unit". Under guidance 2B rows:
+            first the B with the condition, then the same B without.
+        guidance: weight w, a number or a tensor that broadcasts to (B, n); None for one set of parameters.
+        rule: "tarflow" extrapolates the raw outputs, r_c + w (r_c - r_u), after the soft clip (arXiv 2412.06329,
+            section 2.6); "starflow" takes the Gaussian of density p_c^(1 + w) / p_u^(w s) with
+            s = min(sigma_c / sigma_u, 1)^2 (arXiv 2506.06276, section 3.4).
+        out: (B, n, D) tensor of the dtype of z to write into, z itself allowed; no gradient then.
+        backend: name of a backend; None takes the first that can.
+
+    Returns:
+        x (B, n, D) in the dtype of z: `out` where it is given, else new. Where a gradient is asked for, plain PyTorch
+        computes it.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, device or value.
+    """
+    check_choice("rule", rule, GuidanceRule)
+    check_tensor("z", z, ("B", "n", "D"))
+    B, n, D = z.shape
+    rows = B if guidance is None else 2 * B
+    check_tensor("params", params, (rows, n, spec.params_dim(D)), like=z)
+    if guidance is not None:
+        guidance = torch.as_tensor(guidance, dtype=reference.accumulation_dtype(z.dtype), device=z.device)
+        try:
+            guidance = guidance.expand(B, n)
+        except RuntimeError:
+            raise ValueError(f"guidance: shape {tuple(guidance.shape)} does not broadcast to ({B}, {n})") from None
+    args = (z, params, guidance, spec.scale, spec.soft_clip, rule)
+    if out is None and torch.is_grad_enabled() and (z.requires_grad or params.requires_grad):
+        return reference.affine_flow_inverse(*args)
+    if out is None:
+        return torch.ops.starflow.affine_flow_inverse(*args, backend=backend)
+    check_tensor("out", out, (B, n, D), like=z)
+    if out.dtype != z.dtype:
+        raise TypeError(f"out: dtype {out.dtype}, expected that of z, {z.dtype}")
+    torch.ops.starflow.affine_flow_inverse_out(*args, out, backend=backend)
+    return out

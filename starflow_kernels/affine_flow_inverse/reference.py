@@ -1,0 +1,43 @@
+"""Inverse affine transform with guidance: the specification in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from ..affine_flow.reference import accumulation_dtype, raw_outputs, sigma_of
+
+
+def guided(
+    params: torch.Tensor, guidance: torch.Tensor, scale: str, soft_clip: float, rule: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """mu and sigma of rows [condition | no condition] under guidance of weight w per (row, token)."""
+    w = guidance.to(accumulation_dtype(params.dtype)).unsqueeze(-1)
+    a, b = raw_outputs(params, scale, soft_clip)
+    if rule == "tarflow":
+        b_c, b_u = b.chunk(2)
+        mu = b_c + w * (b_c - b_u)
+        if a is not None:
+            a_c, a_u = a.chunk(2)
+            a = a_c + w * (a_c - a_u)
+        return mu, sigma_of(a, mu, scale)[0]
+    (mu_c, mu_u), (sigma_c, sigma_u) = b.chunk(2), sigma_of(a, b, scale)[0].chunk(2)
+    s = (sigma_c / sigma_u).clamp(max=1).square()
+    precision = 1 + w - w * s
+    return ((1 + w) * mu_c - w * s * mu_u) / precision, sigma_c / precision.sqrt()
+
+
+def affine_flow_inverse(
+    z: torch.Tensor, params: torch.Tensor, guidance: torch.Tensor | None, scale: str, soft_clip: float, rule: str
+) -> torch.Tensor:
+    """x = mu + sigma z."""
+    if guidance is None:
+        a, mu = raw_outputs(params, scale, soft_clip)
+        sigma = sigma_of(a, mu, scale)[0]
+    else:
+        mu, sigma = guided(params, guidance, scale, soft_clip, rule)
+    return (mu + sigma * z).to(z.dtype)
+
+
+def affine_flow_inverse_out(z, params, guidance, scale, soft_clip, rule, out) -> None:
+    """The same, written into `out`."""
+    out.copy_(affine_flow_inverse(z, params, guidance, scale, soft_clip, rule))

@@ -1,0 +1,151 @@
+"""A whole flow block from its weights, density and sampling direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..affine_flow.api import empty_logdet
+from ..checks import check_finite, check_range, check_tensor
+from ..library import define
+from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
+from . import reference
+
+CONTEXT = "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin"
+
+define(
+    "block_forward",
+    f"Tensor x, Tensor[] weights, {CONTEXT}, str spec, str logdet",
+    "(Tensor, Tensor)",
+    fake=lambda x, *args: (x.new_empty(x.shape), empty_logdet(x, args[-1])),
+    reference=reference.block_forward,
+)
+define(
+    "block_inverse",
+    f"Tensor z, Tensor[] weights, {CONTEXT}, Tensor? guidance, str spec, str rule, float temperature",
+    "Tensor",
+    fake=lambda z, *args: z.new_empty(z.shape),
+    reference=reference.block_inverse,
+)
+
+
+def block_forward(
+    x: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    spec: BlockSpec,
+    *,
+    cond: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    logdet: Logdet = "sum",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Data to noise through one flow block, all tokens at once (arXiv 2412.06329, eq. 3; 2506.06276, section 3).
+
+    Args:
+        x: (B, T, D) tokens in the order of the data; float32 (float64) is the dtype of a state.
+        weights: name -> tensor, as `spec.weight_shapes` lists them, all of one dtype and device.
+        spec: the block.
+        cond: (B, C) added to every token, a class embedding say.
+        prefix: (B, L, text_dim) states that stand in front of the tokens, causal with them.
+        cos, sin: (L + T, head_dim / 2) of the rotary angles, in the block's own order.
+        logdet: "sum", "mean" or "none", as in `affine_flow`.
+        backend: name of a backend; None takes the first that can.
+
+    Returns:
+        z (B, T, D) in the dtype of x and log|det dz/dx|, (B,) or (B, T, D). Where a gradient is asked for, the
+        block is composed of `causal_attention` and `flow_head` on `backend`, which carry theirs.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, device or value.
+    """
+    check_choice("logdet", logdet, Logdet)
+    check_tensor("x", x, ("B", "T", spec.token_dim))
+    tensors = _check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
+    args = (x, tensors, cond, prefix, cos, sin, spec.to_json(), logdet)
+    inputs = (x, *tensors, cond, prefix)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return reference.block_forward(
+            *args,
+            attention=lambda *a: torch.ops.starflow.causal_attention(*a, backend=backend),
+            head=lambda *a: torch.ops.starflow.flow_head(*a, backend=backend),
+        )
+    return torch.ops.starflow.block_forward(*args, backend=backend)
+
+
+def block_inverse(
+    z: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    spec: BlockSpec,
+    *,
+    cond: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    guidance: float | torch.Tensor | None = None,
+    rule: GuidanceRule = "tarflow",
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Noise to data through one flow block: T sequential steps over a KV cache.
+
+    Args:
+        z: (B, T, D) finite noise in the order of the data; float32 (float64) is the dtype of a sampled state.
+        weights, spec, cos, sin, backend: as in `block_forward`.
+        cond, prefix: as in `block_forward`; under guidance of 2B rows, first the B with the condition, then the same
+            B without. Both kinds of row run as one batch.
+        guidance: weight, a number or a tensor that broadcasts to (B, T), token t in the block's own order; None
+            for no guidance.
+        rule: "tarflow" or "starflow", as in `affine_flow_inverse`.
+        temperature: attention temperature of the rows without a condition.
+
+    Returns:
+        x (B, T, D) in the dtype of z: block_forward(x) = z. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, device or value; z not finite.
+    """
+    check_choice("rule", rule, GuidanceRule)
+    check_range("temperature", temperature, 0)
+    check_tensor("z", z, ("B", "T", spec.token_dim))
+    check_finite("z", z)
+    B, T, _ = z.shape
+    if guidance is not None:
+        try:
+            guidance = torch.as_tensor(guidance, dtype=torch.float64, device=z.device).expand(B, T)
+        except RuntimeError:
+            raise ValueError(f"guidance: does not broadcast to ({B}, {T})") from None
+    elif temperature != 1:
+        raise ValueError(f"temperature={temperature} tempers the rows without a condition: it needs guidance")
+    rows = B if guidance is None else 2 * B
+    tensors = _check_block(z, weights, spec, cond, prefix, cos, sin, rows)
+    with torch.no_grad():
+        return torch.ops.starflow.block_inverse(
+            z, tensors, cond, prefix, cos, sin, guidance, spec.to_json(), rule, temperature, backend=backend
+        )
+
+
+def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[torch.Tensor]:
+    missing, unknown = spec.weight_shapes.keys() - weights.keys(), weights.keys() - spec.weight_shapes.keys()
+    if missing or unknown:
+        raise ValueError(f"weights: missing {sorted(missing)}, unknown {sorted(unknown)}")
+    for name, shape in spec.weight_shapes.items():
+        check_tensor(f"weights[{name!r}]", weights[name], shape, like=x)
+    T = x.shape[1]
+    if spec.positions not in (0, T):
+        raise ValueError(f"{T} tokens, but the learned position table has {spec.positions}")
+    if cond is not None:
+        check_tensor("cond", cond, (rows, spec.channels), like=x)
+    if (prefix is not None) and not spec.text_dim:
+        raise ValueError("prefix: given, but the block has text_dim=0")
+    if prefix is not None:
+        check_tensor("prefix", prefix, (rows, "L", spec.text_dim), like=x)
+    if (spec.rotary != "none") != (cos is not None) or (cos is None) != (sin is None):
+        raise ValueError(f"cos, sin: needed with rotary other than 'none', and only then; rotary={spec.rotary!r}")
+    if cos is not None:
+        angles = (T + (0 if prefix is None else prefix.shape[1]), spec.head_dim // 2)
+        check_tensor("cos", cos, angles, like=x)
+        check_tensor("sin", sin, angles, like=x)
+    return [weights[name] for name in spec.weight_shapes]

@@ -1,0 +1,161 @@
+"""A whole flow block, both directions: the specification in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from ..affine_flow.reference import accumulation_dtype
+from ..affine_flow_inverse.reference import affine_flow_inverse
+from ..cached_attention.reference import cached_attention
+from ..causal_attention.reference import causal_attention
+from ..flow_head.reference import flow_head, rms_norm
+from ..spec import BlockSpec
+
+Weights = dict[str, torch.Tensor]
+
+
+def linear(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
+    return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+
+def norm(x: torch.Tensor, w: Weights, name: str, spec: BlockSpec) -> torch.Tensor:
+    if spec.norm == "none":
+        return x
+    if spec.norm == "rms_norm":
+        return rms_norm(x, w[f"{name}.weight"])
+    wide = accumulation_dtype(x.dtype)
+    weight, bias = w[f"{name}.weight"].to(wide), w[f"{name}.bias"].to(wide)
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias).to(x.dtype)
+
+
+def mlp(x: torch.Tensor, w: Weights, layer: str, spec: BlockSpec) -> torch.Tensor:
+    if spec.mlp == "gelu":
+        hidden = F.gelu(linear(x, w, f"{layer}.up"))
+    else:
+        hidden = F.gelu(linear(x, w, f"{layer}.gate"), approximate="tanh") * linear(x, w, f"{layer}.up")
+    return linear(hidden, w, f"{layer}.down")
+
+
+def embed(tokens: torch.Tensor, w: Weights, cond: torch.Tensor | None, position: torch.Tensor | None) -> torch.Tensor:
+    """Input projection, learned positions, and the condition added to every token."""
+    h = linear(tokens.to(w["proj_in.weight"].dtype), w, "proj_in")
+    if position is not None:
+        h = h + position
+    return h if cond is None else h + cond.to(h.dtype).unsqueeze(1)
+
+
+def positions(w: Weights, spec: BlockSpec) -> torch.Tensor | None:
+    """The learned position table in the block's own order."""
+    if not spec.positions:
+        return None
+    return w["pos_embed"].flip(0) if spec.flip else w["pos_embed"]
+
+
+def network(h: torch.Tensor, w: Weights, spec: BlockSpec, attention: Callable) -> torch.Tensor:
+    """The causal transformer on (B, n, C); attention(layer, q, k, v) decides what the n tokens see."""
+    groups = [spec.heads, spec.kv_heads, spec.kv_heads]
+    for i in range(spec.layers):
+        layer = f"layers.{i}"
+        qkv = linear(norm(h, w, f"{layer}.attn_norm", spec), w, f"{layer}.qkv")
+        q, k, v = qkv.unflatten(-1, (sum(groups), spec.head_dim)).split(groups, dim=-2)
+        if spec.qk_norm:
+            q, k = rms_norm(q, w[f"{layer}.q_norm.weight"]), rms_norm(k, w[f"{layer}.k_norm.weight"])
+        y = linear(attention(i, q, k, v).flatten(-2), w, f"{layer}.proj")
+        h = h + (rms_norm(y, w[f"{layer}.attn_post_norm.weight"]) if spec.post_norm else y)
+        y = mlp(norm(h, w, f"{layer}.mlp_norm", spec), w, layer, spec)
+        h = h + (rms_norm(y, w[f"{layer}.mlp_post_norm.weight"]) if spec.post_norm else y)
+    return h
+
+
+def block_forward(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    cond: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    spec: str,
+    logdet: str,
+    *,
+    attention: Callable = causal_attention,
+    head: Callable = flow_head,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise and log-determinant of data, all tokens at once."""
+    spec = BlockSpec.from_json(spec)
+    w = dict(zip(spec.weight_shapes, weights))
+    tokens = x.flip(1) if spec.flip else x
+    if spec.start:
+        first = w["start"].to(x.dtype).expand(x.shape[0], 1, -1)
+        tokens = torch.cat([first, tokens[:, :-1]], dim=1)
+    h = embed(tokens, w, cond, positions(w, spec))
+    if prefix is not None:
+        h = torch.cat([linear(prefix.to(w["proj_text.weight"].dtype), w, "proj_text"), h], dim=1)
+    h = network(h, w, spec, lambda i, q, k, v: attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0])
+    return head(
+        x,
+        h[:, h.shape[1] - x.shape[1] :],
+        w["proj_out.weight"],
+        w["proj_out.bias"],
+        w.get("final_norm.weight"),
+        spec.affine.scale,
+        spec.affine.soft_clip,
+        not spec.start,
+        spec.flip,
+        logdet,
+    )
+
+
+def block_inverse(
+    z: torch.Tensor,
+    weights: list[torch.Tensor],
+    cond: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    guidance: torch.Tensor | None,
+    spec: str,
+    rule: str,
+    temperature: float,
+) -> torch.Tensor:
+    """Data of noise, token after token over a preallocated KV cache; guided rows are one batch of 2B."""
+    spec = BlockSpec.from_json(spec)
+    w = dict(zip(spec.weight_shapes, weights))
+    B, T, _ = z.shape
+    copies = 1 if guidance is None else 2
+    rows, L = B * copies, 0 if prefix is None else prefix.shape[1]
+    cache_shape = (spec.layers, rows, L + T, spec.kv_heads, spec.head_dim)
+    k_cache, v_cache = w["proj_in.weight"].new_zeros((2, *cache_shape))
+    # Dividing the queries divides the scores: only the rows without a condition are tempered.
+    tempering = torch.ones(rows, 1, 1, 1, dtype=k_cache.dtype, device=z.device)
+    tempering[B:] /= temperature
+
+    def step(h: torch.Tensor, start: int) -> torch.Tensor:
+        lengths = torch.full((rows,), start, dtype=torch.int32, device=z.device)
+
+        def attention(i, q, k, v):
+            q = q if temperature == 1 else q * tempering
+            return cached_attention(q, k, v, k_cache[i], v_cache[i], lengths, cos, sin, spec.rotary, 0, 1.0)
+
+        return network(h, w, spec, attention)
+
+    if prefix is not None:
+        step(linear(prefix.to(w["proj_text.weight"].dtype), w, "proj_text"), 0)
+    x = z.flip(1) if spec.flip else z.clone()
+    position = positions(w, spec)
+    for t in range(0 if spec.start else 1, T):
+        if spec.start and t == 0:
+            token, slot = w["start"].expand(B, 1, -1), 0
+        else:
+            token, slot = x[:, t - 1 : t], t if spec.start else t - 1
+        row = None if position is None else position[slot : slot + 1]
+        h = step(embed(token.repeat(copies, 1, 1), w, cond, row), L + slot)
+        if spec.final_norm:
+            h = rms_norm(h, w["final_norm.weight"])
+        weight = None if guidance is None else guidance[:, t : t + 1]
+        x[:, t : t + 1] = affine_flow_inverse(
+            x[:, t : t + 1], linear(h, w, "proj_out"), weight, spec.affine.scale, spec.affine.soft_clip, rule
+        )
+    return x.flip(1) if spec.flip else x

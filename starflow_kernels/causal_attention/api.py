@@ -1,0 +1,88 @@
+"""Causal attention, density direction."""
+
+from __future__ import annotations
+
+import torch
+
+from ..checks import check_range, check_tensor
+from ..library import define, differentiable
+from ..spec import Rotary, check_choice
+from . import reference
+
+ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str rotary, int window, float temperature"
+
+
+def _fake(q, *args):
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=reference.accumulation_dtype(q.dtype))
+
+
+define("causal_attention", ARGUMENTS, "(Tensor, Tensor)", fake=_fake, reference=reference.causal_attention)
+differentiable("causal_attention", ARGUMENTS, 3, reference.causal_attention_backward)
+
+
+def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperature: float, angles: int) -> None:
+    """Checks that the parallel and the cached attention share; `angles`: rows of cos and sin."""
+    check_choice("rotary", rotary, Rotary)
+    check_tensor("q", q, ("B", "T", "H", "d"))
+    B, T, H, d = q.shape
+    check_tensor("k", k, (B, T, "H_kv", d), like=q)
+    check_tensor("v", v, tuple(k.shape), like=q)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ")
+    if H % k.shape[2]:
+        raise ValueError(f"k: {k.shape[2]} heads do not divide the {H} heads of q")
+    if (rotary == "none") != (cos is None) or (cos is None) != (sin is None):
+        raise ValueError(
+            f"cos, sin: both are needed with rotary={rotary!r}"
+            if rotary != "none"
+            else "cos, sin: given, but rotary='none' does not use them"
+        )
+    if cos is not None:
+        if d % 2:
+            raise ValueError(f"q: rotary positions need an even head size, got {d}")
+        check_tensor("cos", cos, (angles, d // 2), like=q)
+        check_tensor("sin", sin, (angles, d // 2), like=q)
+        if cos.requires_grad or sin.requires_grad:
+            raise ValueError("cos, sin: the rotary angles carry no gradient")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: expected at least 1, or None for all of the past")
+    check_range("temperature", temperature, 0)
+
+
+def causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    rotary: Rotary = "none",
+    window: int | None = None,
+    temperature: float = 1.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T / (temperature sqrt(d)) + causal mask) v, queries and keys rotated first.
+
+    Args:
+        q: (B, T, H, d), any floating dtype.
+        k, v: (B, T, H_kv, d), the dtype of q; H_kv divides H, and query head h reads head h // (H / H_kv).
+        cos, sin: (T, d / 2) of the rotary angles, float32 or wider.
+        rotary: "none"; "interleaved", pairs (x0, x1), (x2, x3), ...; "half", pairs (x_i, x_{i + d/2})
+            (arXiv 2104.09864).
+        window: token t sees the tokens t - window + 1 .. t; None: all of 0 .. t.
+        temperature: divides the scores.
+        return_lse: return the log-sum-exp of the scores too.
+        backend: name of a backend; None takes the first that can.
+
+    Returns:
+        (B, T, H, d) in the dtype of q; with return_lse also (B, H, T) in float32 (float64 for float64 q).
+        Differentiable, once, with respect to q, k and v.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, device or value.
+    """
+    check_attention(q, k, v, cos, sin, rotary, window, temperature, angles=q.shape[1] if q.ndim > 1 else 0)
+    out, lse = torch.ops.starflow.causal_attention(q, k, v, cos, sin, rotary, window or 0, temperature, backend=backend)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,37 @@
+"""Argument checks of the public functions: each names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object, shape: tuple[int | str, ...], like: torch.Tensor | None = None) -> None:
+    """Raise unless `value` is a floating tensor of `shape` on the device of `like`; names stand for any size."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {_text(shape)}, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: dtype {value.dtype} is not one of {', '.join(map(str, FLOATS))}")
+    fits = value.ndim == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape))
+    if not fits:
+        raise ValueError(f"{name}: expected shape {_text(shape)}, got {_text(tuple(value.shape))}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: on {value.device}, expected {like.device}")
+
+
+def check_finite(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError when a sampler's input holds NaN or infinity."""
+    bad = (~torch.isfinite(value)).sum().item()
+    if bad:
+        raise ValueError(f"{name}: {bad} of {value.numel()} values are not finite")
+
+
+def check_range(name: str, value: float, low: float) -> None:
+    """Raise ValueError unless low < value < infinity."""
+    if not low < value < float("inf"):
+        raise ValueError(f"{name}={value}: expected a finite number > {low:g}")
+
+
+def _text(shape: tuple) -> str:
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"

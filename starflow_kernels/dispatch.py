@@ -1,0 +1,48 @@
+"""Backend choice: the first backend of an op that takes the arguments, or the one that the caller names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Kernel(NamedTuple):
+    """`run(*op arguments)` computes the op; `refuse(*op arguments)` says why it cannot, or returns None."""
+
+    run: Callable
+    refuse: Callable[..., str | None]
+
+
+_kernels: dict[str, dict[str, Kernel]] = {}
+
+
+def register(op: str, backend: str, run: Callable, refuse: Callable[..., str | None] = lambda *args: None) -> None:
+    """Add a backend to an op; those registered later are preferred."""
+    _kernels[op] = {backend: Kernel(run, refuse), **_kernels.get(op, {})}
+
+
+def run(op: str, backend: str | None, *args):
+    """Call `op` on the backend that is named, or on the first that takes these arguments.
+
+    Raises ValueError for an unknown backend and for a named backend that cannot run, with the reason.
+    """
+    kernels = _kernels[op]
+    if backend is not None:
+        if backend not in kernels:
+            raise ValueError(f"backend={backend!r}: {op} has {', '.join(map(repr, kernels))}")
+        if reason := kernels[backend].refuse(*args):
+            raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
+        kernel = kernels[backend]
+    else:
+        kernel = next(kernel for kernel in kernels.values() if kernel.refuse(*args) is None)
+    # The ops compute in the dtypes of their inputs; autocast has acted before them.
+    device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device.type
+    with torch.autocast(device, enabled=False):
+        return kernel.run(*args)
+
+
+def backends() -> dict[str, list[str]]:
+    """Which backends each op has on this machine, most preferred first."""
+    return {op: list(kernels) for op, kernels in sorted(_kernels.items()) if not op.endswith("_backward")}

@@ -1,0 +1,64 @@
+"""Registration with torch.library: one schema an op, a fake, autograd, and dispatch to the backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from . import dispatch
+
+_library = torch.library.Library("starflow", "DEF")
+
+
+def define(op: str, arguments: str, returns: str, *, fake: Callable, reference: Callable) -> None:
+    """Register `starflow::op(arguments, *, str? backend=None) -> returns` with its reference backend.
+
+    fake and reference take the op's arguments without `backend`. Every output is contiguous.
+    """
+    _library.define(f"{op}({arguments}, *, str? backend=None) -> {returns}")
+    dispatch.register(op, "reference", reference)
+
+    def run(*args, backend=None):
+        return torch.utils._pytree.tree_map_only(
+            torch.Tensor, torch.Tensor.contiguous, dispatch.run(op, backend, *args)
+        )
+
+    _library.impl(op, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"starflow::{op}", lambda *args, backend=None: fake(*args), lib=_library)
+
+
+def differentiable(op: str, arguments: str, inputs: int, reference: Callable) -> None:
+    """Give `op` a gradient with respect to its first `inputs` arguments, tensors or None.
+
+    Registers `starflow::op_backward(grads, outputs, arguments)`; `reference` computes it and returns a list of one
+    gradient for each of those arguments that is there.
+    """
+    backward = f"{op}_backward"
+    define(
+        backward,
+        f"Tensor[] grads, Tensor[] outputs, {arguments}",
+        "Tensor[]",
+        fake=lambda grads, outputs, *args: [a.new_empty(a.shape) for a in args[:inputs] if a is not None],
+        reference=reference,
+    )
+    backward_op = getattr(torch.ops.starflow, backward)
+
+    def setup_context(ctx, inputs, keyword_only_inputs, output):
+        ctx.backend = keyword_only_inputs["backend"]
+        ctx.outputs = len(output)
+        ctx.constants = [None if isinstance(a, torch.Tensor) else (a,) for a in inputs]
+        ctx.save_for_backward(*output, *(a for a in inputs if isinstance(a, torch.Tensor)))
+
+    def run_backward(ctx, *grads):
+        saved = list(ctx.saved_tensors)
+        outputs, tensors = saved[: ctx.outputs], iter(saved[ctx.outputs :])
+        args = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
+        found = iter(backward_op(list(grads), outputs, *args, backend=ctx.backend))
+        return tuple(next(found) if i < inputs and a is not None else None for i, a in enumerate(args))
+
+    def no_second_derivative(ctx, *grads):
+        raise NotImplementedError(f"starflow::{op} has no second derivative; its reference.py does, by autograd")
+
+    torch.library.register_autograd(f"starflow::{op}", run_backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"starflow::{backward}", no_second_derivative, lib=_library)

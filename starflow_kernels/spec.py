@@ -1,0 +1,142 @@
+"""Frozen descriptions of what the ops compute: they hold no tensors and travel through op schemas as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from typing import Literal, get_args
+
+Scale = Literal["exp", "softplus", "unit"]
+Logdet = Literal["sum", "mean", "none"]
+GuidanceRule = Literal["tarflow", "starflow"]
+Rotary = Literal["none", "interleaved", "half"]
+Norm = Literal["layer_norm", "rms_norm", "none"]
+Mlp = Literal["gelu", "swiglu"]
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raise ValueError unless `value` is one of the strings of the Literal `choices`."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, get_args(choices)))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AffineSpec:
+    """How raw head outputs become the mean and standard deviation of a token.
+
+    scale: "exp" (TarFlow), sigma = exp(a); "softplus" (STARFlow), sigma = softplus(a + 0.5413), 1 at a = 0;
+        "unit", sigma = 1: the volume-preserving variant, whose parameters are the mean alone.
+    soft_clip: c > 0 bounds every raw output first, r <- c tanh(r / c); 0 leaves them as they are.
+    """
+
+    scale: Scale = "exp"
+    soft_clip: float = 0.0
+
+    def __post_init__(self):
+        check_choice("scale", self.scale, Scale)
+        if not 0 <= self.soft_clip < float("inf"):
+            raise ValueError(f"soft_clip={self.soft_clip}: expected a finite number >= 0 (0 turns it off)")
+
+    def params_dim(self, token_dim: int) -> int:
+        """Width of the raw parameters of a token of width `token_dim`."""
+        return token_dim if self.scale == "unit" else 2 * token_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """One flow block: a causal transformer over tokens and the affine transform that it parametrises.
+
+    token_dim D, channels C, layers, heads H, kv_heads, head_dim, mlp_dim: sizes. positions: rows of the learned
+    position table, 0 for none. start: a learned token replaces the input at t = 0, so that token 0 is transformed
+    too; otherwise head outputs shift right by one and token 0 passes unchanged. flip: the block's own token order is
+    the reverse of the data's. text_dim: width of the states that may stand in front of the tokens, 0 for none.
+    """
+
+    token_dim: int
+    channels: int
+    layers: int
+    heads: int
+    head_dim: int
+    kv_heads: int
+    mlp_dim: int
+    affine: AffineSpec = AffineSpec()
+    mlp: Mlp = "gelu"
+    norm: Norm = "layer_norm"
+    rotary: Rotary = "none"
+    positions: int = 0
+    text_dim: int = 0
+    start: bool = False
+    flip: bool = False
+    bias: bool = True
+    qk_norm: bool = False
+    post_norm: bool = False
+    final_norm: bool = False
+
+    def __post_init__(self):
+        check_choice("mlp", self.mlp, Mlp)
+        check_choice("norm", self.norm, Norm)
+        check_choice("rotary", self.rotary, Rotary)
+        for name in ("token_dim", "channels", "layers", "heads", "head_dim", "kv_heads", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        if self.rotary != "none" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even head size")
+
+    @functools.cached_property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every weight, in the order in which the block ops take them."""
+        D, C = self.token_dim, self.channels
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def linear(name: str, out: int, inp: int, bias: bool = True) -> None:
+            shapes[f"{name}.weight"] = (out, inp)
+            if bias:
+                shapes[f"{name}.bias"] = (out,)
+
+        def norm(name: str) -> None:
+            if self.norm != "none":
+                shapes[f"{name}.weight"] = (C,)
+            if self.norm == "layer_norm":
+                shapes[f"{name}.bias"] = (C,)
+
+        linear("proj_in", C, D)
+        if self.positions:
+            shapes["pos_embed"] = (self.positions, C)
+        if self.start:
+            shapes["start"] = (D,)
+        if self.text_dim:
+            linear("proj_text", C, self.text_dim)
+        for i in range(self.layers):
+            layer = f"layers.{i}"
+            norm(f"{layer}.attn_norm")
+            linear(f"{layer}.qkv", (self.heads + 2 * self.kv_heads) * self.head_dim, C, self.bias)
+            if self.qk_norm:
+                shapes[f"{layer}.q_norm.weight"] = shapes[f"{layer}.k_norm.weight"] = (self.head_dim,)
+            linear(f"{layer}.proj", C, self.heads * self.head_dim, self.bias)
+            if self.post_norm:
+                shapes[f"{layer}.attn_post_norm.weight"] = (C,)
+            norm(f"{layer}.mlp_norm")
+            if self.mlp == "swiglu":
+                linear(f"{layer}.gate", self.mlp_dim, C, self.bias)
+            linear(f"{layer}.up", self.mlp_dim, C, self.bias)
+            linear(f"{layer}.down", C, self.mlp_dim, self.bias)
+            if self.post_norm:
+                shapes[f"{layer}.mlp_post_norm.weight"] = (C,)
+        if self.final_norm:
+            shapes["final_norm.weight"] = (C,)
+        linear("proj_out", self.affine.params_dim(D), C)
+        return shapes
+
+    def to_json(self) -> str:
+        """Text form, as the `spec` argument of the registered block ops takes it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def from_json(text: str) -> BlockSpec:
+        """Inverse of `to_json`."""
+        fields = json.loads(text)
+        return BlockSpec(**{**fields, "affine": AffineSpec(**fields["affine"])})
