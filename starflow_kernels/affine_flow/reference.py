@@ -28,7 +28,8 @@ def sigma_of(a: torch.Tensor | None, b: torch.Tensor, scale: str) -> tuple[torch
         return torch.ones_like(b), torch.zeros_like(b)
     if scale == "exp":
         return a.exp(), a
-    sigma = F.softplus(a + SOFTPLUS_ONE)
+    # F.softplus returns its argument above 20, an error of 2e-9.
+    sigma = torch.logaddexp(a + SOFTPLUS_ONE, a.new_zeros(()))
     return sigma, sigma.log()
 
 

@@ -1,0 +1,16 @@
+"""TarFlow and STARFlow models on starflow_kernels: train, sample, evaluate."""
+
+from .config import FlowConfig
+from .errors import CheckpointError, ConfigError, DataError, StarflowError
+from .flow import Flow, FlowOutput, Guidance
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Flow",
+    "FlowConfig",
+    "FlowOutput",
+    "Guidance",
+    "StarflowError",
+]

@@ -1,0 +1,170 @@
+"""Configuration of a flow: everything that tells one TarFlow or STARFlow from another is data here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from starflow_kernels import AffineSpec, BlockSpec
+from starflow_kernels.spec import Mlp, Norm, Rotary, Scale, check_choice
+
+from .errors import ConfigError
+
+PatchOrder = Literal["chw", "hwc"]
+SequenceOrder = Literal["R2L", "L2R"]
+ConditionBlocks = Literal["all", "last"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """A stack of flow blocks over image patches. The defaults are TarFlow's (arXiv 2412.06329).
+
+    image_size: side of a training image in pixels (latent pixels for a latent model). image_channels, patch_size:
+        give tokens of patch_size^2 image_channels features, in the order `patch_order` ("chw" TarFlow, "hwc" STARFlow).
+    channels, layers: width of the network and layers of each block; last_channels: width of the last block, 0 for the
+        same. head_dim, heads, kv_heads: attention heads; 0 derives heads from the width and kv_heads from heads.
+    scale, soft_clip: the affine transform, see AffineSpec. start: learned first token.
+    rotary: "none" gives a learned position table a block; otherwise the layout of the rotated pairs.
+        rotary_size: side in tokens at which rotary positions are unscaled, 0 for that of image_size.
+    sequence_order: "R2L" reverses the tokens of the blocks 1, 3, ...; "L2R" those of the blocks 0, 2, ...
+    num_classes: class embedding added to every token; text_dim, text_len: width and number of text states in front of
+        the tokens; condition_blocks: which blocks they reach.
+    levels: grey levels of the data. noise_std: standard deviation of the Gaussian noise of training on the scale of
+        [-1, 1]; 0 means uniform dequantisation over `levels`.
+    """
+
+    image_size: int
+    image_channels: int
+    patch_size: int
+    channels: int
+    layers: tuple[int, ...]
+    last_channels: int = 0
+    head_dim: int = 64
+    heads: int = 0
+    kv_heads: int = 0
+    expansion: float = 4
+    scale: Scale = "exp"
+    soft_clip: float = 0.0
+    start: bool = False
+    rotary: Rotary = "none"
+    rotary_size: int = 0
+    patch_order: PatchOrder = "chw"
+    sequence_order: SequenceOrder = "R2L"
+    num_classes: int = 0
+    text_dim: int = 0
+    text_len: int = 0
+    condition_blocks: ConditionBlocks = "all"
+    norm: Norm = "layer_norm"
+    mlp: Mlp = "gelu"
+    bias: bool = True
+    qk_norm: bool = False
+    post_norm: bool = False
+    final_norm: bool = False
+    levels: int = 256
+    noise_std: float = 0.0
+
+    def __post_init__(self):
+        for name in ("image_size", "image_channels", "patch_size", "channels", "head_dim"):
+            self._check_number(name, 1, int)
+        for name in ("last_channels", "heads", "kv_heads", "rotary_size", "num_classes", "text_dim", "text_len"):
+            self._check_number(name, 0, int)
+        self._check_number("levels", 2, int)
+        for name in ("expansion", "soft_clip", "noise_std"):
+            self._check_number(name, 0, (int, float))
+        if not isinstance(self.layers, (list, tuple)) or not self.layers:
+            raise ConfigError(f"layers={self.layers!r}: expected a list with the number of layers of each block")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        try:
+            check_choice("patch_order", self.patch_order, PatchOrder)
+            check_choice("sequence_order", self.sequence_order, SequenceOrder)
+            check_choice("condition_blocks", self.condition_blocks, ConditionBlocks)
+            if self.image_size % self.patch_size:
+                raise ConfigError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
+            if bool(self.text_dim) != bool(self.text_len):
+                raise ConfigError(f"text_dim={self.text_dim}, text_len={self.text_len}: both or neither must be 0")
+            for i in range(len(self.layers)):
+                width = self.block_channels(i)
+                if not self.heads and width % self.head_dim:
+                    raise ConfigError(f"head_dim={self.head_dim} does not divide the {width} channels of block {i}")
+                self.block_spec(i)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from None
+
+    def _check_number(self, name: str, low: int, kind: type | tuple[type, ...]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value < float("inf"):
+            raise ConfigError(f"{name}={value!r}: expected a number of at least {low}")
+
+    @property
+    def token_dim(self) -> int:
+        """Features of a token."""
+        return self.image_channels * self.patch_size**2
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of a training image."""
+        return (self.image_size // self.patch_size,) * 2
+
+    def block_channels(self, block: int) -> int:
+        """Width of a block's network."""
+        return self.last_channels or self.channels if block == len(self.layers) - 1 else self.channels
+
+    def conditioned(self, block: int) -> bool:
+        """Whether classes and text reach a block."""
+        return self.condition_blocks == "all" or block == len(self.layers) - 1
+
+    def block_spec(self, block: int) -> BlockSpec:
+        """Description of a block for the kernels."""
+        channels = self.block_channels(block)
+        heads = self.heads or channels // self.head_dim
+        return BlockSpec(
+            token_dim=self.token_dim,
+            channels=channels,
+            layers=self.layers[block],
+            heads=heads,
+            head_dim=self.head_dim,
+            kv_heads=self.kv_heads or heads,
+            mlp_dim=int(channels * self.expansion),
+            affine=AffineSpec(self.scale, self.soft_clip),
+            mlp=self.mlp,
+            norm=self.norm,
+            rotary=self.rotary,
+            positions=0 if self.rotary != "none" else self.grid[0] * self.grid[1],
+            text_dim=self.text_dim if self.conditioned(block) else 0,
+            start=self.start,
+            flip=block % 2 == (1 if self.sequence_order == "R2L" else 0),
+            bias=self.bias,
+            qk_norm=self.qk_norm,
+            post_norm=self.post_norm,
+            final_norm=self.final_norm,
+        )
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> FlowConfig:
+        """Config of a mapping; a field that is unknown or missing is a ConfigError that names it."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(fields.keys() - known):
+            raise ConfigError(f"unknown model settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if missing := sorted(required - fields.keys()):
+            raise ConfigError(f"missing model settings {', '.join(missing)}")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mapping, for JSON and YAML."""
+        return {**dataclasses.asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def load(cls, path: Path) -> FlowConfig:
+        """Read the JSON that `to_dict` describes."""
+        try:
+            fields = json.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path}: expected a JSON object of model settings")
+        return cls.from_dict(fields)

@@ -1,0 +1,245 @@
+"""The flow: TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276) as one model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from starflow_kernels.spec import GuidanceRule, check_choice
+
+from .block import FlowBlock
+from .config import FlowConfig
+from .tokens import patchify, rotary_angles, unpatchify
+
+PRIOR_RATE = 0.1
+LOG_TWO_PI = math.log(2 * math.pi)
+
+
+class FlowOutput(NamedTuple):
+    """z: (B, C, H, W) noise in the layout of the images. logdet: (B,) log|det dz/dx|, nats. latents: (B, T, D) tokens
+    after each block, the last of them z."""
+
+    z: torch.Tensor
+    logdet: torch.Tensor
+    latents: list[torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Guidance of sampling.
+
+    weight: 0 is plain sampling. rule: "tarflow" or "starflow", see `starflow_kernels.affine_flow_inverse`.
+    annealed: the weight grows linearly over the tokens of a block, from 1/n of it at the first transformed token to
+    all of it at the last. temperature: attention temperature of the branch without a condition; other than 1 it guides
+    a model that has no condition.
+    """
+
+    weight: float = 0.0
+    rule: GuidanceRule = "tarflow"
+    annealed: bool = False
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        check_choice("rule", self.rule, GuidanceRule)
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight={self.weight}: expected a finite guidance weight >= 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: expected a finite attention temperature > 0")
+
+    def weights(self, tokens: int, start: bool, device: torch.device) -> torch.Tensor:
+        """(T,) weight of each token in the block's own order; without a start token, token 0 is not transformed."""
+        steps = torch.arange(1, tokens + 1) if start else torch.arange(tokens)
+        ramp = steps / max(int(steps[-1]), 1) if self.annealed else torch.ones(tokens)
+        return (self.weight * ramp.double()).to(device)
+
+
+class Flow(nn.Module):
+    """Normalizing flow on images (B, C, H, W) scaled to [-1, 1], or on latents of an autoencoder.
+
+    Both directions keep the layout of the images. Labels are int64 (B,), -1 for no class; text is (B, L, text_dim)
+    states of a text encoder with padding set to zero.
+    """
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(
+            FlowBlock(config.block_spec(i), config.num_classes if config.conditioned(i) else 0)
+            for i in range(len(config.layers))
+        )
+        rows, columns = config.grid
+        if config.scale == "unit":
+            self.register_buffer("prior_variance", torch.ones(rows * columns, config.token_dim))
+        else:
+            self.prior_variance = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) tokens of images (B, C, H, W)."""
+        channels = self.config.image_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"images: expected shape (B, {channels}, H, W), got {tuple(images.shape)}")
+        size = self.config.image_size
+        if self.config.rotary == "none" and images.shape[2:] != (size, size):
+            height, width = images.shape[2:]
+            raise ValueError(f"images of {height}x{width} pixels: this model takes {size}x{size}")
+        return patchify(images, self.config.patch_size, self.config.patch_order)
+
+    def images(self, tokens: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """(B, C, H, W) images of tokens (B, T, D) on a grid of (rows, columns), that of the config by default."""
+        return unpatchify(tokens, grid or self.config.grid, self.config.patch_size, self.config.patch_order)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        backend: str | None = None,
+    ) -> FlowOutput:
+        """Data (B, C, H, W) to noise, all tokens at once."""
+        self._check_context(labels, text, len(x))
+        grid, tokens = self._grid(x), self.tokens(x)
+        logdet = tokens.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        latents = []
+        for i, block in enumerate(self.blocks):
+            labels_i, text_i = self._context(i, labels, text)
+            rotary = self._rotary(i, grid, tokens)
+            tokens, block_logdet = block(tokens, labels_i, text_i, rotary, backend=backend)
+            logdet = logdet + block_logdet
+            latents.append(tokens)
+        return FlowOutput(self.images(tokens, grid), logdet, latents)
+
+    def log_prob(
+        self, x: torch.Tensor, labels: torch.Tensor | None = None, text: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B,) log density of x in nats."""
+        _, logdet, latents = self(x, labels, text)
+        z = latents[-1]
+        variance = torch.ones_like(z[:1]) if self.prior_variance is None else self.prior_variance.to(z.dtype)
+        return logdet - 0.5 * (z.square() / variance + variance.log() + LOG_TWO_PI).sum(dim=(1, 2))
+
+    def loss(self, output: FlowOutput, latent_penalty: float = 0.0) -> torch.Tensor:
+        """Negative log-likelihood a dimension without its constant: mean z^2 / 2 - logdet / dimensions.
+
+        latent_penalty: weight of the mean squares of the inner blocks' latents (STARFlow: 1e-4).
+        """
+        z = output.latents[-1]
+        loss = 0.5 * z.square().mean() - output.logdet.mean() / z[0].numel()
+        return loss + latent_penalty * sum(latent.square().mean() for latent in output.latents[:-1])
+
+    @torch.no_grad()
+    def update_prior(self, z: torch.Tensor) -> None:
+        """Move the prior's variance of a volume-preserving flow towards that of z (B, T, D)."""
+        if self.prior_variance is not None:
+            self.prior_variance.lerp_(z.square().mean(dim=0).to(self.prior_variance.dtype), PRIOR_RATE)
+
+    @torch.no_grad()
+    def inverse(
+        self,
+        z: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        guidance: Guidance = Guidance(),
+        empty_text: torch.Tensor | None = None,
+        backend: str | None = None,
+    ) -> torch.Tensor:
+        """Noise (B, C, H, W) to data.
+
+        empty_text: (B or 1, L, text_dim) states of the prompt that guidance moves away from, the empty one usually.
+        Raises ValueError when guidance is asked for and there is nothing to tell its two branches apart.
+        """
+        self._check_context(labels, text, len(z))
+        grid, tokens = self._grid(z), self.tokens(z)
+        conditional = labels is not None or text is not None
+        if guidance.weight and not conditional and guidance.temperature == 1:
+            raise ValueError("guidance: needs labels, text, or an attention temperature other than 1")
+        if guidance.weight and text is not None and empty_text is None:
+            raise ValueError("guidance: text needs empty_text, the states of the empty prompt")
+        for i in reversed(range(len(self.blocks))):
+            block, options = self.blocks[i], {"backend": backend}
+            labels_i, text_i = self._context(i, labels, text)
+            if guidance.weight and (not conditional or labels_i is not None or text_i is not None):
+                options.update(
+                    guidance=guidance.weights(tokens.shape[1], block.spec.start, z.device),
+                    rule=guidance.rule,
+                    temperature=guidance.temperature,
+                )
+                if labels_i is not None:
+                    labels_i = torch.cat([labels_i, torch.full_like(labels_i, -1)])
+                if text_i is not None:
+                    text_i = torch.cat([text_i, empty_text.expand_as(text_i)])
+            tokens = block.inverse(tokens, labels_i, text_i, self._rotary(i, grid, tokens), **options)
+        return self.images(tokens, grid)
+
+    def noise(
+        self, count: int, generator: torch.Generator | None = None, grid: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """(count, C, H, W) float32 draws of the prior, on a grid of (rows, columns) tokens; drawn on the CPU."""
+        rows, columns = grid or self.config.grid
+        z = torch.randn(count, rows * columns, self.config.token_dim, generator=generator).to(self.device)
+        if self.prior_variance is not None:
+            z = z * self.prior_variance.sqrt()
+        return self.images(z, (rows, columns))
+
+    def denoise(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        noise_std: float | None = None,
+        factor: float = 1.0,
+    ) -> torch.Tensor:
+        """One step along the score: x + factor noise_std^2 grad log p(x) (arXiv 2412.06329, section 2.5).
+
+        noise_std: that of training by default.
+        """
+        noise_std = self.config.noise_std if noise_std is None else noise_std
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (score,) = torch.autograd.grad(self.log_prob(x, labels, text).sum(), x)
+        return x.detach() + factor * noise_std**2 * score
+
+    def _grid(self, x: torch.Tensor) -> tuple[int, int]:
+        return x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size
+
+    def _check_context(self, labels: torch.Tensor | None, text: torch.Tensor | None, rows: int) -> None:
+        config = self.config
+        for name, value, wanted in (("labels", labels, config.num_classes), ("text", text, config.text_dim)):
+            if value is not None and not wanted:
+                raise ValueError(f"{name}: given, but the model has no such condition")
+            if value is not None and len(value) != rows:
+                raise ValueError(f"{name}: {len(value)} rows, expected {rows}")
+        if config.text_dim and (text is None or text.shape[1:] != (config.text_len, config.text_dim)):
+            given = "none" if text is None else tuple(text.shape)
+            raise ValueError(f"text: expected states (B, {config.text_len}, {config.text_dim}), got {given}")
+        if labels is not None and not torch.compiler.is_compiling():
+            low, high = labels.aminmax()
+            if low < -1 or high >= config.num_classes:
+                raise ValueError(f"labels: expected -1 (no class) .. {config.num_classes - 1}, got {labels.tolist()}")
+
+    def _context(self, block: int, labels, text) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return (labels, text) if self.config.conditioned(block) else (None, None)
+
+    def _rotary(self, block: int, grid: tuple[int, int], like: torch.Tensor):
+        config = self.config
+        if config.rotary == "none":
+            return None, None
+        text_len = config.text_len if config.text_dim and config.conditioned(block) else 0
+        size = config.rotary_size or config.grid[0]
+        key = grid, config.head_dim, size, text_len, bool(config.text_len)
+        return _rotary_table(key, torch.promote_types(like.dtype, torch.float32), like.device)
+
+
+@functools.lru_cache(maxsize=32)
+def _rotary_table(key, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = rotary_angles(*key)
+    return angles.cos().to(dtype=dtype, device=device), angles.sin().to(dtype=dtype, device=device)
