@@ -51,6 +51,7 @@ def parser() -> Parser:
         )
         sub.set_defaults(run=run)
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
+        sub.add_argument("--threads", type=positive, help="CPU threads; small models are fastest with 1")
         sub.add_argument("--json", metavar="FILE", help="write what was measured as JSON; - prints it")
         return sub
 
@@ -254,6 +255,8 @@ def _evaluation_data(args: argparse.Namespace, folder: Path, flow: Flow) -> tupl
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0, or 2 after an error that the user can mend, or 130 when interrupted."""
     args = parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     try:
         results = args.run(args)
         if args.json:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..checks import check_range, check_tensor
+from ..dispatch import register
 from ..library import define, differentiable
 from ..spec import Rotary, check_choice
-from . import reference
+from . import reference, sdpa
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str rotary, int window, float temperature"
 
@@ -19,6 +20,8 @@ def _fake(q, *args):
 
 define("causal_attention", ARGUMENTS, "(Tensor, Tensor)", fake=_fake, reference=reference.causal_attention)
 differentiable("causal_attention", ARGUMENTS, 3, reference.causal_attention_backward)
+register("causal_attention", "sdpa", sdpa.causal_attention, sdpa.refuse)
+register("causal_attention_backward", "sdpa", sdpa.causal_attention_backward, sdpa.refuse_backward)
 
 
 def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperature: float, cache: int = 0) -> None:
