@@ -149,6 +149,7 @@ class Trainer:
             [{"params": decay, "weight_decay": training.weight_decay}, {"params": exempt, "weight_decay": 0.0}],
             lr=training.learning_rate,
             betas=(training.beta1, training.beta2),
+            fused=True,
         )
         self.step = 0
         self.metrics: list[dict[str, float]] = []

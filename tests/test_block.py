@@ -90,7 +90,7 @@ def block(case, B=2, tokens=T, copies=1, dtype=F64, **changes):
     return x.to(torch.promote_types(dtype, torch.float32)), weights, spec, context
 
 
-def naive_network(x, w, spec, cond=None, prefix=None, cos=None, sin=None, temperature=1.0):
+def naive_network(x, w, spec, cond=None, prefix=None, cos=None, sin=None, temperature=1.0, dropout=0.0):
     """Raw parameters (B, T, P) in the block's own order, in the dtype of the weights."""
 
     def linear(x, name):
@@ -133,9 +133,9 @@ def naive_network(x, w, spec, cond=None, prefix=None, cos=None, sin=None, temper
             q, k = rms(q, f"{layer}.q_norm"), rms(k, f"{layer}.k_norm")
         q, k = (naive_rotate(t, cos, sin, spec.rotary) for t in (q, k))
         y = linear(naive_attention(q, k, v, visible, temperature).flatten(-2), f"{layer}.proj")
-        h = h + (rms(y, f"{layer}.attn_post_norm") if spec.post_norm else y)
+        h = h + F.dropout(rms(y, f"{layer}.attn_post_norm") if spec.post_norm else y, dropout)
         y = mlp(norm(h, f"{layer}.mlp_norm"), layer)
-        h = h + (rms(y, f"{layer}.mlp_post_norm") if spec.post_norm else y)
+        h = h + F.dropout(rms(y, f"{layer}.mlp_post_norm") if spec.post_norm else y, dropout)
     h = h[:, -x.shape[1] :]
     return linear(rms(h, "final_norm") if spec.final_norm else h, "proj_out")
 
@@ -186,47 +186,47 @@ def test_forward_matches_naive_network(case, forward):
         torch.testing.assert_close(ld, reduced(minus_log_sigma, logdet), rtol=1e-10, atol=1e-10)
 
 
+def of_tensors(flow, x, w, spec, context):
+    """flow(x, w, spec, **context) as a function of every tensor that carries a gradient, and these tensors."""
+    inputs = [n for n in ("cond", "prefix") if n in context]
+
+    def function(x, *values):
+        weights, changed = dict(zip(w, values)), dict(zip(inputs, values[len(w) :]))
+        return flow(x, weights, spec, **{**context, **changed})
+
+    return function, [x, *w.values(), *(context[n] for n in inputs)]
+
+
 @every_block
 def test_forward_with_gradients_is_the_same(case, forward):
     """With a gradient the block is composed of smaller ops: same values, gradients of the naive network."""
     x, w, spec, context = block(case)
-    names = [*w, *(n for n in ("cond", "prefix") if n in context)]
-    tensors = [x, *w.values(), *(context[n] for n in names[len(w) :])]
-    fixed = {n: context[n] for n in ("cos", "sin") if n in context}
-    seeds = torch.randn_like(x), torch.randn(2, dtype=F64)
-
-    def split(values):
-        named = dict(zip(names, values))
-        return {n: named.pop(n) for n in w}, {**fixed, **named}
-
-    def composed(x, *values):
-        w, context = split(values)
-        return block_forward(x, w, spec, **context)
-
-    def naive(x, *values):
-        w, context = split(values)
-        z, minus_log_sigma = naive_forward(x, w, spec, **context)
-        return z, minus_log_sigma.sum((1, 2))
-
+    seeds = torch.randn_like(x), torch.randn_like(x)
+    composed, tensors = of_tensors(lambda *a, **c: block_forward(*a, **c, logdet="none"), x, w, spec, context)
+    naive, _ = of_tensors(naive_forward, x, w, spec, context)
     actual, expected = (with_gradients(f, tensors, seeds) for f in (composed, naive))
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(
-        list(block_forward(x, w, spec, **context, backend=forward)), actual[:2], rtol=1e-11, atol=1e-11
-    )
+    z, ld = block_forward(x, w, spec, **context, logdet="none", backend=forward)
+    torch.testing.assert_close([z, ld], actual[:2], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["tarflow-flip", "starflow-all-norms"])
+def test_dropout_is_on_the_residual_branches_of_training(name, forward):
+    x, w, spec, context = block(BLOCKS[name])
+    plain = block_forward(x, w, spec, **context, backend=forward)
+    assert torch.equal(block_forward(x, w, spec, **context, dropout=0.5, backend=forward)[0], plain[0])
+    torch.manual_seed(7)
+    expected, minus_log_sigma = naive_forward(x, w, spec, **context, dropout=0.5)
+    torch.manual_seed(7)
+    z, ld = block_forward(x.requires_grad_(), w, spec, **context, dropout=0.5)
+    torch.testing.assert_close(z, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ld, minus_log_sigma.sum((1, 2)), rtol=1e-10, atol=1e-10)
+    assert (z - plain[0]).abs().max() > 1e-3
 
 
 @every_block
 def test_gradcheck(case):
-    x, w, spec, context = block(case, B=1, tokens=3)
-    tensors = [x, *w.values(), *(context[n] for n in ("cond", "prefix") if n in context)]
-    names = ["x", *w, *(n for n in ("cond", "prefix") if n in context)]
-    fixed = {n: context[n] for n in ("cos", "sin") if n in context}
-
-    def flow(*values):
-        named = dict(zip(names, values))
-        x, weights = named.pop("x"), {n: named.pop(n) for n in w}
-        return block_forward(x, weights, spec, **named, **fixed, logdet="none")
-
+    flow, tensors = of_tensors(block_forward, *block(case, B=1, tokens=3))
     assert torch.autograd.gradcheck(flow, [t.requires_grad_() for t in tensors], fast_mode=True)
 
 
@@ -394,12 +394,9 @@ def test_compiles_as_one_graph(compiler):
 @pytest.mark.parametrize("name", ["tarflow-flip", "starflow-text"])
 def test_compiles_with_gradients(name):
     x, w, spec, context = block(BLOCKS[name])
-    seeds = torch.randn_like(x), torch.randn(2, dtype=F64)
-
-    def flow(x, *weights):
-        return block_forward(x, dict(zip(w, weights)), spec, **context)
-
-    eager, graph = (with_gradients(f, [x, *w.values()], seeds) for f in (flow, compiled(flow)))
+    flow, tensors = of_tensors(block_forward, x, w, spec, context)
+    seeds = torch.randn_like(x), torch.randn(2)
+    eager, graph = (with_gradients(f, tensors, seeds) for f in (flow, compiled(flow)))
     torch.testing.assert_close(graph, eager, rtol=1e-10, atol=1e-10)
 
 
@@ -417,74 +414,49 @@ def test_inverse_is_not_differentiable(inverse):
     assert not block_inverse(z.requires_grad_(), w, spec, **context, backend=inverse).requires_grad
 
 
-def changed(weights, **changes):
-    """Weights with some of them replaced, or taken out where None."""
-    return {
-        n: t for n, t in {**weights, **{n.replace("__", "."): t for n, t in changes.items()}}.items() if t is not None
-    }
-
-
+# (block, changed arguments, error, message); of the weights only what changes, None takes one out
 SHARED_ERRORS = [
-    (
-        "tarflow",
-        lambda w: {"weights": changed(w, proj_in__bias=None)},
-        ValueError,
-        r"weights: missing \['proj_in.bias'\]",
-    ),
-    ("tarflow", lambda w: {"weights": changed(w, lora=torch.zeros(1))}, ValueError, r"weights: .*unknown \['lora'\]"),
-    (
-        "tarflow",
-        lambda w: {"weights": changed(w, proj_in__bias=torch.zeros(7))},
-        ValueError,
-        r"weights\['proj_in.bias'\]",
-    ),
-    ("tarflow", lambda w: {"weights": changed(w, proj_in__bias=1)}, TypeError, r"weights\['proj_in.bias'\]"),
-    (
-        "tarflow",
-        lambda w: {"weights": changed(w, proj_in__bias=torch.zeros(8))},
-        TypeError,
-        "weights: expected one dtype",
-    ),
-    ("tarflow", lambda w: {"cond": torch.zeros(2, 7)}, ValueError, r"cond: expected shape \(2, 8\)"),
-    ("tarflow", lambda w: {"cond": torch.zeros(1, 8)}, ValueError, "cond: expected shape"),
-    ("tarflow", lambda w: {"prefix": torch.zeros(2, 4, 6)}, ValueError, "prefix: given, but the block has text_dim=0"),
-    ("starflow-text", lambda w: {"prefix": torch.zeros(2, 4, 5)}, ValueError, r"prefix: expected shape \(2, L, 6\)"),
-    ("starflow-text", lambda w: {"prefix": torch.zeros(1, 4, 6)}, ValueError, "prefix: expected shape"),
-    ("starflow", lambda w: {"cos": None, "sin": None}, ValueError, "cos, sin: needed with rotary"),
-    ("starflow", lambda w: {"sin": None}, ValueError, "cos, sin: needed"),
-    ("tarflow", lambda w: angles(T, 4), ValueError, "cos, sin: needed .* rotary='none'"),
-    ("starflow", lambda w: angles(T + 1, 4), ValueError, r"cos: expected shape \(5, 2\)"),
-    ("starflow", lambda w: {"sin": torch.zeros(T, 3)}, ValueError, r"sin: expected shape \(5, 2\)"),
+    ("tarflow", {"weights": {"proj_in.bias": None}}, ValueError, r"weights: missing \['proj_in.bias'\]"),
+    ("tarflow", {"weights": {"lora": torch.zeros(1)}}, ValueError, r"weights: .*unknown \['lora'\]"),
+    ("tarflow", {"weights": {"proj_in.bias": torch.zeros(7)}}, ValueError, r"weights\['proj_in.bias'\]"),
+    ("tarflow", {"weights": {"proj_in.bias": 1}}, TypeError, r"weights\['proj_in.bias'\]"),
+    ("tarflow", {"weights": {"proj_in.bias": torch.zeros(8)}}, TypeError, "weights: expected one dtype"),
+    ("tarflow", {"cond": torch.zeros(2, 7)}, ValueError, r"cond: expected shape \(2, 8\)"),
+    ("tarflow", {"cond": torch.zeros(1, 8)}, ValueError, "cond: expected shape"),
+    ("tarflow", {"prefix": torch.zeros(2, 4, 6)}, ValueError, "prefix: given, but the block has text_dim=0"),
+    ("starflow-text", {"prefix": torch.zeros(2, 4, 5)}, ValueError, r"prefix: expected shape \(2, L, 6\)"),
+    ("starflow-text", {"prefix": torch.zeros(1, 4, 6)}, ValueError, "prefix: expected shape"),
+    ("starflow", {"cos": None, "sin": None}, ValueError, "cos, sin: needed with rotary"),
+    ("starflow", {"sin": None}, ValueError, "cos, sin: needed"),
+    ("tarflow", angles(T, 4), ValueError, "cos, sin: needed .* rotary='none'"),
+    ("starflow", angles(T + 1, 4), ValueError, r"cos: expected shape \(5, 2\)"),
+    ("starflow", {"sin": torch.zeros(T, 3)}, ValueError, r"sin: expected shape \(5, 2\)"),
 ]
 FORWARD_ERRORS = [
-    ("tarflow", lambda w: {"x": 0}, TypeError, "x: expected a tensor"),
-    ("tarflow", lambda w: {"x": torch.zeros(2, T, 4)}, ValueError, r"x: expected shape \(B, T, 3\)"),
-    (
-        "tarflow",
-        lambda w: {"x": torch.zeros(2, 4, 3)},
-        ValueError,
-        "x or z: 4 tokens, but the learned position table has 5",
-    ),
-    ("tarflow", lambda w: {"logdet": "all"}, ValueError, "logdet='all'"),
-    ("tarflow", lambda w: {"dropout": 1.0}, ValueError, "dropout=1.0"),
+    ("tarflow", {"x": 0}, TypeError, "x: expected a tensor"),
+    ("tarflow", {"x": torch.zeros(2, T, 4)}, ValueError, r"x: expected shape \(B, T, 3\)"),
+    ("tarflow", {"x": torch.zeros(2, 4, 3)}, ValueError, "x or z: 4 tokens, but the learned position table has 5"),
+    ("tarflow", {"logdet": "all"}, ValueError, "logdet='all'"),
+    ("tarflow", {"dropout": 1.0}, ValueError, "dropout=1.0"),
 ]
 INVERSE_ERRORS = [
-    ("tarflow", lambda w: {"z": torch.zeros(2, T)}, ValueError, "z: expected shape"),
-    ("tarflow", lambda w: {"z": torch.full((2, T, 3), math.nan)}, ValueError, "z: 30 of 30 values are not finite"),
-    ("tarflow", lambda w: {"z": torch.full((2, T, 3), math.inf)}, ValueError, "z: 30 of 30 values are not finite"),
-    ("tarflow", lambda w: {"rule": "cfg"}, ValueError, "rule='cfg'"),
-    ("tarflow", lambda w: {"temperature": 0.0, "guidance": 1.0}, ValueError, "temperature=0.0"),
-    ("tarflow", lambda w: {"temperature": 0.5}, ValueError, "temperature=0.5 .*needs guidance"),
-    ("tarflow", lambda w: {"guidance": "strong"}, TypeError, "guidance: expected a number or a tensor"),
-    ("tarflow", lambda w: {"guidance": torch.zeros(4)}, ValueError, "guidance: shape"),
-    ("tarflow", lambda w: {"guidance": 1.0, "cond": torch.zeros(2, 8)}, ValueError, r"cond: expected shape \(4, 8\)"),
+    ("tarflow", {"z": torch.zeros(2, T)}, ValueError, "z: expected shape"),
+    ("tarflow", {"z": torch.full((2, T, 3), math.nan)}, ValueError, "z: 30 of 30 values are not finite"),
+    ("tarflow", {"z": torch.full((2, T, 3), math.inf)}, ValueError, "z: 30 of 30 values are not finite"),
+    ("tarflow", {"rule": "cfg"}, ValueError, "rule='cfg'"),
+    ("tarflow", {"temperature": 0.0, "guidance": 1.0}, ValueError, "temperature=0.0"),
+    ("tarflow", {"temperature": 0.5}, ValueError, "temperature=0.5 .*needs guidance"),
+    ("tarflow", {"guidance": "strong"}, TypeError, "guidance: expected a number or a tensor"),
+    ("tarflow", {"guidance": torch.zeros(4)}, ValueError, "guidance: shape"),
+    ("tarflow", {"guidance": 1.0, "cond": torch.zeros(2, 8)}, ValueError, r"cond: expected shape \(4, 8\)"),
 ]
 
 
 def check_error(op, data, name, change, error, message):
     x, w, spec, context = block(BLOCKS[name])
+    weights = {n: t for n, t in {**w, **change.get("weights", {})}.items() if t is not None}
     with pytest.raises(error, match=message):
-        op(**{data: x, "weights": w, "spec": spec, **context, **change(w)})
+        op(**{data: x, "spec": spec, **context, **change, "weights": weights})
 
 
 @pytest.mark.parametrize("name, change, error, message", SHARED_ERRORS + FORWARD_ERRORS)

@@ -22,6 +22,7 @@ F64 = torch.float64
 ROTARY = ["none", "interleaved", "half"]
 every_rotary = pytest.mark.parametrize("rotary", ROTARY)
 every_window = pytest.mark.parametrize("window", [None, 1, 3])
+with_and_without_lse = pytest.mark.parametrize("lse", [False, True], ids=["out", "out-lse"])
 every_grouping = pytest.mark.parametrize("H, H_kv", [(2, 2), (4, 2), (3, 1)])
 
 
@@ -67,12 +68,13 @@ def test_matches_sdpa(rotary, window, H, H_kv, temperature, backend):
 @every_window
 @pytest.mark.parametrize("H, H_kv", [(2, 2), (2, 1)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_gradcheck(rotary, window, H, H_kv, temperature, backend):
+@with_and_without_lse
+def test_gradcheck(rotary, window, H, H_kv, temperature, lse, backend):
     tensors = [t.requires_grad_() for t in inputs(B=1, T=4, H=H, H_kv=H_kv, d=4)]
     options = {"window": window, "temperature": temperature, **rotary_options(rotary, 4, 4)}
 
     def attention(q, k, v):
-        return causal_attention(q, k, v, **options, return_lse=True, backend=backend)
+        return causal_attention(q, k, v, **options, return_lse=lse, backend=backend)
 
     assert torch.autograd.gradcheck(attention, tensors)
 
@@ -98,18 +100,22 @@ def test_odd_head_sizes_without_rotary(d, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @every_rotary
 @pytest.mark.parametrize("window", [None, 9])
-def test_error_contract(dtype, rotary, window, backend):
+@with_and_without_lse
+def test_error_contract(dtype, rotary, window, lse, backend):
     tensors = inputs(T=63, H=4, H_kv=2, d=24, dtype=dtype)
     options = {"window": window, "temperature": 0.8, **rotary_options(rotary, 63, 24, torch.float32)}
     seeds = torch.randn(2, 63, 4, 24, dtype=dtype), torch.randn(2, 4, 63)
 
     def attention(q, k, v):
-        return causal_attention(q, k, v, **options, return_lse=True, backend=backend)
+        return causal_attention(q, k, v, **options, return_lse=True, backend=backend)[: 1 + lse]
+
+    def plain_torch(q, k, v):
+        return naive(q, k, v, **options)[: 1 + lse]
 
     actual = with_gradients(attention, tensors, seeds)
-    plain = with_gradients(lambda *t: naive(*t, **options), tensors, seeds)
-    exact = with_gradients(lambda *t: naive(*t, **options), [t.double() for t in tensors], seeds)
-    assert [t.dtype for t in actual] == [dtype, torch.float32, dtype, dtype, dtype]
+    plain = with_gradients(plain_torch, tensors, seeds)
+    exact = with_gradients(plain_torch, [t.double() for t in tensors], seeds)
+    assert [t.dtype for t in actual] == [dtype, *[torch.float32] * lse, dtype, dtype, dtype]
     for values in zip(actual, plain, exact):
         assert_within_contract(*values)
 
@@ -133,15 +139,12 @@ def test_later_tokens_do_not_reach_earlier_ones(backend):
 @pytest.mark.usefixtures("poisoned_memory")
 def test_strided_inputs_are_read_and_left(rotary, backend):
     tensors, options = inputs(H=4, H_kv=2), rotary_options(rotary, 7, 8)
-    seeds = torch.randn(2, 7, 4, 8), torch.randn(2, 4, 7)
-    packed = torch.cat(tensors, dim=2)
-    views = list(packed.split((4, 2, 2), dim=2))
-    options_strided = {name: strided(t) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
-    expected = with_gradients(lambda *t: causal_attention(*t, **options, return_lse=True), tensors, seeds)
+    packed, seeds = torch.cat(tensors, dim=2), (torch.randn(2, 7, 4, 8),)
+    views = packed.split((4, 2, 2), dim=2)
+    turn = {name: strided(t) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
+    expected = with_gradients(lambda *t: [causal_attention(*t, **options)], tensors, seeds)
     for given in (views, [strided(t) for t in tensors]):
-        actual = with_gradients(
-            lambda *t: causal_attention(*t, **options_strided, return_lse=True, backend=backend), given, seeds
-        )
+        actual = with_gradients(lambda *t: [causal_attention(*t, **turn, backend=backend)], given, seeds)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
         assert all(torch.equal(a, b) for a, b in zip(given, tensors))
 

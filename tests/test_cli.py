@@ -193,3 +193,26 @@ def test_as_a_program():
         [sys.executable, "-m", "starflow.cli", "info", "--json", "-"], capture_output=True, text=True, check=True
     )
     assert json.loads(found.stdout[found.stdout.index("{\n") :])["results"]["token_dim"] == 4
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_write_that_the_system_refuses_midway(command, tmp_path, settings):
+    """A limit on the size of files stands for a full disk: the first bytes are written, the rest is refused."""
+    out = tmp_path / "out"
+    code = (
+        "import resource, sys; from starflow.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)); sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = {"train": ["--config", settings, "--quiet"], "sample": ["--num", "10"]}[command]
+    found = subprocess.run(
+        [sys.executable, "-c", code, command, *arguments, "--out", str(out)], capture_output=True, text=True
+    )
+    assert found.returncode == 2 and found.stderr.strip().startswith(f"starflow {command}: error: cannot write {out}")
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert [path for path in out.rglob("*") if path.is_file()] == []
+
+
+def test_tensorboard_is_optional(tmp_path, settings, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    arguments = ["train", "--config", settings, "--out", str(tmp_path / "run"), "--tensorboard"]
+    assert "tensorboard" in fails(capsys, *arguments)

@@ -1,5 +1,7 @@
 """The model: every variant inverts, counts its volume right, guides, denoises and compiles."""
 
+import math
+
 import pytest
 import torch
 
@@ -222,7 +224,8 @@ def test_rotary_angles_of_the_released_text_model():
     torch.testing.assert_close(column[5 + 9], 1 * 10000 ** (-2 * j / 24))
     torch.testing.assert_close(text[3], 3 * 4 / 5 * 10000 ** (-torch.arange(8, dtype=torch.float64) / 8))
     assert not row[:5].any() and not column[:5].any() and not text[5:].any()
-    assert rotary_angles((2, 8), head_dim=64, size=4).shape == (16, 32)
+    wide = rotary_angles((24, 40), head_dim=64, size=32)
+    assert wide.shape == (960, 32) and wide[40 * 23, 0].item() == 23 * (32 / math.sqrt(960))
 
 
 @pytest.mark.parametrize(

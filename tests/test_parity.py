@@ -53,7 +53,7 @@ def load(name: str) -> Case:
     weights = {key.removeprefix("weights."): tensors.pop(key) for key in list(tensors) if key.startswith("weights.")}
     flow = Flow(FlowConfig.from_dict(json.loads(metadata["config"])))
     flow.load_state_dict(weights)
-    return Case(flow.requires_grad_(False), tensors, Guidance(**json.loads(metadata["guidance"])))
+    return Case(flow, tensors, Guidance(**json.loads(metadata["guidance"])))
 
 
 @pytest.fixture(params=CASES)
@@ -66,8 +66,11 @@ def assert_parity(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-def test_forward(case):
-    z, logdet, _ = case.flow(case.tensors["x"], case.tensors.get("labels"), case.tensors.get("text"))
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward(case, grad):
+    with torch.set_grad_enabled(grad):
+        z, logdet, _ = case.flow(case.tensors["x"], case.tensors.get("labels"), case.tensors.get("text"))
+    assert z.requires_grad is grad
     assert_parity(z, case.tensors["z"])
     assert_parity(logdet, case.tensors["logdet"])
 

@@ -24,23 +24,25 @@ def refuse_backward(grads, outputs, *args) -> str | None:
     return refuse(*args)
 
 
-def _heads_first(q, k, v, cos, sin, rotary) -> list[torch.Tensor]:
-    return [t.transpose(1, 2) for t in (rotate(q, cos, sin, rotary), rotate(k, cos, sin, rotary), v)]
+def _heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    # The fused kernel takes the last stride to be 1 and does not look.
+    return [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors]
 
 
 def causal_attention(q, k, v, cos, sin, rotary, window, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.causal_attention."""
     scale = q.shape[-1] ** -0.5 / temperature
-    out, lse = _forward(*_heads_first(q, k, v, cos, sin, rotary), 0.0, True, scale=scale)
+    inputs = _heads_first(rotate(q, cos, sin, rotary), rotate(k, cos, sin, rotary), v)
+    out, lse = _forward(*inputs, 0.0, True, scale=scale)
     return out.transpose(1, 2), lse
 
 
 def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window, temperature) -> list[torch.Tensor]:
     """See reference.causal_attention_backward."""
-    grad_out, out = grads[0].transpose(1, 2), outputs[0].transpose(1, 2)
-    inputs = _heads_first(q, k, v, cos, sin, rotary)
+    grad_out = torch.zeros_like(q) if grads[0] is None else grads[0]
+    inputs = _heads_first(grad_out, rotate(q, cos, sin, rotary), rotate(k, cos, sin, rotary), v, outputs[0])
     scale = q.shape[-1] ** -0.5 / temperature
-    found = _backward(grad_out, *inputs, out, outputs[1], 0.0, True, scale=scale)
+    found = _backward(*inputs, outputs[1], 0.0, True, scale=scale)
     grad_q, grad_k, grad_v = (t.transpose(1, 2) for t in found)
     back = None if sin is None else -sin
     return [rotate(grad_q, cos, back, rotary), rotate(grad_k, cos, back, rotary), grad_v]
