@@ -222,7 +222,7 @@ def test_compiles_with_gradients():
 
 def test_large_raw_outputs(backend):
     """softplus(a) is a for large a and exp(a) for small a: neither end overflows or is lost."""
-    a = torch.tensor([-600.0, -40.0, 25.0, 900.0], dtype=F64)
+    a = torch.tensor([-600.0, -40.0, 20.0, 900.0], dtype=F64)
     params = torch.stack([a, torch.zeros_like(a)], dim=-1).unsqueeze(0)
     x = affine_flow_inverse(torch.ones(1, 4, 1, dtype=F64), params, AffineSpec("softplus"), backend=backend)
     shifted = a + math.log(math.e - 1)

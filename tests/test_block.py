@@ -319,6 +319,19 @@ def test_error_contract(dtype, name, forward, inverse):
     assert_within_contract(back, plain, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+def test_guided_error_contract(dtype, rule, inverse):
+    wide = {"token_dim": 8, "channels": 48, "mlp_dim": 96}
+    z, w, spec, context = block(BLOCKS["starflow-text"], B=8, tokens=17, copies=2, dtype=dtype, **wide)
+    g = torch.full((8, 17), 1.5)
+    x = block_inverse(z, w, spec, **context, guidance=g, rule=rule, temperature=0.7, backend=inverse)
+    plain = naive_inverse(z, w, spec, context, g, rule, 0.7)
+    wide_weights, wide_context = ({n: t.double() for n, t in d.items()} for d in (w, context))
+    exact = naive_inverse(z.double(), wide_weights, spec, wide_context, g.double(), rule, 0.7)
+    assert_within_contract(x, plain, exact)
+
+
 @pytest.mark.parametrize("name", ["tarflow-flip", "starflow-text-flip-cond"])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_strided_inputs_are_read_and_left(name, forward, inverse):
