@@ -20,7 +20,8 @@ _kernels: dict[str, dict[str, Kernel]] = {}
 
 def register(op: str, backend: str, run: Callable, refuse: Callable[..., str | None] = lambda *args: None) -> None:
     """Add a backend to an op; those registered later are preferred."""
-    _kernels[op] = {backend: Kernel(run, refuse), **_kernels.get(op, {})}
+    others = {name: kernel for name, kernel in _kernels.get(op, {}).items() if name != backend}
+    _kernels[op] = {backend: Kernel(run, refuse), **others}
 
 
 def run(op: str, backend: str | None, *args):

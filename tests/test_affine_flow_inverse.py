@@ -239,6 +239,7 @@ def test_large_raw_outputs(backend):
         ({"guidance": 1.0}, ValueError, r"params: expected shape \(4, 3, 4\)"),
         ({"params": torch.zeros(4, 3, 4), "guidance": "strong"}, TypeError, "guidance: expected a number or a tensor"),
         ({"params": torch.zeros(4, 3, 4), "guidance": torch.zeros(2)}, ValueError, "guidance: shape"),
+        ({"z": torch.zeros(2, 3, 2, requires_grad=True), "backend": "own"}, ValueError, "backend='own' cannot run"),
         ({"rule": "cfg"}, ValueError, "rule='cfg': expected one of 'tarflow', 'starflow'"),
         ({"out": torch.zeros(2, 3, 1)}, ValueError, "out: expected shape"),
         ({"out": torch.zeros(2, 3, 2, dtype=F64)}, TypeError, "out: dtype torch.float64"),

@@ -446,6 +446,7 @@ SHARED_ERRORS = [
     ("starflow", {"sin": torch.zeros(T, 3)}, ValueError, r"sin: expected shape \(5, 2\)"),
 ]
 FORWARD_ERRORS = [
+    ("starflow", angles(T, 4) | {"cos": torch.zeros(T, 2, requires_grad=True)}, ValueError, "cos, sin: .* no gradient"),
     ("tarflow", {"x": 0}, TypeError, "x: expected a tensor"),
     ("tarflow", {"x": torch.zeros(2, T, 4)}, ValueError, r"x: expected shape \(B, T, 3\)"),
     ("tarflow", {"x": torch.zeros(2, 4, 3)}, ValueError, "x or z: 4 tokens, but the learned position table has 5"),
@@ -456,6 +457,8 @@ INVERSE_ERRORS = [
     ("tarflow", {"z": torch.zeros(2, T)}, ValueError, "z: expected shape"),
     ("tarflow", {"z": torch.full((2, T, 3), math.nan)}, ValueError, "z: 30 of 30 values are not finite"),
     ("tarflow", {"z": torch.full((2, T, 3), math.inf)}, ValueError, "z: 30 of 30 values are not finite"),
+    ("tarflow", {"cond": torch.full((2, 8), math.nan)}, ValueError, "cond: 16 of 16 values are not finite"),
+    ("tarflow", {"z": torch.zeros(2, 0, 3)}, ValueError, r"z: expected shape \(B, T, 3\), got \(2, 0, 3\)"),
     ("tarflow", {"rule": "cfg"}, ValueError, "rule='cfg'"),
     ("tarflow", {"temperature": 0.0, "guidance": 1.0}, ValueError, "temperature=0.0"),
     ("tarflow", {"temperature": 0.5}, ValueError, "temperature=0.5 .*needs guidance"),
