@@ -112,6 +112,5 @@ if __name__ == "__main__":
     print(description())
     print(f"multiply-add {peak_flops() / 1e9:.0f} GFLOP/s")
     for size in (2**18, 2**20, 2**22, 2**24, 2**26, 2**28):
-        print(
-            f"{size / 2**20:8.2f} MiB: read {read_bandwidth(size) / 1e9:6.1f}, copy {copy_bandwidth(size) / 1e9:6.1f} GB/s"
-        )
+        read, copy = read_bandwidth(size) / 1e9, copy_bandwidth(size) / 1e9
+        print(f"{size / 2**20:8.2f} MiB: read {read:6.1f}, copy {copy:6.1f} GB/s")
