@@ -1,3 +1,89 @@
-from setuptools import setup
+"""Builds the native CPU kernels of csrc/ with the package where torch and a C++ compiler are there.
 
-setup()
+STARFLOW_NATIVE=0 skips them, STARFLOW_NATIVE=1 makes a failure an error; unset, a failure leaves pure Python and a
+note with the reason, which starflow_kernels.backends() shows. STARFLOW_SANITIZE=address,undefined builds with
+sanitizers.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+MODULE = "starflow_kernels._native"
+# Sources with kernels are compiled once an instruction set; the widest that the machine has is taken at run time.
+KERNELS = ["csrc/cpu/block.cpp"]
+COMMON = ["csrc/registration.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/model.cpp", "csrc/cpu/team.cpp"]
+AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
+INSTRUCTION_SETS = {"base": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]}
+# Contraction of a * b + c would depend on the code around it: fused operations are written out.
+FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+
+
+class BuildNative(build_ext):
+    """Compile KERNELS for every instruction set, COMMON once, and link them against libtorch's stable ABI."""
+
+    def build_extension(self, ext):
+        wanted = os.environ.get("STARFLOW_NATIVE", "")
+        target = Path(self.get_ext_fullpath(ext.name))
+        note = target.with_name("_native.txt")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for old in (target, note):
+            old.unlink(missing_ok=True)
+        try:
+            if wanted == "0":
+                raise RuntimeError("skipped, STARFLOW_NATIVE=0 when the package was installed")
+            self.build_native(target)
+        except BaseException as error:
+            if wanted == "1" or not isinstance(error, Exception):
+                raise
+            print(f"native kernels are not built: {error}", file=sys.stderr)
+            note.write_text(f"{error}\n")
+
+    def build_native(self, target: Path) -> None:
+        try:
+            from torch.utils import cpp_extension
+        except ImportError as error:
+            raise RuntimeError(
+                "torch was not there when the package was installed; "
+                "install it first, then pip install --no-build-isolation"
+            ) from error
+        sanitize = os.environ.get("STARFLOW_SANITIZE")
+        extra = [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"] if sanitize else []
+        macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+
+        def compile_for(sources, name, flags, defines=()):
+            return self.compiler.compile(
+                [str(Path(source)) for source in sources],
+                output_dir=os.path.join(self.build_temp, name),
+                macros=[*macros, *defines],
+                include_dirs=cpp_extension.include_paths(),
+                extra_postargs=[*FLAGS, *extra, *flags],
+            )
+
+        os.chdir(ROOT)
+        objects = compile_for(COMMON, "common", [])
+        for name, flags in INSTRUCTION_SETS.items():
+            defines = [("STARFLOW_ISA", name), ("STARFLOW_ISA_NAME", f'"{name}"')]
+            objects += compile_for(KERNELS, name, flags, defines)
+        self.compiler.link_shared_object(
+            objects,
+            str(target),
+            libraries=["torch_cpu", "torch", "c10"],
+            library_dirs=cpp_extension.library_paths(),
+            extra_postargs=extra,
+            target_lang="c++",
+        )
+
+
+setup(
+    ext_modules=[Extension(MODULE, sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -8,9 +8,10 @@ import torch
 
 from ..affine_flow.api import empty_logdet
 from ..checks import check_finite, check_range, check_tensor
+from ..dispatch import register
 from ..library import define
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
-from . import reference
+from . import cpu, reference
 
 CONTEXT = "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin"
 
@@ -28,6 +29,8 @@ define(
     fake=lambda z, *args: z.new_empty(z.shape),
     reference=reference.block_inverse,
 )
+register("block_forward", "native", cpu.block_forward, cpu.refuse)
+register("block_inverse", "native", cpu.block_inverse, cpu.refuse)
 
 
 def block_forward(
