@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 MODULE = "starflow_kernels._native"
+NOTE = "_native.txt"
 # Sources with kernels are compiled once an instruction set; the widest that the machine has is taken at run time.
 KERNELS = ["csrc/cpu/block.cpp"]
 COMMON = ["csrc/registration.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/model.cpp", "csrc/cpu/team.cpp"]
@@ -23,7 +24,15 @@ INSTRUCTION_SETS = {"base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]}
 # Contraction of a * b + c would depend on the code around it: fused operations are written out.
-FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
 
 
 class BuildNative(build_ext):
@@ -31,20 +40,38 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         wanted = os.environ.get("STARFLOW_NATIVE", "")
-        target = Path(self.get_ext_fullpath(ext.name))
-        note = target.with_name("_native.txt")
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        for old in (target, note):
+        for old in (target, target.with_name(NOTE)):
             old.unlink(missing_ok=True)
         try:
             if wanted == "0":
                 raise RuntimeError("skipped, STARFLOW_NATIVE=0 when the package was installed")
             self.build_native(target)
-        except BaseException as error:
-            if wanted == "1" or not isinstance(error, Exception):
+        except Exception as error:
+            if wanted == "1":
                 raise
             print(f"native kernels are not built: {error}", file=sys.stderr)
-            note.write_text(f"{error}\n")
+            target.with_name(NOTE).write_text(f"{error}\n")
+
+    def copy_extensions_to_source(self):
+        """Bring what build_extension left, library or note, to the source tree of an editable install."""
+        for ext in self.extensions:
+            filename = self.get_ext_filename(ext.name)
+            built, source = Path(self.build_lib, filename), ROOT / filename
+            for name in (source.name, NOTE):
+                source.with_name(name).unlink(missing_ok=True)
+                if built.with_name(name).exists():
+                    self.copy_file(str(built.with_name(name)), str(source.with_name(name)))
+
+    def get_outputs(self):
+        """Files that were really made."""
+        outputs = [Path(output) for output in super().get_outputs()]
+        outputs += [output.with_name(NOTE) for output in outputs]
+        return [str(output) for output in outputs if output.exists()]
+
+    def get_output_mapping(self):
+        return {}
 
     def build_native(self, target: Path) -> None:
         try:

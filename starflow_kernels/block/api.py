@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from .. import native
 from ..affine_flow.api import empty_logdet
 from ..checks import check_finite, check_range, check_tensor
 from ..dispatch import register
@@ -29,8 +30,8 @@ define(
     fake=lambda z, *args: z.new_empty(z.shape),
     reference=reference.block_inverse,
 )
-register("block_forward", "native", cpu.block_forward, cpu.refuse)
-register("block_inverse", "native", cpu.block_inverse, cpu.refuse)
+register("block_forward", "native", cpu.block_forward, cpu.refuse, native.missing)
+register("block_inverse", "native", cpu.block_inverse, cpu.refuse, native.missing)
 
 
 def block_forward(

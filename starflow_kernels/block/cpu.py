@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from .. import native
 from ..affine_flow.reference import affine_flow
 from ..spec import BlockSpec
 
@@ -98,8 +97,6 @@ def packed(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
 
 def refuse(x, weights, *others) -> str | None:
     """Why the kernels cannot run a block, or None."""
-    if reason := native.missing():
-        return reason
     if x.device.type != "cpu":
         return f"it runs on the CPU, tokens are on {x.device}"
     if x.dtype != torch.float32:
@@ -217,4 +214,3 @@ def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule:
             [first, min(first + step, last), group, chunk, threads],
         )
     return x
-
