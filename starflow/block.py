@@ -60,13 +60,11 @@ class FlowBlock(nn.Module):
             return mean.expand(rows, -1)
         return torch.where(labels.unsqueeze(1) < 0, mean, self.class_embed[labels.clamp(min=0)])
 
-    def forward(self, x, labels=None, text=None, rotary=(None, None), logdet="sum", backend=None):
+    def forward(self, x, labels=None, text=None, rotary=(None, None), **options):
         """Data to noise, see `starflow_kernels.block_forward`; text (B, L, text_dim) stands in front of x (B, T, D)."""
         cos, sin = rotary
         cond = self.condition(labels, x.shape[0])
-        return block_forward(
-            x, self.weights(), self.spec, cond=cond, prefix=text, cos=cos, sin=sin, logdet=logdet, backend=backend
-        )
+        return block_forward(x, self.weights(), self.spec, cond=cond, prefix=text, cos=cos, sin=sin, **options)
 
     def inverse(self, z, labels=None, text=None, rotary=(None, None), **guidance):
         """Noise to data, see `starflow_kernels.block_inverse`; under guidance labels and text have 2B rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from torch import nn
 from starflow_kernels.spec import GuidanceRule, check_choice
 
 from .block import FlowBlock
+from .checkpoint import from_pretrained, save_pretrained
 from .config import FlowConfig
+from .errors import ConfigError
 from .tokens import patchify, rotary_angles, unpatchify
 
 PRIOR_RATE = 0.1
@@ -47,15 +50,15 @@ class Guidance:
     def __post_init__(self):
         check_choice("rule", self.rule, GuidanceRule)
         if not 0 <= self.weight < math.inf:
-            raise ValueError(f"weight={self.weight}: expected a finite guidance weight >= 0")
+            raise ConfigError(f"weight={self.weight}: expected a finite guidance weight >= 0")
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature}: expected a finite attention temperature > 0")
+            raise ConfigError(f"temperature={self.temperature}: expected a finite attention temperature > 0")
 
     def weights(self, tokens: int, start: bool, device: torch.device) -> torch.Tensor:
         """(T,) weight of each token in the block's own order; without a start token, token 0 is not transformed."""
         steps = torch.arange(1, tokens + 1) if start else torch.arange(tokens)
-        ramp = steps / max(int(steps[-1]), 1) if self.annealed else torch.ones(tokens)
-        return (self.weight * ramp.double()).to(device)
+        ramp = steps.double() / max(int(steps[-1]), 1) if self.annealed else torch.ones(tokens, dtype=torch.float64)
+        return (self.weight * ramp).to(device)
 
 
 class Flow(nn.Module):
@@ -77,6 +80,20 @@ class Flow(nn.Module):
             self.register_buffer("prior_variance", torch.ones(rows * columns, config.token_dim))
         else:
             self.prior_variance = None
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> Flow:
+        """Flow of a checkpoint folder, or of a bundled checkpoint by name ("digits"), in eval mode.
+
+        dtype: dtype to convert the weights to; None keeps theirs. Raises CheckpointError.
+        """
+        return from_pretrained(cls, folder, device, dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors and config.json into a folder, each file whole or not at all."""
+        save_pretrained(self, folder)
 
     @property
     def device(self) -> torch.device:
@@ -103,9 +120,10 @@ class Flow(nn.Module):
         x: torch.Tensor,
         labels: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
+        dropout: float = 0.0,
         backend: str | None = None,
     ) -> FlowOutput:
-        """Data (B, C, H, W) to noise, all tokens at once."""
+        """Data (B, C, H, W) to noise, all tokens at once; dropout: see `starflow_kernels.block_forward`."""
         self._check_context(labels, text, len(x))
         grid, tokens = self._grid(x), self.tokens(x)
         logdet = tokens.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -113,7 +131,7 @@ class Flow(nn.Module):
         for i, block in enumerate(self.blocks):
             labels_i, text_i = self._context(i, labels, text)
             rotary = self._rotary(i, grid, tokens)
-            tokens, block_logdet = block(tokens, labels_i, text_i, rotary, backend=backend)
+            tokens, block_logdet = block(tokens, labels_i, text_i, rotary, dropout=dropout, backend=backend)
             logdet = logdet + block_logdet
             latents.append(tokens)
         return FlowOutput(self.images(tokens, grid), logdet, latents)
@@ -155,15 +173,15 @@ class Flow(nn.Module):
         """Noise (B, C, H, W) to data.
 
         empty_text: (B or 1, L, text_dim) states of the prompt that guidance moves away from, the empty one usually.
-        Raises ValueError when guidance is asked for and there is nothing to tell its two branches apart.
+        Raises ConfigError when guidance is asked for and there is nothing to tell its two branches apart.
         """
         self._check_context(labels, text, len(z))
         grid, tokens = self._grid(z), self.tokens(z)
         conditional = labels is not None or text is not None
         if guidance.weight and not conditional and guidance.temperature == 1:
-            raise ValueError("guidance: needs labels, text, or an attention temperature other than 1")
+            raise ConfigError("guidance: needs labels, text, or an attention temperature other than 1")
         if guidance.weight and text is not None and empty_text is None:
-            raise ValueError("guidance: text needs empty_text, the states of the empty prompt")
+            raise ConfigError("guidance: text needs empty_text, the states of the empty prompt")
         for i in reversed(range(len(self.blocks))):
             block, options = self.blocks[i], {"backend": backend}
             labels_i, text_i = self._context(i, labels, text)
@@ -236,7 +254,8 @@ class Flow(nn.Module):
         text_len = config.text_len if config.text_dim and config.conditioned(block) else 0
         size = config.rotary_size or config.grid[0]
         key = grid, config.head_dim, size, text_len, bool(config.text_len)
-        return _rotary_table(key, torch.promote_types(like.dtype, torch.float32), like.device)
+        table = _rotary_table.__wrapped__ if torch.compiler.is_compiling() else _rotary_table
+        return table(key, torch.promote_types(like.dtype, torch.float32), like.device)
 
 
 @functools.lru_cache(maxsize=32)

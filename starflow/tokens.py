@@ -48,11 +48,11 @@ def rotary_angles(
     text_angles = half - 2 * axis_angles
     rows, columns = grid
     unit = size / math.sqrt(rows * columns)
-    row, column = torch.meshgrid(torch.arange(rows) * unit, torch.arange(columns) * unit, indexing="ij")
+    row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) * unit for n in grid), indexing="ij")
     position = torch.zeros(text_len + rows * columns, 3, dtype=torch.float64)
     position[text_len:, 0], position[text_len:, 1] = row.flatten(), column.flatten()
     if text_len:
-        position[:text_len, 2] = torch.arange(text_len) * (size / text_len)
+        position[:text_len, 2] = torch.arange(text_len, dtype=torch.float64) * (size / text_len)
     axis, text = (
         ROTARY_BASE ** -(torch.arange(n, dtype=torch.float64) / max(n, 1)) for n in (axis_angles, text_angles)
     )

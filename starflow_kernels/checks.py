@@ -21,7 +21,9 @@ def check_tensor(name: str, value: object, shape: tuple[int | str, ...], like: t
 
 
 def check_finite(name: str, value: torch.Tensor) -> None:
-    """Raise ValueError when a sampler's input holds NaN or infinity."""
+    """Raise ValueError when a sampler's input holds NaN or infinity; compiled code goes without."""
+    if torch.compiler.is_compiling():
+        return
     bad = (~torch.isfinite(value)).sum().item()
     if bad:
         raise ValueError(f"{name}: {bad} of {value.numel()} values are not finite")
@@ -31,6 +33,17 @@ def check_range(name: str, value: float, low: float) -> None:
     """Raise ValueError unless low < value < infinity."""
     if not low < value < float("inf"):
         raise ValueError(f"{name}={value}: expected a finite number > {low:g}")
+
+
+def check_guidance(value: object, rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Guidance weights as a (rows, tokens) tensor."""
+    if not isinstance(value, (int, float, torch.Tensor)):
+        raise TypeError(f"guidance: expected a number or a tensor, got {type(value).__name__}")
+    weight = torch.as_tensor(value, dtype=dtype, device=device)
+    try:
+        return weight.expand(rows, tokens)
+    except RuntimeError:
+        raise ValueError(f"guidance: shape {tuple(weight.shape)} does not broadcast to ({rows}, {tokens})") from None
 
 
 def _text(shape: tuple) -> str:

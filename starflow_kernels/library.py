@@ -31,20 +31,25 @@ def define(op: str, arguments: str, returns: str, *, fake: Callable, reference: 
 def differentiable(op: str, arguments: str, inputs: int, reference: Callable) -> None:
     """Give `op` a gradient with respect to its first `inputs` arguments, tensors or None.
 
-    Registers `starflow::op_backward(grads, outputs, arguments)`; `reference` computes it and returns a list of one
-    gradient for each of those arguments that is there.
+    Registers `starflow::op_backward(grads, outputs, arguments)`, which returns a list of one gradient for each of those
+    arguments that is there; grads is None for an output that was not used. `reference` gets zeros there.
     """
     backward = f"{op}_backward"
+
+    def reference_with_zeros(grads, outputs, *args):
+        return reference([torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs)], outputs, *args)
+
     define(
         backward,
-        f"Tensor[] grads, Tensor[] outputs, {arguments}",
+        f"Tensor?[] grads, Tensor[] outputs, {arguments}",
         "Tensor[]",
         fake=lambda grads, outputs, *args: [a.new_empty(a.shape) for a in args[:inputs] if a is not None],
-        reference=reference,
+        reference=reference_with_zeros,
     )
     backward_op = getattr(torch.ops.starflow, backward)
 
     def setup_context(ctx, inputs, keyword_only_inputs, output):
+        ctx.set_materialize_grads(False)
         ctx.backend = keyword_only_inputs["backend"]
         ctx.outputs = len(output)
         ctx.constants = [None if isinstance(a, torch.Tensor) else (a,) for a in inputs]

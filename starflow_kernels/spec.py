@@ -84,10 +84,16 @@ class BlockSpec:
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if self.rotary != "none" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even head size")
+        # Computed here and not on demand: torch.compile traces neither cached_property nor json.
+        object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self)))
+        object.__setattr__(self, "_weight_shapes", self._shapes())
 
-    @functools.cached_property
+    @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every weight, in the order in which the block ops take them."""
+        return self._weight_shapes
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         D, C = self.token_dim, self.channels
         shapes: dict[str, tuple[int, ...]] = {}
 
@@ -132,7 +138,7 @@ class BlockSpec:
 
     def to_json(self) -> str:
         """Text form, as the `spec` argument of the registered block ops takes it."""
-        return json.dumps(dataclasses.asdict(self))
+        return self._json
 
     @staticmethod
     @functools.lru_cache(maxsize=256)

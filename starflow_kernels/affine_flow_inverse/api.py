@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import check_tensor
+from ..checks import check_guidance, check_tensor
 from ..library import define
 from ..spec import AffineSpec, GuidanceRule, check_choice
 from . import reference
@@ -45,8 +45,8 @@ def affine_flow_inverse(
             first the B with the condition, then the same B without.
         guidance: weight w, a number or a tensor that broadcasts to (B, n); None for one set of parameters.
         rule: "tarflow" extrapolates the raw outputs, r_c + w (r_c - r_u), after the soft clip (arXiv 2412.06329,
-            section 2.6); "starflow" takes the Gaussian of density p_c^(1 + w) / p_u^(w s) with
-            s = min(sigma_c / sigma_u, 1)^2 (arXiv 2506.06276, section 3.4).
+            section 2.6); "starflow" takes the Gaussian of density p_c^(1 + w) / p_u^(w k) with
+            k = min(sigma_u / sigma_c, 1)^2 (arXiv 2506.06276, section 3.4).
         out: (B, n, D) tensor of the dtype of z to write into, z itself allowed; no gradient then.
         backend: name of a backend; None takes the first that can.
 
@@ -63,13 +63,10 @@ def affine_flow_inverse(
     rows = B if guidance is None else 2 * B
     check_tensor("params", params, (rows, n, spec.params_dim(D)), like=z)
     if guidance is not None:
-        guidance = torch.as_tensor(guidance, dtype=reference.accumulation_dtype(z.dtype), device=z.device)
-        try:
-            guidance = guidance.expand(B, n)
-        except RuntimeError:
-            raise ValueError(f"guidance: shape {tuple(guidance.shape)} does not broadcast to ({B}, {n})") from None
+        guidance = check_guidance(guidance, B, n, reference.accumulation_dtype(z.dtype), z.device)
     args = (z, params, guidance, spec.scale, spec.soft_clip, rule)
-    if out is None and torch.is_grad_enabled() and (z.requires_grad or params.requires_grad):
+    needs_grad = any(t is not None and t.requires_grad for t in (z, params, guidance))
+    if out is None and torch.is_grad_enabled() and needs_grad:
         return reference.affine_flow_inverse(*args)
     if out is None:
         return torch.ops.starflow.affine_flow_inverse(*args, backend=backend)

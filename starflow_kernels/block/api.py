@@ -8,7 +8,7 @@ import torch
 
 from .. import native
 from ..affine_flow.api import empty_logdet
-from ..checks import check_finite, check_range, check_tensor
+from ..checks import check_finite, check_guidance, check_range, check_tensor
 from ..dispatch import register
 from ..library import define
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
@@ -44,6 +44,7 @@ def block_forward(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     logdet: Logdet = "sum",
+    dropout: float = 0.0,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Data to noise through one flow block, all tokens at once (arXiv 2412.06329, eq. 3; 2506.06276, section 3).
@@ -56,6 +57,7 @@ def block_forward(
         prefix: (B, L, text_dim) states that stand in front of the tokens, causal with them.
         cos, sin: (L + T, head_dim / 2) of the rotary angles, in the block's own order.
         logdet: "sum", "mean" or "none", as in `affine_flow`.
+        dropout: probability of dropout on the residual branches, where a gradient is asked for.
         backend: name of a backend; None takes the first that can.
 
     Returns:
@@ -66,17 +68,23 @@ def block_forward(
         TypeError, ValueError: an argument of the wrong kind, shape, device or value.
     """
     check_choice("logdet", logdet, Logdet)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: expected a probability of at least 0 and below 1")
     check_tensor("x", x, ("B", "T", spec.token_dim))
     tensors = _check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
-    args = (x, tensors, cond, prefix, cos, sin, spec.to_json(), logdet)
-    inputs = (x, *tensors, cond, prefix)
+    context, inputs = (cond, prefix, cos, sin), (x, *tensors, cond, prefix)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return reference.block_forward(
-            *args,
+        return reference.compose(
+            x,
+            tensors,
+            *context,
+            spec,
+            logdet,
             attention=lambda *a: torch.ops.starflow.causal_attention(*a, backend=backend),
             head=lambda *a: torch.ops.starflow.flow_head(*a, backend=backend),
+            dropout=dropout,
         )
-    return torch.ops.starflow.block_forward(*args, backend=backend)
+    return torch.ops.starflow.block_forward(x, tensors, *context, spec.to_json(), logdet, backend=backend)
 
 
 def block_inverse(
@@ -117,10 +125,7 @@ def block_inverse(
     check_finite("z", z)
     B, T, _ = z.shape
     if guidance is not None:
-        try:
-            guidance = torch.as_tensor(guidance, dtype=torch.float64, device=z.device).expand(B, T)
-        except RuntimeError:
-            raise ValueError(f"guidance: does not broadcast to ({B}, {T})") from None
+        guidance = check_guidance(guidance, B, T, torch.float64, z.device)
     elif temperature != 1:
         raise ValueError(f"temperature={temperature} tempers the rows without a condition: it needs guidance")
     rows = B if guidance is None else 2 * B
@@ -137,9 +142,11 @@ def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[to
         raise ValueError(f"weights: missing {sorted(missing)}, unknown {sorted(unknown)}")
     for name, shape in spec.weight_shapes.items():
         check_tensor(f"weights[{name!r}]", weights[name], shape, like=x)
+    if len({weights[name].dtype for name in spec.weight_shapes}) > 1:
+        raise TypeError(f"weights: expected one dtype, got {sorted({str(w.dtype) for w in weights.values()})}")
     T = x.shape[1]
     if spec.positions not in (0, T):
-        raise ValueError(f"{T} tokens, but the learned position table has {spec.positions}")
+        raise ValueError(f"x or z: {T} tokens, but the learned position table has {spec.positions}")
     if cond is not None:
         check_tensor("cond", cond, (rows, spec.channels), like=x)
     if (prefix is not None) and not spec.text_dim:

@@ -54,8 +54,11 @@ def positions(w: Weights, spec: BlockSpec) -> torch.Tensor | None:
     return w["pos_embed"].flip(0) if spec.flip else w["pos_embed"]
 
 
-def network(h: torch.Tensor, w: Weights, spec: BlockSpec, attention: Callable) -> torch.Tensor:
-    """The causal transformer on (B, n, C); attention(layer, q, k, v) decides what the n tokens see."""
+def network(h: torch.Tensor, w: Weights, spec: BlockSpec, attention: Callable, dropout: float = 0.0) -> torch.Tensor:
+    """The causal transformer on (B, n, C); attention(layer, q, k, v) decides what the n tokens see.
+
+    dropout: probability with which elements of a residual branch vanish in training.
+    """
     groups = [spec.heads, spec.kv_heads, spec.kv_heads]
     for i in range(spec.layers):
         layer = f"layers.{i}"
@@ -64,27 +67,29 @@ def network(h: torch.Tensor, w: Weights, spec: BlockSpec, attention: Callable) -
         if spec.qk_norm:
             q, k = rms_norm(q, w[f"{layer}.q_norm.weight"]), rms_norm(k, w[f"{layer}.k_norm.weight"])
         y = linear(attention(i, q, k, v).flatten(-2), w, f"{layer}.proj")
-        h = h + (rms_norm(y, w[f"{layer}.attn_post_norm.weight"]) if spec.post_norm else y)
+        y = rms_norm(y, w[f"{layer}.attn_post_norm.weight"]) if spec.post_norm else y
+        h = h + (F.dropout(y, dropout) if dropout else y)
         y = mlp(norm(h, w, f"{layer}.mlp_norm", spec), w, layer, spec)
-        h = h + (rms_norm(y, w[f"{layer}.mlp_post_norm.weight"]) if spec.post_norm else y)
+        y = rms_norm(y, w[f"{layer}.mlp_post_norm.weight"]) if spec.post_norm else y
+        h = h + (F.dropout(y, dropout) if dropout else y)
     return h
 
 
-def block_forward(
+def compose(
     x: torch.Tensor,
     weights: list[torch.Tensor],
     cond: torch.Tensor | None,
     prefix: torch.Tensor | None,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
-    spec: str,
+    spec: BlockSpec,
     logdet: str,
     *,
     attention: Callable = causal_attention,
     head: Callable = flow_head,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise and log-determinant of data, all tokens at once."""
-    spec = BlockSpec.from_json(spec)
+    """Noise and log-determinant of data, all tokens at once, from an attention and a head."""
     w = dict(zip(spec.weight_shapes, weights))
     tokens = x.flip(1) if spec.flip else x
     if spec.start:
@@ -93,7 +98,7 @@ def block_forward(
     h = embed(tokens, w, cond, positions(w, spec))
     if prefix is not None:
         h = torch.cat([linear(prefix.to(w["proj_text.weight"].dtype), w, "proj_text"), h], dim=1)
-    h = network(h, w, spec, lambda i, q, k, v: attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0])
+    h = network(h, w, spec, lambda i, q, k, v: attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0], dropout)
     return head(
         x,
         h[:, h.shape[1] - x.shape[1] :],
@@ -106,6 +111,11 @@ def block_forward(
         spec.flip,
         logdet,
     )
+
+
+def block_forward(x, weights, cond, prefix, cos, sin, spec: str, logdet: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as an op, whose spec is text."""
+    return compose(x, weights, cond, prefix, cos, sin, BlockSpec.from_json(spec), logdet)
 
 
 def block_inverse(

@@ -55,22 +55,25 @@ def cached_attention(
     """
     check_tensor("k_cache", k_cache, ("B", "S", "H_kv", "d"))
     S = k_cache.shape[1]
-    check_attention(q, k, v, cos, sin, rotary, window, temperature, angles=S)
+    check_attention(q, k, v, cos, sin, rotary, window, temperature, cache=S)
     B, n = q.shape[:2]
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, cache, (B, S, *k.shape[2:]), like=q)
         if cache.dtype != q.dtype:
             raise TypeError(f"{name}: dtype {cache.dtype}, expected that of q, {q.dtype}")
     if isinstance(lengths, int):
-        longest = lengths
+        shortest = longest = lengths
         lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device)
     else:
+        if not isinstance(lengths, torch.Tensor):
+            raise TypeError(f"lengths: expected an int or an int32 tensor ({B},), got {type(lengths).__name__}")
         if lengths.dtype != torch.int32 or lengths.shape != (B,):
             raise ValueError(f"lengths: expected int32 ({B},), got {lengths.dtype} {tuple(lengths.shape)}")
         readable = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-        longest = int(lengths.max()) if readable else 0
-    if longest < 0 or longest + n > S:
-        raise ValueError(f"lengths: {longest} cached and {n} new tokens do not fit a cache of {S}")
-    return torch.ops.starflow.cached_attention(
-        q, k, v, k_cache, v_cache, lengths, cos, sin, rotary, window or 0, temperature, backend=backend
-    )
+        shortest, longest = (int(m) for m in lengths.aminmax()) if readable else (0, 0)
+    if shortest < 0 or longest + n > S:
+        raise ValueError(f"lengths: {shortest} .. {longest} cached and {n} new tokens do not fit a cache of {S}")
+    with torch.no_grad():
+        return torch.ops.starflow.cached_attention(
+            q, k, v, k_cache, v_cache, lengths, cos, sin, rotary, window or 0, temperature, backend=backend
+        )

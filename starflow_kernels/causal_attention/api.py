@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..checks import check_range, check_tensor
+from ..dispatch import register
 from ..library import define, differentiable
 from ..spec import Rotary, check_choice
-from . import reference
+from . import reference, sdpa
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str rotary, int window, float temperature"
 
@@ -19,18 +20,21 @@ def _fake(q, *args):
 
 define("causal_attention", ARGUMENTS, "(Tensor, Tensor)", fake=_fake, reference=reference.causal_attention)
 differentiable("causal_attention", ARGUMENTS, 3, reference.causal_attention_backward)
+register("causal_attention", "sdpa", sdpa.causal_attention, sdpa.refuse)
+register("causal_attention_backward", "sdpa", sdpa.causal_attention_backward, sdpa.refuse_backward)
 
 
-def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperature: float, angles: int) -> None:
-    """Checks that the parallel and the cached attention share; `angles`: rows of cos and sin."""
+def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperature: float, cache: int = 0) -> None:
+    """Checks that the parallel and the cached attention share; cos and sin have a row a token, or a cache position."""
     check_choice("rotary", rotary, Rotary)
     check_tensor("q", q, ("B", "T", "H", "d"))
     B, T, H, d = q.shape
+    angles = cache or T
     check_tensor("k", k, (B, T, "H_kv", d), like=q)
     check_tensor("v", v, tuple(k.shape), like=q)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ")
-    if H % k.shape[2]:
+    if not k.shape[2] or H % k.shape[2]:
         raise ValueError(f"k: {k.shape[2]} heads do not divide the {H} heads of q")
     if (rotary == "none") != (cos is None) or (cos is None) != (sin is None):
         raise ValueError(
@@ -83,6 +87,6 @@ def causal_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, device or value.
     """
-    check_attention(q, k, v, cos, sin, rotary, window, temperature, angles=q.shape[1] if q.ndim > 1 else 0)
+    check_attention(q, k, v, cos, sin, rotary, window, temperature)
     out, lse = torch.ops.starflow.causal_attention(q, k, v, cos, sin, rotary, window or 0, temperature, backend=backend)
     return (out, lse) if return_lse else out

@@ -44,10 +44,10 @@ def flow_head_backward(grads, outputs, x, h, weight, bias, norm_weight, *options
     y = normalized(h, weight, norm_weight)
     grad_x, grad_params = params_gradient(grads, outputs[0], x, F.linear(y, weight, bias), *options)
     wide = accumulation_dtype(h.dtype)
-    found = [grad_x.to(x.dtype), None, torch.einsum("btp,btc->pc", grad_params, y.to(grad_params.dtype))]
+    found = [grad_x.to(x.dtype), None, grad_params.flatten(0, 1).T @ y.flatten(0, 1).to(grad_params.dtype)]
     if bias is not None:
         found.append(grad_params.sum((0, 1)))
-    grad_h = torch.einsum("btp,pc->btc", grad_params, weight.to(grad_params.dtype)).to(wide)
+    grad_h = (grad_params @ weight.to(grad_params.dtype)).to(wide)
     if norm_weight is not None:
         hw = h.to(wide)
         r = torch.rsqrt(hw.square().mean(-1, keepdim=True) + RMS_EPS)

@@ -60,6 +60,9 @@ def solve_inverse(
     if method != "sequential":
         raise ValueError(f"method={method!r}: expected 'sequential'")
     B, T, D = z.shape
+    if order is not None and (not isinstance(order, torch.Tensor) or order.is_floating_point()):
+        given = order.dtype if isinstance(order, torch.Tensor) else type(order).__name__
+        raise TypeError(f"order: expected an integer tensor, got {given}")
     order = torch.arange(T) if order is None else order.cpu()
     if not torch.equal(order.sort().values, torch.arange(T)):
         raise ValueError(f"order: expected a permutation of 0 .. {T - 1}, got {order.tolist()}")

@@ -1,0 +1,87 @@
+"""Weights as safetensors with the configuration beside them, loaded strictly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .config import FlowConfig
+from .errors import CheckpointError, ConfigError
+from .files import write_atomically, write_text
+
+if TYPE_CHECKING:
+    from .flow import Flow
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+BUNDLED = Path(__file__).parent / "checkpoints"
+
+
+def save_pretrained(flow: Flow, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write config.json and model.safetensors, each atomically; `state` in place of the flow's own weights."""
+    folder = Path(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or flow.state_dict()).items()}
+
+    def write(path: Path) -> None:
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+
+    write_atomically(folder / WEIGHTS, write)
+    write_text(folder / CONFIG, json.dumps(flow.config.to_dict(), indent=2) + "\n")
+
+
+def from_pretrained(
+    kind: type[Flow], folder: str | Path, device: str | torch.device, dtype: torch.dtype | None
+) -> Flow:
+    """Read what `save_pretrained` wrote; a folder's path, or the name of a bundled checkpoint.
+
+    Raises CheckpointError when a file is missing or damaged, or when names, shapes or dtypes of the weights differ from
+    those of the configuration.
+    """
+    folder = resolve(folder)
+    try:
+        config = FlowConfig.load(folder / CONFIG)
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint {folder}: {error}") from None
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from None
+    with torch.device("meta"):
+        flow = kind(config)
+    check_state(flow, state, folder / WEIGHTS)
+    flow.load_state_dict(state, assign=True)
+    return flow.to(device=device, dtype=dtype).eval()
+
+
+def check_state(flow: Flow, state: dict[str, torch.Tensor], source: Path) -> None:
+    """Raise CheckpointError unless the names and shapes in `state` are those of the flow."""
+    expected = flow.state_dict()
+    for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise CheckpointError(f"{source} {problem} weights {shown}: it does not fit its {CONFIG}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{source}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"its {CONFIG} asks for a floating {tuple(expected[name].shape)}"
+            )
+
+
+def resolve(folder: str | Path) -> Path:
+    """Folder of a checkpoint, or of a bundled one by its name."""
+    path = Path(folder)
+    if not path.exists() and (BUNDLED / path / CONFIG).exists():
+        return BUNDLED / path
+    if not (path / CONFIG).exists():
+        names = sorted(p.name for p in BUNDLED.iterdir()) if BUNDLED.exists() else []
+        raise CheckpointError(f"no checkpoint at {path} ({CONFIG} is not there); bundled: {', '.join(names) or 'none'}")
+    return path

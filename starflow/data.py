@@ -1,0 +1,214 @@
+"""Data sets: scikit-learn's digits, crops of its two photographs, and any folder of images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset, Sampler
+
+from starflow_kernels.spec import check_choice
+
+from .errors import ConfigError, DataError
+
+Source = Literal["digits", "photos", "folder"]
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+DIGITS_HELD_OUT = 360
+PHOTO_HELD_OUT_COLUMNS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images to train on and to hold out.
+
+    source: "digits" (1797 8x8 images, 17 levels, 10 classes; 360 held out, stratified), "photos" (crops of `size`
+        from two photographs, a class each; the right 128 columns are held out) or "folder" (path/CLASS/*.png and so
+        on, classes from folder names; a fraction `held_out` of each class is held out).
+    size: side of the images in pixels; images of a folder must have it unless `resize` scales and centre-crops them.
+    seed: of the choice of held-out images.
+    """
+
+    source: Source = "digits"
+    path: str = ""
+    size: int = 8
+    resize: bool = False
+    held_out: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self):
+        try:
+            check_choice("source", self.source, Source)
+        except ValueError as error:
+            raise ConfigError(f"data: {error}") from None
+        if (self.source == "folder") != bool(self.path):
+            raise ConfigError(f"data: path={self.path!r} goes with source 'folder', and only with it")
+        if self.source == "digits" and self.size != 8:
+            raise ConfigError(f"data: size={self.size}, but digits are 8x8")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"data: held_out={self.held_out} is not a fraction of at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet(Dataset):
+    """Images by index. fetch(index) gives uint8 (C, H, W) with values below `levels`; labels is int64 (N,)."""
+
+    fetch: Callable[[int], torch.Tensor]
+    labels: torch.Tensor
+    levels: int
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.fetch(index), self.labels[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShuffledBatches(Sampler):
+    """Indices of the batches of the steps first .. last - 1, without replacement within an epoch.
+
+    A batch is a function of the seed and its step alone; the remainder of an epoch that fills no batch is left out.
+    """
+
+    count: int
+    batch_size: int
+    seed: int
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = min(self.batch_size, self.count)
+        for step in range(self.first, self.last):
+            epoch, position = divmod(step, self.count // size)
+            if position == 0 or step == self.first:
+                order = torch.randperm(self.count, generator=generator(self.seed, epoch, 0)).tolist()
+            yield order[position * size : (position + 1) * size]
+
+
+def load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    """Training and held-out images."""
+    return {"digits": _digits, "photos": _photos, "folder": _folder}[config.source](config)
+
+
+def generator(*key: int) -> torch.Generator:
+    """Random numbers that are a function of the key alone."""
+    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def dequantise(images: torch.Tensor, levels: int, noise_std: float, random: torch.Generator) -> torch.Tensor:
+    """float32 images on [-1, 1] of integer grey levels.
+
+    noise_std 0: uniform dequantisation, (k + u) / levels * 2 - 1; otherwise k / (levels - 1) * 2 - 1 plus Gaussian
+    noise (arXiv 2412.06329, sections 2.4 and 3).
+    """
+    k = images.float()
+    if noise_std == 0:
+        return (k + torch.rand(k.shape, generator=random)) / levels * 2 - 1
+    return k / (levels - 1) * 2 - 1 + noise_std * torch.randn(k.shape, generator=random)
+
+
+def quantise(images: torch.Tensor, levels: int, noise_std: float) -> torch.Tensor:
+    """Nearest uint8 pixel values 0 .. 255 of images on [-1, 1]: the inverse of `dequantise` up to the noise."""
+    unit = (images.float().cpu() + 1) / 2
+    k = (unit * levels).floor() if noise_std == 0 else (unit * (levels - 1)).round()
+    return (k.clamp(0, levels - 1) * (255 / (levels - 1))).round().to(torch.uint8)
+
+
+def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    parts = train_test_split(
+        np.arange(len(labels)), test_size=DIGITS_HELD_OUT, random_state=config.seed, stratify=labels
+    )
+    classes = tuple(map(str, range(10)))
+    return tuple(ImageSet(partial(_row, images[part]), labels[part], 17, classes) for part in parts)
+
+
+def _row(images: torch.Tensor, index: int) -> torch.Tensor:
+    return images[index]
+
+
+def _photos(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    from sklearn.datasets import load_sample_images
+
+    size, photos = config.size, [torch.from_numpy(i.copy()).permute(2, 0, 1) for i in load_sample_images().images]
+    height, width = photos[0].shape[1:]
+    border = width - PHOTO_HELD_OUT_COLUMNS
+    if not 1 <= size <= PHOTO_HELD_OUT_COLUMNS:
+        raise DataError(f"photos: crops of size={size} do not fit the held-out {PHOTO_HELD_OUT_COLUMNS} columns")
+
+    def crops(left: int, right: int, stride: int) -> ImageSet:
+        corners = [
+            (photo, top, column)
+            for photo in range(len(photos))
+            for top in range(0, height - size + 1, stride)
+            for column in range(left, right - size + 1, stride)
+        ]
+        labels = torch.tensor([photo for photo, _, _ in corners])
+        return ImageSet(partial(_crop, photos, corners, size), labels, 256, ("china", "flower"))
+
+    return crops(0, border, max(1, size // 8)), crops(border, width, size)
+
+
+def _crop(photos: list[torch.Tensor], corners: list[tuple[int, int, int]], size: int, index: int) -> torch.Tensor:
+    photo, top, column = corners[index]
+    return photos[photo][:, top : top + size, column : column + size]
+
+
+def _folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    root = Path(config.path)
+    if not root.is_dir():
+        raise DataError(f"no folder of images at {root}")
+    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir()))
+    files = [[p for p in sorted((root / name).rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES] for name in classes]
+    if not any(files):
+        raise DataError(f"no images in {root}: expected {root}/CLASS/*.png (or .jpg, .webp, ...)")
+    parts: tuple[list, list] = [], []
+    for label, paths in enumerate(files):
+        order = torch.randperm(len(paths), generator=generator(config.seed, label)).tolist()
+        cut = round(len(paths) * config.held_out)
+        parts[1].extend((paths[i], label) for i in sorted(order[:cut]))
+        parts[0].extend((paths[i], label) for i in sorted(order[cut:]))
+
+    def image_set(items: list[tuple[Path, int]]) -> ImageSet:
+        paths = [path for path, _ in items]
+        labels = torch.tensor([label for _, label in items], dtype=torch.int64)
+        return ImageSet(partial(_read, paths, config.size, config.resize), labels, 256, classes)
+
+    return image_set(parts[0]), image_set(parts[1])
+
+
+def _read(paths: list[Path], size: int, resize: bool, index: int) -> torch.Tensor:
+    return read_image(paths[index], size, resize)
+
+
+def read_image(path: Path, size: int, resize: bool) -> torch.Tensor:
+    """uint8 (3, size, size) of an image file; with `resize` its shorter side is scaled and its centre cropped."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable image ({error})") from None
+    if resize and image.size != (size, size):
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
+    if image.size != (size, size):
+        raise DataError(f"{path}: {image.width}x{image.height} pixels, expected {size}x{size}; data.resize=true scales")
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)

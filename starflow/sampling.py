@@ -1,0 +1,87 @@
+"""Samples of a flow, with a report of how they were made, and grids of them as PNG."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+
+from .data import generator, quantise
+from .files import write_atomically
+from .flow import Flow, Guidance
+
+MIN_GRID_PIXELS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleReport:
+    """count images in `seconds`, `steps` token steps a batch; certificate: max |flow(x) - z| of one density pass over
+    the samples before denoising, None where it was not asked for or guidance changed the map."""
+
+    count: int
+    steps: int
+    seconds: float
+    images_per_second: float
+    certificate: float | None
+
+
+class Samples(NamedTuple):
+    """images: uint8 (N, C, H, W) on the CPU."""
+
+    images: torch.Tensor
+    report: SampleReport
+
+
+def sample(
+    flow: Flow,
+    count: int,
+    labels: torch.Tensor | None = None,
+    guidance: Guidance = Guidance(),
+    seed: int = 0,
+    batch_size: int = 256,
+    denoise: float = 0.0,
+    certify: bool = False,
+) -> Samples:
+    """Draw images.
+
+    labels: int64 (count,). seed: all noise comes from it, whatever the batch size. batch_size: images at a time.
+    denoise: factor of a step along the score after sampling, see Flow.denoise; 0 for none.
+    """
+    noise = flow.noise(count, generator(seed))
+    start, parts, residual = time.perf_counter(), [], None
+    for z, rows in zip(noise.split(batch_size), torch.arange(count).split(batch_size)):
+        batch_labels = None if labels is None else labels[rows].to(flow.device)
+        x = flow.inverse(z, batch_labels, guidance=guidance)
+        if certify and not guidance.weight:
+            with torch.no_grad():
+                error = (flow(x, batch_labels).z - z).abs().max().item()
+            residual = max(residual or 0.0, error)
+        if denoise:
+            x = flow.denoise(x, batch_labels, factor=denoise)
+        parts.append(quantise(x, flow.config.levels, flow.config.noise_std))
+    seconds = time.perf_counter() - start
+    tokens = math.prod(flow.config.grid) - (0 if flow.config.start else 1)
+    report = SampleReport(count, tokens * len(flow.blocks), seconds, count / seconds, residual)
+    return Samples(torch.cat(parts), report)
+
+
+def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
+    """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG, a pixel apart; a small one is enlarged by an integer."""
+    count, channels, height, width = images.shape
+    rows = math.ceil(count / columns)
+    canvas = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
+        canvas[:, top : top + height, left : left + width] = image
+    save_image(canvas, path, scale=max(1, MIN_GRID_PIXELS // canvas.shape[2]))
+
+
+def save_image(image: torch.Tensor, path: Path, scale: int = 1) -> None:
+    """Write a uint8 image (C, H, W), C 1 or 3, as PNG, each pixel `scale` pixels wide."""
+    pixels = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).squeeze(-1).numpy()
+    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))

@@ -1,0 +1,196 @@
+"""affine_flow: density direction of the affine transform."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import assert_same_row, assert_within_contract, compiled, naive_affine, reduced, strided, with_gradients
+
+from starflow_kernels import AffineSpec, affine_flow, backends
+
+F64 = torch.float64
+SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
+spec_ids = [f"{s.scale}{'-clip' if s.soft_clip else ''}" for s in SPECS]
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=spec_ids)
+every_order = pytest.mark.parametrize(
+    "shift, flip", list(itertools.product([False, True], repeat=2)), ids=["plain", "flip", "shift", "shift-flip"]
+)
+every_logdet = pytest.mark.parametrize("logdet", ["sum", "mean", "none"])
+
+
+@pytest.fixture(params=backends()["affine_flow"])
+def backend(request):
+    return request.param
+
+
+def inputs(spec, B=2, T=5, D=3, dtype=F64):
+    return torch.randn(B, T, D, dtype=dtype), torch.randn(B, T, spec.params_dim(D), dtype=dtype)
+
+
+@every_spec
+@every_order
+@every_logdet
+def test_matches_loops(spec, shift, flip, logdet, backend):
+    x, params = inputs(spec)
+    z, ld = affine_flow(x, params, spec, shift=shift, flip=flip, logdet=logdet, backend=backend)
+    expected, minus_log_sigma = naive_affine(x, params, spec, shift, flip)
+    torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ld, reduced(minus_log_sigma, logdet), rtol=1e-12, atol=1e-12)
+
+
+@every_spec
+@every_order
+def test_logdet_is_that_of_the_jacobian(spec, shift, flip, backend):
+    T, D = 4, 3
+    mix = torch.randn(T, T, dtype=F64).tril(0 if shift else -1)
+    head = torch.randn(D, spec.params_dim(D), dtype=F64)
+
+    def flow(x):
+        own = x.flip(1) if flip else x
+        params = torch.einsum("ts,bsd,dp->btp", mix, own.tanh(), head)
+        return affine_flow(x, params, spec, shift=shift, flip=flip, backend=backend)
+
+    x = torch.randn(1, T, D, dtype=F64)
+    jacobian = torch.autograd.functional.jacobian(lambda x: flow(x)[0], x).reshape(T * D, T * D)
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, flow(x)[1][0], rtol=0, atol=1e-9)
+
+
+@every_spec
+@every_order
+@every_logdet
+def test_gradcheck(spec, shift, flip, logdet, backend):
+    x, params = (t.requires_grad_() for t in inputs(spec, T=3, D=2))
+    options = {"shift": shift, "flip": flip, "logdet": logdet, "backend": backend}
+    assert torch.autograd.gradcheck(lambda x, p: affine_flow(x, p, spec, **options), (x, params))
+
+
+@pytest.mark.parametrize("T", [1, 2, 63, 111])
+@pytest.mark.parametrize("D", [1, 3, 192])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_sizes(T, D, backend):
+    spec = AffineSpec("softplus", 4.0)
+    x, params = inputs(spec, T=T, D=D)
+    z, ld = affine_flow(x, params, spec, shift=True, flip=True, backend=backend)
+    expected, minus_log_sigma = naive_affine(x, params, spec, True, True)
+    torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ld, minus_log_sigma.sum((1, 2)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_spec
+def test_error_contract(dtype, spec, backend):
+    tensors = inputs(spec, T=63, D=5, dtype=dtype)
+    seeds = torch.randn(2, 63, 5, dtype=dtype), torch.randn(2)
+
+    def naive(x, params):
+        z, minus_log_sigma = naive_affine(x, params, spec, shift=True)
+        return z, minus_log_sigma.sum((1, 2))
+
+    actual = with_gradients(lambda x, p: affine_flow(x, p, spec, shift=True, backend=backend), tensors, seeds)
+    plain = with_gradients(naive, tensors, seeds)
+    exact = with_gradients(naive, [t.double() for t in tensors], seeds)
+    assert [t.dtype for t in actual] == [dtype, torch.float32, dtype, dtype]
+    for values in zip(actual, plain, exact):
+        assert_within_contract(*values)
+
+
+@pytest.mark.parametrize("x_dtype, params_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_mixed_dtypes(x_dtype, params_dtype, backend):
+    x, params = inputs(AffineSpec())
+    x, params = x.to(x_dtype).requires_grad_(), params.to(params_dtype).requires_grad_()
+    z, ld = affine_flow(x, params, backend=backend)
+    expected, minus_log_sigma = naive_affine(x.double(), params.double(), AffineSpec())
+    torch.testing.assert_close(z, expected.to(x_dtype), rtol=1e-2 if x_dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    torch.testing.assert_close(ld, minus_log_sigma.sum((1, 2)).float(), rtol=1e-6, atol=1e-6)
+    (z.sum() + ld.sum()).backward()
+    assert (x.grad.dtype, params.grad.dtype) == (x_dtype, params_dtype)
+
+
+@every_order
+@pytest.mark.usefixtures("poisoned_memory")
+def test_strided_inputs_are_read_and_left(shift, flip, backend):
+    spec = AffineSpec("softplus", 4.0)
+    x, params = inputs(spec)
+    z, ld = affine_flow(x, params, spec, shift=shift, flip=flip, backend=backend)
+    copies = strided(x).requires_grad_(), strided(params).requires_grad_()
+    z_strided, ld_strided = affine_flow(*copies, spec, shift=shift, flip=flip, backend=backend)
+    torch.testing.assert_close((z_strided, ld_strided), (z, ld), rtol=1e-14, atol=1e-14)
+    grads = torch.autograd.grad((z_strided * strided(z)).sum(), copies)
+    assert all(g.is_contiguous() and g.isfinite().all() for g in grads)
+    assert torch.equal(copies[0], x) and torch.equal(copies[1], params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_batch_invariance(dtype, backend):
+    spec = AffineSpec("softplus", 4.0)
+    x, params = inputs(spec, B=5, T=63, D=3, dtype=dtype)
+    z, ld = affine_flow(x, params, spec, shift=True, backend=backend)
+    for i in range(5):
+        z_i, ld_i = affine_flow(x[i : i + 1], params[i : i + 1], spec, shift=True, backend=backend)
+        assert_same_row(backend, z_i, z[i : i + 1])
+        assert_same_row(backend, ld_i, ld[i : i + 1])
+
+
+def test_zero_parameters_are_the_identity(backend):
+    x = torch.randn(2, 5, 3, dtype=F64)
+    for scale in ("exp", "softplus"):
+        z, ld = affine_flow(x, torch.zeros(2, 5, 6, dtype=F64), AffineSpec(scale), backend=backend)
+        torch.testing.assert_close(z, x, rtol=1e-15, atol=1e-15)
+        torch.testing.assert_close(ld, torch.zeros_like(ld), rtol=0, atol=1e-14)
+
+
+@every_spec
+def test_opcheck(spec):
+    x, params = (t.requires_grad_() for t in inputs(spec))
+    args = (x, params, spec.scale, spec.soft_clip, True, True, "mean")
+    torch.library.opcheck(torch.ops.starflow.affine_flow.default, args)
+
+
+@pytest.mark.parametrize("logdet", ["sum", "none"])
+def test_opcheck_backward(logdet):
+    x, params = inputs(AffineSpec())
+    options = ("exp", 1.5, True, True, logdet)
+    z, ld = torch.ops.starflow.affine_flow(x, params, *options)
+    grads = [torch.randn_like(z), torch.randn_like(ld)]
+    torch.library.opcheck(torch.ops.starflow.affine_flow_backward.default, (grads, [z, ld], x, params, *options))
+
+
+@pytest.mark.parametrize("compiler, scale", [("aot_eager", "exp"), ("aot_eager", "unit"), ("inductor", "softplus")])
+def test_compiles_as_one_graph(compiler, scale):
+    spec = AffineSpec(scale)
+    tensors, seeds = inputs(spec), (torch.randn(2, 5, 3), torch.randn(2))
+
+    def flow(x, params):
+        return affine_flow(x, params, spec, shift=True, flip=True, logdet="mean")
+
+    eager, graph = (with_gradients(f, tensors, seeds) for f in (flow, compiled(flow, compiler)))
+    torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivative_is_refused(backend):
+    x, params = (t.requires_grad_() for t in inputs(AffineSpec()))
+    z, _ = affine_flow(x, params, backend=backend)
+    (grad,) = torch.autograd.grad(z.square().sum(), params, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": [1.0]}, TypeError, "x: expected a tensor of shape"),
+        ({"x": torch.zeros(2, 3, 2, dtype=torch.int64)}, TypeError, "x: dtype torch.int64"),
+        ({"x": torch.zeros(2, 3)}, ValueError, r"x: expected shape \(B, T, D\), got \(2, 3\)"),
+        ({"params": torch.zeros(2, 3, 2)}, ValueError, r"params: expected shape \(2, 3, 4\), got \(2, 3, 2\)"),
+        ({"params": torch.zeros(1, 3, 4)}, ValueError, "params: expected shape"),
+        ({"params": torch.zeros(2, 3, 4, device="meta")}, ValueError, "params: on meta, expected cpu"),
+        ({"spec": AffineSpec("unit")}, ValueError, r"params: expected shape \(2, 3, 2\)"),
+        ({"logdet": "total"}, ValueError, "logdet='total': expected one of 'sum', 'mean', 'none'"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    arguments = {"x": torch.zeros(2, 3, 2), "params": torch.zeros(2, 3, 4)}
+    with pytest.raises(error, match=message):
+        affine_flow(**{**arguments, **change})

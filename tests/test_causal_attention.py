@@ -1,0 +1,238 @@
+"""causal_attention: rotary, causal and windowed attention of the density direction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import (
+    angles,
+    assert_same_row,
+    assert_within_contract,
+    compiled,
+    naive_attention,
+    naive_rotate,
+    naive_visible,
+    strided,
+    with_gradients,
+)
+
+from starflow_kernels import backends, causal_attention
+
+F64 = torch.float64
+ROTARY = ["none", "interleaved", "half"]
+every_rotary = pytest.mark.parametrize("rotary", ROTARY)
+every_window = pytest.mark.parametrize("window", [None, 1, 3])
+with_and_without_lse = pytest.mark.parametrize("lse", [False, True], ids=["out", "out-lse"])
+every_grouping = pytest.mark.parametrize("H, H_kv", [(2, 2), (4, 2), (3, 1)])
+
+
+@pytest.fixture(params=backends()["causal_attention"])
+def backend(request):
+    return request.param
+
+
+def inputs(B=2, T=7, H=2, H_kv=2, d=8, dtype=F64):
+    return [torch.randn(B, T, heads, d, dtype=dtype) for heads in (H, H_kv, H_kv)]
+
+
+def rotary_options(rotary, T, d, dtype=F64):
+    return {"rotary": rotary, **(angles(T, d, dtype) if rotary != "none" else {})}
+
+
+def naive(q, k, v, cos=None, sin=None, rotary="none", window=None, temperature=1.0):
+    """Output by scaled_dot_product_attention, log-sum-exp of the scores query after query."""
+    T, groups = q.shape[1], q.shape[2] // k.shape[2]
+    q, k = naive_rotate(q, cos, sin, rotary), naive_rotate(k, cos, sin, rotary)
+    out = naive_attention(q, k, v, naive_visible(range(T), T, window), temperature)
+    lse = []
+    for t in range(T):
+        seen = k[:, max(0, t - window + 1) if window else 0 : t + 1].repeat_interleave(groups, dim=2)
+        scores = (q[:, t : t + 1] * seen).sum(-1) / (temperature * q.shape[-1] ** 0.5)
+        lse.append(scores.logsumexp(1))
+    return out, torch.stack(lse, dim=-1)
+
+
+@every_rotary
+@every_window
+@every_grouping
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_matches_sdpa(rotary, window, H, H_kv, temperature, backend):
+    tensors = inputs(H=H, H_kv=H_kv)
+    options = {"window": window, "temperature": temperature, **rotary_options(rotary, 7, 8)}
+    actual = causal_attention(*tensors, **options, return_lse=True, backend=backend)
+    torch.testing.assert_close(actual, naive(*tensors, **options), rtol=1e-12, atol=1e-12)
+    assert torch.equal(causal_attention(*tensors, **options, backend=backend), actual[0])
+
+
+@every_rotary
+@every_window
+@pytest.mark.parametrize("H, H_kv", [(2, 2), (2, 1)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@with_and_without_lse
+def test_gradcheck(rotary, window, H, H_kv, temperature, lse, backend):
+    tensors = [t.requires_grad_() for t in inputs(B=1, T=4, H=H, H_kv=H_kv, d=4)]
+    options = {"window": window, "temperature": temperature, **rotary_options(rotary, 4, 4)}
+
+    def attention(q, k, v):
+        return causal_attention(q, k, v, **options, return_lse=lse, backend=backend)
+
+    assert torch.autograd.gradcheck(attention, tensors)
+
+
+@pytest.mark.parametrize("d", [8, 24, 80])
+@pytest.mark.parametrize("T", [1, 2, 63, 111])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_sizes(T, d, backend):
+    tensors = inputs(T=T, d=d, H_kv=1)
+    options = rotary_options("interleaved", T, d)
+    actual = causal_attention(*tensors, **options, return_lse=True, backend=backend)
+    torch.testing.assert_close(actual, naive(*tensors, **options), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("d", [1, 3, 5])
+def test_odd_head_sizes_without_rotary(d, backend):
+    tensors = inputs(d=d)
+    torch.testing.assert_close(
+        causal_attention(*tensors, return_lse=True, backend=backend), naive(*tensors), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_rotary
+@pytest.mark.parametrize("window", [None, 9])
+@with_and_without_lse
+def test_error_contract(dtype, rotary, window, lse, backend):
+    tensors = inputs(T=63, H=4, H_kv=2, d=24, dtype=dtype)
+    options = {"window": window, "temperature": 0.8, **rotary_options(rotary, 63, 24, torch.float32)}
+    seeds = torch.randn(2, 63, 4, 24, dtype=dtype), torch.randn(2, 4, 63)
+
+    def attention(q, k, v):
+        return causal_attention(q, k, v, **options, return_lse=True, backend=backend)[: 1 + lse]
+
+    def plain_torch(q, k, v):
+        return naive(q, k, v, **options)[: 1 + lse]
+
+    actual = with_gradients(attention, tensors, seeds)
+    plain = with_gradients(plain_torch, tensors, seeds)
+    exact = with_gradients(plain_torch, [t.double() for t in tensors], seeds)
+    assert [t.dtype for t in actual] == [dtype, *[torch.float32] * lse, dtype, dtype, dtype]
+    for values in zip(actual, plain, exact):
+        assert_within_contract(*values)
+
+
+def test_large_scores_stay_finite(backend):
+    q, k, v = (t * s for t, s in zip(inputs(), (100.0, 100.0, 1.0)))
+    actual = causal_attention(q, k, v, return_lse=True, backend=backend)
+    torch.testing.assert_close(actual, naive(q, k, v), rtol=1e-11, atol=1e-11)
+
+
+def test_later_tokens_do_not_reach_earlier_ones(backend):
+    q, k, v = inputs()
+    before = causal_attention(q, k, v, backend=backend)
+    for t in (q, k, v):
+        t[:, 4:] = 1e3
+    after = causal_attention(q, k, v, backend=backend)
+    assert torch.equal(before[:, :4], after[:, :4]) and not torch.equal(before[:, 4:], after[:, 4:])
+
+
+@every_rotary
+@pytest.mark.usefixtures("poisoned_memory")
+def test_strided_inputs_are_read_and_left(rotary, backend):
+    tensors, options = inputs(H=4, H_kv=2), rotary_options(rotary, 7, 8)
+    packed, seeds = torch.cat(tensors, dim=2), (torch.randn(2, 7, 4, 8),)
+    views = packed.split((4, 2, 2), dim=2)
+    turn = {name: strided(t) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
+    expected = with_gradients(lambda *t: [causal_attention(*t, **options)], tensors, seeds)
+    for given in (views, [strided(t) for t in tensors]):
+        actual = with_gradients(lambda *t: [causal_attention(*t, **turn, backend=backend)], given, seeds)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        assert all(torch.equal(a, b) for a, b in zip(given, tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("window", [None, 9])
+def test_batch_invariance(dtype, window, backend):
+    tensors = inputs(B=4, T=63, H=4, H_kv=2, dtype=dtype)
+    options = {"window": window, **rotary_options("half", 63, 8, dtype), "return_lse": True, "backend": backend}
+    batch = causal_attention(*tensors, **options)
+    for i in range(4):
+        for alone, batched in zip(causal_attention(*(t[i : i + 1] for t in tensors), **options), batch):
+            assert_same_row(backend, alone, batched[i : i + 1])
+
+
+@pytest.mark.parametrize("rotary, window", [("none", 0), ("interleaved", 3), ("half", 0)])
+def test_opcheck(rotary, window):
+    tensors = inputs(H=4, H_kv=2)
+    options = rotary_options(rotary, 7, 8)
+    args = (options.get("cos"), options.get("sin"), rotary, window, 0.7)
+    outputs = list(torch.ops.starflow.causal_attention(*tensors, *args))
+    grads = [torch.randn_like(t) for t in outputs]
+    backward = torch.ops.starflow.causal_attention_backward.default
+    torch.library.opcheck(backward, (grads, outputs, *tensors, *args))
+    torch.library.opcheck(torch.ops.starflow.causal_attention.default, (*(t.requires_grad_() for t in tensors), *args))
+
+
+@pytest.mark.parametrize(
+    "compiler, rotary", [("aot_eager", "none"), ("aot_eager", "half"), ("inductor", "interleaved")]
+)
+def test_compiles_as_one_graph(compiler, rotary):
+    tensors, options = inputs(H=4, H_kv=2), rotary_options(rotary, 7, 8)
+    seeds = torch.randn(2, 7, 4, 8), torch.randn(2, 4, 7)
+
+    def attention(q, k, v):
+        return causal_attention(q, k, v, **options, window=3, return_lse=True)
+
+    eager, graph = (with_gradients(f, tensors, seeds) for f in (attention, compiled(attention, compiler)))
+    torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivative_is_refused(backend):
+    q, k, v = (t.requires_grad_() for t in inputs())
+    (grad,) = torch.autograd.grad(causal_attention(q, k, v, backend=backend).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def heads(*shape, **options):
+    return torch.zeros(*shape, **options)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"q": [0.0]}, TypeError, "q: expected a tensor"),
+        ({"q": heads(2, 3, 4)}, ValueError, r"q: expected shape \(B, T, H, d\), got \(2, 3, 4\)"),
+        ({"k": heads(2, 4, 2, 4)}, ValueError, r"k: expected shape \(2, 3, H_kv, 4\)"),
+        ({"k": heads(2, 3, 2, 4, dtype=torch.int32)}, TypeError, "k: dtype torch.int32"),
+        ({"v": heads(2, 3, 1, 4)}, ValueError, r"v: expected shape \(2, 3, 2, 4\)"),
+        ({"v": heads(2, 3, 2, 4, device="meta")}, ValueError, "v: on meta, expected cpu"),
+        ({"v": heads(2, 3, 2, 4, dtype=F64)}, TypeError, "q, k, v: dtypes torch.float32, torch.float32, torch.float64"),
+        ({"q": heads(2, 3, 3, 4)}, ValueError, "k: 2 heads do not divide the 3 heads of q"),
+        ({"k": heads(2, 3, 0, 4), "v": heads(2, 3, 0, 4)}, ValueError, "k: 0 heads do not divide the 2"),
+        ({"rotary": "neox"}, ValueError, "rotary='neox': expected one of 'none', 'interleaved', 'half'"),
+        ({"rotary": "half"}, ValueError, "cos, sin: both are needed with rotary='half'"),
+        ({"rotary": "half", "cos": heads(3, 2)}, ValueError, "cos, sin: both are needed"),
+        ({"cos": heads(3, 2), "sin": heads(3, 2)}, ValueError, "cos, sin: given, but rotary='none'"),
+        ({"rotary": "half", "cos": heads(4, 2), "sin": heads(3, 2)}, ValueError, r"cos: expected shape \(3, 2\)"),
+        ({"rotary": "half", "cos": heads(3, 2), "sin": heads(3, 1)}, ValueError, r"sin: expected shape \(3, 2\)"),
+        (
+            {"rotary": "half", "cos": heads(3, 2, requires_grad=True), "sin": heads(3, 2)},
+            ValueError,
+            "cos, sin: the rotary angles carry no gradient",
+        ),
+        ({"window": 0}, ValueError, "window=0: expected at least 1, or None"),
+        ({"temperature": 0.0}, ValueError, "temperature=0.0: expected a finite number > 0"),
+        ({"temperature": float("nan")}, ValueError, "temperature=nan"),
+        ({"temperature": float("inf")}, ValueError, "temperature=inf"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    arguments = {name: heads(2, 3, 2, 4) for name in "qkv"}
+    with pytest.raises(error, match=message):
+        causal_attention(**{**arguments, **change})
+
+
+def test_odd_head_size_with_rotary_is_refused():
+    q = heads(2, 3, 2, 5)
+    with pytest.raises(ValueError, match="q: rotary positions need an even head size, got 5"):
+        causal_attention(q, q, q, rotary="half", cos=heads(3, 2), sin=heads(3, 2))

@@ -1,0 +1,218 @@
+"""The command line, in process and as a program: reports, reproducibility, and errors in one line."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from starflow import Flow
+from starflow.cli import main, parser
+from starflow.settings import presets, read_settings
+
+TINY = {
+    "model": {
+        "image_size": 8, "image_channels": 1, "patch_size": 4, "channels": 16, "layers": [1, 1], "head_dim": 8,
+        "num_classes": 10, "levels": 17,
+    },
+    "data": {"source": "digits"},
+    "training": {"steps": 3, "batch_size": 16, "learning_rate": 1e-3, "log_every": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return str(path)
+
+
+@pytest.fixture
+def run(tmp_path, settings):
+    folder = str(tmp_path / "run")
+    assert main(["train", "--config", settings, "--out", folder, "--quiet"]) == 0
+    return folder
+
+
+def digest(path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def fails(capsys, *arguments: str) -> str:
+    """The single line of an error that exits with 2."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and error.startswith("starflow") and "\n" not in error
+    return error
+
+
+def test_train_writes_a_run_and_a_report(tmp_path, settings):
+    report = tmp_path / "report.json"
+    out = tmp_path / "run"
+    assert main(["train", "--config", settings, "--out", str(out), "--quiet", "--json", str(report)]) == 0
+    written = {p.name for p in out.iterdir()}
+    assert written == {"config.json", "model.safetensors", "settings.yaml", "metrics.jsonl", "training.pt", "samples"}
+    measured = json.loads(report.read_text())["results"]
+    assert measured["steps"] == 3 and measured["last"]["step"] == 3
+
+
+def test_seeds_reproduce_to_the_bit(tmp_path, settings):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        arguments = ["--config", settings, "--quiet", "--seed", seed, "--set", "training.dropout=0.1"]
+        assert main(["train", "--out", str(tmp_path / name), *arguments]) == 0
+        sample = ["--num", "12", "--seed", seed, "--out", str(tmp_path / name / "drawn")]
+        assert main(["sample", "--checkpoint", str(tmp_path / "a"), *sample]) == 0
+    weights = [digest(tmp_path / name / "model.safetensors") for name in "abc"]
+    grids = [digest(tmp_path / name / "drawn" / "grid.png") for name in "abc"]
+    assert weights[0] == weights[1] != weights[2] and grids[0] == grids[1] != grids[2]
+
+
+def test_sample(tmp_path, run, capsys):
+    out = tmp_path / "drawn"
+    arguments = ["sample", "--checkpoint", run, "--out", str(out), "--num", "20", "--batch-size", "7", "--certify"]
+    assert main([*arguments, "--images", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out.split("\n", 1)[1])
+    assert report["results"]["certificate"] < 1e-4 and report["results"]["count"] == 20
+    assert len(list(out.glob("0*.png"))) == 20
+    assert Image.open(out / "000019.png").size == (8, 8)
+    assert main(["sample", "--checkpoint", run, "--out", str(out), "--label", "3", "--guidance", "1.5"]) == 0
+    assert main(["sample", "--checkpoint", run, "--out", str(out), "--label", "none", "--dtype", "bfloat16"]) == 0
+
+
+def test_sample_of_the_bundled_digits(tmp_path):
+    assert main(["sample", "--num", "10", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_eval(run, tmp_path, capsys):
+    report = tmp_path / "eval.json"
+    assert main(["eval", "--checkpoint", run, "--draws", "1", "--json", str(report)]) == 0
+    results = json.loads(report.read_text())["results"]
+    assert results["images"] == 360 and results["logdet_error"] < 1e-9
+    assert 2 < results["likelihood"]["bits_per_dim"] < 5 and 0 <= results["bayes_accuracy"] <= 1
+    assert results["inverse_of_forward"]["above_1e3"] == 0 and results["forward_of_inverse"]["above_1e3"] == 0
+    assert "bits/dim" in capsys.readouterr().out
+
+
+def test_eval_of_a_folder(run, tmp_path, capsys):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    Image.new("L", (9, 9)).save(tmp_path / "images" / "a" / "x.png")
+    assert "grey levels" in fails(capsys, "eval", "--checkpoint", run, "--data", str(tmp_path / "images"))
+
+
+def test_info(run, capsys):
+    assert main(["info", "--checkpoint", run]) == 0
+    printed = capsys.readouterr().out
+    assert "parameters: " in printed and "reference" in printed
+
+
+def test_resume_continues(tmp_path, settings, capsys):
+    folder = str(tmp_path / "run")
+    assert main(["train", "--config", settings, "--out", folder, "--quiet", "--set", "training.steps=2"]) == 0
+    assert "holds a run" in fails(capsys, "train", "--config", settings, "--out", folder)
+    assert "drop --set" in fails(capsys, "train", "--resume", folder, "--set", "training.steps=3")
+    assert main(["train", "--resume", folder, "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "info"])
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    example = text.split("example:")[1].strip()
+    assert parser().parse_args(example.split()[1:]).command == command
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_are_complete(name):
+    from starflow.training import RunConfig
+
+    Flow(
+        RunConfig.from_dict(read_settings(f"{os.path.dirname(parser.__code__.co_filename)}/presets/{name}.yaml")).model
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--nmu", "3"], "--nmu"),
+        (["sample", "--num", "0"], "--num"),
+        (["sample", "--seed", "-1"], "--seed"),
+        (["sample", "--dtype", "int8"], "int8"),
+        (["sample", "--label", "11"], "--label 11"),
+        (["sample", "--checkpoint", "nowhere"], "nowhere"),
+        (["sample", "--device", "cuda:7"], "--device cuda:7"),
+        (["sample", "--device", "abacus"], "--device abacus"),
+        (["sample", "--guidance", "-2"], "weight=-2.0"),
+        (["sample", "--guidance", "1", "--label", "none"], "attention temperature"),
+        (["sample", "--num", "2", "--out", "/dev/full/x"], "/dev/full"),
+        (["info", "--json", "/dev/full/x.json"], "/dev/full"),
+        (["eval", "--data", "nowhere"], "nowhere"),
+        (["train", "--preset", "mnist"], "mnist"),
+        (["train"], "--preset"),
+        (["train", "--resume", "nowhere"], "nowhere"),
+        (["train", "--preset", "digits", "--set", "model.chanels=3"], "chanels"),
+        (["train", "--preset", "digits", "--set", "chanels=3"], "SECTION.NAME=VALUE"),
+        (["train", "--preset", "digits", "--set", "training.learning_rate=fast"], "learning_rate='fast'"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        ([], "command"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, capsys):
+    if "cuda:7" in arguments and torch.cuda.device_count() > 7:
+        pytest.skip("this machine has that device")
+    assert message in fails(capsys, *arguments)
+
+
+def test_a_damaged_checkpoint(run, tmp_path, capsys):
+    path = f"{run}/model.safetensors"
+    with open(path, "r+b") as file:
+        file.truncate(500)
+    assert "model.safetensors" in fails(capsys, "sample", "--checkpoint", run, "--out", str(tmp_path / "drawn"))
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_numbers_in_scientific_notation(tmp_path, settings):
+    out = tmp_path / "run"
+    arguments = ["--set", "training.learning_rate=1e-5", "--quiet"]
+    assert main(["train", "--config", settings, "--out", str(out), *arguments]) == 0
+    assert read_settings(out / "settings.yaml")["training"]["learning_rate"] == 1e-5
+
+
+def test_as_a_program():
+    found = subprocess.run(
+        [sys.executable, "-m", "starflow.cli", "info", "--json", "-"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(found.stdout[found.stdout.index("{\n") :])["results"]["token_dim"] == 4
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_write_that_the_system_refuses_midway(command, tmp_path, settings):
+    """A limit on the size of files stands for a full disk: the first bytes are written, the rest is refused."""
+    out = tmp_path / "out"
+    code = (
+        "import resource, sys; from starflow.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)); sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = {"train": ["--config", settings, "--quiet"], "sample": ["--num", "10"]}[command]
+    found = subprocess.run(
+        [sys.executable, "-c", code, command, *arguments, "--out", str(out)], capture_output=True, text=True
+    )
+    assert found.returncode == 2 and found.stderr.strip().startswith(f"starflow {command}: error: cannot write {out}")
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert [path for path in out.rglob("*") if path.is_file()] == []
+
+
+def test_tensorboard_is_optional(tmp_path, settings, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    arguments = ["train", "--config", settings, "--out", str(tmp_path / "run"), "--tensorboard"]
+    assert "tensorboard" in fails(capsys, *arguments)

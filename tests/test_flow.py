@@ -1,0 +1,249 @@
+"""The model: every variant inverts, counts its volume right, guides, denoises and compiles."""
+
+import math
+
+import pytest
+import torch
+
+from starflow import Flow, FlowConfig, Guidance
+from starflow.evaluation import logdet_error
+from starflow.tokens import patchify, rotary_angles, unpatchify
+
+SMALL = {"image_size": 4, "image_channels": 2, "patch_size": 2, "channels": 16, "layers": (1, 2, 1), "head_dim": 8}
+STARFLOW = {
+    "scale": "softplus",
+    "soft_clip": 4.0,
+    "start": True,
+    "rotary": "interleaved",
+    "patch_order": "hwc",
+    "final_norm": True,
+    "sequence_order": "L2R",
+    "condition_blocks": "last",
+}
+VARIANTS = {
+    "tarflow": {},
+    "tarflow-classes": {"num_classes": 3},
+    "volume-preserving": {"scale": "unit", "num_classes": 3},
+    "starflow": STARFLOW,
+    "starflow-classes": {**STARFLOW, "num_classes": 3},
+    "starflow-text": {**STARFLOW, "text_dim": 5, "text_len": 3, "last_channels": 32},
+    "starflow-text-everywhere": {**STARFLOW, "text_dim": 5, "text_len": 3, "condition_blocks": "all"},
+    "options": {
+        **STARFLOW,
+        "rotary": "half",
+        "norm": "rms_norm",
+        "mlp": "swiglu",
+        "kv_heads": 1,
+        "qk_norm": True,
+        "post_norm": True,
+        "bias": False,
+    },
+}
+
+
+def make(name: str = "tarflow", **changes) -> Flow:
+    """A flow in float64 with every weight random, so that no part of it is the identity; heads stay tame."""
+    torch.manual_seed(0)
+    flow = Flow(FlowConfig(**{**SMALL, **VARIANTS[name], **changes})).double()
+    for name, parameter in flow.named_parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.04 if "proj_out" in name else 0.15)
+    return flow
+
+
+def inputs(flow: Flow, batch: int = 3):
+    """Images, labels and text that the flow takes."""
+    config = flow.config
+    x = torch.randn(batch, config.image_channels, config.image_size, config.image_size, dtype=torch.float64)
+    labels = torch.arange(batch) % 4 - 1 if config.num_classes else None
+    text = torch.randn(batch, config.text_len, config.text_dim, dtype=torch.float64) if config.text_dim else None
+    return x, labels, text
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_inverse_and_log_determinant(name):
+    flow = make(name)
+    x, labels, text = inputs(flow)
+    before = x.clone()
+    with torch.no_grad():
+        z, logdet, latents = flow(x, labels, text)
+        assert (flow.inverse(z, labels, text) - x).abs().max() < 1e-9
+        noise = torch.randn_like(x)
+        assert (flow(flow.inverse(noise, labels, text), labels, text).z - noise).abs().max() < 1e-9
+    assert torch.equal(x, before) and len(latents) == len(flow.blocks)
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v, labels, text).z, x)
+    for i in range(len(x)):
+        own = jacobian[i, :, :, :, i].reshape(x[0].numel(), -1)
+        assert abs(torch.linalg.slogdet(own).logabsdet - logdet[i]) < 1e-9
+    if flow.config.scale == "unit":
+        assert torch.equal(logdet, torch.zeros_like(logdet))
+    else:
+        assert logdet.abs().max() > 1e-2
+    if text is None:
+        label = None if labels is None else 1
+        assert logdet_error(flow, x[0], label, chunk=5) < 1e-9
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_reach_every_parameter(name):
+    flow = make(name)
+    x, labels, text = inputs(flow)
+    flow.loss(flow(x, labels, text), latent_penalty=1e-2).backward()
+    silent = [n for n, p in flow.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+def test_identity_at_the_start():
+    flow = Flow(FlowConfig(**{**SMALL, **STARFLOW}))
+    x = torch.randn(2, 2, 4, 4)
+    z, logdet, _ = flow(x)
+    torch.testing.assert_close(z, x, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logdet, torch.zeros(2), atol=1e-5, rtol=0)
+
+
+def test_loss_is_the_negative_log_likelihood():
+    flow = make("starflow")
+    x, _, _ = inputs(flow)
+    output = flow(x)
+    expected = -torch.distributions.Normal(0, 1).log_prob(output.z).sum((1, 2, 3)) - output.logdet
+    torch.testing.assert_close(-flow.log_prob(x), expected)
+    constant = 0.5 * torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64))
+    torch.testing.assert_close(flow.loss(output), expected.mean() / x[0].numel() - constant)
+    inner = sum(latent.square().mean() for latent in output.latents[:-1])
+    torch.testing.assert_close(flow.loss(output, 0.5), flow.loss(output) + 0.5 * inner)
+
+
+def test_volume_preserving_prior_follows_the_latents():
+    flow = make("volume-preserving")
+    z = 3 * torch.randn(500, 4, 8, dtype=torch.float64)
+    for _ in range(60):
+        flow.update_prior(z)
+    torch.testing.assert_close(flow.prior_variance, z.square().mean(0), rtol=0.02, atol=0)
+    assert flow.noise(4000).std() == pytest.approx(3, rel=0.05)
+    x, labels, _ = inputs(flow)
+    prior = torch.distributions.Normal(0, flow.prior_variance.sqrt())
+    torch.testing.assert_close(flow.log_prob(x, labels), prior.log_prob(flow(x, labels).latents[-1]).sum((1, 2)))
+
+
+@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("name", ["tarflow-classes", "starflow-classes", "starflow-text"])
+def test_guidance(name, rule):
+    flow = make(name)
+    z, labels, text = inputs(flow)
+    labels = None if labels is None else labels.clamp(min=0)
+    empty = None if text is None else torch.zeros_like(text[:1])
+    plain = flow.inverse(z, labels, text)
+    weak = flow.inverse(z, labels, text, Guidance(1e-9, rule), empty)
+    torch.testing.assert_close(weak, plain, atol=1e-6, rtol=0)
+    strong = flow.inverse(z, labels, text, Guidance(2.0, rule), empty)
+    annealed = flow.inverse(z, labels, text, Guidance(2.0, rule, annealed=True), empty)
+    assert (strong - plain).abs().max() > 1e-2 and (strong - annealed).abs().max() > 1e-3
+    if labels is not None:
+        no_class = flow.inverse(z, torch.full_like(labels, -1), None)
+        torch.testing.assert_close(
+            flow.inverse(z, torch.full_like(labels, -1), None, Guidance(2.0, rule)), no_class, atol=1e-9, rtol=0
+        )
+
+
+def test_annealed_weights_end_at_the_full_weight():
+    device = torch.device("cpu")
+    ramp = Guidance(3.0, annealed=True)
+    assert ramp.weights(4, False, device).tolist() == [0, 1, 2, 3]
+    assert ramp.weights(3, True, device).tolist() == [1, 2, 3]
+    assert ramp.weights(1, False, device).tolist() == [0]
+
+
+def test_guidance_without_a_condition_needs_a_temperature():
+    flow = make("tarflow")
+    z, _, _ = inputs(flow)
+    with pytest.raises(ValueError, match="attention temperature"):
+        flow.inverse(z, guidance=Guidance(1.0))
+    guided = flow.inverse(z, guidance=Guidance(1.0, temperature=1.5))
+    assert (guided - flow.inverse(z)).abs().max() > 1e-4
+
+
+def test_denoise_is_a_step_along_the_score():
+    flow = make("tarflow-classes", noise_std=0.1)
+    x, labels, _ = inputs(flow, batch=2)
+    step = flow.denoise(x, labels, factor=1.0) - x
+    direction = torch.randn_like(x)
+    h = 1e-6
+    slope = (flow.log_prob(x + h * direction, labels) - flow.log_prob(x - h * direction, labels)) / (2 * h)
+    torch.testing.assert_close((step * direction).sum((1, 2, 3)), 0.01 * slope, rtol=1e-6, atol=1e-9)
+
+
+def test_rotary_models_take_other_sizes():
+    flow = make("starflow-text")
+    x = torch.randn(2, 2, 6, 8, dtype=torch.float64)
+    text = torch.randn(2, 3, 5, dtype=torch.float64)
+    assert (flow.inverse(flow(x, text=text).z, text=text) - x).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["tarflow-classes", "starflow-text"])
+def test_compiles_whole(name):
+    flow = make(name)
+    x, labels, text = inputs(flow)
+
+    def objective(x):
+        output = flow(x, labels, text)
+        return flow.loss(output)
+
+    expected = torch.autograd.grad(objective(x), list(flow.parameters()))
+    found = torch.autograd.grad(
+        torch.compile(objective, fullgraph=True, backend="aot_eager")(x), list(flow.parameters())
+    )
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
+
+
+def test_bfloat16_weights_keep_a_float32_state():
+    flow = make("starflow-classes").float()
+    z = torch.randn(2, 2, 4, 4)
+    labels = torch.tensor([0, 2])
+    exact = flow.inverse(z, labels)
+    x = flow.bfloat16().inverse(z, labels)
+    assert x.dtype == torch.float32
+    assert (x - exact).abs().max() < 0.1
+    assert flow(z, labels).logdet.dtype == torch.float32
+
+
+@pytest.mark.parametrize("order", ["chw", "hwc"])
+def test_patch_order(order):
+    images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
+    tokens = patchify(images, 2, order)
+    patch = images[1, :, 2:4, 4:6]
+    assert torch.equal(tokens[1, -1], (patch if order == "chw" else patch.permute(1, 2, 0)).flatten())
+    assert torch.equal(unpatchify(tokens, (2, 3), 2, order), images)
+
+
+def test_rotary_angles_of_the_released_text_model():
+    angles = rotary_angles((4, 4), head_dim=64, size=4, text_len=5, text_axis=True)
+    assert angles.shape == (21, 32)
+    row, column, text = angles.split([12, 12, 8], dim=1)
+    j = torch.arange(12, dtype=torch.float64)
+    torch.testing.assert_close(row[5 + 9], 2 * 10000 ** (-2 * j / 24))
+    torch.testing.assert_close(column[5 + 9], 1 * 10000 ** (-2 * j / 24))
+    torch.testing.assert_close(text[3], 3 * 4 / 5 * 10000 ** (-torch.arange(8, dtype=torch.float64) / 8))
+    assert not row[:5].any() and not column[:5].any() and not text[5:].any()
+    wide = rotary_angles((24, 40), head_dim=64, size=32)
+    assert wide.shape == (960, 32) and wide[40 * 23, 0].item() == 23 * (32 / math.sqrt(960))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.zeros(1, 3, 4, 4)}, "images"),
+        ({"x": torch.zeros(1, 2, 4, 6)}, "4x6"),
+        ({"x": torch.zeros(1, 2, 4, 4), "labels": torch.tensor([3])}, "labels"),
+        ({"x": torch.zeros(1, 2, 4, 4), "labels": torch.tensor([0, 0])}, "labels"),
+        ({"x": torch.zeros(1, 2, 4, 4), "text": torch.zeros(1, 3, 5)}, "text"),
+    ],
+)
+def test_wrong_inputs_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Flow(FlowConfig(**SMALL, num_classes=3))(**arguments)
+
+
+def test_non_finite_noise_is_refused():
+    flow = make().float()
+    with pytest.raises(ValueError, match="not finite"):
+        flow.inverse(torch.full((1, 2, 4, 4), float("nan")))

@@ -1,0 +1,216 @@
+"""flow_head: final norm, projection and affine transform in one op."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import assert_same_row, assert_within_contract, compiled, naive_affine, reduced, strided, with_gradients
+
+from starflow_kernels import AffineSpec, backends, flow_head
+
+F64 = torch.float64
+SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=[f"{s.scale}{'-clip' if s.soft_clip else ''}" for s in SPECS])
+every_order = pytest.mark.parametrize(
+    "shift, flip", list(itertools.product([False, True], repeat=2)), ids=["plain", "flip", "shift", "shift-flip"]
+)
+every_part = pytest.mark.parametrize(
+    "bias, norm", list(itertools.product([False, True], repeat=2)), ids=["weight", "norm", "bias", "bias-norm"]
+)
+
+
+@pytest.fixture(params=backends()["flow_head"])
+def backend(request):
+    return request.param
+
+
+def inputs(spec, bias=True, norm=True, B=2, T=5, D=3, C=7, dtype=F64) -> dict[str, torch.Tensor]:
+    P = spec.params_dim(D)
+    shapes = {"x": (B, T, D), "h": (B, T, C), "weight": (P, C)}
+    shapes.update({"bias": (P,)} if bias else {}, **({"norm_weight": (C,)} if norm else {}))
+    tensors = {name: torch.randn(shape, dtype=F64) for name, shape in shapes.items()}
+    tensors["weight"] *= 0.5 * C**-0.5  # float16 holds the gradients of plain torch too
+    return {name: t.to(dtype) for name, t in tensors.items()}
+
+
+def naive(spec, shift, flip, x, h, weight, bias=None, norm_weight=None):
+    if norm_weight is not None:
+        h = h / (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + norm_weight)
+    params = h @ weight.T
+    return naive_affine(x, params if bias is None else params + bias, spec, shift, flip)
+
+
+@every_spec
+@every_order
+@every_part
+def test_matches_loops(spec, shift, flip, bias, norm, backend):
+    tensors = inputs(spec, bias, norm)
+    expected, minus_log_sigma = naive(spec, shift, flip, **tensors)
+    for logdet in ("sum", "mean", "none"):
+        z, ld = flow_head(**tensors, spec=spec, shift=shift, flip=flip, logdet=logdet, backend=backend)
+        torch.testing.assert_close(z, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(ld, reduced(minus_log_sigma, logdet), rtol=1e-11, atol=1e-11)
+
+
+@every_spec
+def test_logdet_is_that_of_the_jacobian(spec, backend):
+    tensors = inputs(spec, B=1, T=4)
+    x = tensors.pop("x")
+    mix = torch.randn(4, 4, dtype=F64).tril()
+    tensors["h"] = torch.randn(3, 7, dtype=F64)
+
+    def flow(x):
+        h = torch.einsum("ts,bsd,dc->btc", mix, x.flip(1).tanh(), tensors["h"])
+        return flow_head(x, **{**tensors, "h": h}, spec=spec, shift=True, flip=True, backend=backend)
+
+    jacobian = torch.autograd.functional.jacobian(lambda x: flow(x)[0], x).reshape(12, 12)
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, flow(x)[1][0], rtol=0, atol=1e-9)
+
+
+@every_spec
+@every_order
+@pytest.mark.parametrize("logdet", ["sum", "mean", "none"])
+def test_gradcheck(spec, shift, flip, logdet, backend):
+    tensors = [t.requires_grad_() for t in inputs(spec, T=3, D=2, C=3).values()]
+    options = {"shift": shift, "flip": flip, "logdet": logdet, "backend": backend}
+    assert torch.autograd.gradcheck(lambda *t: flow_head(*t, spec, **options), tensors)
+
+
+@every_part
+def test_gradcheck_of_every_part(bias, norm, backend):
+    tensors = {name: t.requires_grad_() for name, t in inputs(AffineSpec(), bias, norm, T=3, D=2, C=3).items()}
+    names = list(tensors)
+
+    def head(*values):
+        return flow_head(**dict(zip(names, values)), shift=True, backend=backend)
+
+    assert torch.autograd.gradcheck(head, list(tensors.values()))
+
+
+@pytest.mark.parametrize("T", [1, 2, 63, 111])
+@pytest.mark.parametrize("D, C", [(1, 5), (3, 24), (192, 80)])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_sizes(T, D, C, backend):
+    spec = AffineSpec("softplus", 4.0)
+    tensors = inputs(spec, T=T, D=D, C=C)
+    z, ld = flow_head(**tensors, spec=spec, shift=True, flip=True, backend=backend)
+    expected, minus_log_sigma = naive(spec, True, True, **tensors)
+    torch.testing.assert_close(z, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(ld, minus_log_sigma.sum((1, 2)), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_spec
+def test_error_contract(dtype, spec, backend):
+    tensors = list(inputs(spec, T=63, D=5, C=24, dtype=dtype).values())
+    seeds = torch.randn(2, 63, 5, dtype=dtype), torch.randn(2)
+
+    def plain_torch(*tensors):
+        z, minus_log_sigma = naive(spec, True, False, *tensors)
+        return z, minus_log_sigma.sum((1, 2))
+
+    actual = with_gradients(lambda *t: flow_head(*t, spec, shift=True, backend=backend), tensors, seeds)
+    plain = with_gradients(plain_torch, tensors, seeds)
+    exact = with_gradients(plain_torch, [t.double() for t in tensors], seeds)
+    assert [t.dtype for t in actual] == [dtype, torch.float32, *[dtype] * 5]
+    for values in zip(actual, plain, exact):
+        assert_within_contract(*values)
+
+
+@pytest.mark.parametrize("network", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_tokens_on_a_narrow_network(network, backend):
+    tensors = inputs(AffineSpec(), dtype=network)
+    tensors["x"] = torch.randn(2, 5, 3)
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    z, ld = flow_head(**tensors, backend=backend)
+    assert (z.dtype, ld.dtype) == (torch.float32, torch.float32)
+    plain = naive(AffineSpec(), False, False, **tensors)
+    exact = naive(AffineSpec(), False, False, **{name: t.double() for name, t in tensors.items()})
+    assert_within_contract(z, plain[0], exact[0])
+    assert_within_contract(ld, plain[1].sum((1, 2)), exact[1].sum((1, 2)))
+    (z.sum() + ld.sum()).backward()
+    assert all(t.grad.dtype == t.dtype and t.grad.isfinite().all() for t in tensors.values())
+
+
+@every_order
+@pytest.mark.usefixtures("poisoned_memory")
+def test_strided_inputs_are_read_and_left(shift, flip, backend):
+    tensors, seeds = list(inputs(AffineSpec()).values()), (torch.randn(2, 5, 3), torch.randn(2))
+    copies = [strided(t) for t in tensors]
+    results = [
+        with_gradients(lambda *t: flow_head(*t, shift=shift, flip=flip, backend=backend), given, seeds)
+        for given in (tensors, copies)
+    ]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(copy, t) for copy, t in zip(copies, tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_batch_invariance(dtype, backend):
+    tensors = inputs(AffineSpec("softplus", 4.0), B=5, T=63, dtype=dtype)
+    options = {"spec": AffineSpec("softplus", 4.0), "shift": True, "backend": backend}
+    batch = flow_head(**tensors, **options)
+    for i in range(5):
+        row = {**tensors, "x": tensors["x"][i : i + 1], "h": tensors["h"][i : i + 1]}
+        for alone, batched in zip(flow_head(**row, **options), batch):
+            assert_same_row(backend, alone, batched[i : i + 1])
+
+
+@every_part
+def test_opcheck(bias, norm):
+    tensors = {name: t.requires_grad_() for name, t in inputs(AffineSpec(), bias, norm).items()}
+    optional = [tensors.get(name) for name in ("bias", "norm_weight")]
+    args = (*(tensors[name] for name in ("x", "h", "weight")), *optional, "softplus", 4.0, True, True, "mean")
+    torch.library.opcheck(torch.ops.starflow.flow_head.default, args)
+
+
+@every_part
+def test_opcheck_backward(bias, norm):
+    tensors = inputs(AffineSpec(), bias, norm)
+    optional = [tensors.get(name) for name in ("bias", "norm_weight")]
+    args = (*(tensors[name] for name in ("x", "h", "weight")), *optional, "softplus", 4.0, True, True, "none")
+    outputs = list(torch.ops.starflow.flow_head(*args))
+    grads = [torch.randn_like(t) for t in outputs]
+    torch.library.opcheck(torch.ops.starflow.flow_head_backward.default, (grads, outputs, *args))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_as_one_graph(compiler):
+    tensors, seeds = list(inputs(AffineSpec()).values()), (torch.randn(2, 5, 3), torch.randn(2))
+
+    def head(*tensors):
+        return flow_head(*tensors, shift=True, flip=True)
+
+    eager, graph = (with_gradients(f, tensors, seeds) for f in (head, compiled(head, compiler)))
+    torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivative_is_refused(backend):
+    tensors = {name: t.requires_grad_() for name, t in inputs(AffineSpec()).items()}
+    z, _ = flow_head(**tensors, backend=backend)
+    (grad,) = torch.autograd.grad(z.square().sum(), tensors["h"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": None}, TypeError, "x: expected a tensor"),
+        ({"x": torch.zeros(3, 2)}, ValueError, "x: expected shape"),
+        ({"h": torch.zeros(2, 4, 5)}, ValueError, r"h: expected shape \(2, 3, C\), got \(2, 4, 5\)"),
+        ({"h": torch.zeros(2, 3, 5, dtype=torch.bool)}, TypeError, "h: dtype torch.bool"),
+        ({"weight": torch.zeros(4, 6)}, ValueError, r"weight: expected shape \(4, 5\), got \(4, 6\)"),
+        ({"weight": torch.zeros(4, 5, device="meta")}, ValueError, "weight: on meta, expected cpu"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias: expected shape \(4,\), got \(5,\)"),
+        ({"norm_weight": torch.zeros(4)}, ValueError, r"norm_weight: expected shape \(5,\)"),
+        ({"spec": AffineSpec("unit")}, ValueError, r"weight: expected shape \(2, 5\)"),
+        ({"logdet": ""}, ValueError, "logdet='': expected one of"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    arguments = {"x": torch.zeros(2, 3, 2), "h": torch.zeros(2, 3, 5), "weight": torch.zeros(4, 5)}
+    with pytest.raises(error, match=message):
+        flow_head(**{**arguments, **change})

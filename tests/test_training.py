@@ -1,0 +1,160 @@
+"""Training: it learns, and a resumed run repeats an uninterrupted one, after a kill too."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from starflow import CheckpointError, ConfigError, StarflowError
+from starflow.training import RunConfig, Trainer, TrainingConfig
+
+MODEL = {
+    "image_size": 8,
+    "image_channels": 1,
+    "patch_size": 2,
+    "channels": 16,
+    "layers": [1, 1],
+    "head_dim": 8,
+    "start": True,
+    "num_classes": 10,
+    "levels": 17,
+}
+TRAINING = {"steps": 8, "batch_size": 32, "learning_rate": 3e-3, "warmup_steps": 2, "ema": 0.9, "dropout": 0.1}
+
+
+def settings(model=None, **training) -> RunConfig:
+    never = {"sample_every": 0, "checkpoint_every": 0, "log_every": 1}
+    return RunConfig.from_dict(
+        {"model": {**MODEL, **(model or {})}, "data": {}, "training": {**TRAINING, **never, **training}}
+    )
+
+
+def train(config: RunConfig, folder) -> Trainer:
+    trainer = Trainer(config, folder)
+    trainer.run(quiet=True)
+    return trainer
+
+
+def same(one, other) -> bool:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_learns_and_writes_a_run(tmp_path):
+    trainer = train(settings(steps=60, sample_every=60, dropout=0.0), tmp_path)
+    bits = [m["bits_per_dim"] for m in trainer.metrics]
+    assert sum(bits[-5:]) / 5 < sum(bits[:5]) / 5 - 0.5
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert (tmp_path / "samples" / "0000060.png").exists() and (tmp_path / "settings.yaml").exists()
+
+
+@pytest.mark.parametrize("model", [{}, {"scale": "unit"}])
+def test_resume_repeats_an_uninterrupted_run(tmp_path, model):
+    whole = train(settings(model), tmp_path / "whole")
+    part = Trainer(settings(model), tmp_path / "part")
+    step = part.train_step
+
+    def interrupted(*batch):
+        if part.step == 5:
+            raise KeyboardInterrupt
+        return step(*batch)
+
+    part.train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        part.run(quiet=True)
+    torch.manual_seed(1234)
+    resumed = Trainer.resume(tmp_path / "part")
+    assert resumed.step == 5
+    resumed.run(quiet=True)
+    assert same(tmp_path / "whole", tmp_path / "part")
+    assert resumed.metrics == whole.metrics
+
+
+def test_resume_after_a_kill(tmp_path):
+    config = settings(steps=40, checkpoint_every=5)
+    train(config, tmp_path / "whole")
+    code = (
+        "import sys, json, torch; torch.set_num_threads(1)\n"
+        "from starflow.training import RunConfig, Trainer\n"
+        "Trainer(RunConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2]).run(quiet=True)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, json.dumps(config.to_dict()), str(tmp_path / "killed")])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "training.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    resumed = Trainer.resume(tmp_path / "killed")
+    assert 0 < resumed.step < 40
+    resumed.run(quiet=True)
+    assert same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_what_cannot_be_resumed(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        Trainer.resume(tmp_path)
+    train(settings(steps=1), tmp_path)
+    whole = (tmp_path / "training.pt").read_bytes()
+    (tmp_path / "training.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        Trainer.resume(tmp_path)
+
+
+def test_divergence_stops_the_run(tmp_path):
+    trainer = Trainer(settings(), tmp_path)
+    next(trainer.flow.parameters()).data.fill_(float("nan"))
+    with pytest.raises(StarflowError, match="the loss is nan at step 0"):
+        trainer.run(quiet=True)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_bf16_autocast_trains(tmp_path):
+    trainer = train(settings(steps=30, bf16=True, dropout=0.0), tmp_path)
+    assert trainer.metrics[-1]["bits_per_dim"] < trainer.metrics[0]["bits_per_dim"]
+
+
+def test_learning_rate_schedule():
+    config = TrainingConfig(steps=110, batch_size=1, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
+    assert config.learning_rate_at(0) == pytest.approx(0.1)
+    assert config.learning_rate_at(9) == 1.0
+    assert config.learning_rate_at(60) == pytest.approx(0.55)
+    assert config.learning_rate_at(110) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("training", {"learning_rat": 1}, "unknown TrainingConfig settings learning_rat"),
+        ("training", {"steps": 0}, "steps=0"),
+        ("training", {"steps": 1.5}, "steps=1.5"),
+        ("training", {"bf16": 1}, "bf16=1"),
+        ("training", {"dropout": 1.0}, "dropout=1.0"),
+        ("data", {"source": "mnist"}, "mnist"),
+        ("model", {"image_size": 16}, "image_size=16"),
+    ],
+)
+def test_settings_are_checked(section, change, message):
+    with pytest.raises(ConfigError, match=message):
+        config = {"model": dict(MODEL), "data": {}, "training": dict(TRAINING)}
+        config[section].update(change)
+        RunConfig.from_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"levels": 256}, "levels=256"),
+        ({"num_classes": 4}, "num_classes=4"),
+        ({"image_channels": 3}, "image_channels=3"),
+    ],
+)
+def test_model_must_fit_the_data(tmp_path, model, message):
+    with pytest.raises(ConfigError, match=message):
+        Trainer(settings(model), tmp_path)
