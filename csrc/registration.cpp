@@ -70,12 +70,17 @@ void use_huge_pages(Tensor tensor) {
 #endif
 }
 
+void elementary(Tensor x, int64_t which, Tensor out) {
+    starflow::kernels().elementary(starflow::Elementary(which), data(x), data(out), x.numel());
+}
+
 std::string instruction_set() { return starflow::kernels().name; }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(starflow_native, m) {
     m.def("instruction_set() -> str");
+    m.def("elementary(Tensor x, int which, Tensor(a!) out) -> ()");
     m.def("use_huge_pages(Tensor tensor) -> ()");
     m.def("block_sizes(int[] spec, int passed, int cached) -> int[]");
     m.def(
@@ -90,6 +95,7 @@ STABLE_TORCH_LIBRARY_IMPL(starflow_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(starflow_native, CPU, m) {
+    m.impl("elementary", TORCH_BOX(&elementary));
     m.impl("use_huge_pages", TORCH_BOX(&use_huge_pages));
     m.impl("block_run", TORCH_BOX(&block_run));
 }

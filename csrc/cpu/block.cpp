@@ -232,6 +232,8 @@ struct Pass {
     }
 };
 
+}  // namespace
+
 void run_block(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, const Team& team) {
     const Spec& spec = call.block->spec;
     int64_t first = group * call.group, sequences = call.B - first < call.group ? call.B - first : call.group;
@@ -253,10 +255,5 @@ void run_block(const BlockCall& call, int64_t group, float* cache, float* shared
     }
     team.wait();
 }
-
-}  // namespace
-
-extern const Kernels kernels;
-const Kernels kernels{STARFLOW_ISA_NAME, run_block};
 
 }  // namespace starflow::STARFLOW_ISA

@@ -77,11 +77,14 @@ struct BlockCall {
     int64_t chunk;        // slots a pass where the inputs are known, which is everywhere but in sampling
 };
 
+enum class Elementary { exp, log, log1p, erf, tanh, gelu, gelu_tanh, softplus_one };
+
 struct Kernels {
     const char* name;
     // Run one group of sequences; every member of the team calls it. cache: that of the call's row 0 in sampling, else
     // of the group's. shared: workspace of the team's first thread; own: that of the member.
     void (*run_block)(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, const Team& team);
+    void (*elementary)(Elementary which, const float* x, float* y, int64_t n);
 };
 
 // Those of the widest instruction set of this machine, or of the one that STARFLOW_ISA names.
