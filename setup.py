@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent
 MODULE = "starflow_kernels._native"
 NOTE = "_native.txt"
 # Sources with kernels are compiled once an instruction set; the widest that the machine has is taken at run time.
-KERNELS = ["csrc/cpu/block.cpp", "csrc/cpu/elementary.cpp", "csrc/cpu/table.cpp"]
+KERNELS = [f"csrc/cpu/{name}.cpp" for name in ("affine_flow", "block", "elementary", "table")]
 COMMON = ["csrc/registration.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/model.cpp", "csrc/cpu/team.cpp"]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
 INSTRUCTION_SETS = {"base": []}

@@ -70,6 +70,49 @@ void use_huge_pages(Tensor tensor) {
 #endif
 }
 
+// Rough number of values below which threads cost more than they bring.
+constexpr int64_t SERIAL = 1 << 14;
+
+starflow::AffineCall affine_call(const Tensor& x, const Tensor& params, int64_t scale, double clip, bool shift, bool flip,
+                                 int64_t logdet) {
+    starflow::AffineCall call{};
+    call.B = x.size(0), call.T = x.size(1), call.D = int(x.size(2));
+    call.affine = {starflow::Scale(scale), float(clip)};
+    call.shift = shift, call.flip = flip, call.logdet = starflow::Logdet(logdet);
+    call.x = data(x), call.params = data(params);
+    return call;
+}
+
+template <class Kernel>
+void run_chunks(const starflow::AffineCall& call, Kernel kernel) {
+    int64_t chunks = call.B * call.chunks(), grain = SERIAL / (call.chunk() * call.D) + 1;
+    torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) { kernel(call, first, last); });
+}
+
+void affine_flow(Tensor x, Tensor params, int64_t scale, double clip, bool shift, bool flip, int64_t logdet, Tensor z,
+                 Tensor out) {
+    auto call = affine_call(x, params, scale, clip, shift, flip, logdet);
+    call.z = data(z), call.logdets = data(out);
+    std::vector<double> partial(call.logdet == starflow::Logdet::none ? 0 : call.B * call.chunks());
+    call.partial = partial.data();
+    run_chunks(call, starflow::kernels().affine_flow);
+    if (partial.empty()) return;
+    for (int64_t row = 0; row < call.B; ++row) {
+        double total = 0;
+        for (int64_t i = 0; i < call.chunks(); ++i) total += partial[row * call.chunks() + i];
+        if (call.logdet == starflow::Logdet::mean) total /= double(call.T * call.D);
+        call.logdets[row] = float(-total);
+    }
+}
+
+void affine_flow_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor x, Tensor params, int64_t scale,
+                          double clip, bool shift, bool flip, int64_t logdet, Tensor grad_x, Tensor grad_params) {
+    auto call = affine_call(x, params, scale, clip, shift, flip, logdet);
+    call.saved_z = data(z), call.grad_z = data(grad_z), call.grad_logdet = data(grad_logdet);
+    call.grad_x = data(grad_x), call.grad_params = data(grad_params);
+    run_chunks(call, starflow::kernels().affine_flow_backward);
+}
+
 void elementary(Tensor x, int64_t which, Tensor out) {
     starflow::kernels().elementary(starflow::Elementary(which), data(x), data(out), x.numel());
 }
@@ -80,6 +123,12 @@ std::string instruction_set() { return starflow::kernels().name; }
 
 STABLE_TORCH_LIBRARY(starflow_native, m) {
     m.def("instruction_set() -> str");
+    m.def(
+        "affine_flow(Tensor x, Tensor params, int scale, float clip, bool shift, bool flip, int logdet, Tensor(a!) z, "
+        "Tensor(b!) out) -> ()");
+    m.def(
+        "affine_flow_backward(Tensor? grad_z, Tensor? grad_logdet, Tensor z, Tensor x, Tensor params, int scale, "
+        "float clip, bool shift, bool flip, int logdet, Tensor(a!) grad_x, Tensor(b!) grad_params) -> ()");
     m.def("elementary(Tensor x, int which, Tensor(a!) out) -> ()");
     m.def("use_huge_pages(Tensor tensor) -> ()");
     m.def("block_sizes(int[] spec, int passed, int cached) -> int[]");
@@ -95,6 +144,8 @@ STABLE_TORCH_LIBRARY_IMPL(starflow_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(starflow_native, CPU, m) {
+    m.impl("affine_flow", TORCH_BOX(&affine_flow));
+    m.impl("affine_flow_backward", TORCH_BOX(&affine_flow_backward));
     m.impl("elementary", TORCH_BOX(&elementary));
     m.impl("use_huge_pages", TORCH_BOX(&use_huge_pages));
     m.impl("block_run", TORCH_BOX(&block_run));

@@ -18,6 +18,20 @@ INLINE Vec sigma_of(Vec a, Scale scale) {
     return scale == Scale::exp ? exp(a) : scale == Scale::softplus ? softplus_one(a) : splat(1.0f);
 }
 
+// log sigma, from sigma where that is a float with all its digits.
+INLINE Vec log_sigma_of(Vec a, Vec sigma, Scale scale) {
+    if (scale == Scale::exp) return a;
+    if (scale == Scale::unit) return splat(0.0f);
+    return select(a < splat(-17.0f), a + splat(0.541324855f), log(sigma));
+}
+
+// d log sigma / d a.
+INLINE Vec log_sigma_slope(Vec a, Vec sigma, Scale scale) {
+    if (scale != Scale::softplus) return splat(1.0f);
+    Vec u = splat(1.71828183f) * exp(min(a, splat(80.0f)));
+    return select(a < splat(-17.0f), splat(1.0f), u / ((splat(1.0f) + u) * sigma));
+}
+
 // Lanes i .. of the raw parameters [a | b] of one token, after the soft clip; a is unused where sigma = 1.
 struct Raw {
     Vec a, b;

@@ -22,7 +22,6 @@ void run_elementary(Elementary which, const float* x, float* y, int64_t n) {
         case Elementary::exp: return map(x, y, n, [](Vec v) { return exp(v); });
         case Elementary::log: return map(x, y, n, [](Vec v) { return log(v); });
         case Elementary::log1p: return map(x, y, n, [](Vec v) { return log1p(v); });
-        case Elementary::erf: return map(x, y, n, [](Vec v) { return erf(v); });
         case Elementary::tanh: return map(x, y, n, [](Vec v) { return tanh(v); });
         case Elementary::gelu: return map(x, y, n, [](Vec v) { return gelu(v); });
         case Elementary::gelu_tanh: return map(x, y, n, [](Vec v) { return gelu_tanh(v); });

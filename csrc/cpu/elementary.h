@@ -1,5 +1,5 @@
-// exp, log, erf, tanh and what is made of them, sixteen lanes at a time, within 2.5 ulp of the exact value.
-// Polynomials are minimax fits on the ranges that the comments name.
+// exp, log, tanh and what is made of them, sixteen lanes at a time, within 2.5 ulp of the exact value (GELU: of x).
+// Polynomials and rational functions are minimax fits on the ranges that the comments name.
 #pragma once
 
 #include "vec.h"
@@ -55,18 +55,6 @@ INLINE Vec copysign(Vec x, Vec sign) {
     return bits((bits(x) & splat(INT32_MAX)) | (bits(sign) & splat(INT32_MIN)));
 }
 
-INLINE Vec erf(Vec x) {
-    static const float small[] = {0.128379166f,   -0.37612626f,     0.112836003f, -0.0268544443f,
-                                  0.00518953521f, -0.000802084105f, 7.8891193e-05f};
-    // log erfc on [1, 4]; erf(4) rounds to 1.
-    static const float large[] = {0.000188040227f, -1.12957847f,    -0.633219898f,   -0.108418576f,
-                                  0.0252082571f,   -0.00420456193f, 0.000441336364f, -2.16868502e-05f};
-    Vec t = abs(x);
-    Vec inner = fma(x, polynomial(x * x, small), x);
-    Vec outer = copysign(splat(1.0f) - exp(polynomial(min(t, splat(4.0f)), large)), x);
-    return select(t > splat(1.0f), outer, inner);
-}
-
 INLINE Vec tanh(Vec x) {
     static const float small[] = {-0.333332777f, 0.133313283f, -0.0537292287f, 0.020601999f, -0.00566078071f};
     Vec t = abs(x), square = x * x;
@@ -75,8 +63,16 @@ INLINE Vec tanh(Vec x) {
     return select(t > splat(0.625f), copysign(outer, x), inner);
 }
 
-// x (1 + erf(x / sqrt 2)) / 2.
-INLINE Vec gelu(Vec x) { return splat(0.5f) * x * (splat(1.0f) + erf(x * splat(0.707106781f))); }
+// x (1 + erf(x / sqrt 2)) / 2; erf(x / sqrt 2) / 2 is a rational function of x^2 times x, and 1/2 from 5.6 on.
+INLINE Vec gelu(Vec x) {
+    static const float above[] = {0.398942262f,    0.0339286886f,   0.00467731059f,
+                                  0.000168922867f, 6.28948101e-06f, 2.22961773e-08f};
+    static const float below[] = {1.0f,           0.251712948f,    0.0286773127f,
+                                  0.00188545824f, 7.33407796e-05f, 1.17959837e-06f};
+    Vec square = x * x, half = x * polynomial(square, above) / polynomial(square, below);
+    half = select(abs(x) > splat(5.6f), copysign(splat(0.5f), x), half);
+    return x * (splat(0.5f) + half);
+}
 
 // The tanh form, sqrt(2 / pi) (x + 0.044715 x^3).
 INLINE Vec gelu_tanh(Vec x) {

@@ -77,13 +77,38 @@ struct BlockCall {
     int64_t chunk;        // slots a pass where the inputs are known, which is everywhere but in sampling
 };
 
-enum class Elementary { exp, log, log1p, erf, tanh, gelu, gelu_tanh, softplus_one };
+enum class Logdet { sum, mean, none };
+
+// The affine transform of x (B, T, D) by raw parameters (B, T, P), density direction, and its gradient.
+struct AffineCall {
+    int64_t B, T;
+    int D;
+    Affine affine;
+    bool shift, flip;
+    Logdet logdet;
+    const float *x, *params;
+    float *z, *logdets;  // (B, T, D); (B, T, D) for Logdet::none, else unused
+    double* partial;     // (B, affine_chunks): sums of log sigma, unused for Logdet::none
+    // The gradient's alone; those of the outputs may be null.
+    const float *saved_z, *grad_z, *grad_logdet;
+    float *grad_x, *grad_params;
+
+    int P() const { return affine.scale == Scale::unit ? D : 2 * D; }
+    // Tokens that are transformed together; from the shape of one sequence alone, so that a row's bits are its own.
+    int64_t chunk() const { return D >= 512 ? 1 : 512 / D; }
+    int64_t chunks() const { return (T + chunk() - 1) / chunk(); }
+};
+
+enum class Elementary { exp, log, log1p, tanh, gelu, gelu_tanh, softplus_one };
 
 struct Kernels {
     const char* name;
     // Run one group of sequences; every member of the team calls it. cache: that of the call's row 0 in sampling, else
     // of the group's. shared: workspace of the team's first thread; own: that of the member.
     void (*run_block)(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, const Team& team);
+    // Chunks first .. last - 1 of the B chunks() that there are.
+    void (*affine_flow)(const AffineCall& call, int64_t first, int64_t last);
+    void (*affine_flow_backward)(const AffineCall& call, int64_t first, int64_t last);
     void (*elementary)(Elementary which, const float* x, float* y, int64_t n);
 };
 

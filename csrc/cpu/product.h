@@ -31,10 +31,10 @@ template <int ROWS, int TILES>
 INLINE void multiply(const float* x, int64_t ldx, const float* w, int64_t stride, int64_t K, Vec (&sum)[ROWS][TILES]) {
     for (int64_t k = 0; k < K; ++k) {
         Vec b[TILES];
-        for (int t = 0; t < TILES; ++t) b[t] = load(w + t * stride + k * LANES);
-        for (int m = 0; m < ROWS; ++m) {
+        UNROLL for (int t = 0; t < TILES; ++t) b[t] = load(w + t * stride + k * LANES);
+        UNROLL for (int m = 0; m < ROWS; ++m) {
             Vec a = splat(x[m * ldx + k]);
-            for (int t = 0; t < TILES; ++t) sum[m][t] = fma(a, b[t], sum[m][t]);
+            UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = fma(a, b[t], sum[m][t]);
         }
     }
 }
@@ -44,14 +44,14 @@ template <int ROWS, int TILES>
 INLINE void multiply(const float* x, int64_t ldx, const Bf16* w, int64_t stride, int64_t K, Vec (&sum)[ROWS][TILES]) {
     auto half = [&](int64_t k, auto widen) __attribute__((always_inline)) {
         Vec b[TILES];
-        for (int t = 0; t < TILES; ++t) {
+        UNROLL for (int t = 0; t < TILES; ++t) {
             Int pair;
             memcpy(&pair, w + t * stride + k / 2 * 2 * LANES, sizeof pair);
             b[t] = bits(widen(pair));
         }
-        for (int m = 0; m < ROWS; ++m) {
+        UNROLL for (int m = 0; m < ROWS; ++m) {
             Vec a = splat(x[m * ldx + k]);
-            for (int t = 0; t < TILES; ++t) sum[m][t] = fma(a, b[t], sum[m][t]);
+            UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = fma(a, b[t], sum[m][t]);
         }
     };
     auto even = [](Int pair) __attribute__((always_inline)) { return pair << 16; };
@@ -66,11 +66,11 @@ template <int ROWS, int TILES, class W>
 __attribute__((noinline)) void tile(const float* x, int64_t ldx, const W* w, int64_t stride, int64_t K, float* y,
                                     int64_t ldy, bool add) {
     Vec sum[ROWS][TILES];
-    for (int m = 0; m < ROWS; ++m)
-        for (int t = 0; t < TILES; ++t) sum[m][t] = splat(0.0f);
+    UNROLL for (int m = 0; m < ROWS; ++m)
+        UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = splat(0.0f);
     multiply(x, ldx, w, stride, K, sum);
-    for (int m = 0; m < ROWS; ++m)
-        for (int t = 0; t < TILES; ++t) {
+    UNROLL for (int m = 0; m < ROWS; ++m)
+        UNROLL for (int t = 0; t < TILES; ++t) {
             float* to = y + m * ldy + t * LANES;
             store(to, add ? load(to) + sum[m][t] : sum[m][t]);
         }

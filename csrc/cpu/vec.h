@@ -11,6 +11,8 @@
 #include <arm_neon.h>
 #endif
 
+// Loops over registers must be unrolled, or the registers become memory.
+#define UNROLL _Pragma("GCC unroll 16")
 #define INLINE inline __attribute__((always_inline))
 
 namespace starflow::STARFLOW_ISA {
@@ -113,6 +115,9 @@ INLINE void store(float* p, Vec a) { memcpy(p, &a, sizeof a); }
 // The first n lanes, n < LANES allowed; the others are zero.
 INLINE Vec load(const float* p, int n) {
     if (n >= LANES) return load(p);
+#if defined(__AVX512F__)
+    return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)};
+#endif
     float lanes[LANES] = {};
     memcpy(lanes, p, n * sizeof *p);
     return load(lanes);
@@ -120,6 +125,9 @@ INLINE Vec load(const float* p, int n) {
 
 INLINE void store(float* p, Vec a, int n) {
     if (n >= LANES) return store(p, a);
+#if defined(__AVX512F__)
+    return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), a.part[0]);
+#endif
     float lanes[LANES];
     store(lanes, a);
     memcpy(p, lanes, n * sizeof *p);
@@ -131,21 +139,34 @@ INLINE Int first(int n) {
     return load(index) < splat(int32_t(n));
 }
 
-// One fixed tree: lane l with l + 8, then l + 4, l + 2, l + 1.
+// Lanes by one fixed tree: lane l with l + 8, then l + 4, l + 2, l + 1.
+template <class Combine>
+INLINE float reduce(Vec a, Combine combine) {
+    UNROLL for (int half = PARTS / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) a.part[i] = combine(a.part[i], a.part[i + half]);
+    Part x = a.part[0];
+#if defined(__AVX512F__)
+    x = combine(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = combine(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    x = combine(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    x = combine(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#elif defined(__AVX2__)
+    x = combine(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+    x = combine(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+    x = combine(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+    x = combine(x, __builtin_shufflevector(x, x, 2, 3, 0, 1));
+    x = combine(x, __builtin_shufflevector(x, x, 1, 0, 3, 2));
+#endif
+    return x[0];
+}
+
 INLINE float sum(Vec a) {
-    float lanes[LANES];
-    store(lanes, a);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+    return reduce(a, [](Part x, Part y) __attribute__((always_inline)) { return x + y; });
 }
 
 INLINE float largest(Vec a) {
-    float lanes[LANES];
-    store(lanes, a);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
-    return lanes[0];
+    return reduce(a, [](Part x, Part y) __attribute__((always_inline)) { return y > x ? y : x; });
 }
 
 }  // namespace starflow::STARFLOW_ISA

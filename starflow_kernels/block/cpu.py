@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..affine_flow.reference import affine_flow
+from ..affine_flow.cpu import affine_flow
 from ..spec import BlockSpec
 
 # Rows that one team of threads takes at a time: enough to use each weight often, few enough for the caches.
@@ -177,9 +177,9 @@ def block_params(x, weights, cond, prefix, cos, sin, text: str, tokens: int = DE
 
 def block_forward(x, weights, cond, prefix, cos, sin, text: str, logdet: str):
     """Noise and log-determinant of data."""
-    affine, spec = BlockSpec.from_json(text).affine, BlockSpec.from_json(text)
+    spec = BlockSpec.from_json(text)
     params = block_params(x, weights, cond, prefix, cos, sin, text)
-    return affine_flow(x, params, affine.scale, affine.soft_clip, not spec.start, spec.flip, logdet)
+    return affine_flow(x, params, spec.affine.scale, spec.affine.soft_clip, not spec.start, spec.flip, logdet)
 
 
 def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature: float):
