@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import mpmath
 import pytest
@@ -185,6 +187,56 @@ def test_packed_weights_are_dropped_with_the_weights():
     assert key in cpu._packed
     del w
     assert key not in cpu._packed
+
+
+@pytest.mark.parametrize("guidance", [None, 0.8])
+def test_batches_larger_than_the_memory_bound_are_split(guidance, monkeypatch):
+    spec = SPECS["starflow-text"]
+    z, w, context = make(spec, 7, 9, 3, copies=1 if guidance is None else 2)
+    calls = []
+    options = {"guidance": guidance, "progress": lambda done, total: calls.append((done, total))}
+    whole = block_inverse(z, w, spec, **context, **options, backend="native")
+    assert calls == [(63, 63)]
+    row = 4 * sum(torch.ops.starflow_native.block_sizes(cpu.spec_fields(spec, torch.float32), 1, 12)[:1])
+    monkeypatch.setenv("STARFLOW_CACHE_GB", str((2 if guidance is None else 4) * row / 2**30 + 1e-9))
+    assert torch.equal(block_inverse(z, w, spec, **context, **options, backend="native"), whole)
+    assert calls[1:] == [(18, 63), (36, 63), (54, 63), (63, 63)]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_what_the_progress_callback_raises_ends_the_call(backend):
+    z, w, context = make(SPECS["tarflow"], 2, 5)
+    seen = []
+
+    def stop(done, total):
+        seen.append((done, total))
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        block_inverse(z, w, SPECS["tarflow"], **context, progress=stop, backend=backend)
+    assert seen == [(10 if backend == "native" else 4, 10)]
+
+
+LONG_CALL = """
+import torch
+from starflow_kernels import BlockSpec, block_inverse
+spec = BlockSpec(token_dim=8, channels=512, layers=8, heads=8, head_dim=64, kv_heads=8, mlp_dim=2048)
+weights = {n: torch.randn(s) / 100 for n, s in spec.weight_shapes.items()}
+z = torch.randn(8, 4096, 8)
+block_inverse(z, weights, spec, backend="native", progress=lambda done, total: print(done, flush=True))
+"""
+
+
+def test_an_interrupt_stops_it_within_a_second():
+    with subprocess.Popen([sys.executable, "-c", LONG_CALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.readline()
+        child.send_signal(signal.SIGINT)
+        start = time.perf_counter()
+        while child.stdout.readline():
+            pass
+        stopped = time.perf_counter() - start
+        assert b"KeyboardInterrupt" in child.stderr.read()
+    assert stopped < 1
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -11,6 +12,7 @@ from ..affine_flow.api import empty_logdet
 from ..checks import check_finite, check_guidance, check_range, check_tensor
 from ..dispatch import register
 from ..library import define
+from ..progress import reporting_to
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
 from . import cpu, reference
 
@@ -99,6 +101,7 @@ def block_inverse(
     guidance: float | torch.Tensor | None = None,
     rule: GuidanceRule = "tarflow",
     temperature: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Noise to data through one flow block: T sequential steps over a KV cache.
@@ -112,6 +115,8 @@ def block_inverse(
             for no guidance.
         rule: "tarflow" or "starflow", as in `affine_flow_inverse`.
         temperature: attention temperature of the rows without a condition.
+        progress: called as progress(done, B T) with the tokens that are done, now and then; what it raises ends the
+            call.
 
     Returns:
         x (B, T, D) in the dtype of z: block_forward(x) = z. Not differentiable.
@@ -130,7 +135,7 @@ def block_inverse(
         raise ValueError(f"temperature={temperature} tempers the rows without a condition: it needs guidance")
     rows = B if guidance is None else 2 * B
     tensors = _check_block(z, weights, spec, cond, prefix, cos, sin, rows)
-    with torch.no_grad():
+    with torch.no_grad(), reporting_to(progress) if progress else contextlib.nullcontext():
         return torch.ops.starflow.block_inverse(
             z, tensors, cond, prefix, cos, sin, guidance, spec.to_json(), rule, temperature, backend=backend
         )

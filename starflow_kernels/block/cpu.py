@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import NamedTuple
 
 import torch
 
 from ..affine_flow.cpu import affine_flow
+from ..progress import report
 from ..spec import BlockSpec
 
 # Rows that one team of threads takes at a time: enough to use each weight often, few enough for the caches.
@@ -182,35 +184,51 @@ def block_forward(x, weights, cond, prefix, cos, sin, text: str, logdet: str):
     return affine_flow(x, params, spec.affine.scale, spec.affine.soft_clip, not spec.start, spec.flip, logdet)
 
 
+def cache_bytes() -> int:
+    """Bytes that the KV cache of a call may take: STARFLOW_CACHE_GB, by default a quarter of the machine's memory."""
+    gigabytes = float(os.environ.get("STARFLOW_CACHE_GB", 0))
+    return int(gigabytes * 2**30) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
 def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature: float):
-    """Data of noise, token after token over the cache."""
+    """Data of noise, token after token over the cache; a batch whose cache passes `cache_bytes` goes in parts."""
     spec = BlockSpec.from_json(text)
     model, threads = packed(spec, weights), torch.get_num_threads()
     (B, T, _), L = z.shape, 0 if prefix is None else prefix.shape[1]
     copies = 1 if guidance is None else 2
     cond, prefix, cos, sin, guidance = map(_plain, (cond, prefix, cos, sin, guidance))
     x = z.clone(memory_format=torch.contiguous_format)
-    group = _sampling_group(B, copies, model.buffer.numel() * 4, threads)
+    row_bytes = 4 * copies * torch.ops.starflow_native.block_sizes(model.fields, 1, L + T)[0]
+    part = max(1, min(B, cache_bytes() // row_bytes))
+    group = _sampling_group(part, copies, model.buffer.numel() * 4, threads)
     chunk = max(1, min(L, DENSITY_TOKENS // (group * copies)))
-    cache, workspace = _buffers(model, group * copies * chunk, L + T, B * copies, threads)
-    step, last = _call_tokens(model.buffer, B * copies), T if spec.start else T - 1
-    for first in range(-L, last, step):
-        torch.ops.starflow_native.block_run(
-            x,
-            None,
-            model.buffer,
-            model.offsets,
-            model.fields,
-            spec.affine.soft_clip,
-            cond,
-            prefix,
-            cos,
-            sin,
-            guidance,
-            ("tarflow", "starflow").index(rule),
-            temperature,
-            cache,
-            workspace,
-            [first, min(first + step, last), group, chunk, threads],
-        )
+    cache, workspace = _buffers(model, group * copies * chunk, L + T, part * copies, threads)
+    step, last = _call_tokens(model.buffer, part * copies), T if spec.start else T - 1
+
+    def both_kinds(value: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+        """Those rows of (copies B, ...), with and without the condition."""
+        if value is None or part == B:
+            return value
+        return value.unflatten(0, (copies, B))[:, rows].flatten(0, 1).contiguous()
+
+    for b in range(0, B, part):
+        rows = slice(b, b + part)
+        given = both_kinds(cond, rows), both_kinds(prefix, rows), cos, sin, None if guidance is None else guidance[rows]
+        for first in range(-L, last, step):
+            end = min(first + step, last)
+            torch.ops.starflow_native.block_run(
+                x[rows],
+                None,
+                model.buffer,
+                model.offsets,
+                model.fields,
+                spec.affine.soft_clip,
+                *given,
+                ("tarflow", "starflow").index(rule),
+                temperature,
+                cache,
+                workspace,
+                [first, end, group, chunk, threads],
+            )
+            report(b * T + max(0, end + T - last) * len(x[rows]), B * T)
     return x
