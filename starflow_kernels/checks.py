@@ -13,8 +13,9 @@ def check_tensor(name: str, value: object, shape: tuple[int | str, ...], like: t
         raise TypeError(f"{name}: expected a tensor of shape {_text(shape)}, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: dtype {value.dtype} is not one of {', '.join(map(str, FLOATS))}")
-    fits = value.ndim == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape))
-    if not fits:
+    if value.shape != shape and not (
+        value.ndim == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape))
+    ):
         raise ValueError(f"{name}: expected shape {_text(shape)}, got {_text(tuple(value.shape))}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: on {value.device}, expected {like.device}")
@@ -24,8 +25,8 @@ def check_finite(name: str, value: torch.Tensor) -> None:
     """Raise ValueError when a sampler's input holds NaN or infinity; compiled code goes without."""
     if torch.compiler.is_compiling():
         return
-    bad = (~torch.isfinite(value)).sum().item()
-    if bad:
+    if not value.isfinite().all():
+        bad = (~value.isfinite()).sum().item()
         raise ValueError(f"{name}: {bad} of {value.numel()} values are not finite")
 
 

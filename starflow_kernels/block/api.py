@@ -9,7 +9,7 @@ import torch
 
 from .. import native
 from ..affine_flow.api import empty_logdet
-from ..checks import check_finite, check_guidance, check_range, check_tensor
+from ..checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
 from ..dispatch import register
 from ..library import define
 from ..progress import reporting_to
@@ -145,10 +145,11 @@ def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[to
     missing, unknown = spec.weight_shapes.keys() - weights.keys(), weights.keys() - spec.weight_shapes.keys()
     if missing or unknown:
         raise ValueError(f"weights: missing {sorted(missing)}, unknown {sorted(unknown)}")
-    for name, shape in spec.weight_shapes.items():
-        check_tensor(f"weights[{name!r}]", weights[name], shape, like=x)
-    if len({weights[name].dtype for name in spec.weight_shapes}) > 1:
-        raise TypeError(f"weights: expected one dtype, got {sorted({str(w.dtype) for w in weights.values()})}")
+    tensors = [weights[name] for name in spec.weight_shapes]
+    if not _alike(tensors, spec, x):
+        for name, shape in spec.weight_shapes.items():
+            check_tensor(f"weights[{name!r}]", weights[name], shape, like=x)
+        raise TypeError(f"weights: expected one dtype, got {sorted({str(w.dtype) for w in tensors})}")
     T = x.shape[1]
     if spec.positions not in (0, T):
         raise ValueError(f"x or z: {T} tokens, but the learned position table has {spec.positions}")
@@ -164,4 +165,14 @@ def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[to
         angles = (T + (0 if prefix is None else prefix.shape[1]), spec.head_dim // 2)
         check_tensor("cos", cos, angles, like=x)
         check_tensor("sin", sin, angles, like=x)
-    return [weights[name] for name in spec.weight_shapes]
+    return tensors
+
+
+def _alike(tensors: list, spec: BlockSpec, x: torch.Tensor) -> bool:
+    """Whether the weights are as they should be, all at once: a token of a small block takes a few microseconds."""
+    return (
+        all(isinstance(w, torch.Tensor) for w in tensors)
+        and all(w.shape == shape for w, shape in zip(tensors, spec.weight_shapes.values()))
+        and {w.device for w in tensors} == {x.device}
+        and {w.dtype for w in tensors} <= {tensors[0].dtype} & set(FLOATS)
+    )

@@ -18,6 +18,7 @@ SAMPLING_ROWS, DENSITY_TOKENS = 64, 128
 # between calls.
 CALL_SECONDS, SLOW_FLOPS, SLOW_BYTES = 0.3, 2e10, 4e9
 SMALL_CACHE, LARGE_CACHE = 2**20, 2**24
+HUGE_PAGES_FROM = 2**20
 
 
 class Packed(NamedTuple):
@@ -54,6 +55,14 @@ def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
     return [*sizes, spec.positions, spec.text_dim, *map(int, flags), *kinds]
 
 
+def _memory(floats: int) -> torch.Tensor:
+    """Uninitialised memory, in huge pages where it is large."""
+    buffer = torch.empty(floats)
+    if floats >= HUGE_PAGES_FROM:
+        torch.ops.starflow_native.use_huge_pages(buffer)
+    return buffer
+
+
 def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
     """Copy of the weights for the kernel. A product without bias gets zeros."""
     pieces = []
@@ -69,8 +78,7 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
                 pieces.append(_vector(torch.zeros(len(weight))))
     sizes = [-(-len(piece) // 16) * 16 for piece in pieces]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    buffer = torch.empty(sum(sizes))
-    torch.ops.starflow_native.use_huge_pages(buffer)
+    buffer = _memory(sum(sizes))
     for piece, offset in zip(pieces, offsets):
         buffer[offset : offset + len(piece)] = piece
     return Packed(buffer, offsets, spec_fields(spec, weights[0].dtype))
@@ -137,10 +145,7 @@ def _sampling_group(B: int, copies: int, weight_bytes: int, threads: int) -> int
 
 def _buffers(model: Packed, passed: int, cached: int, cache_rows: int, threads: int):
     cache, workspace = torch.ops.starflow_native.block_sizes(model.fields, passed, cached)
-    buffers = torch.empty(cache_rows * cache), torch.empty(threads * workspace)
-    for buffer in buffers:
-        torch.ops.starflow_native.use_huge_pages(buffer)
-    return buffers
+    return _memory(cache_rows * cache), _memory(threads * workspace)
 
 
 def block_params(x, weights, cond, prefix, cos, sin, text: str, tokens: int = DENSITY_TOKENS) -> torch.Tensor:
