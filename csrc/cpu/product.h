@@ -27,9 +27,24 @@ constexpr int64_t tile_stride(int64_t K) {
     return sizeof(W) == 4 ? K * LANES : (K + 1) / 2 * 2 * LANES;
 }
 
+// The weights that come next, fetched while the present ones are used: for each k, `step` bytes further. With few rows
+// there is no time for it between loads, and the machine's own prefetching does better.
+struct Ahead {
+    const char* at;
+    int64_t step, stride;
+
+    template <int ROWS, int TILES>
+    INLINE void fetch(int64_t k) const {
+        if constexpr (ROWS >= 4)
+            UNROLL for (int t = 0; t < TILES; ++t) __builtin_prefetch(at + k * step + t * stride, 0, 2);
+    }
+};
+
 template <int ROWS, int TILES>
-INLINE void multiply(const float* x, int64_t ldx, const float* w, int64_t stride, int64_t K, Vec (&sum)[ROWS][TILES]) {
+INLINE void multiply(const float* x, int64_t ldx, const float* w, int64_t stride, int64_t K, Ahead ahead,
+                     Vec (&sum)[ROWS][TILES]) {
     for (int64_t k = 0; k < K; ++k) {
+        ahead.fetch<ROWS, TILES>(k);
         Vec b[TILES];
         UNROLL for (int t = 0; t < TILES; ++t) b[t] = load(w + t * stride + k * LANES);
         UNROLL for (int m = 0; m < ROWS; ++m) {
@@ -41,7 +56,8 @@ INLINE void multiply(const float* x, int64_t ldx, const float* w, int64_t stride
 
 // A bf16 is the upper half of a float; a pair of them shares one 32-bit lane, even k in the lower half.
 template <int ROWS, int TILES>
-INLINE void multiply(const float* x, int64_t ldx, const Bf16* w, int64_t stride, int64_t K, Vec (&sum)[ROWS][TILES]) {
+INLINE void multiply(const float* x, int64_t ldx, const Bf16* w, int64_t stride, int64_t K, Ahead ahead,
+                     Vec (&sum)[ROWS][TILES]) {
     auto half = [&](int64_t k, auto widen) __attribute__((always_inline)) {
         Vec b[TILES];
         UNROLL for (int t = 0; t < TILES; ++t) {
@@ -57,18 +73,21 @@ INLINE void multiply(const float* x, int64_t ldx, const Bf16* w, int64_t stride,
     auto even = [](Int pair) __attribute__((always_inline)) { return pair << 16; };
     auto odd = [](Int pair) __attribute__((always_inline)) { return pair & splat(int32_t(0xffff0000)); };
     int64_t k = 0;
-    for (; k + 1 < K; k += 2) half(k, even), half(k + 1, odd);
+    for (; k + 1 < K; k += 2) {
+        ahead.fetch<ROWS, TILES>(k);
+        half(k, even), half(k + 1, odd);
+    }
     if (k < K) half(k, even);
 }
 
 // y = or += x w over one block of k, K <= K_BLOCK.
 template <int ROWS, int TILES, class W>
-__attribute__((noinline)) void tile(const float* x, int64_t ldx, const W* w, int64_t stride, int64_t K, float* y,
-                                    int64_t ldy, bool add) {
+__attribute__((noinline)) void tile(const float* x, int64_t ldx, const W* w, int64_t stride, int64_t K, Ahead ahead,
+                                    float* y, int64_t ldy, bool add) {
     Vec sum[ROWS][TILES];
     UNROLL for (int m = 0; m < ROWS; ++m)
         UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = splat(0.0f);
-    multiply(x, ldx, w, stride, K, sum);
+    multiply(x, ldx, w, stride, K, ahead, sum);
     UNROLL for (int m = 0; m < ROWS; ++m)
         UNROLL for (int t = 0; t < TILES; ++t) {
             float* to = y + m * ldy + t * LANES;
@@ -77,7 +96,7 @@ __attribute__((noinline)) void tile(const float* x, int64_t ldx, const W* w, int
 }
 
 template <class W>
-using TileFunction = void (*)(const float*, int64_t, const W*, int64_t, int64_t, float*, int64_t, bool);
+using TileFunction = void (*)(const float*, int64_t, const W*, int64_t, int64_t, Ahead, float*, int64_t, bool);
 
 template <class W, int ROWS, int TILES>
 constexpr TileFunction<W> tile_or_null() {
@@ -99,14 +118,19 @@ void product_tiles(const float* x, int64_t ldx, int64_t M, const W* w, int64_t s
                    int64_t ldy) {
     for (int64_t k = 0; k < K || k == 0; k += K_BLOCK) {
         int64_t width = K - k < K_BLOCK ? K - k : K_BLOCK;
-        int64_t passes = (M + MAX_ROWS - 1) / MAX_ROWS;
+        int64_t passes = (M + MAX_ROWS - 1) / MAX_ROWS, line = LANES * sizeof(W);
+        // Next in use: the same columns further down, or the columns to the right. Each pass over rows fetches a part.
+        const W* next = k + width < K ? w + (k + width) * LANES : w + tiles * stride;
         for (int64_t pass = 0; pass < passes; ++pass) {
             int64_t m = M * pass / passes;
             int rows = int(M * (pass + 1) / passes - m);
             for (int t = 0; t < tiles;) {
                 int count = tiles - t < tiles_for(rows) ? tiles - t : tiles_for(rows);
+                Ahead ahead{reinterpret_cast<const char*>(next + t * stride) + pass * width * line / passes,
+                            line / passes, stride * int64_t(sizeof(W))};
+                if (passes == 1) ahead = {reinterpret_cast<const char*>(x), 0, 0};
                 TILES_OF<W>[rows - 1][count - 1](x + m * ldx + k, ldx, w + t * stride + k * LANES, stride, width,
-                                                 y + m * ldy + t * LANES, ldy, k > 0);
+                                                 ahead, y + m * ldy + t * LANES, ldy, k > 0);
                 t += count;
             }
         }

@@ -1,7 +1,6 @@
 #include "team.h"
 
 #include <mutex>
-#include <thread>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -10,23 +9,29 @@ namespace starflow {
 
 namespace {
 
-constexpr int SPINS = 4000;
+// About 20 us: longer than threads of equal work wait for each other where each has a core. A thread that waits longer
+// sleeps, so that the others can have its core.
+constexpr int SPINS = 1000;
 
-void relax(int& spins) {
-    if (++spins > SPINS) std::this_thread::yield();
+// Returns once `value` is no longer `old`.
+template <class T>
+void wait_while(const std::atomic<T>& value, T old) {
+    for (int spin = 0; spin < SPINS; ++spin) {
+        if (value.load(std::memory_order_acquire) != old) return;
 #if defined(__x86_64__)
-    _mm_pause();
+        _mm_pause();
 #elif defined(__aarch64__)
-    asm volatile("yield");
+        asm volatile("yield");
 #endif
+    }
+    value.wait(old, std::memory_order_acquire);
 }
 
 struct Gathering {
     MemberFunction member;
     void* context;
-    int64_t places;
-    std::atomic<int> members{0};
-    std::atomic<int64_t> joined{0};
+    int places;
+    std::atomic<int> members{0}, joined{0};
 };
 
 }  // namespace
@@ -36,10 +41,10 @@ void Barrier::wait(int size) {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
         arrived_.store(0, std::memory_order_relaxed);
         epoch_.store(epoch + 1, std::memory_order_release);
+        epoch_.notify_all();
         return;
     }
-    int spins = 0;
-    while (epoch_.load(std::memory_order_acquire) == epoch) relax(spins);
+    wait_while(epoch_, epoch);
 }
 
 void run_together(ParallelFor parallel_for, int threads, MemberFunction member, void* context) {
@@ -50,10 +55,10 @@ void run_together(ParallelFor parallel_for, int threads, MemberFunction member, 
     auto join = [](int64_t begin, int64_t end, void* context) {
         auto& all = *static_cast<Gathering*>(context);
         int thread = all.members.fetch_add(1);
-        all.joined.fetch_add(end - begin);
         // A pool may give fewer threads than places, each a larger range: all places taken means all threads are here.
-        int spins = 0;
-        while (all.joined.load() < all.places) relax(spins);
+        int joined = all.joined.fetch_add(int(end - begin)) + int(end - begin);
+        all.joined.notify_all();
+        for (; joined < all.places; joined = all.joined.load()) wait_while(all.joined, joined);
         all.member(thread, all.members.load(), all.context);
     };
     parallel_for(threads, join, &gathering);

@@ -7,7 +7,7 @@
 
 namespace starflow {
 
-// Spin barrier: about 0.1 us. A thread that has waited long yields, in case another has no core.
+// Spin barrier: about 0.1 us. A thread that has waited long goes to sleep, in case another has no core.
 class Barrier {
 public:
     void wait(int size);
