@@ -17,6 +17,8 @@ SAMPLING_ROWS, DENSITY_TOKENS = 64, 128
 # A call of the kernel should last about this long, in seconds at a tenth of the usual speed: Python handles Ctrl-C
 # between calls.
 CALL_SECONDS, SLOW_FLOPS, SLOW_BYTES = 0.3, 2e10, 4e9
+# Rough speed of one core, and what a member of a team needs to do in a token step to be worth its barriers.
+FLOPS, BYTES, MEMBER_SECONDS = 2e11, 1e11, 8e-6
 SMALL_CACHE, LARGE_CACHE = 2**20, 2**24
 HUGE_PAGES_FROM = 2**20
 
@@ -143,6 +145,12 @@ def _sampling_group(B: int, copies: int, weight_bytes: int, threads: int) -> int
     return max(1, -(-B // groups))
 
 
+def _useful_threads(threads: int, groups: int, buffer: torch.Tensor, rows: int) -> int:
+    """Threads that pay for their barriers: every one needs some microseconds of a token step to itself."""
+    seconds = 2 * rows * buffer.numel() / FLOPS + 4 * buffer.numel() / BYTES
+    return min(threads, groups * max(1, int(seconds / MEMBER_SECONDS)))
+
+
 def _buffers(model: Packed, passed: int, cached: int, cache_rows: int, threads: int):
     cache, workspace = torch.ops.starflow_native.block_sizes(model.fields, passed, cached)
     return _memory(cache_rows * cache), _memory(threads * workspace)
@@ -206,6 +214,7 @@ def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule:
     row_bytes = 4 * copies * torch.ops.starflow_native.block_sizes(model.fields, 1, L + T)[0]
     part = max(1, min(B, cache_bytes() // row_bytes))
     group = _sampling_group(part, copies, model.buffer.numel() * 4, threads)
+    threads = _useful_threads(threads, -(-part // group), model.buffer, group * copies)
     chunk = max(1, min(L, DENSITY_TOKENS // (group * copies)))
     cache, workspace = _buffers(model, group * copies * chunk, L + T, part * copies, threads)
     step, last = _call_tokens(model.buffer, part * copies), T if spec.start else T - 1
