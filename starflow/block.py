@@ -51,25 +51,19 @@ class FlowBlock(nn.Module):
         """Name -> parameter in the order of `spec.weight_shapes`."""
         return {name: getattr(owner, leaf) for name, (owner, leaf) in self._slots.items()}
 
-    def condition(self, labels: torch.Tensor | None, rows: int) -> torch.Tensor | None:
-        """(rows, C) class embedding of int labels (rows,); -1, or None for all, is the mean over the classes."""
-        if self.class_embed is None:
-            return None
-        mean = self.class_embed.mean(dim=0, keepdim=True)
-        if labels is None:
-            return mean.expand(rows, -1)
-        return torch.where(labels.unsqueeze(1) < 0, mean, self.class_embed[labels.clamp(min=0)])
+    def forward(self, x, classes=None, text=None, rotary=(None, None), **options):
+        """Data to noise, see `starflow_kernels.block_forward`; `context` explains the arguments."""
+        return block_forward(x, self.weights(), self.spec, **self.context(classes, text, rotary), **options)
 
-    def forward(self, x, labels=None, text=None, rotary=(None, None), **options):
-        """Data to noise, see `starflow_kernels.block_forward`; text (B, L, text_dim) stands in front of x (B, T, D)."""
-        cos, sin = rotary
-        cond = self.condition(labels, x.shape[0])
-        return block_forward(x, self.weights(), self.spec, cond=cond, prefix=text, cos=cos, sin=sin, **options)
+    def inverse(self, z, classes=None, text=None, rotary=(None, None), **options):
+        """Noise to data, see `starflow_kernels.block_inverse`; under guidance classes and text have 2B rows."""
+        return block_inverse(z, self.weights(), self.spec, **self.context(classes, text, rotary), **options)
 
-    def inverse(self, z, labels=None, text=None, rotary=(None, None), **guidance):
-        """Noise to data, see `starflow_kernels.block_inverse`; under guidance labels and text have 2B rows."""
-        cos, sin = rotary
-        cond = self.condition(labels, len(z) if labels is None else len(labels))
-        if cond is not None and guidance.get("guidance") is not None and labels is None:
-            cond = cond.repeat(2, 1)
-        return block_inverse(z, self.weights(), self.spec, cond=cond, prefix=text, cos=cos, sin=sin, **guidance)
+    def context(self, classes, text, rotary) -> dict[str, torch.Tensor | None]:
+        """What the block ops take beside tokens and weights.
+
+        classes: (B, num_classes) weights of the class embeddings, a row of zeros and a one for a class. text: (B, L,
+        text_dim) in front of the tokens. rotary: cos and sin of the angles, or Nones.
+        """
+        cond = None if classes is None else classes.to(self.class_embed.dtype) @ self.class_embed
+        return {"cond": cond, "prefix": text, "cos": rotary[0], "sin": rotary[1]}

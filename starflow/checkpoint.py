@@ -82,6 +82,6 @@ def resolve(folder: str | Path) -> Path:
     if not path.exists() and (BUNDLED / path / CONFIG).exists():
         return BUNDLED / path
     if not (path / CONFIG).exists():
-        names = sorted(p.name for p in BUNDLED.iterdir()) if BUNDLED.exists() else []
+        names = sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
         raise CheckpointError(f"no checkpoint at {path} ({CONFIG} is not there); bundled: {', '.join(names) or 'none'}")
     return path

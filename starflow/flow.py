@@ -125,13 +125,13 @@ class Flow(nn.Module):
     ) -> FlowOutput:
         """Data (B, C, H, W) to noise, all tokens at once; dropout: see `starflow_kernels.block_forward`."""
         self._check_context(labels, text, len(x))
-        grid, tokens = self._grid(x), self.tokens(x)
+        grid, tokens, classes = self._grid(x), self.tokens(x), self._class_weights(labels, x)
         logdet = tokens.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         latents = []
         for i, block in enumerate(self.blocks):
-            labels_i, text_i = self._context(i, labels, text)
+            context = (classes, text) if self.config.conditioned(i) else (None, None)
             rotary = self._rotary(i, grid, tokens)
-            tokens, block_logdet = block(tokens, labels_i, text_i, rotary, dropout=dropout, backend=backend)
+            tokens, block_logdet = block(tokens, *context, rotary, dropout=dropout, backend=backend)
             logdet = logdet + block_logdet
             latents.append(tokens)
         return FlowOutput(self.images(tokens, grid), logdet, latents)
@@ -176,26 +176,26 @@ class Flow(nn.Module):
         Raises ConfigError when guidance is asked for and there is nothing to tell its two branches apart.
         """
         self._check_context(labels, text, len(z))
-        grid, tokens = self._grid(z), self.tokens(z)
+        grid, tokens, classes = self._grid(z), self.tokens(z), self._class_weights(labels, z)
         conditional = labels is not None or text is not None
-        if guidance.weight and not conditional and guidance.temperature == 1:
-            raise ConfigError("guidance: needs labels, text, or an attention temperature other than 1")
-        if guidance.weight and text is not None and empty_text is None:
-            raise ConfigError("guidance: text needs empty_text, the states of the empty prompt")
+        guided_classes, guided_text = classes, text
+        if guidance.weight:
+            if not conditional and guidance.temperature == 1:
+                raise ConfigError("guidance: needs labels, text, or an attention temperature other than 1")
+            if text is not None and empty_text is None:
+                raise ConfigError("guidance: text needs empty_text, the states of the empty prompt")
+            if classes is not None:
+                guided_classes = torch.cat([classes, self._class_weights(None, z)])
+            if text is not None:
+                guided_text = torch.cat([text, empty_text.expand_as(text)])
         for i in reversed(range(len(self.blocks))):
-            block, options = self.blocks[i], {"backend": backend}
-            labels_i, text_i = self._context(i, labels, text)
-            if guidance.weight and (not conditional or labels_i is not None or text_i is not None):
-                options.update(
-                    guidance=guidance.weights(tokens.shape[1], block.spec.start, z.device),
-                    rule=guidance.rule,
-                    temperature=guidance.temperature,
-                )
-                if labels_i is not None:
-                    labels_i = torch.cat([labels_i, torch.full_like(labels_i, -1)])
-                if text_i is not None:
-                    text_i = torch.cat([text_i, empty_text.expand_as(text_i)])
-            tokens = block.inverse(tokens, labels_i, text_i, self._rotary(i, grid, tokens), **options)
+            block, reached, options = self.blocks[i], self.config.conditioned(i), {"backend": backend}
+            context = (classes, text) if reached else (None, None)
+            if guidance.weight and (reached or not conditional):
+                context = (guided_classes, guided_text) if reached else (None, None)
+                options["guidance"] = guidance.weights(tokens.shape[1], block.spec.start, z.device)
+                options.update(rule=guidance.rule, temperature=guidance.temperature)
+            tokens = block.inverse(tokens, *context, self._rotary(i, grid, tokens), **options)
         return self.images(tokens, grid)
 
     def noise(
@@ -244,8 +244,16 @@ class Flow(nn.Module):
             if low < -1 or high >= config.num_classes:
                 raise ValueError(f"labels: expected -1 (no class) .. {config.num_classes - 1}, got {labels.tolist()}")
 
-    def _context(self, block: int, labels, text) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return (labels, text) if self.config.conditioned(block) else (None, None)
+    def _class_weights(self, labels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+        """(B, num_classes) weights of the class embeddings: a one, or all equal for no class."""
+        classes = self.config.num_classes
+        if not classes:
+            return None
+        mean = like.new_full((len(like), classes), 1 / classes)
+        if labels is None:
+            return mean
+        one = torch.nn.functional.one_hot(labels.clamp(min=0), classes).to(mean.dtype)
+        return torch.where(labels.unsqueeze(1) < 0, mean, one)
 
     def _rotary(self, block: int, grid: tuple[int, int], like: torch.Tensor):
         config = self.config

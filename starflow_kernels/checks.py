@@ -8,14 +8,16 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, value: object, shape: tuple[int | str, ...], like: torch.Tensor | None = None) -> None:
-    """Raise unless `value` is a floating tensor of `shape` on the device of `like`; names stand for any size."""
+    """Raise unless `value` is a floating tensor of `shape` on the device of `like`.
+
+    Names stand for any size, "B" for none too.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {_text(shape)}, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: dtype {value.dtype} is not one of {', '.join(map(str, FLOATS))}")
-    if value.shape != shape and not (
-        value.ndim == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape))
-    ):
+    fits = (s == "B" or n > 0 if isinstance(s, str) else s == n for s, n in zip(shape, value.shape))
+    if value.shape != shape and (value.ndim != len(shape) or not all(fits)):
         raise ValueError(f"{name}: expected shape {_text(shape)}, got {_text(tuple(value.shape))}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: on {value.device}, expected {like.device}")

@@ -28,7 +28,8 @@ def register(
     missing: Callable[[], str | None] = lambda: None,
 ) -> None:
     """Add a backend to an op; those registered later are preferred."""
-    _kernels[op] = {backend: Kernel(run, refuse, missing), **_kernels.get(op, {})}
+    others = {name: kernel for name, kernel in _kernels.get(op, {}).items() if name != backend}
+    _kernels[op] = {backend: Kernel(run, refuse, missing), **others}
 
 
 def run(op: str, backend: str | None, *args):

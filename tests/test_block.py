@@ -319,6 +319,19 @@ def test_error_contract(dtype, name, forward, inverse):
     assert_within_contract(back, plain, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+def test_guided_error_contract(dtype, rule, inverse):
+    wide = {"token_dim": 8, "channels": 48, "mlp_dim": 96}
+    z, w, spec, context = block(BLOCKS["starflow-text"], B=8, tokens=17, copies=2, dtype=dtype, **wide)
+    g = torch.full((8, 17), 1.5)
+    x = block_inverse(z, w, spec, **context, guidance=g, rule=rule, temperature=0.7, backend=inverse)
+    plain = naive_inverse(z, w, spec, context, g, rule, 0.7)
+    wide_weights, wide_context = ({n: t.double() for n, t in d.items()} for d in (w, context))
+    exact = naive_inverse(z.double(), wide_weights, spec, wide_context, g.double(), rule, 0.7)
+    assert_within_contract(x, plain, exact)
+
+
 @pytest.mark.parametrize("name", ["tarflow-flip", "starflow-text-flip-cond"])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_strided_inputs_are_read_and_left(name, forward, inverse):
@@ -433,6 +446,7 @@ SHARED_ERRORS = [
     ("starflow", {"sin": torch.zeros(T, 3)}, ValueError, r"sin: expected shape \(5, 2\)"),
 ]
 FORWARD_ERRORS = [
+    ("starflow", angles(T, 4) | {"cos": torch.zeros(T, 2, requires_grad=True)}, ValueError, "cos, sin: .* no gradient"),
     ("tarflow", {"x": 0}, TypeError, "x: expected a tensor"),
     ("tarflow", {"x": torch.zeros(2, T, 4)}, ValueError, r"x: expected shape \(B, T, 3\)"),
     ("tarflow", {"x": torch.zeros(2, 4, 3)}, ValueError, "x or z: 4 tokens, but the learned position table has 5"),
@@ -443,6 +457,8 @@ INVERSE_ERRORS = [
     ("tarflow", {"z": torch.zeros(2, T)}, ValueError, "z: expected shape"),
     ("tarflow", {"z": torch.full((2, T, 3), math.nan)}, ValueError, "z: 30 of 30 values are not finite"),
     ("tarflow", {"z": torch.full((2, T, 3), math.inf)}, ValueError, "z: 30 of 30 values are not finite"),
+    ("tarflow", {"cond": torch.full((2, 8), math.nan)}, ValueError, "cond: 16 of 16 values are not finite"),
+    ("tarflow", {"z": torch.zeros(2, 0, 3)}, ValueError, r"z: expected shape \(B, T, 3\), got \(2, 0, 3\)"),
     ("tarflow", {"rule": "cfg"}, ValueError, "rule='cfg'"),
     ("tarflow", {"temperature": 0.0, "guidance": 1.0}, ValueError, "temperature=0.0"),
     ("tarflow", {"temperature": 0.5}, ValueError, "temperature=0.5 .*needs guidance"),

@@ -208,7 +208,11 @@ def heads(*shape, **options):
         ({"v": heads(2, 3, 2, 4, device="meta")}, ValueError, "v: on meta, expected cpu"),
         ({"v": heads(2, 3, 2, 4, dtype=F64)}, TypeError, "q, k, v: dtypes torch.float32, torch.float32, torch.float64"),
         ({"q": heads(2, 3, 3, 4)}, ValueError, "k: 2 heads do not divide the 3 heads of q"),
-        ({"k": heads(2, 3, 0, 4), "v": heads(2, 3, 0, 4)}, ValueError, "k: 0 heads do not divide the 2"),
+        (
+            {"k": heads(2, 3, 0, 4), "v": heads(2, 3, 0, 4)},
+            ValueError,
+            r"k: expected shape \(2, 3, H_kv, 4\), got \(2, 3, 0, 4\)",
+        ),
         ({"rotary": "neox"}, ValueError, "rotary='neox': expected one of 'none', 'interleaved', 'half'"),
         ({"rotary": "half"}, ValueError, "cos, sin: both are needed with rotary='half'"),
         ({"rotary": "half", "cos": heads(3, 2)}, ValueError, "cos, sin: both are needed"),

@@ -1,10 +1,11 @@
-"""Importing needs torch alone, and imports point down only."""
+"""Importing needs torch alone, imports point down only, and the examples of the READMEs run."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,11 @@ def test_backends_import_no_other_backend_and_no_api(name):
 def test_the_ground_floor_imports_no_op(name):
     ours = {m for m in GRAPH[f"starflow_kernels.{name}"] if m.startswith("starflow_kernels")}
     assert ours <= {f"starflow_kernels.{n}" for n in ("checks", "dispatch", "library", "spec")}
+
+
+@pytest.mark.parametrize("readme", sorted(PACKAGE.glob("*/README.md")), ids=lambda path: path.parent.name)
+def test_readme_examples_run(readme):
+    examples = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(compile(example, str(readme), "exec"), {})

@@ -67,6 +67,8 @@ def affine_flow_inverse(
     args = (z, params, guidance, spec.scale, spec.soft_clip, rule)
     needs_grad = any(t is not None and t.requires_grad for t in (z, params, guidance))
     if out is None and torch.is_grad_enabled() and needs_grad:
+        if backend not in (None, "reference"):
+            raise ValueError(f"backend={backend!r} cannot run affine_flow_inverse: it has no gradient")
         return reference.affine_flow_inverse(*args)
     if out is None:
         return torch.ops.starflow.affine_flow_inverse(*args, backend=backend)

@@ -64,7 +64,8 @@ def block_forward(
 
     Returns:
         z (B, T, D) in the dtype of x and log|det dz/dx|, (B,) or (B, T, D). Where a gradient is asked for, the
-        block is composed of `causal_attention` and `flow_head` on `backend`, which carry theirs.
+        block is composed of `causal_attention` and `flow_head` on `backend`, which carry theirs, and of layers of
+        torch, which autocast acts on; elsewhere the dtype of the weights is that of the network.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, device or value.
@@ -122,7 +123,7 @@ def block_inverse(
         x (B, T, D) in the dtype of z: block_forward(x) = z. Not differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, device or value; z not finite.
+        TypeError, ValueError: an argument of the wrong kind, shape, device or value; z, cond or prefix not finite.
     """
     check_choice("rule", rule, GuidanceRule)
     check_range("temperature", temperature, 0)
@@ -135,6 +136,9 @@ def block_inverse(
         raise ValueError(f"temperature={temperature} tempers the rows without a condition: it needs guidance")
     rows = B if guidance is None else 2 * B
     tensors = _check_block(z, weights, spec, cond, prefix, cos, sin, rows)
+    for name, value in (("cond", cond), ("prefix", prefix)):
+        if value is not None:
+            check_finite(name, value)
     with torch.no_grad(), reporting_to(progress) if progress else contextlib.nullcontext():
         return torch.ops.starflow.block_inverse(
             z, tensors, cond, prefix, cos, sin, guidance, spec.to_json(), rule, temperature, backend=backend
@@ -165,6 +169,8 @@ def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[to
         angles = (T + (0 if prefix is None else prefix.shape[1]), spec.head_dim // 2)
         check_tensor("cos", cos, angles, like=x)
         check_tensor("sin", sin, angles, like=x)
+        if cos.requires_grad or sin.requires_grad:
+            raise ValueError("cos, sin: the rotary angles carry no gradient")
     return tensors
 
 

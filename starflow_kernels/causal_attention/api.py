@@ -34,7 +34,7 @@ def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperat
     check_tensor("v", v, tuple(k.shape), like=q)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ")
-    if not k.shape[2] or H % k.shape[2]:
+    if H % k.shape[2]:
         raise ValueError(f"k: {k.shape[2]} heads do not divide the {H} heads of q")
     if (rotary == "none") != (cos is None) or (cos is None) != (sin is None):
         raise ValueError(

@@ -1,0 +1,116 @@
+"""Ceilings of this machine's CPU, measured: memory read bandwidth by working set, and float32 multiply-adds."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+SOURCE = r"""
+typedef float V __attribute__((vector_size(64)));
+float read_all(const V *p, long n, long rounds) {
+    V a = {0}, b = {0}, c = {0}, d = {0};
+    for (long r = 0; r < rounds; ++r) {
+        for (long i = 0; i < n; i += 4) { a += p[i]; b += p[i + 1]; c += p[i + 2]; d += p[i + 3]; }
+        __asm__ volatile("" ::: "memory");
+    }
+    V s = a + b + c + d;
+    return s[0];
+}
+float multiply_add(long rounds) {
+    V x[16];
+    for (int i = 0; i < 16; ++i) x[i] = (V){0} + (float)i;
+    V m = (V){0} + 0.999f, c = (V){0} + 0.001f;
+    for (long r = 0; r < rounds; ++r)
+        for (int i = 0; i < 16; ++i) x[i] = x[i] * m + c;
+    V s = {0};
+    for (int i = 0; i < 16; ++i) s += x[i];
+    return s[0];
+}
+"""
+FLOPS_A_ROUND = 16 * 16 * 2
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp())
+    (folder / "ceilings.c").write_text(SOURCE)
+    command = ["cc", "-O3", "-march=native", "-ffast-math", "-funroll-loops", "-shared", "-fPIC", "-Wno-psabi"]
+    subprocess.run([*command, "ceilings.c", "-o", "ceilings.so"], cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / "ceilings.so"))
+    library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
+    library.multiply_add.argtypes = [ctypes.c_long]
+    return library
+
+
+def _seconds(calls: list, repeats: int) -> float:
+    """Shortest time in which the calls, a thread each, all end."""
+    best = float("inf")
+    for _ in range(repeats):
+        threads = [threading.Thread(target=call) for call in calls]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def read_bandwidth(total_bytes: int, repeats: int = 5) -> float:
+    """Bytes a second that torch's number of threads read, each its share of a buffer of `total_bytes`."""
+    threads, library = torch.get_num_threads(), _library()
+    vectors = max(4, total_bytes // threads // 64 // 4 * 4)
+    buffers = [torch.ones(vectors * 16) for _ in range(threads)]
+    rounds = max(1, 2**28 // (vectors * 64))
+    calls = [functools.partial(library.read_all, buffer.data_ptr(), vectors, rounds) for buffer in buffers]
+    return threads * vectors * 64 * rounds / _seconds(calls, repeats)
+
+
+def copy_bandwidth(total_bytes: int, repeats: int = 20) -> float:
+    """Bytes a second, read and written, of torch's copy with a source and a target of half of `total_bytes` each."""
+    source = torch.ones(max(1, total_bytes // 8))
+    target = torch.empty_like(source)
+    target.copy_(source)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 8 * source.numel() / best
+
+
+@functools.cache
+def peak_flops(repeats: int = 5) -> float:
+    """float32 operations a second of fused multiply-adds on torch's number of threads."""
+    rounds = 2_000_000
+    calls = [functools.partial(_library().multiply_add, rounds)] * torch.get_num_threads()
+    return len(calls) * rounds * FLOPS_A_ROUND / _seconds(calls, repeats)
+
+
+def description() -> dict[str, str | int]:
+    """CPU, threads and versions, for the head of a result."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    print(description())
+    print(f"multiply-add {peak_flops() / 1e9:.0f} GFLOP/s")
+    for size in (2**18, 2**20, 2**22, 2**24, 2**26, 2**28):
+        read, copy = read_bandwidth(size) / 1e9, copy_bandwidth(size) / 1e9
+        print(f"{size / 2**20:8.2f} MiB: read {read:6.1f}, copy {copy:6.1f} GB/s")

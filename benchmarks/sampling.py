@@ -1,0 +1,231 @@
+"""Sampling on the CPU against the released TarFlow loop: same weights, same noise, one process.
+
+    python -m benchmarks.sampling --peer DIR --json benchmarks/results/sampling_cpu.json
+
+`DIR` holds transformer_flow.py of github.com/apple/ml-tarflow, which is not part of this repository. Every time stands
+beside its floor, the larger of bytes / read bandwidth of that working set and operations / peak, measured in the same
+run, and beside the error against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from starflow_kernels import BlockSpec, block_inverse
+
+from .machine import description, peak_flops, read_bandwidth
+
+RENAMED = {
+    "attention.norm": "attn_norm",
+    "attention.": "",
+    "mlp.norm": "mlp_norm",
+    "mlp.main.0": "up",
+    "mlp.main.2": "down",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Blocks of `layers` layers of width `channels` on a square image, `batch` samples, guided or not."""
+
+    name: str
+    image: tuple[int, int]
+    patch: int
+    channels: int
+    blocks: int
+    layers: int
+    batch: int
+    guidance: float = 0.0
+    dtype: torch.dtype = torch.float32
+    repeats: int = 7
+
+    @property
+    def rows(self) -> int:
+        return self.batch * (2 if self.guidance else 1)
+
+
+DIGITS = {"image": (1, 8), "patch": 2, "channels": 64, "blocks": 4, "layers": 2}
+RGB32 = {"image": (3, 32), "patch": 2, "channels": 128, "blocks": 4, "layers": 4}
+AFHQ = {"image": (3, 256), "patch": 8, "channels": 768, "blocks": 1, "layers": 8, "repeats": 1}
+CASES = [
+    *(Case(f"digits, batch {batch}", batch=batch, **DIGITS) for batch in (1, 100, 1000)),
+    *(Case(f"32x32, batch {batch}", batch=batch, **RGB32) for batch in (1, 16)),
+    Case("AFHQ-256 block, batch 1", batch=1, **AFHQ),
+    Case("AFHQ-256 block, batch 1, bfloat16 weights", batch=1, dtype=torch.bfloat16, **AFHQ),
+    Case("AFHQ-256 block, batch 8, guidance", batch=8, guidance=1.5, **AFHQ),
+]
+
+
+def load_peer(folder: Path):
+    """The module transformer_flow of the released code."""
+    spec = importlib.util.spec_from_file_location("transformer_flow", folder / "transformer_flow.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_peer(peer, case: Case):
+    """The released model with random weights; guidance needs classes."""
+    torch.manual_seed(0)
+    channels, size = case.image
+    classes = 10 if case.guidance else 0
+    model = peer.Model(channels, size, case.patch, case.channels, case.blocks, case.layers, num_classes=classes).eval()
+    for block in model.blocks:
+        torch.nn.init.normal_(block.proj_out.weight, std=0.02)
+    return model
+
+
+def convert(block, index: int) -> tuple[BlockSpec, dict[str, torch.Tensor]]:
+    """Spec and weights of a released block."""
+    tokens, channels = block.pos_embed.shape
+    heads = block.attn_blocks[0].attention.num_heads
+    spec = BlockSpec(
+        token_dim=block.proj_in.in_features, channels=channels, layers=len(block.attn_blocks), heads=heads,
+        head_dim=channels // heads, kv_heads=heads, mlp_dim=4 * channels, positions=tokens, flip=index % 2 == 1,
+    )  # fmt: skip
+    weights = {}
+    for name, weight in block.named_parameters():
+        name = name.replace("attn_blocks", "layers")
+        for theirs, own in RENAMED.items():
+            name = name.replace(theirs, own)
+        if name in spec.weight_shapes:
+            weights[name] = weight.detach()
+    return spec, weights
+
+
+def ours(model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend: str | None = None):
+    """A function that inverts all blocks with our op."""
+    blocks = []
+    for index, block in enumerate(model.blocks):
+        spec, weights = convert(block, index)
+        options = {"backend": backend}
+        if case.guidance:
+            embed = block.class_embed.detach().squeeze(1)
+            options["cond"] = torch.cat([embed[labels], embed.mean(0).expand(len(labels), -1)]).to(z.dtype)
+            options["guidance"] = case.guidance
+        blocks.append(({name: weight.to(dtype) for name, weight in weights.items()}, spec, options))
+
+    def run() -> torch.Tensor:
+        x = z
+        for weights, spec, options in reversed(blocks):
+            x = block_inverse(x, weights, spec, **options)
+        return x
+
+    return run
+
+
+def median_seconds(run, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def floor_seconds(model, case: Case) -> tuple[float, str]:
+    """Least time of a token step: weights and, on average, half of the KV cache are read, every product is done."""
+    spec, _ = convert(model.blocks[0], 0)
+    shapes = [shape for shape in spec.weight_shapes.values() if len(shape) == 2 and shape[0] != spec.positions]
+    products = sum(a * b for a, b in shapes)
+    weight_bytes = products * torch.finfo(case.dtype).bits // 8
+    cache_bytes = 2 * case.layers * case.rows * spec.positions * case.channels * 4 / 2
+    bandwidth = read_bandwidth(int(weight_bytes + cache_bytes))
+    by_bytes = (weight_bytes + cache_bytes) / bandwidth
+    by_flops = 2 * case.rows * products / peak_flops()
+    return max((by_bytes, f"bytes at {bandwidth / 1e9:.0f} GB/s"), (by_flops, f"{peak_flops() / 1e9:.0f} GFLOP/s"))
+
+
+def compiled_peer(model, z, labels, case: Case) -> float | str:
+    """Seconds of the released loop with its step under torch.compile, or why that does not work."""
+    try:
+        for block in model.blocks:
+            block.reverse_step = torch.compile(block.reverse_step, dynamic=True)
+        run = lambda: model.reverse(z.clone(), labels, guidance=case.guidance)  # noqa: E731
+        run()
+        return median_seconds(run, case.repeats)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+
+
+@torch.no_grad()
+def measure(peer, case: Case, compile_peer: bool) -> dict:
+    """One row of the table; times are of one token step."""
+    model = make_peer(peer, case)
+    z = torch.randn(case.batch, model.num_patches, case.image[0] * case.patch**2)
+    labels = torch.arange(case.batch) % 10 if case.guidance else None
+    exact = ours(model, z.double(), labels, case, torch.float64, "reference")()
+    own, reference = ours(model, z, labels, case, case.dtype), ours(model, z, labels, case, case.dtype, "reference")
+
+    def released() -> torch.Tensor:
+        return model.patchify(model.reverse(z.clone(), labels, guidance=case.guidance))
+
+    steps = case.blocks * (model.num_patches - 1)
+    errors = {"ours": (own() - exact).abs().max().item(), "released": (released() - exact).abs().max().item()}
+    floor, bound = floor_seconds(model, case)
+    seconds = {
+        "ours": median_seconds(own, 3 * case.repeats) / steps,
+        "released": median_seconds(released, case.repeats) / steps,
+        "reference": median_seconds(reference, case.repeats) / steps,
+    }
+    row = {
+        "case": case.name,
+        "microseconds": {name: 1e6 * value for name, value in seconds.items()},
+        "floor_microseconds": 1e6 * floor,
+        "floor": bound,
+        "of_floor": floor / seconds["ours"],
+        "ratio_released": seconds["released"] / seconds["ours"],
+        "ratio_reference": seconds["reference"] / seconds["ours"],
+        "error": errors,
+    }
+    if compile_peer:
+        found = compiled_peer(model, z, labels, case)
+        row["ratio_compiled"] = found if isinstance(found, str) else found / steps / seconds["ours"]
+    return row
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as a table."""
+    lines = [
+        "| case | ours, us a step | floor, us (bound) | of the floor | released / ours | our reference / ours "
+        "| error ours | error released |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['case']} | {row['microseconds']['ours']:.1f} | {row['floor_microseconds']:.1f} ({row['floor']}) "
+            f"| {100 * row['of_floor']:.0f} % | {row['ratio_released']:.1f}x | {row['ratio_reference']:.1f}x "
+            f"| {row['error']['ours']:.1e} | {row['error']['released']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, required=True, help="folder with the released transformer_flow.py")
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="try the released step under torch.compile too")
+    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    peer, rows = load_peer(args.peer), []
+    for case in CASES:
+        if args.cases in case.name:
+            rows.append(measure(peer, case, args.compile))
+            print(json.dumps(rows[-1]), flush=True)
+    print(markdown(rows))
+    if args.json:
+        args.json.write_text(json.dumps({"machine": description(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
