@@ -1,3 +1,116 @@
-from setuptools import setup
+"""Builds the native CPU kernels of csrc/ with the package where torch and a C++ compiler are there.
 
-setup()
+STARFLOW_NATIVE=0 skips them, STARFLOW_NATIVE=1 makes a failure an error; unset, a failure leaves pure Python and a
+note with the reason, which starflow_kernels.backends() shows. STARFLOW_SANITIZE=address,undefined builds with
+sanitizers.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+MODULE = "starflow_kernels._native"
+NOTE = "_native.txt"
+# Sources with kernels are compiled once an instruction set; the widest that the machine has is taken at run time.
+KERNELS = [f"csrc/cpu/{name}.cpp" for name in ("affine_flow", "block", "elementary", "table")]
+COMMON = ["csrc/registration.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/model.cpp", "csrc/cpu/team.cpp"]
+AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
+INSTRUCTION_SETS = {"base": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]}
+# Contraction of a * b + c would depend on the code around it: fused operations are written out.
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
+
+
+class BuildNative(build_ext):
+    """Compile KERNELS for every instruction set, COMMON once, and link them against libtorch's stable ABI."""
+
+    def build_extension(self, ext):
+        wanted = os.environ.get("STARFLOW_NATIVE", "")
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for old in (target, target.with_name(NOTE)):
+            old.unlink(missing_ok=True)
+        try:
+            if wanted == "0":
+                raise RuntimeError("skipped, STARFLOW_NATIVE=0 when the package was installed")
+            self.build_native(target)
+        except Exception as error:
+            if wanted == "1":
+                raise
+            print(f"native kernels are not built: {error}", file=sys.stderr)
+            target.with_name(NOTE).write_text(f"{error}\n")
+
+    def copy_extensions_to_source(self):
+        """Bring what build_extension left, library or note, to the source tree of an editable install."""
+        for ext in self.extensions:
+            filename = self.get_ext_filename(ext.name)
+            built, source = Path(self.build_lib, filename), ROOT / filename
+            for name in (source.name, NOTE):
+                source.with_name(name).unlink(missing_ok=True)
+                if built.with_name(name).exists():
+                    self.copy_file(str(built.with_name(name)), str(source.with_name(name)))
+
+    def get_outputs(self):
+        """Files that were really made."""
+        outputs = [Path(output) for output in super().get_outputs()]
+        outputs += [output.with_name(NOTE) for output in outputs]
+        return [str(output) for output in outputs if output.exists()]
+
+    def get_output_mapping(self):
+        return {}
+
+    def build_native(self, target: Path) -> None:
+        try:
+            from torch.utils import cpp_extension
+        except ImportError as error:
+            raise RuntimeError(
+                "torch was not there when the package was installed; "
+                "install it first, then pip install --no-build-isolation"
+            ) from error
+        sanitize = os.environ.get("STARFLOW_SANITIZE")
+        extra = [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"] if sanitize else []
+        macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+
+        def compile_for(sources, name, flags, defines=()):
+            return self.compiler.compile(
+                [str(Path(source)) for source in sources],
+                output_dir=os.path.join(self.build_temp, name),
+                macros=[*macros, *defines],
+                include_dirs=cpp_extension.include_paths(),
+                extra_postargs=[*FLAGS, *extra, *flags],
+            )
+
+        os.chdir(ROOT)
+        objects = compile_for(COMMON, "common", [])
+        for name, flags in INSTRUCTION_SETS.items():
+            defines = [("STARFLOW_ISA", name), ("STARFLOW_ISA_NAME", f'"{name}"')]
+            objects += compile_for(KERNELS, name, flags, defines)
+        self.compiler.link_shared_object(
+            objects,
+            str(target),
+            libraries=["torch_cpu", "torch", "c10"],
+            library_dirs=cpp_extension.library_paths(),
+            extra_postargs=extra,
+            target_lang="c++",
+        )
+
+
+setup(
+    ext_modules=[Extension(MODULE, sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -17,7 +17,7 @@ def check_tensor(name: str, value: object, shape: tuple[int | str, ...], like: t
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: dtype {value.dtype} is not one of {', '.join(map(str, FLOATS))}")
     fits = (s == "B" or n > 0 if isinstance(s, str) else s == n for s, n in zip(shape, value.shape))
-    if value.ndim != len(shape) or not all(fits):
+    if value.shape != shape and (value.ndim != len(shape) or not all(fits)):
         raise ValueError(f"{name}: expected shape {_text(shape)}, got {_text(tuple(value.shape))}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: on {value.device}, expected {like.device}")
@@ -27,8 +27,8 @@ def check_finite(name: str, value: torch.Tensor) -> None:
     """Raise ValueError when a sampler's input holds NaN or infinity; compiled code goes without."""
     if torch.compiler.is_compiling():
         return
-    bad = (~torch.isfinite(value)).sum().item()
-    if bad:
+    if not value.isfinite().all():
+        bad = (~value.isfinite()).sum().item()
         raise ValueError(f"{name}: {bad} of {value.numel()} values are not finite")
 
 

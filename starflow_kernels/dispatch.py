@@ -9,19 +9,27 @@ import torch
 
 
 class Kernel(NamedTuple):
-    """`run(*op arguments)` computes the op; `refuse(*op arguments)` says why it cannot, or returns None."""
+    """`run(*op arguments)` computes the op; `refuse(*op arguments)` says why it cannot, or returns None; `missing()`
+    says why it cannot run anything on this machine, or returns None."""
 
     run: Callable
     refuse: Callable[..., str | None]
+    missing: Callable[[], str | None]
 
 
 _kernels: dict[str, dict[str, Kernel]] = {}
 
 
-def register(op: str, backend: str, run: Callable, refuse: Callable[..., str | None] = lambda *args: None) -> None:
+def register(
+    op: str,
+    backend: str,
+    run: Callable,
+    refuse: Callable[..., str | None] = lambda *args: None,
+    missing: Callable[[], str | None] = lambda: None,
+) -> None:
     """Add a backend to an op; those registered later are preferred."""
     others = {name: kernel for name, kernel in _kernels.get(op, {}).items() if name != backend}
-    _kernels[op] = {backend: Kernel(run, refuse), **others}
+    _kernels[op] = {backend: Kernel(run, refuse, missing), **others}
 
 
 def run(op: str, backend: str | None, *args):
@@ -33,16 +41,20 @@ def run(op: str, backend: str | None, *args):
     if backend is not None:
         if backend not in kernels:
             raise ValueError(f"backend={backend!r}: {op} has {', '.join(map(repr, kernels))}")
-        if reason := kernels[backend].refuse(*args):
+        if reason := kernels[backend].missing() or kernels[backend].refuse(*args):
             raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
         kernel = kernels[backend]
     else:
-        kernel = next(kernel for kernel in kernels.values() if kernel.refuse(*args) is None)
+        kernel = next(k for k in kernels.values() if k.missing() is None and k.refuse(*args) is None)
     # The ops compute in the dtypes of their inputs; autocast has acted before them.
     with torch._C._DisableAutocast():
         return kernel.run(*args)
 
 
-def backends() -> dict[str, list[str]]:
-    """Which backends each op has on this machine, most preferred first."""
-    return {op: list(kernels) for op, kernels in sorted(_kernels.items()) if not op.endswith("_backward")}
+def backends() -> dict[str, dict[str, str]]:
+    """The backends of each op, most preferred first: "available", or the reason why it is not on this machine."""
+    return {
+        op: {name: kernel.missing() or "available" for name, kernel in kernels.items()}
+        for op, kernels in sorted(_kernels.items())
+        if not op.endswith("_backward")
+    }

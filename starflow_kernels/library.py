@@ -20,9 +20,10 @@ def define(op: str, arguments: str, returns: str, *, fake: Callable, reference: 
     dispatch.register(op, "reference", reference)
 
     def run(*args, backend=None):
-        return torch.utils._pytree.tree_map_only(
-            torch.Tensor, torch.Tensor.contiguous, dispatch.run(op, backend, *args)
-        )
+        result = dispatch.run(op, backend, *args)
+        if isinstance(result, torch.Tensor):
+            return result.contiguous()
+        return result if result is None else type(result)(tensor.contiguous() for tensor in result)
 
     _library.impl(op, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"starflow::{op}", lambda *args, backend=None: fake(*args), lib=_library)

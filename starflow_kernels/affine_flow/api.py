@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from .. import native
 from ..checks import check_tensor
+from ..dispatch import register
 from ..library import define, differentiable
 from ..spec import AffineSpec, Logdet, check_choice
-from . import reference
+from . import cpu, reference
 
 ARGUMENTS = "Tensor x, Tensor params, str scale, float soft_clip, bool shift, bool flip, str logdet"
 
@@ -25,6 +27,8 @@ define(
     reference=reference.affine_flow,
 )
 differentiable("affine_flow", ARGUMENTS, 2, reference.affine_flow_backward)
+register("affine_flow", "native", cpu.affine_flow, cpu.refuse, native.missing)
+register("affine_flow_backward", "native", cpu.affine_flow_backward, cpu.refuse_backward, native.missing)
 
 
 def affine_flow(

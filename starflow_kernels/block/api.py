@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 
 import torch
 
+from .. import native
 from ..affine_flow.api import empty_logdet
-from ..checks import check_finite, check_guidance, check_range, check_tensor
+from ..checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
+from ..dispatch import register
 from ..library import define
+from ..progress import reporting_to
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
-from . import reference
+from . import cpu, reference
 
 CONTEXT = "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin"
 
@@ -28,6 +32,8 @@ define(
     fake=lambda z, *args: z.new_empty(z.shape),
     reference=reference.block_inverse,
 )
+register("block_forward", "native", cpu.block_forward, cpu.refuse, native.missing)
+register("block_inverse", "native", cpu.block_inverse, cpu.refuse, native.missing)
 
 
 def block_forward(
@@ -96,6 +102,7 @@ def block_inverse(
     guidance: float | torch.Tensor | None = None,
     rule: GuidanceRule = "tarflow",
     temperature: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Noise to data through one flow block: T sequential steps over a KV cache.
@@ -109,6 +116,8 @@ def block_inverse(
             for no guidance.
         rule: "tarflow" or "starflow", as in `affine_flow_inverse`.
         temperature: attention temperature of the rows without a condition.
+        progress: called as progress(done, B T) with the tokens that are done, now and then; what it raises ends the
+            call.
 
     Returns:
         x (B, T, D) in the dtype of z: block_forward(x) = z. Not differentiable.
@@ -130,7 +139,7 @@ def block_inverse(
     for name, value in (("cond", cond), ("prefix", prefix)):
         if value is not None:
             check_finite(name, value)
-    with torch.no_grad():
+    with torch.no_grad(), reporting_to(progress) if progress else contextlib.nullcontext():
         return torch.ops.starflow.block_inverse(
             z, tensors, cond, prefix, cos, sin, guidance, spec.to_json(), rule, temperature, backend=backend
         )
@@ -140,10 +149,11 @@ def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[to
     missing, unknown = spec.weight_shapes.keys() - weights.keys(), weights.keys() - spec.weight_shapes.keys()
     if missing or unknown:
         raise ValueError(f"weights: missing {sorted(missing)}, unknown {sorted(unknown)}")
-    for name, shape in spec.weight_shapes.items():
-        check_tensor(f"weights[{name!r}]", weights[name], shape, like=x)
-    if len({weights[name].dtype for name in spec.weight_shapes}) > 1:
-        raise TypeError(f"weights: expected one dtype, got {sorted({str(w.dtype) for w in weights.values()})}")
+    tensors = [weights[name] for name in spec.weight_shapes]
+    if not _alike(tensors, spec, x):
+        for name, shape in spec.weight_shapes.items():
+            check_tensor(f"weights[{name!r}]", weights[name], shape, like=x)
+        raise TypeError(f"weights: expected one dtype, got {sorted({str(w.dtype) for w in tensors})}")
     T = x.shape[1]
     if spec.positions not in (0, T):
         raise ValueError(f"x or z: {T} tokens, but the learned position table has {spec.positions}")
@@ -161,4 +171,14 @@ def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[to
         check_tensor("sin", sin, angles, like=x)
         if cos.requires_grad or sin.requires_grad:
             raise ValueError("cos, sin: the rotary angles carry no gradient")
-    return [weights[name] for name in spec.weight_shapes]
+    return tensors
+
+
+def _alike(tensors: list, spec: BlockSpec, x: torch.Tensor) -> bool:
+    """Whether the weights are as they should be, all at once: a token of a small block takes a few microseconds."""
+    return (
+        all(isinstance(w, torch.Tensor) for w in tensors)
+        and all(w.shape == shape for w, shape in zip(tensors, spec.weight_shapes.values()))
+        and {w.device for w in tensors} == {x.device}
+        and {w.dtype for w in tensors} <= {tensors[0].dtype} & set(FLOATS)
+    )

@@ -12,6 +12,7 @@ from ..affine_flow_inverse.reference import affine_flow_inverse
 from ..cached_attention.reference import cached_attention
 from ..causal_attention.reference import causal_attention
 from ..flow_head.reference import flow_head, rms_norm
+from ..progress import report
 from ..spec import BlockSpec
 
 Weights = dict[str, torch.Tensor]
@@ -168,4 +169,5 @@ def block_inverse(
         x[:, t : t + 1] = affine_flow_inverse(
             x[:, t : t + 1], linear(h, w, "proj_out"), weight, spec.affine.scale, spec.affine.soft_clip, rule
         )
+        report(B * (t + 1), B * T)
     return x.flip(1) if spec.flip else x

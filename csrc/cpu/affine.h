@@ -1,0 +1,69 @@
+// The affine transform of one token, sixteen dimensions at a time.
+#pragma once
+
+#include "elementary.h"
+#include "kernels.h"
+
+namespace starflow::STARFLOW_ISA {
+
+struct Gaussian {
+    Vec mu, sigma;
+};
+
+INLINE Vec soft_clip(Vec r, float clip) {
+    return clip > 0 ? splat(clip) * tanh(r / splat(clip)) : r;
+}
+
+INLINE Vec sigma_of(Vec a, Scale scale) {
+    return scale == Scale::exp ? exp(a) : scale == Scale::softplus ? softplus_one(a) : splat(1.0f);
+}
+
+// log sigma, from sigma where that is a float with all its digits.
+INLINE Vec log_sigma_of(Vec a, Vec sigma, Scale scale) {
+    if (scale == Scale::exp) return a;
+    if (scale == Scale::unit) return splat(0.0f);
+    return select(a < splat(-17.0f), a + splat(0.541324855f), log(sigma));
+}
+
+// d log sigma / d a.
+INLINE Vec log_sigma_slope(Vec a, Vec sigma, Scale scale) {
+    if (scale != Scale::softplus) return splat(1.0f);
+    Vec u = splat(1.71828183f) * exp(min(a, splat(80.0f)));
+    return select(a < splat(-17.0f), splat(1.0f), u / ((splat(1.0f) + u) * sigma));
+}
+
+// Lanes i .. of the raw parameters [a | b] of one token, after the soft clip; a is unused where sigma = 1.
+struct Raw {
+    Vec a, b;
+};
+
+INLINE Raw raw_at(const float* params, int i, int D, const Affine& affine) {
+    bool unit = affine.scale == Scale::unit;
+    return {unit ? splat(0.0f) : soft_clip(load(params + i, D - i), affine.clip),
+            soft_clip(load(params + (unit ? 0 : D) + i, D - i), affine.clip)};
+}
+
+// Mean and scale under guidance of weight w, see affine_flow_inverse/api.py.
+INLINE Gaussian guided(Raw with, Raw without, float weight, Rule rule, Scale scale) {
+    Vec w = splat(weight);
+    if (rule == Rule::tarflow) {
+        Vec a = fma(w, with.a - without.a, with.a);
+        return {fma(w, with.b - without.b, with.b), sigma_of(a, scale)};
+    }
+    Vec sigma = sigma_of(with.a, scale), ratio = min(sigma / sigma_of(without.a, scale), splat(1.0f));
+    Vec ws = w * ratio * ratio, precision = splat(1.0f) + w - ws;
+    return {((splat(1.0f) + w) * with.b - ws * without.b) / precision, sigma / root(precision)};
+}
+
+// x = mu + sigma z for one token; `without` is null without guidance; x == z allowed.
+inline void affine_inverse(const float* z, const float* params, const float* without, float weight, int D, Rule rule,
+                           const Affine& affine, float* x) {
+    for (int i = 0; i < D; i += LANES) {
+        Raw raw = raw_at(params, i, D, affine);
+        Gaussian g = without ? guided(raw, raw_at(without, i, D, affine), weight, rule, affine.scale)
+                             : Gaussian{raw.b, sigma_of(raw.a, affine.scale)};
+        store(x + i, fma(g.sigma, load(z + i, D - i), g.mu), D - i);
+    }
+}
+
+}  // namespace starflow::STARFLOW_ISA

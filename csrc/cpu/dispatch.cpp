@@ -1,0 +1,44 @@
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace starflow {
+
+// One definition each of the sources that are compiled for several instruction sets.
+namespace base {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+const Kernels& choose() {
+    const char* wanted = std::getenv("STARFLOW_ISA");
+    auto allowed = [&](const Kernels& set) { return !wanted || !std::strcmp(wanted, set.name); };
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (v4 && allowed(avx512::kernels)) return avx512::kernels;
+    if (v3 && allowed(avx2::kernels)) return avx2::kernels;
+#endif
+    return base::kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();
+    return chosen;
+}
+
+}  // namespace starflow

@@ -1,0 +1,118 @@
+// What the kernels are told, and the table of them for each instruction set. Plain data: no library types cross into
+// code that is compiled for an instruction set which the machine may lack.
+#pragma once
+
+#include <cstdint>
+
+#include "team.h"
+
+namespace starflow {
+
+enum class Scale { exp, softplus, unit };
+enum class Rule { tarflow, starflow };
+enum class Norm { layer_norm, rms_norm, none };
+enum class Mlp { gelu, swiglu };
+enum class Rotary { none, interleaved, half };
+
+struct Affine {
+    Scale scale;
+    float clip;  // 0: no soft clip
+};
+
+// Sizes and options of a flow block, see BlockSpec.
+struct Spec {
+    int token_dim, channels, layers, heads, head_dim, kv_heads, mlp_dim, positions, text_dim;
+    bool start, flip, bias, qk_norm, post_norm, final_norm, bf16;
+    Mlp mlp;
+    Norm norm;
+    Rotary rotary;
+    Affine affine;
+
+    int params_dim() const { return affine.scale == Scale::unit ? token_dim : 2 * token_dim; }
+    int qkv_dim() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+
+// Packed weight, (out, in), and padded bias, null for none.
+struct Linear {
+    const void* weight;
+    const float* bias;
+    int in, out;
+};
+
+struct NormWeights {
+    const float *weight, *bias;
+};
+
+struct Layer {
+    NormWeights attn_norm, mlp_norm;
+    Linear qkv, proj, gate, up, down;
+    const float *q_norm, *k_norm, *attn_post_norm, *mlp_post_norm;
+};
+
+struct Block {
+    Spec spec;
+    Linear proj_in, proj_text, proj_out;
+    const float *positions, *start, *final_norm;
+    const Layer* layers;
+};
+
+// One call on B sequences of T tokens with L states in front. Sampling has rows b (with the condition) and B + b
+// (without) where guidance is given.
+struct BlockCall {
+    const Block* block;
+    int64_t B, T, L;
+    int copies;           // rows of a sequence: 2 under guidance
+    const float* input;   // density: (B, T, D) data
+    float* state;         // sampling: (B, T, D), noise that becomes data
+    float* params;        // density: (B, T, P) raw parameters
+    const float* cond;    // (copies B, C) or null
+    const float* prefix;  // (copies B, L, text_dim) or null
+    const float *cos, *sin;
+    const float* guidance;  // (B, T) or null
+    Rule rule;
+    float temperature;
+    float* cache;         // cache_floats(spec, L + T) a row: (copies B) rows in sampling, else `group` rows a thread
+    int64_t first, last;  // slots to run, the prefix being slots -L .. -1
+    int64_t group;        // sequences that go together
+    int64_t chunk;        // slots a pass where the inputs are known, which is everywhere but in sampling
+};
+
+enum class Logdet { sum, mean, none };
+
+// The affine transform of x (B, T, D) by raw parameters (B, T, P), density direction, and its gradient.
+struct AffineCall {
+    int64_t B, T;
+    int D;
+    Affine affine;
+    bool shift, flip;
+    Logdet logdet;
+    const float *x, *params;
+    float *z, *logdets;  // (B, T, D); (B, T, D) for Logdet::none, else unused
+    double* partial;     // (B, affine_chunks): sums of log sigma, unused for Logdet::none
+    // The gradient's alone; those of the outputs may be null.
+    const float *saved_z, *grad_z, *grad_logdet;
+    float *grad_x, *grad_params;
+
+    int P() const { return affine.scale == Scale::unit ? D : 2 * D; }
+    // Tokens that are transformed together; from the shape of one sequence alone, so that a row's bits are its own.
+    int64_t chunk() const { return D >= 512 ? 1 : 512 / D; }
+    int64_t chunks() const { return (T + chunk() - 1) / chunk(); }
+};
+
+enum class Elementary { exp, log, log1p, tanh, gelu, gelu_tanh, softplus_one };
+
+struct Kernels {
+    const char* name;
+    // Run one group of sequences; every member of the team calls it. cache: that of the call's row 0 in sampling, else
+    // of the group's. shared: workspace of the team's first thread; own: that of the member.
+    void (*run_block)(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, const Team& team);
+    // Chunks first .. last - 1 of the B chunks() that there are.
+    void (*affine_flow)(const AffineCall& call, int64_t first, int64_t last);
+    void (*affine_flow_backward)(const AffineCall& call, int64_t first, int64_t last);
+    void (*elementary)(Elementary which, const float* x, float* y, int64_t n);
+};
+
+// Those of the widest instruction set of this machine, or of the one that STARFLOW_ISA names.
+const Kernels& kernels();
+
+}  // namespace starflow

@@ -1,0 +1,93 @@
+#include "model.h"
+
+#include <stdexcept>
+
+#include "workspace.h"
+
+namespace starflow {
+
+Spec read_spec(const std::vector<int64_t>& fields, double clip) {
+    if (fields.size() != 20) throw std::invalid_argument("block spec: expected 20 fields");
+    auto field = fields.begin();
+    auto number = [&] { return int(*field++); };
+    Spec spec;
+    for (int* size : {&spec.token_dim, &spec.channels, &spec.layers, &spec.heads, &spec.head_dim, &spec.kv_heads,
+                      &spec.mlp_dim, &spec.positions, &spec.text_dim})
+        *size = number();
+    for (bool* flag : {&spec.start, &spec.flip, &spec.bias, &spec.qk_norm, &spec.post_norm, &spec.final_norm, &spec.bf16})
+        *flag = number();
+    spec.mlp = Mlp(number());
+    spec.norm = Norm(number());
+    spec.rotary = Rotary(number());
+    spec.affine = {Scale(number()), float(clip)};
+    return spec;
+}
+
+Model::Model(const Spec& spec, const float* packed, const std::vector<int64_t>& offsets) : layers_(spec.layers) {
+    auto offset = offsets.begin();
+    auto next = [&]() -> const float* {
+        if (offset == offsets.end()) throw std::invalid_argument("packed weights: too few for the block spec");
+        return packed + *offset++;
+    };
+    auto linear = [&](int out, int in) {
+        const float* weight = next();
+        return Linear{weight, next(), in, out};
+    };
+    auto norm = [&] {
+        NormWeights weights{};
+        if (spec.norm != Norm::none) weights.weight = next();
+        if (spec.norm == Norm::layer_norm) weights.bias = next();
+        return weights;
+    };
+    int C = spec.channels;
+    block = {};
+    block.spec = spec;
+    block.proj_in = linear(C, spec.token_dim);
+    if (spec.positions) block.positions = next();
+    if (spec.start) block.start = next();
+    if (spec.text_dim) block.proj_text = linear(C, spec.text_dim);
+    for (Layer& layer : layers_) {
+        layer = {};
+        layer.attn_norm = norm();
+        layer.qkv = linear(spec.qkv_dim(), C);
+        if (spec.qk_norm) layer.q_norm = next(), layer.k_norm = next();
+        layer.proj = linear(C, spec.heads * spec.head_dim);
+        if (spec.post_norm) layer.attn_post_norm = next();
+        layer.mlp_norm = norm();
+        if (spec.mlp == Mlp::swiglu) layer.gate = linear(spec.mlp_dim, C);
+        layer.up = linear(spec.mlp_dim, C);
+        layer.down = linear(C, spec.mlp_dim);
+        if (spec.post_norm) layer.mlp_post_norm = next();
+    }
+    if (spec.final_norm) block.final_norm = next();
+    block.proj_out = linear(spec.params_dim(), C);
+    block.layers = layers_.data();
+    if (offset != offsets.end()) throw std::invalid_argument("packed weights: too many for the block spec");
+}
+
+void run_groups(ParallelFor parallel_for, int threads, const BlockCall& call, float* workspace, int64_t floats) {
+    struct Work {
+        const BlockCall& call;
+        float* workspace;
+        int64_t floats;
+        std::vector<Barrier> barriers;
+    } work{call, workspace, floats, std::vector<Barrier>(threads)};
+    auto member = [](int thread, int threads, void* context) {
+        auto& work = *static_cast<Work*>(context);
+        int groups = int((work.call.B + work.call.group - 1) / work.call.group);
+        // Fewer groups than threads: the threads form one team a group, of sizes as equal as can be.
+        int teams = groups < threads ? groups : threads;
+        int mine = int(int64_t(thread) * teams / threads);
+        auto leader = [&](int team) { return int((int64_t(team) * threads + teams - 1) / teams); };
+        int first = leader(mine);
+        Team team{thread - first, leader(mine + 1) - first, &work.barriers[mine]};
+        const BlockCall& call = work.call;
+        int64_t cache = call.state ? 0 : call.group * cache_floats(call.block->spec, call.L + call.T);
+        for (int group = mine; group < groups; group += teams)
+            kernels().run_block(call, group, call.cache + first * cache, work.workspace + first * work.floats,
+                                work.workspace + thread * work.floats, team);
+    };
+    run_together(parallel_for, threads, member, &work);
+}
+
+}  // namespace starflow

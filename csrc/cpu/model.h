@@ -1,0 +1,26 @@
+// From the flat form in which Python hands a block over to the structures of the kernels, and from a call to threads.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace starflow {
+
+// Reads `fields` in the order of Spec's members (see block/cpu.py). Throws std::invalid_argument on a wrong length.
+Spec read_spec(const std::vector<int64_t>& fields, double clip);
+
+// A block and the layers that it points to. offsets: place of each weight in `packed`, in the order of block/cpu.py.
+class Model {
+public:
+    Model(const Spec& spec, const float* packed, const std::vector<int64_t>& offsets);
+    Block block;
+
+private:
+    std::vector<Layer> layers_;
+};
+
+// Run every group of sequences, on up to `threads` threads; workspace: `floats` for each of them.
+void run_groups(ParallelFor parallel_for, int threads, const BlockCall& call, float* workspace, int64_t floats);
+
+}  // namespace starflow

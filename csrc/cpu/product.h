@@ -1,0 +1,155 @@
+// Matrix products y = x W^T with weights packed [N / 16][K][16] (bf16: [N / 16][K / 2][16][2]).
+// One order of summation whatever the number of rows, the tile shape or the thread: k ascending, one fused multiply-add
+// after the other, in blocks of K_BLOCK whose sums are then added in order. So a row has the same bits in every batch.
+#pragma once
+
+#include "vec.h"
+#include "workspace.h"
+
+namespace starflow::STARFLOW_ISA {
+
+constexpr int K_BLOCK = 256;
+constexpr int MAX_ROWS = ACCUMULATORS < MOST_ROWS ? ACCUMULATORS : MOST_ROWS;
+constexpr int MAX_TILES = ACCUMULATORS < 4 ? ACCUMULATORS : 4;
+// Tiles of columns of one pass over x.
+constexpr int GROUP = SCRATCH_COLUMNS / LANES;
+
+struct Bf16 {
+    uint16_t bits;
+};
+
+// How many tiles of 16 columns fit the registers beside `rows` rows.
+constexpr int tiles_for(int rows) { return ACCUMULATORS / rows < MAX_TILES ? ACCUMULATORS / rows : MAX_TILES; }
+
+// Values between two tiles of packed weights.
+template <class W>
+constexpr int64_t tile_stride(int64_t K) {
+    return sizeof(W) == 4 ? K * LANES : (K + 1) / 2 * 2 * LANES;
+}
+
+// The weights that come next, fetched while the present ones are used: for each k, `step` bytes further. With few rows
+// there is no time for it between loads, and the machine's own prefetching does better.
+struct Ahead {
+    const char* at;
+    int64_t step, stride;
+
+    template <int ROWS, int TILES>
+    INLINE void fetch(int64_t k) const {
+        if constexpr (ROWS >= 4)
+            UNROLL for (int t = 0; t < TILES; ++t) __builtin_prefetch(at + k * step + t * stride, 0, 2);
+    }
+};
+
+template <int ROWS, int TILES>
+INLINE void multiply(const float* x, int64_t ldx, const float* w, int64_t stride, int64_t K, Ahead ahead,
+                     Vec (&sum)[ROWS][TILES]) {
+    for (int64_t k = 0; k < K; ++k) {
+        ahead.fetch<ROWS, TILES>(k);
+        Vec b[TILES];
+        UNROLL for (int t = 0; t < TILES; ++t) b[t] = load(w + t * stride + k * LANES);
+        UNROLL for (int m = 0; m < ROWS; ++m) {
+            Vec a = splat(x[m * ldx + k]);
+            UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = fma(a, b[t], sum[m][t]);
+        }
+    }
+}
+
+// A bf16 is the upper half of a float; a pair of them shares one 32-bit lane, even k in the lower half.
+template <int ROWS, int TILES>
+INLINE void multiply(const float* x, int64_t ldx, const Bf16* w, int64_t stride, int64_t K, Ahead ahead,
+                     Vec (&sum)[ROWS][TILES]) {
+    auto half = [&](int64_t k, auto widen) __attribute__((always_inline)) {
+        Vec b[TILES];
+        UNROLL for (int t = 0; t < TILES; ++t) {
+            Int pair;
+            memcpy(&pair, w + t * stride + k / 2 * 2 * LANES, sizeof pair);
+            b[t] = bits(widen(pair));
+        }
+        UNROLL for (int m = 0; m < ROWS; ++m) {
+            Vec a = splat(x[m * ldx + k]);
+            UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = fma(a, b[t], sum[m][t]);
+        }
+    };
+    auto even = [](Int pair) __attribute__((always_inline)) { return pair << 16; };
+    auto odd = [](Int pair) __attribute__((always_inline)) { return pair & splat(int32_t(0xffff0000)); };
+    int64_t k = 0;
+    for (; k + 1 < K; k += 2) {
+        ahead.fetch<ROWS, TILES>(k);
+        half(k, even), half(k + 1, odd);
+    }
+    if (k < K) half(k, even);
+}
+
+// y = or += x w over one block of k, K <= K_BLOCK.
+template <int ROWS, int TILES, class W>
+__attribute__((noinline)) void tile(const float* x, int64_t ldx, const W* w, int64_t stride, int64_t K, Ahead ahead,
+                                    float* y, int64_t ldy, bool add) {
+    Vec sum[ROWS][TILES];
+    UNROLL for (int m = 0; m < ROWS; ++m)
+        UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = splat(0.0f);
+    multiply(x, ldx, w, stride, K, ahead, sum);
+    UNROLL for (int m = 0; m < ROWS; ++m)
+        UNROLL for (int t = 0; t < TILES; ++t) {
+            float* to = y + m * ldy + t * LANES;
+            store(to, add ? load(to) + sum[m][t] : sum[m][t]);
+        }
+}
+
+template <class W>
+using TileFunction = void (*)(const float*, int64_t, const W*, int64_t, int64_t, Ahead, float*, int64_t, bool);
+
+template <class W, int ROWS, int TILES>
+constexpr TileFunction<W> tile_or_null() {
+    if constexpr (ROWS <= MAX_ROWS && TILES <= tiles_for(ROWS))
+        return tile<ROWS, TILES, W>;
+    else
+        return nullptr;
+}
+
+#define TILE_ROW(W, R) {tile_or_null<W, R, 1>(), tile_or_null<W, R, 2>(), tile_or_null<W, R, 3>(), tile_or_null<W, R, 4>()}
+template <class W>
+constexpr TileFunction<W> TILES_OF[6][4] = {TILE_ROW(W, 1), TILE_ROW(W, 2), TILE_ROW(W, 3),
+                                            TILE_ROW(W, 4), TILE_ROW(W, 5), TILE_ROW(W, 6)};
+#undef TILE_ROW
+
+// y (M, 16 tiles) = x (M, K) times `tiles` tiles of packed weights.
+template <class W>
+void product_tiles(const float* x, int64_t ldx, int64_t M, const W* w, int64_t stride, int64_t K, int tiles, float* y,
+                   int64_t ldy) {
+    for (int64_t k = 0; k < K || k == 0; k += K_BLOCK) {
+        int64_t width = K - k < K_BLOCK ? K - k : K_BLOCK;
+        int64_t passes = (M + MAX_ROWS - 1) / MAX_ROWS, line = LANES * sizeof(W);
+        // Next in use: the same columns further down, or the columns to the right. Each pass over rows fetches a part.
+        const W* next = k + width < K ? w + (k + width) * LANES : w + tiles * stride;
+        for (int64_t pass = 0; pass < passes; ++pass) {
+            int64_t m = M * pass / passes;
+            int rows = int(M * (pass + 1) / passes - m);
+            for (int t = 0; t < tiles;) {
+                int count = tiles - t < tiles_for(rows) ? tiles - t : tiles_for(rows);
+                Ahead ahead{reinterpret_cast<const char*>(next + t * stride) + pass * width * line / passes,
+                            line / passes, stride * int64_t(sizeof(W))};
+                if (passes == 1) ahead = {reinterpret_cast<const char*>(x), 0, 0};
+                TILES_OF<W>[rows - 1][count - 1](x + m * ldx + k, ldx, w + t * stride + k * LANES, stride, width,
+                                                 ahead, y + m * ldy + t * LANES, ldy, k > 0);
+                t += count;
+            }
+        }
+    }
+}
+
+// done(row, tile, value) for every row and every tile of columns in [first, last) of x (M, K) times packed weights.
+// scratch: M rows of GROUP * LANES floats.
+template <class W, class Done>
+INLINE void product(const float* x, int64_t ldx, int64_t M, const W* w, int64_t K, int64_t first, int64_t last,
+                    float* scratch, Done done) {
+    int64_t stride = tile_stride<W>(K);
+    constexpr int64_t width = GROUP * LANES;
+    for (int64_t tile = first; tile < last; tile += GROUP) {
+        int count = int(last - tile < GROUP ? last - tile : GROUP);
+        product_tiles(x, ldx, M, w + tile * stride, stride, K, count, scratch, width);
+        for (int64_t m = 0; m < M; ++m)
+            for (int t = 0; t < count; ++t) done(m, tile + t, load(scratch + m * width + t * LANES));
+    }
+}
+
+}  // namespace starflow::STARFLOW_ISA

@@ -1,0 +1,82 @@
+// What happens to one row of values: norms, rotary positions, softmax. Reductions go by lanes, then by the tree of
+// sum(), whatever the machine.
+#pragma once
+
+#include <cmath>
+
+#include "elementary.h"
+
+namespace starflow::STARFLOW_ISA {
+
+constexpr float LAYER_NORM_EPS = 1e-5f, RMS_NORM_EPS = 1e-6f;
+
+INLINE float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
+
+// weight and bias are padded to whole vectors with zeros; lanes of y past n become zero.
+inline void layer_norm(const float* x, const float* weight, const float* bias, int n, float* y) {
+    Vec total = splat(0.0f);
+    for (int i = 0; i < n; i += LANES) total = total + load(x + i, n - i);
+    Vec mean = splat(sum(total) / float(n));
+    Vec square = splat(0.0f);
+    for (int i = 0; i < n; i += LANES) {
+        Vec centred = load(x + i, n - i) - mean;
+        if (n - i < LANES) centred = select(first(n - i), centred, splat(0.0f));
+        square = fma(centred, centred, square);
+    }
+    Vec scale = splat(inverse_root(sum(square) / float(n) + LAYER_NORM_EPS));
+    for (int i = 0; i < n; i += LANES) {
+        Vec normal = (load(x + i, n - i) - mean) * scale;
+        store(y + i, fma(normal, load(weight + i), load(bias + i)), n - i);
+    }
+}
+
+// x rsqrt(mean x^2 + eps) (1 + weight); x == y allowed.
+inline void rms_norm(const float* x, const float* weight, int n, float* y) {
+    Vec square = splat(0.0f);
+    for (int i = 0; i < n; i += LANES) {
+        Vec value = load(x + i, n - i);
+        square = fma(value, value, square);
+    }
+    Vec scale = splat(inverse_root(sum(square) / float(n) + RMS_NORM_EPS));
+    for (int i = 0; i < n; i += LANES) {
+        Vec value = load(x + i, n - i) * scale;
+        store(y + i, value * (splat(1.0f) + load(weight + i, n - i)), n - i);
+    }
+}
+
+// Rotate the pairs of x (d,) by angles (d / 2,): (x0, x1), (x2, x3), ... or, with `halves`, (x_i, x_{i + d / 2}).
+inline void rotate(float* x, const float* cos, const float* sin, int d, bool halves) {
+    int step = halves ? 1 : 2, other = halves ? d / 2 : 1;
+    for (int i = 0; i < d / 2; ++i) {
+        float a = x[i * step], b = x[i * step + other];
+        x[i * step] = a * cos[i] - b * sin[i];
+        x[i * step + other] = b * cos[i] + a * sin[i];
+    }
+}
+
+// scores (count,), padded to whole vectors with anything, become exp(scale score - max), zeros in the padding.
+// Returns their sum and, through `highest`, the maximum.
+inline float softmax(float* scores, int64_t count, float scale, float* highest = nullptr) {
+    Vec factor = splat(scale), top = splat(-INFINITY), total = splat(0.0f);
+    int64_t full = count / LANES * LANES;
+    for (int64_t i = 0; i < full; i += LANES) {
+        Vec s = load(scores + i) * factor;
+        store(scores + i, s);
+        top = max(top, s);
+    }
+    if (full < count) {
+        Vec s = select(first(int(count - full)), load(scores + full) * factor, splat(-INFINITY));
+        store(scores + full, s);
+        top = max(top, s);
+    }
+    float peak = largest(top);
+    for (int64_t i = 0; i < count; i += LANES) {
+        Vec p = exp(load(scores + i) - splat(peak));
+        store(scores + i, p);
+        total = total + p;
+    }
+    if (highest) *highest = peak;
+    return sum(total);
+}
+
+}  // namespace starflow::STARFLOW_ISA

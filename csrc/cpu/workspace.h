@@ -1,0 +1,54 @@
+// Where a flow block keeps what it computes. Nothing is allocated while it runs.
+#pragma once
+
+#include "kernels.h"
+
+namespace starflow {
+
+constexpr int MOST_ROWS = 6;         // rows that a matrix product takes at a time
+constexpr int SCRATCH_COLUMNS = 64;  // columns that it takes at a time
+
+// Rows of values are padded to whole vectors.
+inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+
+// Floats of the KV cache of one row of `tokens` tokens.
+inline int64_t cache_floats(const Spec& spec, int64_t tokens) {
+    return spec.layers * spec.kv_heads * padded(tokens) * (spec.head_dim + padded(spec.head_dim));
+}
+
+struct Workspace {
+    float *h, *qkv, *attended, *hidden, *branch, *params;                // of the team
+    float *normed, *tokens, *fresh, *scratch, *scores, *sums, *end;  // of the thread
+
+    // `passed`: rows of values, tokens of a pass over all rows of a team. `cached`: its length.
+    Workspace(const Spec& spec, int64_t passed, int64_t cached, float* shared, float* own) {
+        auto take = [](float*& from, int64_t width, int64_t rows) {
+            float* taken = from;
+            from += padded(width) * rows;
+            return taken;
+        };
+        float* start = shared;
+        h = take(shared, spec.channels, passed);
+        qkv = take(shared, spec.qkv_dim(), passed);
+        attended = take(shared, int64_t(spec.heads) * spec.head_dim, passed);
+        hidden = take(shared, spec.mlp_dim, passed);
+        branch = take(shared, spec.channels, passed);
+        params = take(shared, spec.params_dim(), passed);
+        own += shared - start;
+        normed = take(own, spec.channels, passed);
+        tokens = take(own, spec.token_dim, passed);
+        fresh = take(own, spec.token_dim, passed);
+        scratch = take(own, SCRATCH_COLUMNS, passed);
+        scores = take(own, cached, MOST_ROWS);
+        sums = take(own, spec.head_dim, MOST_ROWS);
+        end = own;
+    }
+};
+
+// Floats of workspace of one thread.
+inline int64_t workspace_floats(const Spec& spec, int64_t passed, int64_t cached) {
+    float* start = nullptr;
+    return Workspace(spec, passed, cached, start, start).end - start;
+}
+
+}  // namespace starflow

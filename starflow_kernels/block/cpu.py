@@ -1,0 +1,248 @@
+"""A whole flow block on the CPU: plans memory and threads for the kernel of csrc/cpu/block.cpp."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import NamedTuple
+
+import torch
+
+from ..affine_flow.cpu import affine_flow
+from ..progress import report
+from ..spec import BlockSpec
+
+# Rows that one team of threads takes at a time: enough to use each weight often, few enough for the caches.
+SAMPLING_ROWS, DENSITY_TOKENS = 64, 128
+# A call of the kernel should last about this long, in seconds at a tenth of the usual speed: Python handles Ctrl-C
+# between calls.
+CALL_SECONDS, SLOW_FLOPS, SLOW_BYTES = 0.3, 2e10, 4e9
+# Rough speed of one core, and what a member of a team needs to do in a token step to be worth its barriers.
+FLOPS, BYTES, MEMBER_SECONDS = 2e11, 1e11, 8e-6
+SMALL_CACHE, LARGE_CACHE = 2**20, 2**24
+HUGE_PAGES_FROM = 2**20
+
+
+class Packed(NamedTuple):
+    """Weights in the layout of csrc/cpu/product.h, all in one float32 buffer."""
+
+    buffer: torch.Tensor
+    offsets: list[int]
+    fields: list[int]
+
+
+def _tiles(weight: torch.Tensor) -> torch.Tensor:
+    """(N, K) as [N / 16][K][16], in bfloat16 as [N / 16][K / 2][16][2]; flat float32 bits, zeros where it is padded."""
+    N, K = weight.shape
+    pair = 1 if weight.dtype == torch.float32 else 2
+    weight = torch.nn.functional.pad(weight, (0, -K % pair, 0, -N % 16))
+    return weight.view(-(-N // 16), 16, -1, pair).transpose(1, 2).contiguous().view(torch.float32).flatten()
+
+
+def _vector(weight: torch.Tensor) -> torch.Tensor:
+    """Rows padded to 16 values, flat float32."""
+    return torch.nn.functional.pad(weight.float(), (0, -weight.shape[-1] % 16)).flatten()
+
+
+def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
+    """The spec as csrc/cpu/model.cpp reads it."""
+    sizes = (spec.token_dim, spec.channels, spec.layers, spec.heads, spec.head_dim, spec.kv_heads, spec.mlp_dim)
+    flags = (spec.start, spec.flip, spec.bias, spec.qk_norm, spec.post_norm, spec.final_norm, dtype == torch.bfloat16)
+    kinds = (
+        ("gelu", "swiglu").index(spec.mlp),
+        ("layer_norm", "rms_norm", "none").index(spec.norm),
+        ("none", "interleaved", "half").index(spec.rotary),
+        ("exp", "softplus", "unit").index(spec.affine.scale),
+    )
+    return [*sizes, spec.positions, spec.text_dim, *map(int, flags), *kinds]
+
+
+def _memory(floats: int) -> torch.Tensor:
+    """Uninitialised memory, in huge pages where it is large."""
+    buffer = torch.empty(floats)
+    if floats >= HUGE_PAGES_FROM:
+        torch.ops.starflow_native.use_huge_pages(buffer)
+    return buffer
+
+
+def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
+    """Copy of the weights for the kernel. A product without bias gets zeros."""
+    pieces = []
+    for name, weight in zip(spec.weight_shapes, weights):
+        weight = weight.detach()
+        if name == "pos_embed":
+            pieces.append(_vector(weight.flip(0) if spec.flip else weight))
+        elif weight.ndim == 1:
+            pieces.append(_vector(weight))
+        else:
+            pieces.append(_tiles(weight))
+            if f"{name.removesuffix('weight')}bias" not in spec.weight_shapes:
+                pieces.append(_vector(torch.zeros(len(weight))))
+    sizes = [-(-len(piece) // 16) * 16 for piece in pieces]
+    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    buffer = _memory(sum(sizes))
+    for piece, offset in zip(pieces, offsets):
+        buffer[offset : offset + len(piece)] = piece
+    return Packed(buffer, offsets, spec_fields(spec, weights[0].dtype))
+
+
+_packed: dict[int, tuple[list[weakref.ref], list[tuple[int, int]], Packed]] = {}
+
+
+def packed(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
+    """`pack`, remembered while the weights live and torch's version counters say that they are unchanged.
+
+    Writes through `.data` do not count up a version; tensors of inference mode have none and are packed every time.
+    """
+    if any(weight.is_inference() for weight in weights):
+        return pack(spec, weights)
+    key = id(weights[0])
+    versions = [(weight._version, weight.data_ptr()) for weight in weights]
+    found = _packed.get(key)
+    if found and found[1] == versions and all(ref() is weight for ref, weight in zip(found[0], weights)):
+        return found[2]
+    result = pack(spec, weights)
+    refs = [weakref.ref(weights[0], lambda _: _packed.pop(key, None)), *map(weakref.ref, weights[1:])]
+    _packed[key] = refs, versions, result
+    return result
+
+
+def refuse(x, weights, *others) -> str | None:
+    """Why the kernels cannot run a block, or None."""
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, tokens are on {x.device}"
+    if x.dtype != torch.float32:
+        return f"tokens are {x.dtype}, it takes float32"
+    dtype = weights[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"weights are {dtype}, it takes float32 and bfloat16"
+    if any(weight.dtype != dtype for weight in weights):
+        return "weights are of different dtypes"
+    return None
+
+
+def _plain(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else value.to(torch.float32).contiguous()
+
+
+def _call_tokens(buffer: torch.Tensor, rows: int) -> int:
+    """Tokens a row in one call of the kernel."""
+    seconds = max(buffer.numel() * 4 / SLOW_BYTES, 2 * rows * buffer.numel() / SLOW_FLOPS)
+    return max(1, int(CALL_SECONDS / max(seconds, 1e-9)))
+
+
+def _sampling_group(B: int, copies: int, weight_bytes: int, threads: int) -> int:
+    """Sequences that a team takes at a time.
+
+    Threads that share their rows read the weights once between them and meet at barriers; threads with rows of their
+    own read all the weights each, which is better where those fit the inner caches or the rows are many.
+    """
+    worth = 1 if weight_bytes <= SMALL_CACHE else 8 if weight_bytes <= LARGE_CACHE else SAMPLING_ROWS
+    rows = B * copies
+    groups = max(1, min(rows // worth, threads))
+    if rows > groups * SAMPLING_ROWS:
+        groups = -(-rows // (SAMPLING_ROWS * threads)) * threads
+    return max(1, -(-B // groups))
+
+
+def _useful_threads(threads: int, groups: int, buffer: torch.Tensor, rows: int) -> int:
+    """Threads that pay for their barriers: every one needs some microseconds of a token step to itself."""
+    seconds = 2 * rows * buffer.numel() / FLOPS + 4 * buffer.numel() / BYTES
+    return min(threads, groups * max(1, int(seconds / MEMBER_SECONDS)))
+
+
+def _buffers(model: Packed, passed: int, cached: int, cache_rows: int, threads: int):
+    cache, workspace = torch.ops.starflow_native.block_sizes(model.fields, passed, cached)
+    return _memory(cache_rows * cache), _memory(threads * workspace)
+
+
+def block_params(x, weights, cond, prefix, cos, sin, text: str, tokens: int = DENSITY_TOKENS) -> torch.Tensor:
+    """Raw parameters (B, T, P) in the block's own order of data x (B, T, D); `tokens` of them in one pass."""
+    spec = BlockSpec.from_json(text)
+    model, threads = packed(spec, weights), torch.get_num_threads()
+    (B, T, _), L = x.shape, 0 if prefix is None else prefix.shape[1]
+    x, cond, prefix, cos, sin = map(_plain, (x, cond, prefix, cos, sin))
+    params = x.new_empty(B, T, spec.affine.params_dim(spec.token_dim))
+    group = max(1, min(-(-B // threads), tokens // (L + T)))
+    chunk = max(1, tokens // group)
+    cache, workspace = _buffers(model, group * chunk, L + T, group * threads, threads)
+    step = max(threads * group, _call_tokens(model.buffer, T + L))
+    for b in range(0, B, step):
+        rows = slice(b, b + step)
+        torch.ops.starflow_native.block_run(
+            x[rows],
+            params[rows],
+            model.buffer,
+            model.offsets,
+            model.fields,
+            spec.affine.soft_clip,
+            None if cond is None else cond[rows],
+            None if prefix is None else prefix[rows],
+            cos,
+            sin,
+            None,
+            0,
+            1.0,
+            cache,
+            workspace,
+            [-L, T, group, chunk, threads],
+        )
+    return params
+
+
+def block_forward(x, weights, cond, prefix, cos, sin, text: str, logdet: str):
+    """Noise and log-determinant of data."""
+    spec = BlockSpec.from_json(text)
+    params = block_params(x, weights, cond, prefix, cos, sin, text)
+    return affine_flow(x, params, spec.affine.scale, spec.affine.soft_clip, not spec.start, spec.flip, logdet)
+
+
+def cache_bytes() -> int:
+    """Bytes that the KV cache of a call may take: STARFLOW_CACHE_GB, by default a quarter of the machine's memory."""
+    gigabytes = float(os.environ.get("STARFLOW_CACHE_GB", 0))
+    return int(gigabytes * 2**30) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature: float):
+    """Data of noise, token after token over the cache; a batch whose cache passes `cache_bytes` goes in parts."""
+    spec = BlockSpec.from_json(text)
+    model, threads = packed(spec, weights), torch.get_num_threads()
+    (B, T, _), L = z.shape, 0 if prefix is None else prefix.shape[1]
+    copies = 1 if guidance is None else 2
+    cond, prefix, cos, sin, guidance = map(_plain, (cond, prefix, cos, sin, guidance))
+    x = z.clone(memory_format=torch.contiguous_format)
+    row_bytes = 4 * copies * torch.ops.starflow_native.block_sizes(model.fields, 1, L + T)[0]
+    part = max(1, min(B, cache_bytes() // row_bytes))
+    group = _sampling_group(part, copies, model.buffer.numel() * 4, threads)
+    threads = _useful_threads(threads, -(-part // group), model.buffer, group * copies)
+    chunk = max(1, min(L, DENSITY_TOKENS // (group * copies)))
+    cache, workspace = _buffers(model, group * copies * chunk, L + T, part * copies, threads)
+    step, last = _call_tokens(model.buffer, part * copies), T if spec.start else T - 1
+
+    def both_kinds(value: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+        """Those rows of (copies B, ...), with and without the condition."""
+        if value is None or part == B:
+            return value
+        return value.unflatten(0, (copies, B))[:, rows].flatten(0, 1).contiguous()
+
+    for b in range(0, B, part):
+        rows = slice(b, b + part)
+        given = both_kinds(cond, rows), both_kinds(prefix, rows), cos, sin, None if guidance is None else guidance[rows]
+        for first in range(-L, last, step):
+            end = min(first + step, last)
+            torch.ops.starflow_native.block_run(
+                x[rows],
+                None,
+                model.buffer,
+                model.offsets,
+                model.fields,
+                spec.affine.soft_clip,
+                *given,
+                ("tarflow", "starflow").index(rule),
+                temperature,
+                cache,
+                workspace,
+                [first, end, group, chunk, threads],
+            )
+            report(b * T + max(0, end + T - last) * len(x[rows]), B * T)
+    return x

@@ -1,0 +1,26 @@
+"""The compiled library of csrc/, loaded at first use."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the native kernels cannot be used, or None; loads them."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        return f"native kernels need torch >= 2.10, this is {torch.__version__}"
+    library, note = HERE / "_native.abi3.so", HERE / "_native.txt"
+    if not library.exists():
+        why = note.read_text().strip() if note.exists() else "not built when the package was installed"
+        return f"no native kernels: {why}"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"native kernels do not load: {error}"
+    return None

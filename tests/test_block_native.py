@@ -1,0 +1,310 @@
+"""What the native block kernels promise beyond the ops: one arithmetic, packed weights, instruction sets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mpmath
+import pytest
+import torch
+from conftest import angles, assert_within_contract, strided
+
+from starflow_kernels import AffineSpec, BlockSpec, affine_flow_inverse, block_forward, block_inverse, native
+from starflow_kernels.block import cpu
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+
+SIZES = {"token_dim": 12, "channels": 64, "layers": 2, "heads": 4, "head_dim": 16, "kv_heads": 4, "mlp_dim": 160}
+STARFLOW = {"affine": AffineSpec("softplus", 4.0), "rotary": "interleaved", "start": True, "final_norm": True}
+EVERYTHING = {"qk_norm": True, "post_norm": True, "norm": "rms_norm", "mlp": "swiglu", "kv_heads": 2, "bias": False}
+SPECS = {
+    "tarflow": BlockSpec(**SIZES, flip=True),
+    "starflow-text": BlockSpec(**SIZES, **STARFLOW, text_dim=24),
+    "everything": BlockSpec(**{**SIZES, **STARFLOW, **EVERYTHING, "rotary": "half"}),
+    "odd": BlockSpec(**{**SIZES, "token_dim": 5, "channels": 51, "head_dim": 24, "mlp_dim": 301}),
+}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def make(spec, B, T, L=0, dtype=torch.float32, copies=1):
+    """Data or noise, weights and context of a block whose tokens neither grow nor shrink much."""
+    weights = {}
+    for name, shape in spec.weight_shapes.items():
+        scale = shape[1] ** -0.5 if len(shape) == 2 and name != "pos_embed" else 0.2
+        weights[name] = (torch.randn(shape) * scale * (0.1 if name == "proj_out.weight" else 1)).to(dtype)
+        if name.endswith("norm.weight") and spec.norm == "layer_norm":
+            weights[name] += 1
+    context = {"cond": torch.randn(copies * B, spec.channels).to(dtype)}
+    L = L if spec.text_dim else 0
+    if L:
+        context["prefix"] = torch.randn(copies * B, L, spec.text_dim).to(dtype)
+    if spec.rotary != "none":
+        context |= angles(L + T, spec.head_dim, torch.float32)
+    return torch.randn(B, T, spec.token_dim), weights, context
+
+
+def rows(context, which):
+    return {name: t if name in ("cos", "sin") else t[which] for name, t in context.items()}
+
+
+def params(x, weights, spec, context, tokens=cpu.DENSITY_TOKENS):
+    given = (context.get(name) for name in ("cond", "prefix", "cos", "sin"))
+    return cpu.block_params(x, list(weights.values()), *given, spec.to_json(), tokens)
+
+
+@every_spec
+@dtypes
+@pytest.mark.parametrize("T", [1, 2, 63, 290])
+def test_a_cached_step_has_the_bits_of_the_parallel_pass(spec, dtype, T):
+    x, w, context = make(spec, 3, T, 9, dtype)
+    torch.set_num_threads(2)
+    parallel = params(x, w, spec, context)
+    assert parallel.isfinite().all()
+    for tokens in (1, 7, 16, 1000):
+        assert torch.equal(params(x, w, spec, context, tokens), parallel)
+
+
+@every_spec
+@dtypes
+def test_rows_have_the_same_bits_at_any_batch_and_thread_count(spec, dtype):
+    x, w, context = make(spec, 37, 11, 3, dtype)
+    torch.set_num_threads(1)
+    z = block_forward(x, w, spec, **context, backend="native")[0]
+    back = block_inverse(z, w, spec, **context, backend="native")
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(block_inverse(z, w, spec, **context, backend="native"), back)
+        for which in (slice(None), slice(4, 5), slice(20, 33)):
+            part = rows(context, which)
+            assert torch.equal(block_forward(x[which], w, spec, **part, backend="native")[0], z[which])
+            assert torch.equal(block_inverse(z[which], w, spec, **part, backend="native"), back[which])
+
+
+@every_spec
+@dtypes
+def test_sampling_ends_where_the_density_pass_says(spec, dtype):
+    """The sample is mu + sigma z of the parallel parameters: what is left is the rounding of that line."""
+    z, w, context = make(spec, 2, 150, 3, dtype)
+    torch.set_num_threads(2)
+    x = block_inverse(z, w, spec, **context, backend="native")
+    found = params(x, w, spec, context)
+    if not spec.start:
+        found = torch.cat([torch.zeros_like(found[:, :1]), found[:, :-1]], dim=1)
+    found = found.flip(1) if spec.flip else found
+    torch.testing.assert_close(affine_flow_inverse(z, found, spec.affine), x, rtol=4e-7, atol=4e-7)
+    certificate = (block_forward(x, w, spec, **context, backend="native")[0] - z).abs().max()
+    assert certificate < 16 * torch.finfo(torch.float32).eps * z.abs().max()
+
+
+@pytest.mark.parametrize("D, heads, head_dim", [(1, 1, 8), (2, 3, 16), (7, 2, 24), (48, 1, 64), (192, 2, 80)])
+@pytest.mark.parametrize("T", [1, 2, 63, 111])
+@dtypes
+def test_error_contract_over_sizes(D, heads, head_dim, T, dtype):
+    sizes = {"token_dim": D, "channels": 40, "heads": heads, "head_dim": head_dim, "kv_heads": heads}
+    spec = BlockSpec(**{**SIZES, **sizes, **STARFLOW})
+    x, w, context = make(spec, 2, T, dtype=dtype)
+    x64, w64, context64 = x.double(), {n: t.double() for n, t in w.items()}, {n: t.double() for n, t in context.items()}
+    outputs = [
+        block_forward(*args, spec, **given, logdet="none", backend=backend)
+        for args, given, backend in (
+            ((x, w), context, "native"),
+            ((x, w), context, "reference"),
+            ((x64, w64), context64, "reference"),
+        )
+    ]
+    for actual, plain, exact in zip(*outputs):
+        assert_within_contract(actual, plain, exact)
+    back = block_inverse(x, w, spec, **context, backend="native")
+    plain = block_inverse(x, w, spec, **context, backend="reference")
+    assert_within_contract(back, plain, block_inverse(x64, w64, spec, **context64, backend="reference"))
+
+
+@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_guided_inverse(rule, temperature):
+    spec = SPECS["starflow-text"]
+    z, w, context = make(spec, 5, 21, 4, copies=2)
+    options = {"guidance": torch.rand(5, 21) * 2, "rule": rule, "temperature": temperature}
+    w64, context64 = ({n: t.double() for n, t in given.items()} for given in (w, context))
+    exact = block_inverse(z.double(), w64, spec, **context64, **options, backend="reference")
+    plain = block_inverse(z, w, spec, **context, **options, backend="reference")
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert_within_contract(block_inverse(z, w, spec, **context, **options, backend="native"), plain, exact)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_strided_inputs_are_read_and_left():
+    spec = SPECS["starflow-text"]
+    z, w, context = make(spec, 2, 7, 3)
+    expected = block_inverse(z, w, spec, **context, backend="native")
+    copies = strided(z), {n: strided(t) for n, t in w.items()}
+    given = {n: strided(t) for n, t in context.items()}
+    assert torch.equal(block_inverse(*copies, spec, **given, backend="native"), expected)
+    assert torch.equal(copies[0], z) and all(torch.equal(copies[1][n], w[n]) for n in w)
+
+
+def test_packed_weights_follow_the_weights():
+    spec = SPECS["tarflow"]
+    x, w, context = make(spec, 1, 5)
+
+    def run():
+        found = block_forward(x, w, spec, **context, backend="native")[0]
+        expected = block_forward(x, w, spec, **context, backend="reference")[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        return found
+
+    first, tensors = run(), list(w.values())
+    assert cpu.packed(spec, tensors) is cpu.packed(spec, tensors)
+    w["layers.1.up.weight"].mul_(1.5)
+    second = run()
+    w["proj_in.bias"] = w["proj_in.bias"] + 1
+    assert not torch.equal(first, second) and not torch.equal(second, run())
+    with torch.inference_mode():
+        w = {n: t.clone() for n, t in w.items()}
+        run()
+        w["layers.1.up.weight"].mul_(1.5)
+        run()
+
+
+def test_packed_weights_are_dropped_with_the_weights():
+    _, w, _ = make(SPECS["tarflow"], 1, 5)
+    key = id(w["proj_in.weight"])
+    cpu.packed(SPECS["tarflow"], list(w.values()))
+    assert key in cpu._packed
+    del w
+    assert key not in cpu._packed
+
+
+@pytest.mark.parametrize("guidance", [None, 0.8])
+def test_batches_larger_than_the_memory_bound_are_split(guidance, monkeypatch):
+    spec = SPECS["starflow-text"]
+    z, w, context = make(spec, 7, 9, 3, copies=1 if guidance is None else 2)
+    calls = []
+    options = {"guidance": guidance, "progress": lambda done, total: calls.append((done, total))}
+    whole = block_inverse(z, w, spec, **context, **options, backend="native")
+    assert calls == [(63, 63)]
+    row = 4 * sum(torch.ops.starflow_native.block_sizes(cpu.spec_fields(spec, torch.float32), 1, 12)[:1])
+    monkeypatch.setenv("STARFLOW_CACHE_GB", str((2 if guidance is None else 4) * row / 2**30 + 1e-9))
+    assert torch.equal(block_inverse(z, w, spec, **context, **options, backend="native"), whole)
+    assert calls[1:] == [(18, 63), (36, 63), (54, 63), (63, 63)]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_what_the_progress_callback_raises_ends_the_call(backend):
+    z, w, context = make(SPECS["tarflow"], 2, 5)
+    seen = []
+
+    def stop(done, total):
+        seen.append((done, total))
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        block_inverse(z, w, SPECS["tarflow"], **context, progress=stop, backend=backend)
+    assert seen == [(10 if backend == "native" else 4, 10)]
+
+
+LONG_CALL = """
+import torch
+from starflow_kernels import BlockSpec, block_inverse
+spec = BlockSpec(token_dim=8, channels=512, layers=8, heads=8, head_dim=64, kv_heads=8, mlp_dim=2048)
+weights = {n: torch.randn(s) / 100 for n, s in spec.weight_shapes.items()}
+z = torch.randn(8, 4096, 8)
+block_inverse(z, weights, spec, backend="native", progress=lambda done, total: print(done, flush=True))
+"""
+
+
+def test_an_interrupt_stops_it_within_a_second():
+    with subprocess.Popen([sys.executable, "-c", LONG_CALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.readline()
+        child.send_signal(signal.SIGINT)
+        start = time.perf_counter()
+        while child.stdout.readline():
+            pass
+        stopped = time.perf_counter() - start
+        assert b"KeyboardInterrupt" in child.stderr.read()
+    assert stopped < 1
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [({"dtype": torch.float16}, "weights are torch.float16"), ({"x": torch.float64}, "tokens are torch.float64")],
+)
+def test_what_it_does_not_take_is_refused_with_the_reason(change, reason):
+    spec = SPECS["tarflow"]
+    x, w, context = make(spec, 1, 5, dtype=change.get("dtype", torch.float32))
+    x = x.to(change.get("x", x.dtype))
+    with pytest.raises(ValueError, match=f"cannot run block_forward: {reason}"):
+        block_forward(x, w, spec, **context, backend="native")
+
+
+ULPS = {"exp": 1.0, "log": 1.5, "log1p": 2.0, "tanh": 2.0, "softplus_one": 2.5}
+RANGES = {"exp": (-86, 88), "log": (1e-3, 10), "log1p": (0, 1), "tanh": (-12, 12)}
+
+
+@pytest.mark.parametrize("name", ULPS)
+def test_elementary_functions(name):
+    low, high = RANGES.get(name, (-20, 20))
+    x = torch.linspace(low, high, 4001)
+    functions = ["exp", "log", "log1p", "tanh", "gelu", "gelu_tanh", "softplus_one"]
+    found = torch.empty_like(x)
+    torch.ops.starflow_native.elementary(x, functions.index(name), found)
+
+    def exact(value):
+        value = mpmath.mpf(value)
+        if name == "softplus_one":
+            return mpmath.log(1 + (mpmath.e - 1) * mpmath.exp(value))
+        return {"log1p": mpmath.log1p}.get(name, getattr(mpmath, name, None))(value)
+
+    for value, actual in zip(x.tolist(), found):
+        wanted = exact(value)
+        rounded = torch.tensor(float(wanted), dtype=torch.float32)
+        ulp = (torch.nextafter(rounded.abs(), torch.tensor(torch.inf)) - rounded.abs()).item()
+        assert abs(mpmath.mpf(actual.item()) - wanted) <= ULPS[name] * ulp + 1e-45, value
+
+
+@pytest.mark.parametrize("name, index", [("none", 4), ("tanh", 5)])
+def test_gelu(name, index):
+    x = torch.cat([torch.linspace(-9, 9, 40001), torch.tensor([-1e4, 1e4, 0.0])])
+    found = torch.empty_like(x)
+    torch.ops.starflow_native.elementary(x, index, found)
+    exact = torch.nn.functional.gelu(x.double(), approximate=name)
+    assert ((found - exact).abs() <= 2.5 * torch.finfo(torch.float32).eps * x.abs()).all()
+    assert torch.equal(found[-3:], torch.tensor([0.0, 1e4, 0.0]))
+
+
+def test_exp_at_the_ends():
+    x = torch.tensor([-torch.inf, -104.0, 0.0, 88.8, torch.inf, torch.nan])
+    found = torch.empty_like(x)
+    torch.ops.starflow_native.elementary(x, 0, found)
+    torch.testing.assert_close(found, torch.tensor([0, 0, 1, torch.inf, torch.inf, torch.nan]), equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_narrower_instruction_sets(isa):
+    """The contract and the bits hold on machines without the widest instructions."""
+    if os.environ.get("STARFLOW_ISA"):
+        pytest.skip("already in one")
+    tests = ["parallel_pass", "narrower_isa_is_used", "test_guided_inverse", "error_contract_over_sizes and 63"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", " or ".join(tests)]
+    done = subprocess.run(command, env={**os.environ, "STARFLOW_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_narrower_isa_is_used():
+    wanted = os.environ.get("STARFLOW_ISA")
+    found = torch.ops.starflow_native.instruction_set()
+    assert found == wanted if wanted else found in ("base", "avx2", "avx512")
