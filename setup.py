@@ -82,7 +82,7 @@ class BuildNative(build_ext):
                 "install it first, then pip install --no-build-isolation"
             ) from error
         sanitize = os.environ.get("STARFLOW_SANITIZE")
-        extra = [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"] if sanitize else []
+        extra = [f"-fsanitize={sanitize}", "-O1", "-g", "-fno-omit-frame-pointer"] if sanitize else []
         macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 
         def compile_for(sources, name, flags, defines=()):
