@@ -111,7 +111,8 @@ def ours(model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend
             embed = block.class_embed.detach().squeeze(1)
             options["cond"] = torch.cat([embed[labels], embed.mean(0).expand(len(labels), -1)]).to(z.dtype)
             options["guidance"] = case.guidance
-        blocks.append(({name: weight.to(dtype) for name, weight in weights.items()}, spec, options))
+        # Rounded to the dtype of the case first: the error is that of the arithmetic.
+        blocks.append(({name: weight.to(case.dtype).to(dtype) for name, weight in weights.items()}, spec, options))
 
     def run() -> torch.Tensor:
         x = z
@@ -168,11 +169,20 @@ def measure(peer, case: Case, compile_peer: bool) -> dict:
     def released() -> torch.Tensor:
         return model.patchify(model.reverse(z.clone(), labels, guidance=case.guidance))
 
+    def floor_of_case() -> tuple[float, str]:
+        return floor_seconds(model, case)
+
     steps = case.blocks * (model.num_patches - 1)
-    errors = {"ours": (own() - exact).abs().max().item(), "released": (released() - exact).abs().max().item()}
-    floor, bound = floor_seconds(model, case)
+    errors = {"ours": (own() - exact).abs().max().item()}
+    if case.dtype == torch.float32:
+        errors["released"] = (released() - exact).abs().max().item()
+    # The machine's memory is shared and its speed moves: take the better of before and after.
+    before, own_seconds, after = (
+        measured() for measured in (floor_of_case, lambda: median_seconds(own, 3 * case.repeats), floor_of_case)
+    )
+    floor, bound = min(before, after)
     seconds = {
-        "ours": median_seconds(own, 3 * case.repeats) / steps,
+        "ours": own_seconds / steps,
         "released": median_seconds(released, case.repeats) / steps,
         "reference": median_seconds(reference, case.repeats) / steps,
     }
@@ -195,15 +205,15 @@ def measure(peer, case: Case, compile_peer: bool) -> dict:
 def markdown(rows: list[dict]) -> str:
     """The rows as a table."""
     lines = [
-        "| case | ours, us a step | floor, us (bound) | of the floor | released / ours | our reference / ours "
-        "| error ours | error released |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | ours, us a step | floor, us (bound) | released / ours | our reference / ours | error (released) |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
+        released = f"{row['error']['released']:.1e}" if "released" in row["error"] else "float32 weights"
         lines.append(
             f"| {row['case']} | {row['microseconds']['ours']:.1f} | {row['floor_microseconds']:.1f} ({row['floor']}) "
-            f"| {100 * row['of_floor']:.0f} % | {row['ratio_released']:.1f}x | {row['ratio_reference']:.1f}x "
-            f"| {row['error']['ours']:.1e} | {row['error']['released']:.1e} |"
+            f"| {row['ratio_released']:.1f}x | {row['ratio_reference']:.1f}x "
+            f"| {row['error']['ours']:.1e} ({released}) |"
         )
     return "\n".join(lines)
 
@@ -211,7 +221,7 @@ def markdown(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="folder with the released transformer_flow.py")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--cases", default="", help="only cases whose name contains one of these, by '|'")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="try the released step under torch.compile too")
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
@@ -219,7 +229,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     peer, rows = load_peer(args.peer), []
     for case in CASES:
-        if args.cases in case.name:
+        if any(part in case.name for part in args.cases.split("|")):
             rows.append(measure(peer, case, args.compile))
             print(json.dumps(rows[-1]), flush=True)
     print(markdown(rows))
