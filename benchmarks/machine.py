@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import functools
 import mmap
 import platform
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+HERE = Path(__file__).parent
 SOURCE = r"""
 typedef float V __attribute__((vector_size(64)));
 float read_all(const V *p, long n, long rounds) {
@@ -105,10 +107,13 @@ def peak_flops(repeats: int = 5) -> float:
 
 
 def description() -> dict[str, str | int]:
-    """CPU, threads and versions, for the head of a result."""
+    """CPU, threads, versions, commit and date, for the head of a result."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() or "unknown",
         "cpu": names[0] if names else platform.processor(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
