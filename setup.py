@@ -18,7 +18,8 @@ MODULE = "starflow_kernels._native"
 NOTE = "_native.txt"
 # Sources with kernels are compiled once an instruction set; the widest that the machine has is taken at run time.
 KERNELS = [f"csrc/cpu/{name}.cpp" for name in ("affine_flow", "block", "elementary", "table")]
-COMMON = ["csrc/registration.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/model.cpp", "csrc/cpu/team.cpp"]
+COMMON = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "model", "team")]
+COMMON += [f"csrc/bindings/{name}.cpp" for name in ("affine_flow", "block", "machine")]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
 INSTRUCTION_SETS = {"base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
