@@ -2,6 +2,8 @@
 // Both products are those of product.h, so a query has the same bits alone and among others.
 #pragma once
 
+#include <type_traits>
+
 #include "product.h"
 #include "rows.h"
 #include "workspace.h"
@@ -21,6 +23,12 @@ inline void append(KeyValues to, int64_t position, const float* key, const float
         store(to.values + i * to.S + position * LANES, load(value + i, d - i));
 }
 
+// The weighted sum of values, divided by the sum of weights.
+inline void weigh(const float* sums, float total, int d, float* out) {
+    Vec whole = splat(1.0f / total);
+    for (int c = 0; c < d; c += LANES) store(out + c, load(sums + c) * whole, d - c);
+}
+
 // n <= MAX_ROWS queries (rows ldq apart) at positions position .. position + n - 1, each over the keys up to its own
 // position. scores: n rows of S floats. sums: n rows of d, padded.
 inline void attend(const float* q, int64_t ldq, int n, KeyValues kv, int64_t position, int d, float scale,
@@ -35,10 +43,68 @@ inline void attend(const float* q, int64_t ldq, int n, KeyValues kv, int64_t pos
         for (int64_t s = padded(seen); s < keys; ++s) scores[i * kv.S + s] = 0;
     }
     product_tiles(scores, kv.S, n, kv.values, kv.S * LANES, keys, int(width / LANES), sums, width);
-    for (int i = 0; i < n; ++i) {
-        Vec whole = splat(1.0f / total[i]);
-        for (int c = 0; c < d; c += LANES) store(out + i * ldo + c, load(sums + i * width + c) * whole, d - c);
+    for (int i = 0; i < n; ++i) weigh(sums + i * width, total[i], d, out + i * ldo);
+}
+
+// y[i] (16 TILES columns) = x[i] (K) times weights w[i] for several i: alone, each would wait for its own sums. The sums
+// are those of product_tiles.
+template <int ITEMS, int TILES>
+__attribute__((noinline)) void tile_each(const float* const* x, const float* const* w, int64_t stride, int64_t K,
+                                         int64_t column, float* const* y) {
+    const float *xs[ITEMS], *ws[ITEMS];
+    UNROLL for (int i = 0; i < ITEMS; ++i) xs[i] = x[i], ws[i] = w[i] + column / LANES * stride;
+    for (int64_t begin = 0; begin < K; begin += K_BLOCK) {
+        Vec sum[ITEMS][TILES];
+        UNROLL for (int i = 0; i < ITEMS; ++i)
+            UNROLL for (int t = 0; t < TILES; ++t) sum[i][t] = splat(0.0f);
+        for (int64_t k = begin; k < K && k < begin + K_BLOCK; ++k)
+            UNROLL for (int i = 0; i < ITEMS; ++i) {
+                Vec a = splat(xs[i][k]);
+                UNROLL for (int t = 0; t < TILES; ++t)
+                    sum[i][t] = fma(a, load(ws[i] + t * stride + k * LANES), sum[i][t]);
+            }
+        UNROLL for (int i = 0; i < ITEMS; ++i)
+            UNROLL for (int t = 0; t < TILES; ++t) {
+                float* to = y[i] + column + t * LANES;
+                store(to, begin ? load(to) + sum[i][t] : sum[i][t]);
+            }
     }
+}
+
+inline void product_each(int count, const float* const* x, const float* const* w, int64_t stride, int64_t K, int tiles,
+                         float* const* y) {
+    int column = 0;
+    auto columns = [&](auto most, auto width) __attribute__((always_inline)) {
+        constexpr int ITEMS = most, TILES = width;
+        int i = 0;
+        for (; i + ITEMS <= count; i += ITEMS) tile_each<ITEMS, TILES>(x + i, w + i, stride, K, column, y + i);
+        for (; i < count; ++i) tile_each<1, TILES>(x + i, w + i, stride, K, column, y + i);
+        column += TILES * LANES;
+    };
+    using std::integral_constant;
+    for (; tiles >= 4; tiles -= 4) columns(integral_constant<int, 1>(), integral_constant<int, 4>());
+    for (; tiles >= 2; tiles -= 2) columns(integral_constant<int, 4>(), integral_constant<int, 2>());
+    if (tiles) columns(integral_constant<int, 8>(), integral_constant<int, 1>());
+}
+
+// One query of one head over the keys up to its position: its row (d), room for padded S scores, its output (d).
+struct Query {
+    const float* q;
+    KeyValues kv;
+    float scale, *scores, *out;
+};
+
+// As attend() for each of up to MOST_QUERIES queries at one position. sums: as many rows of d, padded.
+inline void attend_each(const Query* queries, int count, int64_t position, int d, float* sums) {
+    const float *x[MOST_QUERIES], *w[MOST_QUERIES];
+    float *y[MOST_QUERIES], total[MOST_QUERIES];
+    int64_t keys = position + 1, width = padded(d);
+    for (int i = 0; i < count; ++i) x[i] = queries[i].q, w[i] = queries[i].kv.keys, y[i] = queries[i].scores;
+    product_each(count, x, w, d * LANES, d, int(padded(keys) / LANES), y);
+    for (int i = 0; i < count; ++i) total[i] = softmax(y[i], keys, queries[i].scale);
+    for (int i = 0; i < count; ++i) x[i] = y[i], w[i] = queries[i].kv.values, y[i] = sums + i * width;
+    product_each(count, x, w, queries[0].kv.S * LANES, keys, int(width / LANES), y);
+    for (int i = 0; i < count; ++i) weigh(y[i], total[i], d, queries[i].out);
 }
 
 }  // namespace starflow::STARFLOW_ISA

@@ -128,30 +128,46 @@ struct Pass {
         }
     }
 
-    void attend_head(int64_t index, int64_t r, int head, int64_t i, int count) const {
-        int d = spec.head_dim;
-        int64_t ldq = padded(spec.qkv_dim()), ldo = padded(int64_t(spec.heads) * d), m = r * n + i;
-        float scale = 1.0f / (__builtin_sqrtf(float(d)) * (r < sequences ? 1.0f : call.temperature));
-        attend(ws.qkv + m * ldq + head * d, ldq, count, cached(r, index, head / (spec.heads / spec.kv_heads)),
-               call.L + slot + i, d, scale, ws.scores, ws.sums, ws.attended + m * ldo + head * d, ldo);
+    float attention_scale(int64_t r) const {
+        return 1.0f / (__builtin_sqrtf(float(spec.head_dim)) * (r < sequences ? 1.0f : call.temperature));
     }
 
-    void attention(const Layer& layer, int64_t index) const {
-        int group = spec.heads / spec.kv_heads;
+    // One token a row: a key and value head goes to the thread that appends to it.
+    void attend_token(const Layer& layer, int64_t index) const {
+        int d = spec.head_dim, group = spec.heads / spec.kv_heads, waiting = 0;
+        int64_t ldq = padded(spec.qkv_dim()), ldo = padded(int64_t(spec.heads) * d), room = padded(call.L + call.T);
+        Query queries[MOST_QUERIES];
+        auto attend_waiting = [&] {
+            attend_each(queries, waiting, call.L + slot, d, ws.sums);
+            waiting = 0;
+        };
         for (int64_t item = team.rank; item < rows() * spec.kv_heads; item += team.size) {
             int64_t r = item / spec.kv_heads;
             int head = int(item % spec.kv_heads);
             append_head(layer, index, r, head);
-            if (n > 1) continue;
-            for (int j = head * group; j < (head + 1) * group; ++j) attend_head(index, r, j, 0, 1);
+            for (int j = head * group; j < (head + 1) * group; ++j) {
+                if (waiting == MOST_QUERIES) attend_waiting();
+                queries[waiting] = {ws.qkv + r * ldq + j * d, cached(r, index, head), attention_scale(r),
+                                    ws.scores + waiting * room, ws.attended + r * ldo + j * d};
+                ++waiting;
+            }
         }
+        if (waiting) attend_waiting();
         team.wait();
-        if (n == 1) return;
+    }
+
+    void attend_tokens(const Layer& layer, int64_t index) const {
+        int d = spec.head_dim;
+        int64_t ldq = padded(spec.qkv_dim()), ldo = padded(int64_t(spec.heads) * d);
+        for (int64_t item = team.rank; item < rows() * spec.kv_heads; item += team.size)
+            append_head(layer, index, item / spec.kv_heads, int(item % spec.kv_heads));
+        team.wait();
         int64_t tiles = (n + MAX_ROWS - 1) / MAX_ROWS;
         for (int64_t item = team.rank; item < rows() * spec.heads * tiles; item += team.size) {
-            int64_t i = item % tiles * MAX_ROWS;
-            int count = int(n - i < MAX_ROWS ? n - i : MAX_ROWS);
-            attend_head(index, item / tiles / spec.heads, int(item / tiles % spec.heads), i, count);
+            int64_t i = item % tiles * MAX_ROWS, r = item / tiles / spec.heads, m = r * n + i;
+            int head = int(item / tiles % spec.heads), count = int(n - i < MAX_ROWS ? n - i : MAX_ROWS);
+            attend(ws.qkv + m * ldq + head * d, ldq, count, cached(r, index, head / (spec.heads / spec.kv_heads)),
+                   call.L + slot + i, d, attention_scale(r), ws.scores, ws.sums, ws.attended + m * ldo + head * d, ldo);
         }
         team.wait();
     }
@@ -184,7 +200,7 @@ struct Pass {
             int64_t width = padded(spec.qkv_dim());
             multiply(layer.qkv, x, [&](int64_t m, int64_t c, Vec v) { store(ws.qkv + m * width + c, v); });
             team.wait();
-            attention(layer, i);
+            n == 1 ? attend_token(layer, i) : attend_tokens(layer, i);
             add_branch(layer.proj, ws.attended, layer.attn_post_norm);
             feed_forward(layer);
         }

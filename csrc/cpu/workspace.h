@@ -6,6 +6,7 @@
 namespace starflow {
 
 constexpr int MOST_ROWS = 6;         // rows that a matrix product takes at a time
+constexpr int MOST_QUERIES = 8;      // queries of one position that attention takes at a time
 constexpr int SCRATCH_COLUMNS = 64;  // columns that it takes at a time
 
 // Rows of values are padded to whole vectors.
@@ -39,8 +40,8 @@ struct Workspace {
         tokens = take(own, spec.token_dim, passed);
         fresh = take(own, spec.token_dim, passed);
         scratch = take(own, SCRATCH_COLUMNS, passed);
-        scores = take(own, cached, MOST_ROWS);
-        sums = take(own, spec.head_dim, MOST_ROWS);
+        scores = take(own, cached, MOST_QUERIES);
+        sums = take(own, spec.head_dim, MOST_QUERIES);
         end = own;
     }
 };
