@@ -11,25 +11,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import statistics
-import time
 from pathlib import Path
 
 import torch
 
-from starflow_kernels import BlockSpec, block_inverse
+from starflow_kernels import block_inverse
 
 from .machine import description, peak_flops, read_bandwidth
-
-RENAMED = {
-    "attention.norm": "attn_norm",
-    "attention.": "",
-    "mlp.norm": "mlp_norm",
-    "mlp.main.0": "up",
-    "mlp.main.2": "down",
-}
+from .released import convert, load_peer, median_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +54,6 @@ CASES = [
 ]
 
 
-def load_peer(folder: Path):
-    """The module transformer_flow of the released code."""
-    spec = importlib.util.spec_from_file_location("transformer_flow", folder / "transformer_flow.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def make_peer(peer, case: Case):
     """The released model with random weights; guidance needs classes."""
     torch.manual_seed(0)
@@ -81,24 +63,6 @@ def make_peer(peer, case: Case):
     for block in model.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=0.02)
     return model
-
-
-def convert(block, index: int) -> tuple[BlockSpec, dict[str, torch.Tensor]]:
-    """Spec and weights of a released block."""
-    tokens, channels = block.pos_embed.shape
-    heads = block.attn_blocks[0].attention.num_heads
-    spec = BlockSpec(
-        token_dim=block.proj_in.in_features, channels=channels, layers=len(block.attn_blocks), heads=heads,
-        head_dim=channels // heads, kv_heads=heads, mlp_dim=4 * channels, positions=tokens, flip=index % 2 == 1,
-    )  # fmt: skip
-    weights = {}
-    for name, weight in block.named_parameters():
-        name = name.replace("attn_blocks", "layers")
-        for theirs, own in RENAMED.items():
-            name = name.replace(theirs, own)
-        if name in spec.weight_shapes:
-            weights[name] = weight.detach()
-    return spec, weights
 
 
 def ours(model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend: str | None = None):
@@ -121,15 +85,6 @@ def ours(model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend
         return x
 
     return run
-
-
-def median_seconds(run, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def floor_seconds(model, case: Case) -> tuple[float, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -168,7 +169,7 @@ def test_packed_weights_follow_the_weights():
         return found
 
     first, tensors = run(), list(w.values())
-    assert cpu.packed(spec, tensors) is cpu.packed(spec, tensors)
+    assert cpu.packed(spec.to_json(), tensors) is cpu.packed(spec.to_json(), tensors)
     w["layers.1.up.weight"].mul_(1.5)
     second = run()
     w["proj_in.bias"] = w["proj_in.bias"] + 1
@@ -180,10 +181,20 @@ def test_packed_weights_follow_the_weights():
         run()
 
 
+def test_packed_weights_are_those_of_a_spec():
+    spec = SPECS["tarflow"]
+    x, w, context = make(spec, 1, 5)
+    for other in (spec, dataclasses.replace(spec, flip=not spec.flip), spec):
+        found = block_forward(x, w, other, **context, backend="native")[0]
+        expected = block_forward(x, w, other, **context, backend="reference")[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_packed_weights_are_dropped_with_the_weights():
     _, w, _ = make(SPECS["tarflow"], 1, 5)
-    key = id(w["proj_in.weight"])
-    cpu.packed(SPECS["tarflow"], list(w.values()))
+    text = SPECS["tarflow"].to_json()
+    key = id(w["proj_in.weight"]), text
+    cpu.packed(text, list(w.values()))
     assert key in cpu._packed
     del w
     assert key not in cpu._packed

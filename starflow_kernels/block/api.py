@@ -146,8 +146,8 @@ def block_inverse(
 
 
 def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[torch.Tensor]:
-    missing, unknown = spec.weight_shapes.keys() - weights.keys(), weights.keys() - spec.weight_shapes.keys()
-    if missing or unknown:
+    if weights.keys() != spec.weight_shapes.keys():
+        missing, unknown = spec.weight_shapes.keys() - weights.keys(), weights.keys() - spec.weight_shapes.keys()
         raise ValueError(f"weights: missing {sorted(missing)}, unknown {sorted(unknown)}")
     tensors = [weights[name] for name in spec.weight_shapes]
     if not _alike(tensors, spec, x):
@@ -176,9 +176,11 @@ def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[to
 
 def _alike(tensors: list, spec: BlockSpec, x: torch.Tensor) -> bool:
     """Whether the weights are as they should be, all at once: a token of a small block takes a few microseconds."""
+    if not all(isinstance(w, torch.Tensor) for w in tensors):
+        return False
+    dtype, device = tensors[0].dtype, x.device
     return (
-        all(isinstance(w, torch.Tensor) for w in tensors)
-        and all(w.shape == shape for w, shape in zip(tensors, spec.weight_shapes.values()))
-        and {w.device for w in tensors} == {x.device}
-        and {w.dtype for w in tensors} <= {tensors[0].dtype} & set(FLOATS)
+        dtype in FLOATS
+        and all(w.dtype == dtype and w.device == device for w in tensors)
+        and [w.shape for w in tensors] == list(spec.weight_shapes.values())
     )

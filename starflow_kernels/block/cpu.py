@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import weakref
 from typing import NamedTuple
@@ -28,7 +30,7 @@ class Packed(NamedTuple):
 
     buffer: torch.Tensor
     offsets: list[int]
-    fields: list[int]
+    fields: tuple[int, ...]
 
 
 def _tiles(weight: torch.Tensor) -> torch.Tensor:
@@ -83,27 +85,27 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
     buffer = _memory(sum(sizes))
     for piece, offset in zip(pieces, offsets):
         buffer[offset : offset + len(piece)] = piece
-    return Packed(buffer, offsets, spec_fields(spec, weights[0].dtype))
+    return Packed(buffer, offsets, tuple(spec_fields(spec, weights[0].dtype)))
 
 
-_packed: dict[int, tuple[list[weakref.ref], list[tuple[int, int]], Packed]] = {}
+_packed: dict[tuple[int, str], tuple[list[int], Packed, list[weakref.ref]]] = {}
+_version = operator.attrgetter("_version")
 
 
-def packed(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
-    """`pack`, remembered while the weights live and torch's version counters say that they are unchanged.
+def packed(text: str, weights: list[torch.Tensor]) -> Packed:
+    """`pack` for the spec of `text`, remembered while torch's version counters say that the weights are unchanged.
 
     Writes through `.data` do not count up a version; tensors of inference mode have none and are packed every time.
     """
-    if any(weight.is_inference() for weight in weights):
-        return pack(spec, weights)
-    key = id(weights[0])
-    versions = [(weight._version, weight.data_ptr()) for weight in weights]
-    found = _packed.get(key)
-    if found and found[1] == versions and all(ref() is weight for ref, weight in zip(found[0], weights)):
-        return found[2]
-    result = pack(spec, weights)
-    refs = [weakref.ref(weights[0], lambda _: _packed.pop(key, None)), *map(weakref.ref, weights[1:])]
-    _packed[key] = refs, versions, result
+    if any(map(torch.Tensor.is_inference, weights)):
+        return pack(BlockSpec.from_json(text), weights)
+    key = id(weights[0]), text
+    state = [*map(id, weights), *map(_version, weights), *map(torch.Tensor.data_ptr, weights)]
+    if (found := _packed.get(key)) and found[0] == state:
+        return found[1]
+    result = pack(BlockSpec.from_json(text), weights)
+    # An id is that of a weight only while the weight lives.
+    _packed[key] = state, result, [weakref.ref(weight, lambda _: _packed.pop(key, None)) for weight in weights]
     return result
 
 
@@ -125,9 +127,9 @@ def _plain(value: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value.to(torch.float32).contiguous()
 
 
-def _call_tokens(buffer: torch.Tensor, rows: int) -> int:
+def _call_tokens(weight_floats: int, rows: int) -> int:
     """Tokens a row in one call of the kernel."""
-    seconds = max(buffer.numel() * 4 / SLOW_BYTES, 2 * rows * buffer.numel() / SLOW_FLOPS)
+    seconds = max(4 * weight_floats / SLOW_BYTES, 2 * rows * weight_floats / SLOW_FLOPS)
     return max(1, int(CALL_SECONDS / max(seconds, 1e-9)))
 
 
@@ -145,28 +147,24 @@ def _sampling_group(B: int, copies: int, weight_bytes: int, threads: int) -> int
     return max(1, -(-B // groups))
 
 
-def _useful_threads(threads: int, groups: int, buffer: torch.Tensor, rows: int) -> int:
+def _useful_threads(threads: int, groups: int, weight_floats: int, rows: int) -> int:
     """Threads that pay for their barriers: every one needs some microseconds of a token step to itself."""
-    seconds = 2 * rows * buffer.numel() / FLOPS + 4 * buffer.numel() / BYTES
+    seconds = 2 * rows * weight_floats / FLOPS + 4 * weight_floats / BYTES
     return min(threads, groups * max(1, int(seconds / MEMBER_SECONDS)))
-
-
-def _buffers(model: Packed, passed: int, cached: int, cache_rows: int, threads: int):
-    cache, workspace = torch.ops.starflow_native.block_sizes(model.fields, passed, cached)
-    return _memory(cache_rows * cache), _memory(threads * workspace)
 
 
 def block_params(x, weights, cond, prefix, cos, sin, text: str, tokens: int = DENSITY_TOKENS) -> torch.Tensor:
     """Raw parameters (B, T, P) in the block's own order of data x (B, T, D); `tokens` of them in one pass."""
     spec = BlockSpec.from_json(text)
-    model, threads = packed(spec, weights), torch.get_num_threads()
+    model, threads = packed(text, weights), torch.get_num_threads()
     (B, T, _), L = x.shape, 0 if prefix is None else prefix.shape[1]
     x, cond, prefix, cos, sin = map(_plain, (x, cond, prefix, cos, sin))
     params = x.new_empty(B, T, spec.affine.params_dim(spec.token_dim))
     group = max(1, min(-(-B // threads), tokens // (L + T)))
     chunk = max(1, tokens // group)
-    cache, workspace = _buffers(model, group * chunk, L + T, group * threads, threads)
-    step = max(threads * group, _call_tokens(model.buffer, T + L))
+    cache_floats, floats = torch.ops.starflow_native.block_sizes(model.fields, group * chunk, L + T)
+    cache, workspace = _memory(group * threads * cache_floats), _memory(threads * floats)
+    step = max(threads * group, _call_tokens(model.buffer.numel(), T + L))
     for b in range(0, B, step):
         rows = slice(b, b + step)
         torch.ops.starflow_native.block_run(
@@ -197,27 +195,63 @@ def block_forward(x, weights, cond, prefix, cos, sin, text: str, logdet: str):
     return affine_flow(x, params, spec.affine.scale, spec.affine.soft_clip, not spec.start, spec.flip, logdet)
 
 
+@functools.cache
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def cache_bytes() -> int:
     """Bytes that the KV cache of a call may take: STARFLOW_CACHE_GB, by default a quarter of the machine's memory."""
     gigabytes = float(os.environ.get("STARFLOW_CACHE_GB", 0))
-    return int(gigabytes * 2**30) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return int(gigabytes * 2**30) or _machine_bytes() // 4
+
+
+class SamplingPlan(NamedTuple):
+    """`part` sequences at a time, in groups of `group` on `threads`, `step` tokens a call, `chunk` prefix slots a pass;
+    floats of KV cache and of workspace for a part."""
+
+    part: int
+    group: int
+    threads: int
+    step: int
+    chunk: int
+    cache: int
+    workspace: int
+
+
+@functools.lru_cache(maxsize=256)
+def plan_sampling(
+    fields: tuple[int, ...],
+    weight_floats: int,
+    B: int,
+    copies: int,
+    cached: int,
+    prefix: int,
+    threads: int,
+    budget: int,
+) -> SamplingPlan:
+    """Memory and threads for B sequences of `cached` slots in all."""
+    row = copies * torch.ops.starflow_native.block_sizes(fields, 1, cached)[0]
+    part = max(1, min(B, budget // (4 * row)))
+    group = _sampling_group(part, copies, 4 * weight_floats, threads)
+    threads = _useful_threads(threads, -(-part // group), weight_floats, group * copies)
+    chunk = max(1, min(prefix, DENSITY_TOKENS // (group * copies)))
+    _, workspace = torch.ops.starflow_native.block_sizes(fields, group * copies * chunk, cached)
+    step = _call_tokens(weight_floats, part * copies)
+    return SamplingPlan(part, group, threads, step, chunk, part * row, threads * workspace)
 
 
 def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature: float):
     """Data of noise, token after token over the cache; a batch whose cache passes `cache_bytes` goes in parts."""
     spec = BlockSpec.from_json(text)
-    model, threads = packed(spec, weights), torch.get_num_threads()
+    model, threads = packed(text, weights), torch.get_num_threads()
     (B, T, _), L = z.shape, 0 if prefix is None else prefix.shape[1]
     copies = 1 if guidance is None else 2
     cond, prefix, cos, sin, guidance = map(_plain, (cond, prefix, cos, sin, guidance))
     x = z.clone(memory_format=torch.contiguous_format)
-    row_bytes = 4 * copies * torch.ops.starflow_native.block_sizes(model.fields, 1, L + T)[0]
-    part = max(1, min(B, cache_bytes() // row_bytes))
-    group = _sampling_group(part, copies, model.buffer.numel() * 4, threads)
-    threads = _useful_threads(threads, -(-part // group), model.buffer, group * copies)
-    chunk = max(1, min(L, DENSITY_TOKENS // (group * copies)))
-    cache, workspace = _buffers(model, group * copies * chunk, L + T, part * copies, threads)
-    step, last = _call_tokens(model.buffer, part * copies), T if spec.start else T - 1
+    plan = plan_sampling(model.fields, model.buffer.numel(), B, copies, L + T, L, threads, cache_bytes())
+    cache, workspace = _memory(plan.cache), _memory(plan.workspace)
+    part, last = plan.part, T if spec.start else T - 1
 
     def both_kinds(value: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
         """Those rows of (copies B, ...), with and without the condition."""
@@ -228,8 +262,8 @@ def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule:
     for b in range(0, B, part):
         rows = slice(b, b + part)
         given = both_kinds(cond, rows), both_kinds(prefix, rows), cos, sin, None if guidance is None else guidance[rows]
-        for first in range(-L, last, step):
-            end = min(first + step, last)
+        for first in range(-L, last, plan.step):
+            end = min(first + plan.step, last)
             torch.ops.starflow_native.block_run(
                 x[rows],
                 None,
@@ -242,7 +276,7 @@ def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule:
                 temperature,
                 cache,
                 workspace,
-                [first, end, group, chunk, threads],
+                [first, end, plan.group, plan.chunk, plan.threads],
             )
             report(b * T + max(0, end + T - last) * len(x[rows]), B * T)
     return x

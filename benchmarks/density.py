@@ -1,0 +1,126 @@
+"""Density pass and training step on the CPU against the released TarFlow: same weights, same images, one process.
+
+    python -m benchmarks.density --peer DIR --json benchmarks/results/density_cpu.json
+
+`DIR` holds transformer_flow.py of github.com/apple/ml-tarflow. The model is the 32x32x3 one of benchmarks.sampling. The
+floor is operations / peak, measured in the same run; a training step does three times those of a density pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from starflow import Flow, FlowConfig
+
+from .machine import description, peak_flops
+from .released import convert, load_peer, median_seconds
+
+CONFIG = FlowConfig(image_size=32, image_channels=3, patch_size=2, channels=128, layers=(4, 4, 4, 4))
+
+
+def make(peer):
+    """The released model and ours with the same random weights."""
+    torch.manual_seed(0)
+    model, flow = peer.Model(3, 32, 2, 128, 4, 4), Flow(CONFIG)
+    with torch.no_grad():
+        for index, (theirs, own) in enumerate(zip(model.blocks, flow.blocks, strict=True)):
+            torch.nn.init.normal_(theirs.proj_out.weight, std=0.02)
+            _, weights = convert(theirs, index)
+            for name, weight in own.weights().items():
+                weight.copy_(weights[name])
+    return model, flow
+
+
+def released_loss(model, images):
+    """Loss by the released code."""
+    z, _, logdets = model(images)
+    return model.get_loss(z, logdets)
+
+
+def own_loss(flow, images):
+    """The same number by ours."""
+    return flow.loss(flow(images))
+
+
+def trainer(module, loss, images):
+    """A function that takes one training step."""
+    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), lr=1e-6, weight_decay=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(module, images).backward()
+        optimizer.step()
+
+    return step
+
+
+def operations(batch: int) -> int:
+    """Of one density pass: every product, and of the attention the causal half."""
+    T, C, D = 256, 128, 12
+    layer = 2 * T * 12 * C * C + 2 * T * T * C
+    return batch * 4 * (4 * layer + 2 * T * (D + 2 * D) * C)
+
+
+def measure(peer, batch: int, repeats: int) -> list[dict]:
+    """Rows of the table: both passes of both codes, in turns."""
+    model, flow = make(peer)
+    images = torch.randn(batch, 3, 32, 32)
+    codes = {"released": (model, released_loss), "ours": (flow, own_loss)}
+    with torch.no_grad():
+        exact = own_loss(make(peer)[1].double(), images.double()).item()
+        errors = {name: abs(loss(module, images).item() - exact) for name, (module, loss) in codes.items()}
+
+    def density(module, loss):
+        def run() -> None:
+            with torch.no_grad():
+                loss(module, images)
+
+        return run
+
+    rows = []
+    for case, passes, runs in (
+        ("density pass", 1, {name: density(*code) for name, code in codes.items()}),
+        ("training step", 3, {name: trainer(*code, images) for name, code in codes.items()}),
+    ):
+        for run in runs.values():
+            run()
+        seconds = {name: [] for name in runs}
+        for _ in range(repeats):
+            for name, run in runs.items():
+                seconds[name].append(median_seconds(run, 1))
+        median = {name: sorted(values)[repeats // 2] for name, values in seconds.items()}
+        floor = passes * operations(batch) / peak_flops()
+        rows.append(
+            {
+                "case": f"32x32, {case}, batch {batch}",
+                "milliseconds": {name: 1e3 * value for name, value in median.items()},
+                "floor_milliseconds": 1e3 * floor,
+                "of_floor": floor / median["ours"],
+                "ratio_released": median["released"] / median["ours"],
+                "error_of_loss": errors,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, required=True, help="folder with the released transformer_flow.py")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = measure(load_peer(args.peer), args.batch, args.repeats)
+    print(json.dumps(rows, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps({"machine": description(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The released TarFlow beside ours: its module, its weights under our names.
+
+`transformer_flow.py` of github.com/apple/ml-tarflow is not part of this repository; whoever runs a comparison names its
+folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from starflow_kernels import BlockSpec
+
+RENAMED = {
+    "attention.norm": "attn_norm",
+    "attention.": "",
+    "mlp.norm": "mlp_norm",
+    "mlp.main.0": "up",
+    "mlp.main.2": "down",
+}
+
+
+def load_peer(folder: Path):
+    """The module transformer_flow of the released code."""
+    spec = importlib.util.spec_from_file_location("transformer_flow", folder / "transformer_flow.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def convert(block, index: int) -> tuple[BlockSpec, dict[str, torch.Tensor]]:
+    """Spec and weights of a released block."""
+    tokens, channels = block.pos_embed.shape
+    heads = block.attn_blocks[0].attention.num_heads
+    spec = BlockSpec(
+        token_dim=block.proj_in.in_features, channels=channels, layers=len(block.attn_blocks), heads=heads,
+        head_dim=channels // heads, kv_heads=heads, mlp_dim=4 * channels, positions=tokens, flip=index % 2 == 1,
+    )  # fmt: skip
+    weights = {}
+    for name, weight in block.named_parameters():
+        name = name.replace("attn_blocks", "layers")
+        for theirs, own in RENAMED.items():
+            name = name.replace(theirs, own)
+        if name in spec.weight_shapes:
+            weights[name] = weight.detach()
+    return spec, weights
+
+
+def median_seconds(run, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
