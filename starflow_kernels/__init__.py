@@ -7,6 +7,7 @@ from .cached_attention.api import cached_attention
 from .causal_attention.api import causal_attention
 from .dispatch import backends
 from .flow_head.api import flow_head
+from .linear.api import linear
 from .solve_inverse.api import SolveReport, solve_inverse
 from .spec import AffineSpec, BlockSpec
 
@@ -22,5 +23,6 @@ __all__ = [
     "cached_attention",
     "causal_attention",
     "flow_head",
+    "linear",
     "solve_inverse",
 ]

@@ -29,16 +29,19 @@ def define(op: str, arguments: str, returns: str, *, fake: Callable, reference: 
     torch.library.register_fake(f"starflow::{op}", lambda *args, backend=None: fake(*args), lib=_library)
 
 
-def differentiable(op: str, arguments: str, inputs: int, reference: Callable) -> None:
+def differentiable(op: str, arguments: str, inputs: int, reference: Callable, keep_outputs: bool = True) -> None:
     """Give `op` a gradient with respect to its first `inputs` arguments, tensors or None.
 
     Registers `starflow::op_backward(grads, outputs, arguments)`, which returns a list of one gradient for each of those
-    arguments that is there; grads is None for an output that was not used. `reference` gets zeros there.
+    arguments that is there; grads is None for an output that was not used. `reference` gets zeros there. outputs is
+    empty without keep_outputs, which is for ops of one output.
     """
     backward = f"{op}_backward"
 
     def reference_with_zeros(grads, outputs, *args):
-        return reference([torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs)], outputs, *args)
+        if keep_outputs:
+            grads = [torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs)]
+        return reference(grads, outputs, *args)
 
     define(
         backward,
@@ -52,9 +55,10 @@ def differentiable(op: str, arguments: str, inputs: int, reference: Callable) ->
     def setup_context(ctx, inputs, keyword_only_inputs, output):
         ctx.set_materialize_grads(False)
         ctx.backend = keyword_only_inputs["backend"]
-        ctx.outputs = len(output)
+        kept = output if keep_outputs else ()
+        ctx.outputs = len(kept)
         ctx.constants = [None if isinstance(a, torch.Tensor) else (a,) for a in inputs]
-        ctx.save_for_backward(*output, *(a for a in inputs if isinstance(a, torch.Tensor)))
+        ctx.save_for_backward(*kept, *(a for a in inputs if isinstance(a, torch.Tensor)))
 
     def run_backward(ctx, *grads):
         saved = list(ctx.saved_tensors)

@@ -12,6 +12,7 @@ from ..affine_flow.api import empty_logdet
 from ..checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
 from ..dispatch import register
 from ..library import define
+from ..linear import onednn
 from ..progress import reporting_to
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
 from . import cpu, reference
@@ -85,6 +86,7 @@ def block_forward(
             logdet,
             attention=lambda *a: torch.ops.starflow.causal_attention(*a, backend=backend),
             head=lambda *a: torch.ops.starflow.flow_head(*a, backend=backend),
+            linear=_linear(tensors[0], backend),
             dropout=dropout,
         )
     return torch.ops.starflow.block_forward(x, tensors, *context, spec.to_json(), logdet, backend=backend)
@@ -143,6 +145,14 @@ def block_inverse(
         return torch.ops.starflow.block_inverse(
             z, tensors, cond, prefix, cos, sin, guidance, spec.to_json(), rule, temperature, backend=backend
         )
+
+
+def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
+    """torch's linear layer, which autocast acts on, or ours where that is faster."""
+    plain = backend is not None or weight.device.type != "cpu" or weight.dtype != torch.float32
+    if plain or onednn.missing() or torch.is_autocast_enabled("cpu"):
+        return torch.nn.functional.linear
+    return torch.ops.starflow.linear
 
 
 def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[torch.Tensor]:

@@ -18,8 +18,8 @@ from ..spec import BlockSpec
 Weights = dict[str, torch.Tensor]
 
 
-def linear(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
-    return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+def project(x: torch.Tensor, w: Weights, name: str, linear: Callable = F.linear) -> torch.Tensor:
+    return linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
 
 def norm(x: torch.Tensor, w: Weights, name: str, spec: BlockSpec) -> torch.Tensor:
@@ -32,17 +32,24 @@ def norm(x: torch.Tensor, w: Weights, name: str, spec: BlockSpec) -> torch.Tenso
     return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias).to(x.dtype)
 
 
-def mlp(x: torch.Tensor, w: Weights, layer: str, spec: BlockSpec) -> torch.Tensor:
+def mlp(x: torch.Tensor, w: Weights, layer: str, spec: BlockSpec, linear: Callable) -> torch.Tensor:
+    hidden = project(x, w, f"{layer}.up", linear)
     if spec.mlp == "gelu":
-        hidden = F.gelu(linear(x, w, f"{layer}.up"))
+        hidden = F.gelu(hidden)
     else:
-        hidden = F.gelu(linear(x, w, f"{layer}.gate"), approximate="tanh") * linear(x, w, f"{layer}.up")
-    return linear(hidden, w, f"{layer}.down")
+        hidden = F.gelu(project(x, w, f"{layer}.gate", linear), approximate="tanh") * hidden
+    return project(hidden, w, f"{layer}.down", linear)
 
 
-def embed(tokens: torch.Tensor, w: Weights, cond: torch.Tensor | None, position: torch.Tensor | None) -> torch.Tensor:
+def embed(
+    tokens: torch.Tensor,
+    w: Weights,
+    cond: torch.Tensor | None,
+    position: torch.Tensor | None,
+    linear: Callable = F.linear,
+) -> torch.Tensor:
     """Input projection, learned positions, and the condition added to every token."""
-    h = linear(tokens.to(w["proj_in.weight"].dtype), w, "proj_in")
+    h = project(tokens.to(w["proj_in.weight"].dtype), w, "proj_in", linear)
     if position is not None:
         h = h + position
     return h if cond is None else h + cond.to(h.dtype).unsqueeze(1)
@@ -55,7 +62,14 @@ def positions(w: Weights, spec: BlockSpec) -> torch.Tensor | None:
     return w["pos_embed"].flip(0) if spec.flip else w["pos_embed"]
 
 
-def network(h: torch.Tensor, w: Weights, spec: BlockSpec, attention: Callable, dropout: float = 0.0) -> torch.Tensor:
+def network(
+    h: torch.Tensor,
+    w: Weights,
+    spec: BlockSpec,
+    attention: Callable,
+    linear: Callable = F.linear,
+    dropout: float = 0.0,
+) -> torch.Tensor:
     """The causal transformer on (B, n, C); attention(layer, q, k, v) decides what the n tokens see.
 
     dropout: probability with which elements of a residual branch vanish in training.
@@ -63,14 +77,14 @@ def network(h: torch.Tensor, w: Weights, spec: BlockSpec, attention: Callable, d
     groups = [spec.heads, spec.kv_heads, spec.kv_heads]
     for i in range(spec.layers):
         layer = f"layers.{i}"
-        qkv = linear(norm(h, w, f"{layer}.attn_norm", spec), w, f"{layer}.qkv")
+        qkv = project(norm(h, w, f"{layer}.attn_norm", spec), w, f"{layer}.qkv", linear)
         q, k, v = qkv.unflatten(-1, (sum(groups), spec.head_dim)).split(groups, dim=-2)
         if spec.qk_norm:
             q, k = rms_norm(q, w[f"{layer}.q_norm.weight"]), rms_norm(k, w[f"{layer}.k_norm.weight"])
-        y = linear(attention(i, q, k, v).flatten(-2), w, f"{layer}.proj")
+        y = project(attention(i, q, k, v).flatten(-2), w, f"{layer}.proj", linear)
         y = rms_norm(y, w[f"{layer}.attn_post_norm.weight"]) if spec.post_norm else y
         h = h + (F.dropout(y, dropout) if dropout else y)
-        y = mlp(norm(h, w, f"{layer}.mlp_norm", spec), w, layer, spec)
+        y = mlp(norm(h, w, f"{layer}.mlp_norm", spec), w, layer, spec, linear)
         y = rms_norm(y, w[f"{layer}.mlp_post_norm.weight"]) if spec.post_norm else y
         h = h + (F.dropout(y, dropout) if dropout else y)
     return h
@@ -88,18 +102,20 @@ def compose(
     *,
     attention: Callable = causal_attention,
     head: Callable = flow_head,
+    linear: Callable = F.linear,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise and log-determinant of data, all tokens at once, from an attention and a head."""
+    """Noise and log-determinant of data, all tokens at once, from an attention, a head and a linear layer."""
     w = dict(zip(spec.weight_shapes, weights))
     tokens = x.flip(1) if spec.flip else x
     if spec.start:
         first = w["start"].to(x.dtype).expand(x.shape[0], 1, -1)
         tokens = torch.cat([first, tokens[:, :-1]], dim=1)
-    h = embed(tokens, w, cond, positions(w, spec))
+    h = embed(tokens, w, cond, positions(w, spec), linear)
     if prefix is not None:
-        h = torch.cat([linear(prefix.to(w["proj_text.weight"].dtype), w, "proj_text"), h], dim=1)
-    h = network(h, w, spec, lambda i, q, k, v: attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0], dropout)
+        text = project(prefix.to(w["proj_text.weight"].dtype), w, "proj_text", linear)
+        h = torch.cat([text, h], dim=1)
+    h = network(h, w, spec, lambda i, q, k, v: attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0], linear, dropout)
     return head(
         x,
         h[:, h.shape[1] - x.shape[1] :],
@@ -153,7 +169,7 @@ def block_inverse(
         return network(h, w, spec, attention)
 
     if prefix is not None:
-        step(linear(prefix.to(w["proj_text.weight"].dtype), w, "proj_text"), 0)
+        step(project(prefix.to(w["proj_text.weight"].dtype), w, "proj_text"), 0)
     x = z.flip(1) if spec.flip else z.clone()
     position = positions(w, spec)
     for t in range(0 if spec.start else 1, T):
@@ -167,7 +183,7 @@ def block_inverse(
             h = rms_norm(h, w["final_norm.weight"])
         weight = None if guidance is None else guidance[:, t : t + 1]
         x[:, t : t + 1] = affine_flow_inverse(
-            x[:, t : t + 1], linear(h, w, "proj_out"), weight, spec.affine.scale, spec.affine.soft_clip, rule
+            x[:, t : t + 1], project(h, w, "proj_out"), weight, spec.affine.scale, spec.affine.soft_clip, rule
         )
         report(B * (t + 1), B * T)
     return x.flip(1) if spec.flip else x
