@@ -64,6 +64,8 @@ def differentiable(op: str, arguments: str, inputs: int, reference: Callable, ke
         saved = list(ctx.saved_tensors)
         outputs, tensors = saved[: ctx.outputs], iter(saved[ctx.outputs :])
         args = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
+        if all(grad is None for grad in grads):
+            return (None,) * len(args)
         found = iter(backward_op(list(grads), outputs, *args, backend=ctx.backend))
         return tuple(next(found) if i < inputs and a is not None else None for i, a in enumerate(args))
 

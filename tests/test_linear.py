@@ -1,0 +1,89 @@
+"""linear: the layer of training and its gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_within_contract, compiled, strided, with_gradients
+
+from starflow_kernels import backends, linear
+
+F64 = torch.float64
+
+
+@pytest.fixture(params=backends()["linear"])
+def backend(request):
+    return request.param
+
+
+def inputs(B=2, T=5, K=7, N=3, bias=True, dtype=F64) -> list[torch.Tensor]:
+    shapes = [(B, T, K), (N, K), *([(N,)] if bias else [])]
+    return [torch.randn(shape, dtype=F64).to(dtype) for shape in shapes]
+
+
+def naive(x, weight, bias=None):
+    y = (x.unsqueeze(-2) * weight).sum(-1)
+    return (y if bias is None else y + bias,)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_matches_loops_and_gradcheck(bias):
+    tensors = inputs(bias=bias)
+    torch.testing.assert_close(linear(*tensors), *naive(*tensors), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(linear, [t.requires_grad_() for t in tensors])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("B, T, K, N", [(1, 1, 1, 1), (3, 2, 8, 24), (1, 63, 80, 17), (2, 111, 33, 64), (0, 4, 5, 6)])
+def test_error_against_float64(B, T, K, N, bias, backend):
+    single = inputs(B, T, K, N, bias, torch.float32)
+    seeds = [torch.randn(B, T, N)]
+    exact = with_gradients(naive, [t.double() for t in single], seeds)
+    plain = with_gradients(lambda *t: (torch.nn.functional.linear(*t),), single, seeds)
+    actual = with_gradients(lambda *t: (linear(*t, backend=backend),), [strided(t) for t in single], seeds)
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        assert a.dtype == torch.float32 and a.shape == e.shape
+        if e.numel():
+            assert_within_contract(a, p, e)
+
+
+def test_writes_all_of_its_outputs(poisoned_memory, backend):
+    single = inputs(dtype=torch.float32)
+    found = with_gradients(lambda *t: (linear(*t, backend=backend),), single, [torch.ones(2, 5, 3)])
+    assert all(t.isfinite().all() for t in found)
+
+
+def test_opcheck_and_fullgraph(backend):
+    tensors = [t.requires_grad_() for t in inputs(dtype=torch.float32)]
+    torch.library.opcheck(torch.ops.starflow.linear.default, tensors, {"backend": backend})
+    grads = [torch.randn(2, 5, 3)]
+    torch.library.opcheck(
+        torch.ops.starflow.linear_backward.default, (grads, [], *inputs(dtype=torch.float32)), {"backend": backend}
+    )
+    run = lambda *t: linear(*t, backend=backend)  # noqa: E731
+    assert torch.equal(compiled(run)(*tensors), run(*tensors))
+
+
+def test_second_derivative_is_refused():
+    tensors = [t.requires_grad_() for t in inputs()]
+    (grad,) = torch.autograd.grad(linear(*tensors).square().sum(), tensors[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({0: torch.randn(2, 5)}, ValueError, r"x: expected shape \(B, T, in\)"),
+        ({1: torch.randn(3, 8)}, ValueError, r"weight: expected shape \(out, 7\)"),
+        ({2: torch.randn(4)}, ValueError, r"bias: expected shape \(3,\)"),
+        ({1: torch.randn(3, 7).half()}, TypeError, "weight: dtype torch.float16"),
+        ({0: None}, TypeError, "x: expected a tensor"),
+    ],
+)
+def test_errors(change, error, message):
+    tensors = inputs(dtype=torch.float32)
+    for index, value in change.items():
+        tensors[index] = value
+    with pytest.raises(error, match=message):
+        linear(*tensors)
