@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from starflow import Flow, FlowConfig
 
 from .machine import description, peak_flops
-from .released import convert, load_peer, median_seconds
+from .released import convert, load_peer, timed
 
 CONFIG = FlowConfig(image_size=32, image_channels=3, patch_size=2, channels=128, layers=(4, 4, 4, 4))
 
@@ -91,8 +92,8 @@ def measure(peer, batch: int, repeats: int) -> list[dict]:
         seconds = {name: [] for name in runs}
         for _ in range(repeats):
             for name, run in runs.items():
-                seconds[name].append(median_seconds(run, 1))
-        median = {name: sorted(values)[repeats // 2] for name, values in seconds.items()}
+                seconds[name].append(timed(run)[1])
+        median = {name: statistics.median(values) for name, values in seconds.items()}
         floor = passes * operations(batch) / peak_flops()
         rows.append(
             {

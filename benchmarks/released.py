@@ -50,10 +50,13 @@ def convert(block, index: int) -> tuple[BlockSpec, dict[str, torch.Tensor]]:
     return spec, weights
 
 
+def timed(run) -> tuple[object, float]:
+    """What run() returns, and its seconds."""
+    start = time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - start
+
+
 def median_seconds(run, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    """Median seconds of run()."""
+    return statistics.median(timed(run)[1] for _ in range(repeats))

@@ -21,9 +21,9 @@ extern const Kernels kernels;
 namespace {
 
 const Kernels& choose() {
+#if defined(__x86_64__)
     const char* wanted = std::getenv("STARFLOW_ISA");
     auto allowed = [&](const Kernels& set) { return !wanted || !std::strcmp(wanted, set.name); };
-#if defined(__x86_64__)
     __builtin_cpu_init();
     bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
