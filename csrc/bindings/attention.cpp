@@ -15,7 +15,7 @@ Heads heads(const Tensor& x) { return {data(x), x.stride(0), x.stride(1), x.stri
 
 // `keys`: how many a query sees at most.
 AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos, const Optional& sin,
-                             int64_t rotary, int64_t window, double temperature, int64_t keys, const Tensor& out) {
+                             int64_t rotary, int64_t window, double temperature, int64_t keys) {
     AttentionCall call{};
     call.B = q.size(0), call.T = q.size(1), call.H = int(q.size(2)), call.d = int(q.size(3));
     call.H_kv = int(k.size(2));
@@ -23,7 +23,7 @@ AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, 
     call.rotary = Rotary(rotary);
     call.scale = float(1 / (std::sqrt(double(call.d)) * temperature));
     call.cos = data(cos), call.sin = data(sin);
-    call.q = heads(q), call.k = heads(k), call.v = heads(v), call.out = heads(out);
+    call.q = heads(q), call.k = heads(k), call.v = heads(v);
     return call;
 }
 
@@ -39,8 +39,8 @@ void run_heads(const AttentionCall& call, int64_t keys, int64_t floats, Kernel k
 
 void cached_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths, Optional cos,
                       Optional sin, int64_t rotary, int64_t window, double temperature, Tensor out) {
-    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, k_cache.size(1), out);
-    call.k_cache = heads(k_cache), call.v_cache = heads(v_cache), call.S = k_cache.size(1);
+    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, k_cache.size(1));
+    call.out = heads(out), call.k_cache = heads(k_cache), call.v_cache = heads(v_cache), call.S = k_cache.size(1);
     call.lengths = static_cast<const int32_t*>(lengths.data_ptr());
     for (int64_t row = 0; row < call.B; ++row)
         STD_TORCH_CHECK(call.lengths[row] >= 0 && call.lengths[row] + call.T <= call.S, "lengths do not fit the cache");
@@ -49,15 +49,15 @@ void cached_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cac
 
 void causal_attention(Tensor q, Tensor k, Tensor v, Optional cos, Optional sin, int64_t rotary, int64_t window,
                       double temperature, Tensor out, Tensor lse) {
-    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q.size(1), out);
-    call.lse = data(lse);
+    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q.size(1));
+    call.out = heads(out), call.lse = data(lse);
     run_heads(call, call.T, causal_floats(call, false), kernels().causal_attention);
 }
 
-void causal_attention_backward(Optional grad_out, Optional grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k,
-                               Tensor v, Optional cos, Optional sin, int64_t rotary, int64_t window, double temperature,
+void causal_attention_backward(Optional grad_out, Optional grad_lse, Tensor lse, Tensor q, Tensor k, Tensor v,
+                               Optional cos, Optional sin, int64_t rotary, int64_t window, double temperature,
                                Tensor grad_q, Tensor grad_k, Tensor grad_v) {
-    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q.size(1), out);
+    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q.size(1));
     call.lse = data(lse), call.grad_lse = data(grad_lse);
     if (grad_out) call.grad_out = heads(*grad_out);
     call.grad_q = heads(grad_q), call.grad_k = heads(grad_k), call.grad_v = heads(grad_v);
@@ -74,8 +74,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
         "causal_attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, int rotary, int window, "
         "float temperature, Tensor(a!) out, Tensor(b!) lse) -> ()");
     m.def(
-        "causal_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, "
-        "Tensor v, Tensor? cos, Tensor? sin, int rotary, int window, float temperature, Tensor(a!) grad_q, "
+        "causal_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor lse, Tensor q, Tensor k, Tensor v, "
+        "Tensor? cos, Tensor? sin, int rotary, int window, float temperature, Tensor(a!) grad_q, "
         "Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
 }
 

@@ -5,16 +5,20 @@
 
 namespace starflow {
 
-constexpr int64_t QUERIES = 16;  // queries that a pass over the cache serves
+constexpr int64_t QUERIES = 16;  // queries, of all heads, that a pass over the cache serves
 constexpr int64_t CHAINS = 4;    // sums of values that run side by side
-constexpr int64_t BLOCK = 64;    // tokens that causal attention takes at a time
+constexpr int64_t BLOCK = 64;    // tokens taken at a time
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct CachedScratch {
     float *q, *scores, *sums, *end;
-    int64_t width;  // of a row of scores
+    int64_t heads, width;  // heads of keys that a pass takes; floats of a row of scores
 
     CachedScratch(const AttentionCall& call, float* from) {
-        int64_t queries = call.T * (call.H / call.H_kv), rows = queries < QUERIES ? queries : QUERIES;
+        int64_t queries = least(call.T * (call.H / call.H_kv), QUERIES);
+        heads = least(QUERIES / queries, call.H_kv);
+        int64_t rows = heads * queries;
         width = padded(call.S) + 2 * 16;
         q = from;
         scores = q + rows * padded(call.d);

@@ -9,13 +9,9 @@ namespace starflow::STARFLOW_ISA {
 
 namespace {
 
-// Keys whose sums fit the registers.
-constexpr int KEYS = ACCUMULATORS >= LANES ? LANES : ACCUMULATORS >= 4 ? 4 : 2;
-constexpr int64_t AHEAD = 4096;  // bytes of a head that are fetched before they are used
-
-INLINE void fetch(const float* row, int d) {
-    for (int c = 0; c < d; c += LANES) __builtin_prefetch(row + c, 0, 2);
-}
+// Keys whose products fit the registers.
+constexpr int KEYS = ACCUMULATORS >= 8 ? 8 : ACCUMULATORS >= 4 ? 4 : 2;
+constexpr int64_t AHEAD = 256;   // floats that are fetched before they are used, in units of sixteen keys
 
 // Products of one query, padded with zeros, with sixteen keys.
 INLINE Vec products(const float* q, const float* const (&key)[LANES], int d) {
@@ -64,66 +60,82 @@ void add_values(const float* weight, const float* value, int64_t stride, int64_t
     for (; c < d; c += LANES) add_columns<N, 1>(weight, value + c, stride, count, d - c, to + c, width);
 }
 
+// Some queries of some heads of one row; those heads' keys lie side by side in memory and are read together.
 struct Pass {
     const AttentionCall& call;
     CachedScratch scratch;
-    int64_t row, head, length, group;
-    int64_t begin, queries;  // query i of the pass is that of token (begin + i) / group
-    int64_t base, end;       // keys that the pass reads
+    int64_t row, head, heads;  // heads of keys head .. head + heads - 1
+    int64_t group, begin, queries;  // query i of a head of keys is that of token (begin + i) / group
+    int64_t base, end;              // keys that the pass reads
 
-    int64_t position(int64_t i) const { return length + (begin + i) / group; }
-    float* scores(int64_t i) const { return scratch.scores + i * scratch.width; }
+    int64_t position(int64_t i) const { return call.lengths[row] + (begin + i) / group; }
+    float* query(int64_t h, int64_t i) const { return scratch.q + (h * queries + i) * padded(call.d); }
+    float* scores(int64_t h, int64_t i) const { return scratch.scores + (h * queries + i) * scratch.width; }
+    float* sums_of(int64_t h, int64_t i) const { return scratch.sums + (h * queries + i) * CHAINS * padded(call.d); }
+
+    const float* at(const Heads& from, int64_t h, int64_t i) const {
+        return from.at(row, (begin + i) / group, (head + h) * group + (begin + i) % group);
+    }
+
+    // Keys or values of the tokens s .. s + count - 1, for later.
+    void fetch(const Heads& cache, int64_t h, int64_t s, int64_t count) const {
+        for (int64_t i = s; i < s + count && i < end; ++i)
+            for (int c = 0; c < call.d; c += LANES) __builtin_prefetch(cache.at(row, i, head + h) + c, 0, 2);
+    }
+
+    template <class Each>
+    INLINE void for_queries(Each each) const {
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t i = 0; i < queries; ++i) each(h, i);
+    }
 
     void rotate_queries() const {
-        for (int64_t i = 0; i < queries; ++i) {
-            int64_t r = begin + i;
-            rotated(call, call.q.at(row, r / group, head * group + r % group), position(i), 1,
-                    scratch.q + i * padded(call.d));
-        }
+        for_queries([&](int64_t h, int64_t i) { rotated(call, at(call.q, h, i), position(i), 1, query(h, i)); });
     }
 
     void multiply_keys() const {
-        int64_t ahead = AHEAD / 4 / call.d / LANES * LANES + LANES;
+        int64_t ahead = (AHEAD / heads / call.d + 1) * LANES;
         for (int64_t s = base; s < end; s += LANES) {
             const float* key[LANES];
-            for (int i = 0; i < LANES; ++i) {
-                key[i] = call.k_cache.at(row, s + i < end ? s + i : end - 1, head);
-                if (s + i + ahead < end) fetch(call.k_cache.at(row, s + i + ahead, head), call.d);
-            }
-            for (int64_t i = 0; i < queries; ++i)
-                store(scores(i) + s - base, products(scratch.q + i * padded(call.d), key, call.d));
+            for_queries([&](int64_t h, int64_t i) __attribute__((always_inline)) {
+                if (i == 0) {
+                    fetch(call.k_cache, h, s + ahead, LANES);
+                    for (int l = 0; l < LANES; ++l) key[l] = call.k_cache.at(row, s + l < end ? s + l : end - 1, head + h);
+                }
+                store(scores(h, i) + s - base, products(query(h, i), key, call.d));
+            });
         }
     }
 
     void sum_values() const {
         int64_t d = call.d, width = padded(d), stride = call.v_cache.token;
         float total[QUERIES];
-        for (int64_t i = 0; i < queries; ++i) {
+        for_queries([&](int64_t h, int64_t i) {
             int64_t low = call.first_key(position(i));
-            total[i] = softmax(scores(i) + low - base, position(i) + 1 - low, call.scale);
-        }
-        memset(scratch.sums, 0, queries * CHAINS * width * sizeof(float));
+            total[h * queries + i] = softmax(scores(h, i) + low - base, position(i) + 1 - low, call.scale);
+        });
+        memset(scratch.sums, 0, heads * queries * CHAINS * width * sizeof(float));
         for (int64_t start = 0; base + start < end; start += BLOCK)
-            for (int64_t i = 0; i < queries; ++i) {
+            for_queries([&](int64_t h, int64_t i) {
+                if (i == 0) fetch(call.v_cache, h, base + start + BLOCK, BLOCK);
                 int64_t s = call.first_key(position(i)) + start, left = position(i) + 1 - s;
-                int64_t count = left < BLOCK ? left : BLOCK, whole = count > 0 ? count / CHAINS * CHAINS : 0;
-                if (left <= 0) continue;
-                const float *weight = scores(i) + s - base, *value = call.v_cache.at(row, s, head);
-                float* to = scratch.sums + i * CHAINS * width;
-                add_values<CHAINS>(weight, value, stride, whole, d, to);
+                if (left <= 0) return;
+                int64_t count = left < BLOCK ? left : BLOCK, whole = count / CHAINS * CHAINS;
+                const float *weight = scores(h, i) + s - base, *value = call.v_cache.at(row, s, head + h);
+                add_values<CHAINS>(weight, value, stride, whole, d, sums_of(h, i));
                 for (int64_t j = whole; j < count; ++j)
-                    add_values<1>(weight + j, value + j * stride, stride, 1, d, to + (j - whole) * width);
-            }
-        for (int64_t i = 0; i < queries; ++i) {
-            const float* sum = scratch.sums + i * CHAINS * width;
-            int64_t r = begin + i;
-            float* out = call.out.at(row, r / group, head * group + r % group);
+                    add_values<1>(weight + j, value + j * stride, stride, 1, d, sums_of(h, i) + (j - whole) * width);
+            });
+        for_queries([&](int64_t h, int64_t i) {
+            const float* sum = sums_of(h, i);
+            Vec whole = splat(1.0f / total[h * queries + i]);
+            float* out = const_cast<float*>(at(call.out, h, i));
             for (int c = 0; c < d; c += LANES) {
                 Vec even = load(sum + c) + load(sum + 2 * width + c);
                 Vec odd = load(sum + width + c) + load(sum + 3 * width + c);
-                store(out + c, (even + odd) * splat(1.0f / total[i]), d - c);
+                store(out + c, (even + odd) * whole, d - c);
             }
-        }
+        });
     }
 };
 
@@ -132,15 +144,16 @@ struct Pass {
 void cached_attention(const AttentionCall& call, int64_t first, int64_t last, float* floats) {
     CachedScratch scratch(call, floats);
     int64_t group = call.H / call.H_kv, queries = call.T * group;
-    for (int64_t unit = first; unit < last; ++unit) {
+    for (int64_t unit = first, heads; unit < last; unit += heads) {
         int64_t row = unit / call.H_kv, head = unit % call.H_kv, length = call.lengths[row];
-        for (int64_t t = 0; t < call.T; ++t) {
-            rotated(call, call.k.at(row, t, head), length + t, 1, call.k_cache.at(row, length + t, head));
-            copy(call.v.at(row, t, head), call.d, call.v_cache.at(row, length + t, head));
-        }
+        heads = least(scratch.heads, least(call.H_kv - head, last - unit));
+        for (int64_t t = 0; t < call.T; ++t)
+            for (int64_t h = head; h < head + heads; ++h) {
+                rotated(call, call.k.at(row, t, h), length + t, 1, call.k_cache.at(row, length + t, h));
+                copy(call.v.at(row, t, h), call.d, call.v_cache.at(row, length + t, h));
+            }
         for (int64_t begin = 0; begin < queries; begin += QUERIES) {
-            Pass pass{call, scratch, row, head, length, group, begin};
-            pass.queries = queries - begin < QUERIES ? queries - begin : QUERIES;
+            Pass pass{call, scratch, row, head, heads, group, begin, least(QUERIES, queries - begin)};
             pass.base = call.first_key(pass.position(0));
             pass.end = pass.position(pass.queries - 1) + 1;
             pass.rotate_queries();

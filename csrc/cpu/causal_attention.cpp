@@ -172,21 +172,18 @@ void causal_attention_backward(const AttentionCall& call, int64_t first, int64_t
                 head.multiply_keys(own.v_across, own.grad_out_across, begin, own.grad_scores);
                 for (int64_t i = 0; i < count; i += LANES) {
                     int left = int(count - i);
-                    Vec lse = load(call.lse + at_lse + i, left), scale = splat(call.scale), dots[LANES];
-                    for (int t = 0; t < LANES; ++t) {
-                        dots[t] = splat(0.0f);
-                        if (t < left)
-                            for (int c = 0; c < call.d; c += LANES)
-                                dots[t] = fma(load(own.grad_out + (i + t) * head.width + c),
-                                              load(call.out.at(head.row, begin + i + t, h) + c, call.d - c), dots[t]);
-                    }
-                    Vec delta = sums(dots);
-                    if (call.grad_lse) delta = delta - load(call.grad_lse + at_lse + i, left);
+                    Vec lse = load(call.lse + at_lse + i, left), scale = splat(call.scale), mean = splat(0.0f);
+                    // rowsum(dO O) as the mean of dP: what rounding did to dP cancels in their difference.
                     head.for_keys(begin + i, [&](int64_t at, Int seen) __attribute__((always_inline)) {
                         Vec score = load(own.weights + at) * scale - lse;
                         Vec weight = exp(select(seen, score, splat(-INFINITY)));
                         store(own.weights + at, weight);
-                        store(own.grad_scores + at, weight * (load(own.grad_scores + at) - delta) * scale);
+                        mean = fma(weight, load(own.grad_scores + at), mean);
+                    });
+                    if (call.grad_lse) mean = mean - load(call.grad_lse + at_lse + i, left);
+                    head.for_keys(begin + i, [&](int64_t at, Int) __attribute__((always_inline)) {
+                        Vec weight = load(own.weights + at) * scale;
+                        store(own.grad_scores + at, weight * (load(own.grad_scores + at) - mean));
                     });
                 }
                 head.sum_over_keys(own.grad_scores, own.k, begin, own.grad_q);

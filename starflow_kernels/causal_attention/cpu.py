@@ -48,10 +48,9 @@ def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window,
     """See reference.causal_attention_backward."""
     grad_out = None if grads[0] is None else heads(grads[0])
     grad_lse = None if grads[1] is None else grads[1].contiguous()
-    out, lse = heads(outputs[0]), outputs[1].contiguous()
     found = [t.new_empty(t.shape) for t in (q, k, v)]
     options = *angles(cos, sin), ROTARY.index(rotary), window, temperature
     torch.ops.starflow_native.causal_attention_backward(
-        grad_out, grad_lse, out, lse, *map(heads, (q, k, v)), *options, *found
+        grad_out, grad_lse, outputs[1].contiguous(), *map(heads, (q, k, v)), *options, *found
     )
     return found
