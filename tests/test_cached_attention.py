@@ -232,10 +232,17 @@ def test_is_not_differentiable(backend):
 
 
 @pytest.mark.parametrize("rotary, window", [("none", 0), ("interleaved", 3)])
-def test_opcheck(rotary, window):
+@every_dtype
+def test_opcheck(rotary, window, dtype):
     lengths = [7, 0, 3]
-    options = rotary_options(rotary)
-    args = (*new_tokens(), *filled_caches(lengths), int32(lengths), options.get("cos"), options.get("sin"))
+    options = rotary_options(rotary, dtype=dtype)
+    args = (
+        *new_tokens(dtype=dtype),
+        *filled_caches(lengths, dtype=dtype),
+        int32(lengths),
+        options.get("cos"),
+        options.get("sin"),
+    )
     args = [t.nan_to_num() if isinstance(t, torch.Tensor) else t for t in args]
     torch.library.opcheck(torch.ops.starflow.cached_attention.default, (*args, rotary, window, 0.7))
 
@@ -286,3 +293,13 @@ def test_errors_name_the_argument(change, error, message):
     arguments |= {"k_cache": torch.zeros(2, 5, 1, 4), "v_cache": torch.zeros(2, 5, 1, 4), "lengths": 0}
     with pytest.raises(error, match=message):
         cached_attention(**{**arguments, **change})
+
+
+@native_only
+def test_native_says_what_it_does_not_take():
+    tensors = new_tokens(dtype=torch.float32)
+    caches = [strided(cache) for cache in filled_caches([4, 4, 4], dtype=torch.float32)]
+    with pytest.raises(ValueError, match="cannot run cached_attention: the values of a head are not adjacent"):
+        cached_attention(*tensors, *caches, 4, backend="native")
+    with pytest.raises(ValueError, match=r"cannot run cached_attention: q is torch\.float64, it takes float32"):
+        cached_attention(*new_tokens(), *filled_caches([4, 4, 4]), 4, backend="native")

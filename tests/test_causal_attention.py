@@ -202,9 +202,10 @@ def test_a_row_has_the_same_bits_at_any_batch_and_thread_count(dtype, window, ba
 
 
 @pytest.mark.parametrize("rotary, window", [("none", 0), ("interleaved", 3), ("half", 0)])
-def test_opcheck(rotary, window):
-    tensors = inputs(H=4, H_kv=2)
-    options = rotary_options(rotary, 7, 8)
+@every_dtype
+def test_opcheck(rotary, window, dtype):
+    tensors = inputs(H=4, H_kv=2, dtype=dtype)
+    options = rotary_options(rotary, 7, 8, dtype)
     args = (options.get("cos"), options.get("sin"), rotary, window, 0.7)
     outputs = list(torch.ops.starflow.causal_attention(*tensors, *args))
     grads = [torch.randn_like(t) for t in outputs]
@@ -275,6 +276,19 @@ def test_errors_name_the_argument(change, error, message):
     arguments = {name: heads(2, 3, 2, 4) for name in "qkv"}
     with pytest.raises(error, match=message):
         causal_attention(**{**arguments, **change})
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_native_takes_float32_alone():
+    q = heads(2, 3, 2, 4, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"cannot run causal_attention: q is torch\.bfloat16, it takes float32"):
+        causal_attention(q, q, q, backend="native")
+
+
+def test_an_empty_batch(backend):
+    q = torch.zeros(0, 3, 2, 4)
+    out, lse = causal_attention(q, q, q, return_lse=True, backend=backend)
+    assert out.shape == q.shape and lse.shape == (0, 2, 3)
 
 
 def test_odd_head_size_with_rotary_is_refused():

@@ -61,9 +61,9 @@ inline void transpose(const float* x, int64_t ldx, float* y, int64_t ldy) {
     for (int i = 0; i < LANES; i += PART)
         for (int j = 0; j < LANES; j += PART) {
             Part a[PART];
-            UNROLL for (int k = 0; k < PART; ++k) memcpy(&a[k], x + (i + k) * ldx + j, sizeof a[k]);
+            UNROLL for (int k = 0; k < PART; ++k) a[k] = *reinterpret_cast<const LoosePart*>(x + (i + k) * ldx + j);
             exchange_all<PART / 2>(a);
-            UNROLL for (int k = 0; k < PART; ++k) memcpy(y + (j + k) * ldy + i, &a[k], sizeof a[k]);
+            UNROLL for (int k = 0; k < PART; ++k) *reinterpret_cast<LoosePart*>(y + (j + k) * ldy + i) = a[k];
         }
 }
 
