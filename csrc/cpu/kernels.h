@@ -99,6 +99,35 @@ struct AffineCall {
     int64_t chunks() const { return (T + chunk() - 1) / chunk(); }
 };
 
+// A tensor (B, T, heads, d); the d values of a head are adjacent.
+struct Heads {
+    float* data;
+    int64_t batch, token, head;  // strides
+
+    float* at(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * token + h * head; }
+};
+
+// Attention of T tokens over themselves, causal, and over what a cache holds.
+struct AttentionCall {
+    int64_t B, T, window;  // window 0: none
+    int H, H_kv, d;
+    float scale;  // of the scores
+    Rotary rotary;
+    const float *cos, *sin;  // (positions, d / 2)
+    Heads q, k, v, out;
+    float* lse;  // (B, H, T)
+    // Cached alone; rows hold `lengths` tokens (B,) before the new ones, and have room for S.
+    Heads k_cache, v_cache;
+    const int32_t* lengths;
+    int64_t S;
+    // The gradient's alone; those of the outputs may be null.
+    Heads grad_out, grad_q, grad_k, grad_v;
+    const float* grad_lse;
+
+    // First key that the query at position t sees.
+    int64_t first_key(int64_t t) const { return window && t >= window ? t - window + 1 : 0; }
+};
+
 enum class Elementary { exp, log, log1p, tanh, gelu, gelu_tanh, softplus_one };
 
 struct Kernels {
@@ -109,6 +138,10 @@ struct Kernels {
     // Chunks first .. last - 1 of the B chunks() that there are.
     void (*affine_flow)(const AffineCall& call, int64_t first, int64_t last);
     void (*affine_flow_backward)(const AffineCall& call, int64_t first, int64_t last);
+    // Heads of keys first .. last - 1 of the B H_kv that there are; scratch: zeros, as many as attention_sizes.h says.
+    void (*cached_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
+    void (*causal_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
+    void (*causal_attention_backward)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
     void (*elementary)(Elementary which, const float* x, float* y, int64_t n);
 };
 

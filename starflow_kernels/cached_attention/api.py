@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from .. import native
 from ..causal_attention.api import check_attention
 from ..checks import check_tensor
+from ..dispatch import register
 from ..library import define
 from ..spec import Rotary
-from . import reference
+from . import cpu, reference
 
 define(
     "cached_attention",
@@ -18,6 +20,7 @@ define(
     fake=lambda q, *args: q.new_empty(q.shape),
     reference=reference.cached_attention,
 )
+register("cached_attention", "native", cpu.cached_attention, cpu.refuse, native.missing)
 
 
 def cached_attention(
