@@ -14,7 +14,8 @@ AffineCall affine_call(const Tensor& x, const Tensor& params, int64_t scale, dou
     call.B = x.size(0), call.T = x.size(1), call.D = int(x.size(2));
     call.affine = {Scale(scale), float(clip)};
     call.shift = shift, call.flip = flip, call.logdet = Logdet(logdet);
-    call.x = data(x), call.params = data(params);
+    call.x_format = format(x), call.params_format = format(params);
+    call.x = x.data_ptr(), call.params = params.data_ptr();
     return call;
 }
 
@@ -27,7 +28,7 @@ void run_chunks(const AffineCall& call, Kernel kernel) {
 void affine_flow(Tensor x, Tensor params, int64_t scale, double clip, bool shift, bool flip, int64_t logdet, Tensor z,
                  Tensor out) {
     auto call = affine_call(x, params, scale, clip, shift, flip, logdet);
-    call.z = data(z), call.logdets = data(out);
+    call.z = z.data_ptr(), call.logdets = data(out);
     std::vector<double> partial(call.logdet == Logdet::none ? 0 : call.B * call.chunks());
     call.partial = partial.data();
     run_chunks(call, kernels().affine_flow);
@@ -43,8 +44,8 @@ void affine_flow(Tensor x, Tensor params, int64_t scale, double clip, bool shift
 void affine_flow_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor x, Tensor params, int64_t scale,
                           double clip, bool shift, bool flip, int64_t logdet, Tensor grad_x, Tensor grad_params) {
     auto call = affine_call(x, params, scale, clip, shift, flip, logdet);
-    call.saved_z = data(z), call.grad_z = data(grad_z), call.grad_logdet = data(grad_logdet);
-    call.grad_x = data(grad_x), call.grad_params = data(grad_params);
+    call.saved_z = z.data_ptr(), call.grad_z = data(grad_z), call.grad_logdet = data(grad_logdet);
+    call.grad_x = grad_x.data_ptr(), call.grad_params = grad_params.data_ptr();
     run_chunks(call, kernels().affine_flow_backward);
 }
 

@@ -18,4 +18,10 @@ using Optional = std::optional<Tensor>;
 inline float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 inline float* data(const Optional& tensor) { return tensor ? data(*tensor) : nullptr; }
 
+inline Format format(const Tensor& tensor) {
+    auto type = tensor.scalar_type();
+    using torch::headeronly::ScalarType;
+    return type == ScalarType::Float ? Format::float32 : type == ScalarType::Half ? Format::float16 : Format::bfloat16;
+}
+
 }  // namespace starflow

@@ -78,6 +78,7 @@ struct BlockCall {
 };
 
 enum class Logdet { sum, mean, none };
+enum class Format { float32, bfloat16, float16 };
 
 // The affine transform of x (B, T, D) by raw parameters (B, T, P), density direction, and its gradient.
 struct AffineCall {
@@ -86,12 +87,15 @@ struct AffineCall {
     Affine affine;
     bool shift, flip;
     Logdet logdet;
-    const float *x, *params;
-    float *z, *logdets;  // (B, T, D); (B, T, D) for Logdet::none, else unused
-    double* partial;     // (B, affine_chunks): sums of log sigma, unused for Logdet::none
+    Format x_format, params_format;  // z and the gradients have the format of what they belong to
+    const void *x, *params;
+    void* z;         // (B, T, D)
+    float* logdets;  // (B, T, D) for Logdet::none, else unused
+    double* partial;  // (B, chunks()): sums of log sigma, unused for Logdet::none
     // The gradient's alone; those of the outputs may be null.
-    const float *saved_z, *grad_z, *grad_logdet;
-    float *grad_x, *grad_params;
+    const void *saved_z, *grad_z;
+    const float* grad_logdet;
+    void *grad_x, *grad_params;
 
     int P() const { return affine.scale == Scale::unit ? D : 2 * D; }
     // Tokens that are transformed together; from the shape of one sequence alone, so that a row's bits are its own.

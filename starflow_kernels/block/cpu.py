@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..affine_flow.cpu import affine_flow
+from ..native import empty
 from ..progress import report
 from ..spec import BlockSpec
 
@@ -20,7 +21,6 @@ CALL_SECONDS, SLOW_FLOPS, SLOW_BYTES = 0.3, 2e10, 4e9
 # Rough speed of one core, and what a member of a team needs to do in a token step to be worth its barriers.
 FLOPS, BYTES, MEMBER_SECONDS = 2e11, 1e11, 8e-6
 SMALL_CACHE, LARGE_CACHE = 2**20, 2**24
-HUGE_PAGES_FROM = 2**20
 
 
 class Packed(NamedTuple):
@@ -57,14 +57,6 @@ def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
     return [*sizes, spec.positions, spec.text_dim, *map(int, flags), *kinds]
 
 
-def _memory(floats: int) -> torch.Tensor:
-    """Uninitialised memory, in huge pages where it is large."""
-    buffer = torch.empty(floats)
-    if floats >= HUGE_PAGES_FROM:
-        torch.ops.starflow_native.use_huge_pages(buffer)
-    return buffer
-
-
 def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
     """Copy of the weights for the kernel. A product without bias gets zeros."""
     pieces = []
@@ -80,7 +72,7 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
                 pieces.append(_vector(torch.zeros(len(weight))))
     sizes = [-(-len(piece) // 16) * 16 for piece in pieces]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    buffer = _memory(sum(sizes))
+    buffer = empty(sum(sizes))
     for piece, offset in zip(pieces, offsets):
         buffer[offset : offset + len(piece)] = piece
     return Packed(buffer, offsets, spec_fields(spec, weights[0].dtype))
@@ -153,7 +145,7 @@ def _useful_threads(threads: int, groups: int, buffer: torch.Tensor, rows: int) 
 
 def _buffers(model: Packed, passed: int, cached: int, cache_rows: int, threads: int):
     cache, workspace = torch.ops.starflow_native.block_sizes(model.fields, passed, cached)
-    return _memory(cache_rows * cache), _memory(threads * workspace)
+    return empty(cache_rows * cache), empty(threads * workspace)
 
 
 def block_params(x, weights, cond, prefix, cos, sin, text: str, tokens: int = DENSITY_TOKENS) -> torch.Tensor:
