@@ -12,6 +12,13 @@ struct Scratch {
     alignas(64) float a[MOST + ROOM], b[MOST + ROOM], sigma[MOST + ROOM], x[MOST + ROOM], z[MOST + ROOM];
 };
 
+// Bring in what the next chunk reads while this one is computed: no machine foresees tokens in reverse order.
+void fetch(const void* from, Format format, int64_t at, int64_t n) {
+    int64_t size = format == Format::float32 ? 4 : 2;
+    auto bytes = static_cast<const char*>(from) + at * size;
+    for (int64_t i = 0; i < n * size; i += 64) __builtin_prefetch(bytes + i);
+}
+
 struct Chunk {
     const AffineCall& call;
     int64_t row, begin, tokens;  // tokens begin .. begin + tokens - 1 of sequence `row` have parameters
@@ -36,6 +43,7 @@ struct Chunk {
         int64_t D = call.D, mean = call.P() - D;
         for (int64_t i = 0; i < tokens; ++i) {
             int64_t from = params_at(begin + i);
+            fetch(call.params, call.params_format, from + (call.flip ? -1 : 1) * tokens * call.P(), call.P());
             if (mean) read(call.params, call.params_format, from, D, a + i * D);
             read(call.params, call.params_format, from + mean, D, b + i * D);
         }
@@ -62,10 +70,11 @@ void affine_flow(const AffineCall& call, int64_t first_chunk, int64_t last_chunk
         Chunk chunk(call, index);
         int64_t at = chunk.at(chunk.begin), n = chunk.size();
         chunk.gather(room.a, room.b);
+        fetch(call.x, call.x_format, at + n, n);
         const float* x = floats(call.x, call.x_format, at, n, room.x);
         float* z = narrow ? room.z : static_cast<float*>(call.z) + at;
         float* logdets = each_value ? call.logdets + at : nullptr;
-        float total = density_rows(room.a, room.b, room.sigma, x, n, call.affine, z, logdets);
+        double total = density_rows(room.a, room.b, room.sigma, x, n, call.affine, z, logdets);
         if (narrow) write(call.z, call.x_format, at, n, z);
         if (!each_value) call.partial[index] = total;
         if (chunk.identity < 0) continue;
@@ -84,6 +93,8 @@ void affine_flow_backward(const AffineCall& call, int64_t first_chunk, int64_t l
         Chunk chunk(call, index);
         int64_t at = chunk.at(chunk.begin), n = chunk.size();
         chunk.gather(room.a, room.b);
+        if (call.grad_z) fetch(call.grad_z, call.x_format, at + n, n);
+        fetch(call.saved_z, call.x_format, at + n, n);
         auto gradient = [&](int64_t at, int64_t n) {
             if (call.grad_z) return floats(call.grad_z, call.x_format, at, n, room.x);
             memset(room.x, 0, n * sizeof(float));

@@ -11,37 +11,55 @@ constexpr int64_t ROOM = 4 * LANES;
 
 inline void clip_row(float* r, int64_t n, float clip) {
     if (clip == 0) return;
-    Vec inverse = splat(1.0f / clip), bound = splat(clip);
-    for (int64_t i = 0; i < n; i += LANES) store(r + i, bound * tanh(load(r + i) * inverse));
+    for (int64_t i = 0; i < n; i += LANES) store(r + i, soft_clip(load(r + i), clip));
 }
 
-// softplus_one in two steps: v = (e - 1) e^a, capped, then log(1 + v).
+// The first of two steps of softplus_one.
 inline void softplus_powers(const float* a, int64_t n, float* v) {
-    for (int64_t i = 0; i < n; i += LANES) store(v + i, exp(min(load(a + i), splat(SOFTPLUS_LARGE)), E_LESS_ONE));
+    for (int64_t i = 0; i < n; i += LANES) store(v + i, softplus_power(load(a + i)));
 }
+
+// A sum over many vectors, with what each addition rounds away (Kahan).
+struct LongSum {
+    Vec sum = splat(0.0f), lost = splat(0.0f);
+
+    INLINE void add(Vec value) {
+        Vec whole = value - lost, next = sum + whole;
+        lost = (next - sum) - whole;
+        sum = next;
+    }
+    double total() const {
+        float lanes[2][LANES];
+        double all = 0;
+        store(lanes[0], sum);
+        store(lanes[1], lost);
+        for (int i = 0; i < LANES; ++i) all += double(lanes[0][i]) - double(lanes[1][i]);
+        return all;
+    }
+};
 
 // Sum of log sigma over n values. With bounded sigma the logarithm of four at a time.
-inline float log_sigma_sum(const float* a, float* sigma, int64_t n, float clip) {
-    Vec total = splat(0.0f);
+inline double log_sigma_sum(const float* a, float* sigma, int64_t n, float clip) {
+    LongSum total;
     if (clip > 0 && clip <= 16) {
         for (int64_t i = n; i % ROOM; ++i) sigma[i] = 1;
         for (int64_t i = 0; i < n; i += ROOM) {
             Vec left = load(sigma + i) * load(sigma + i + LANES);
-            total = total + log(left * (load(sigma + i + 2 * LANES) * load(sigma + i + 3 * LANES)));
+            total.add(log(left * (load(sigma + i + 2 * LANES) * load(sigma + i + 3 * LANES))));
         }
-        return sum(total);
+        return total.total();
     }
     each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
         Vec l = log_sigma_of(load(a + i), load(sigma + i), Scale::softplus);
-        total = total + (count < LANES ? select(first(count), l, splat(0.0f)) : l);
+        total.add(count < LANES ? select(first(count), l, splat(0.0f)) : l);
     });
-    return sum(total);
+    return total.total();
 }
 
 // z = (x - mu) / sigma; a and b, raw and with zeros past the end, are overwritten. Returns the sum of log sigma, or
 // writes -log sigma to `logdets` where that is not null. z == x allowed.
-inline float density_rows(float* a, float* b, float* sigma, const float* x, int64_t n, const Affine& affine, float* z,
-                          float* logdets) {
+inline double density_rows(float* a, float* b, float* sigma, const float* x, int64_t n, const Affine& affine, float* z,
+                           float* logdets) {
     clip_row(b, n, affine.clip);
     if (affine.scale == Scale::unit) {
         each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
@@ -52,14 +70,14 @@ inline float density_rows(float* a, float* b, float* sigma, const float* x, int6
     }
     clip_row(a, n, affine.clip);
     if (affine.scale == Scale::exp) {
-        Vec total = splat(0.0f);
+        LongSum total;
         each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
             Vec l = load(a + i);
             store(z + i, (load(x + i, count) - load(b + i)) * exp(-l), count);
             if (logdets) store(logdets + i, splat(0.0f) - l, count);
-            total = total + l;
+            total.add(l);
         });
-        return sum(total);
+        return total.total();
     }
     softplus_powers(a, n, sigma);
     each(n, [&](int64_t i, int count) __attribute__((always_inline)) {

@@ -43,11 +43,17 @@ INLINE Part scale_part(Part y, Part n, IntPart shifted) {
 #endif
 }
 
-// e^x: 0 below -104, infinity above 88.73, NaN for NaN; times a factor, 1 or so, on request.
-INLINE Vec exp(Vec x, float factor = 1.0f) {
-    auto [shifted, n, r] = reduced(min(max(x, splat(-104.0f)), splat(89.0f)));
-    Vec y = fma(expm1_reduced(r), splat(factor), splat(factor));
-    LANEWISE(Vec, scale_part(y.part[i], n.part[i], (IntPart)shifted.part[i]));
+INLINE Vec scaled(Vec y, Reduced by) {
+    LANEWISE(Vec, scale_part(y.part[i], by.n.part[i], (IntPart)by.shifted.part[i]));
+}
+
+// Where exp is neither 0 nor infinity; NaN stays.
+INLINE Vec within_exp(Vec x) { return min(max(x, splat(-104.0f)), splat(89.0f)); }
+
+// e^x: 0 below -104, infinity above 88.73, NaN for NaN.
+INLINE Vec exp(Vec x) {
+    Reduced to = reduced(within_exp(x));
+    return scaled(expm1_reduced(to.r) + splat(1.0f), to);
 }
 
 // n log 2 + log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]; n as the bits of the float 2^n, less those of 1.
@@ -111,13 +117,19 @@ INLINE Vec gelu_tanh(Vec x) {
 }
 
 // softplus(a + c) with c such that softplus(c) = 1, which is log(1 + v) with v = (e - 1) e^a.
-constexpr float E_LESS_ONE = 1.71828183f, SOFTPLUS_LARGE = 80.0f, SOFTPLUS_SHIFT = 0.541324855f;
+constexpr float SOFTPLUS_LARGE = 80.0f, SOFTPLUS_SHIFT = 0.541324855f;
 
-// From a and v, which from SOFTPLUS_LARGE on is not looked at.
+// v, capped from SOFTPLUS_LARGE on. The constants are those of e - 1 in two parts: sums over many values show a bias.
+INLINE Vec softplus_power(Vec a) {
+    Vec e_less_one = splat(1.71828187f);
+    Reduced to = reduced(within_exp(min(a, splat(SOFTPLUS_LARGE))));
+    return scaled(fma(expm1_reduced(to.r) - splat(2.13357839e-8f), e_less_one, e_less_one), to);
+}
+
 INLINE Vec softplus_of(Vec a, Vec v) {
     return select(a > splat(SOFTPLUS_LARGE), a + splat(SOFTPLUS_SHIFT), log1p(v));
 }
 
-INLINE Vec softplus_one(Vec a) { return softplus_of(a, exp(min(a, splat(SOFTPLUS_LARGE)), E_LESS_ONE)); }
+INLINE Vec softplus_one(Vec a) { return softplus_of(a, softplus_power(a)); }
 
 }  // namespace starflow::STARFLOW_ISA
