@@ -102,9 +102,10 @@ def test_error_contract(dtype, spec, backend):
 @pytest.mark.parametrize("T", [1, 2, 63, 111])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_error_contract_over_sizes(T, D, spec, shift, flip, backend):
-    tensors = [strided(t) for t in inputs(spec, T=T, D=D, dtype=torch.float32)]
+    B = max(2, 512 // (T * D))  # enough values for plain PyTorch to show its usual error
+    tensors = [strided(t) for t in inputs(spec, B, T, D, torch.float32)]
     for logdet in ("sum", "mean", "none"):
-        seeds = torch.randn(2, T, D), torch.randn((2, T, D) if logdet == "none" else 2)
+        seeds = torch.randn(B, T, D), torch.randn((B, T, D) if logdet == "none" else B)
 
         def run(tensors, backend):
             options = {"shift": shift, "flip": flip, "logdet": logdet, "backend": backend}
