@@ -25,7 +25,8 @@ def refuse_backward(grads, outputs, x, params, *others) -> str | None:
     return refuse(x, params)
 
 
-def _options(scale: str, soft_clip: float, shift: bool, flip: bool, logdet: str):
+def native_options(scale: str, soft_clip: float, shift: bool, flip: bool, logdet: str):
+    """The options as the kernels number them."""
     return SCALES.index(scale), soft_clip, shift, flip, LOGDETS.index(logdet)
 
 
@@ -33,7 +34,7 @@ def affine_flow(x, params, scale, soft_clip, shift, flip, logdet) -> tuple[torch
     """z and the log-determinant."""
     x, params = x.contiguous(), params.contiguous()
     z, out = empty(*x.shape, dtype=x.dtype), empty(*(x.shape if logdet == "none" else x.shape[:1]))
-    torch.ops.starflow_native.affine_flow(x, params, *_options(scale, soft_clip, shift, flip, logdet), z, out)
+    torch.ops.starflow_native.affine_flow(x, params, *native_options(scale, soft_clip, shift, flip, logdet), z, out)
     return z, out
 
 
@@ -42,5 +43,5 @@ def affine_flow_backward(grads, outputs, x, params, *options) -> list[torch.Tens
     grads = [None if grad is None else grad.contiguous() for grad in grads]
     z, x, params = (t.contiguous() for t in (outputs[0], x, params))
     found = [empty(*t.shape, dtype=t.dtype) for t in (x, params)]
-    torch.ops.starflow_native.affine_flow_backward(*grads, z, x, params, *_options(*options), *found)
+    torch.ops.starflow_native.affine_flow_backward(*grads, z, x, params, *native_options(*options), *found)
     return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from .. import native
 from ..affine_flow.api import empty_logdet
 from ..checks import check_tensor
+from ..dispatch import register
 from ..library import define, differentiable
 from ..spec import AffineSpec, Logdet, check_choice
-from . import reference
+from . import cpu, reference
 
 ARGUMENTS = (
     "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? norm_weight, "
@@ -23,6 +25,8 @@ define(
     reference=reference.flow_head,
 )
 differentiable("flow_head", ARGUMENTS, 5, reference.flow_head_backward)
+register("flow_head", "native", cpu.flow_head, cpu.refuse, native.missing)
+register("flow_head_backward", "native", cpu.flow_head_backward, cpu.refuse_backward, native.missing)
 
 
 def flow_head(
