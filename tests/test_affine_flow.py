@@ -108,7 +108,7 @@ def test_error_contract_over_sizes(T, D, spec, shift, flip, backend):
         seeds = torch.randn(B, T, D), torch.randn((B, T, D) if logdet == "none" else B)
 
         def run(tensors, backend):
-            options = {"shift": shift, "flip": flip, "logdet": logdet, "backend": backend}
+            options = {"shift": shift, "flip": flip, "logdet": logdet, "backend": backend}  # noqa: B023
             return with_gradients(lambda *t: affine_flow(*t, spec, **options), tensors, seeds)  # noqa: B023
 
         exact = run([t.double() for t in tensors], "reference")

@@ -8,7 +8,7 @@ from .. import native
 from ..affine_flow.api import empty_logdet
 from ..checks import check_tensor
 from ..dispatch import register
-from ..library import define, differentiable
+from ..library import call, define, differentiable
 from ..spec import AffineSpec, Logdet, check_choice
 from . import cpu, reference
 
@@ -68,6 +68,5 @@ def flow_head(
         check_tensor("bias", bias, (params_dim,), like=x)
     if norm_weight is not None:
         check_tensor("norm_weight", norm_weight, (C,), like=x)
-    return torch.ops.starflow.flow_head(
-        x, h, weight, bias, norm_weight, spec.scale, spec.soft_clip, shift, flip, logdet, backend=backend
-    )
+    options = spec.scale, spec.soft_clip, shift, flip, logdet
+    return call("flow_head", x, h, weight, bias, norm_weight, *options, backend=backend)
