@@ -31,22 +31,31 @@ def _run(op: str, backend: str | None, *args):
     return result if result is None else type(result)(tensor.contiguous() for tensor in result)
 
 
-def _at_once(args: tuple) -> bool:
-    """Whether nothing but a backend would look at the op: no gradient, compiler, mode, transform or subclass."""
+def _tensors(args: tuple) -> list[torch.Tensor]:
     flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)))
-    tensors = [t for t in flat if isinstance(t, torch.Tensor)]
+    return [t for t in flat if isinstance(t, torch.Tensor)]
+
+
+def _plain(tensors: list[torch.Tensor]) -> bool:
+    """Whether nothing but autograd and a backend would look at an op: no compiler, mode, transform or subclass."""
     return (
         all(t.is_cpu and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
         and torch._C._functorch.maybe_current_level() is None
     )
 
 
+_functions: dict[str, type[torch.autograd.Function]] = {}
+
+
 def call(op: str, *args, backend: str | None):
-    """torch.ops.starflow.op, or its backend at once where that is the same: torch takes most of a short call's time."""
-    return _run(op, backend, *args) if _at_once(args) else getattr(torch.ops.starflow, op)(*args, backend=backend)
+    """torch.ops.starflow.op, straight to its backend where that is the same: the detour is most of a short call."""
+    tensors = _tensors(args)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not _plain(tensors) or (needs_grad and op not in _functions):
+        return getattr(torch.ops.starflow, op)(*args, backend=backend)
+    return _functions[op].apply(backend, *args) if needs_grad else _run(op, backend, *args)
 
 
 def differentiable(op: str, arguments: str, inputs: int, reference: Callable) -> None:
@@ -85,5 +94,13 @@ def differentiable(op: str, arguments: str, inputs: int, reference: Callable) ->
     def no_second_derivative(ctx, *grads):
         raise NotImplementedError(f"starflow::{op} has no second derivative; its reference.py does, by autograd")
 
+    def forward(ctx, backend, *args):
+        outputs = _run(op, backend, *args)
+        setup_context(ctx, args, {"backend": backend}, outputs)
+        return outputs
+
+    members = {"forward": forward, "backward": lambda ctx, *grads: (None, *run_backward(ctx, *grads))}
+    members = {name: staticmethod(member) for name, member in members.items()}
+    _functions[op] = type(op, (torch.autograd.Function,), members)
     torch.library.register_autograd(f"starflow::{op}", run_backward, setup_context=setup_context, lib=_library)
     torch.library.register_autograd(f"starflow::{backward}", no_second_derivative, lib=_library)
