@@ -198,6 +198,14 @@ def test_a_row_has_the_same_bits_at_any_batch_and_thread_count(D, dtype, backend
             assert all(torch.equal(*values) for values in zip(again, batch))
 
 
+def test_no_rows(backend):
+    x, params = inputs(AffineSpec(), B=0, dtype=torch.float32)
+    results = with_gradients(
+        lambda *t: affine_flow(*t, backend=backend), [x, params], (torch.zeros_like(x), torch.zeros(0))
+    )
+    assert [r.shape for r in results] == [(0, 5, 3), (0,), x.shape, params.shape]
+
+
 def test_zero_parameters_are_the_identity(backend):
     x = torch.randn(2, 5, 3, dtype=F64)
     for scale in ("exp", "softplus"):

@@ -152,6 +152,15 @@ def test_wide_tokens_and_states(D, C, backend):
         assert_within_contract(*values)
 
 
+def test_no_rows(backend):
+    tensors = list(inputs(AffineSpec("exp"), B=0, dtype=torch.float32).values())
+    results = with_gradients(
+        lambda *t: flow_head(*t, AffineSpec("exp"), backend=backend), tensors, (torch.zeros(0, 5, 3), torch.zeros(0))
+    )
+    assert [r.shape for r in results] == [(0, 5, 3), (0,), *(t.shape for t in tensors)]
+    assert not any(r.any() for r in results)
+
+
 @pytest.mark.parametrize("network", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_tokens_on_a_narrow_network(network, backend):
     tensors = inputs(AffineSpec(), dtype=network)

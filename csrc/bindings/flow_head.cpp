@@ -74,9 +74,9 @@ void flow_head_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor 
     head.call.grad_h = data(grad_h);
     int64_t C = head.call.C, P = affine.P(), wide_C = padded(C), wide_P = padded(P), chunks = head.chunks();
     // Each slab sums its chunks in order, and the slabs are added in order, whatever the number of threads.
-    int64_t slabs = std::clamp<int64_t>(chunks / TILES, 1, SLABS), size = P * wide_C + wide_P + wide_C;
+    int64_t slabs = std::clamp<int64_t>(chunks / TILES, 1, SLABS), size = P * wide_C + 2 * (wide_P + wide_C);
     std::vector<float> sums(slabs * size);
-    int64_t grain = std::max<int64_t>(1, head.grain() * slabs / chunks);
+    int64_t grain = std::max<int64_t>(1, head.grain() * slabs / std::max<int64_t>(1, chunks));
     torch::stable::parallel_for(0, slabs, grain, [&](int64_t first, int64_t last) {
         HeadCall own = head.call;
         auto room = head.room();
@@ -84,20 +84,23 @@ void flow_head_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor 
         for (int64_t slab = first; slab < last; ++slab) {
             own.grad_weight = sums.data() + slab * size;
             own.grad_bias = own.grad_weight + P * wide_C;
-            own.grad_norm = own.grad_bias + wide_P;
+            own.grad_norm = own.grad_bias + 2 * wide_P;
             kernels().flow_head_backward(own, chunks * slab / slabs, chunks * (slab + 1) / slabs);
         }
     });
-    auto add_slabs = [&](int64_t from, int64_t n, float* to) {
-        for (int64_t i = 0; i < n; ++i) to[i] = sums[from + i];
-        for (int64_t slab = 1; slab < slabs; ++slab)
-            for (int64_t i = 0; i < n; ++i) to[i] += sums[slab * size + from + i];
+    auto add_slabs = [&](int64_t from, int64_t lost, int64_t n, float* to) {
+        for (int64_t i = from; i < from + n; ++i) {
+            double total = 0;
+            for (int64_t slab = 0; slab < slabs; ++slab)
+                total += sums[slab * size + i] - (lost ? double(sums[slab * size + i + lost]) : 0);
+            *to++ = float(total);
+        }
     };
     torch::stable::parallel_for(0, P, SERIAL / (slabs * wide_C) + 1, [&](int64_t first, int64_t last) {
-        for (int64_t p = first; p < last; ++p) add_slabs(p * wide_C, C, data(grad_weight) + p * C);
+        for (int64_t p = first; p < last; ++p) add_slabs(p * wide_C, 0, C, data(grad_weight) + p * C);
     });
-    if (grad_bias) add_slabs(P * wide_C, P, data(grad_bias));
-    if (grad_norm) add_slabs(P * wide_C + wide_P, C, data(grad_norm));
+    if (grad_bias) add_slabs(P * wide_C, wide_P, P, data(grad_bias));
+    if (grad_norm) add_slabs(P * wide_C + 2 * wide_P, wide_C, C, data(grad_norm));
 }
 
 }  // namespace

@@ -7,11 +7,18 @@ namespace starflow::STARFLOW_ISA {
 
 namespace {
 
+INLINE void add(float* sum, float* lost, Vec value) {
+    LongSum both{load(sum), load(lost)};
+    both.add(value);
+    store(sum, both.sum);
+    store(lost, both.lost);
+}
+
 struct Tile {
     const HeadCall& call;
     Chunk chunk;
     int64_t C, P, wide_C, wide_P, source;  // source: first state of the tile
-    float *normed, *params, *scratch, *packed, *grad_y, *transposed, *norm_part;
+    float *normed, *params, *scratch, *packed, *grad_y, *transposed;
 
     Tile(const HeadCall& call, int64_t index) : call(call), chunk(call.affine, index) {
         C = call.C, P = call.affine.P(), wide_C = padded(C), wide_P = padded(P);
@@ -23,7 +30,6 @@ struct Tile {
         packed = scratch + (rows > P ? rows : P) * SCRATCH_COLUMNS;
         grad_y = packed + rows * wide_C;
         transposed = grad_y + rows * wide_C;
-        norm_part = transposed + rows * P;
     }
 
     const float* state(int64_t m) const { return call.h + (source + m) * C; }
@@ -43,12 +49,9 @@ struct Tile {
     // grad_weight += G^T y and grad_bias += sum of G, with G = `params` by now.
     void add_weight_gradient() const {
         int64_t n = chunk.tokens;
-        for (int64_t p = 0; p < wide_P; p += LANES) {
-            LongSum total;
-            for (int64_t m = 0; m < n; ++m) total.add(load(params + m * wide_P + p));
-            store(call.grad_bias + p, load(call.grad_bias + p) + (total.sum - total.lost));
-        }
         for (int64_t m = 0; m < n; ++m) {
+            for (int64_t p = 0; p < wide_P; p += LANES)
+                add(call.grad_bias + p, call.grad_bias + wide_P + p, load(params + m * wide_P + p));
             for (int64_t p = 0; p < P; ++p) transposed[p * n + m] = params[m * wide_P + p];
             for (int64_t c = 0; c < C; c += LANES)
                 store(packed + (c * n + m * LANES), load(input() + m * input_stride() + c, int(C - c)));
@@ -72,7 +75,7 @@ struct Tile {
         Vec scale = splat(r), mean = splat(r * r * r * (sum(inner) / float(C)));
         each(C, [&](int64_t c, int count) __attribute__((always_inline)) {
             Vec value = load(h + c, count), g = load(grad + c, count);
-            store(norm_part + c, fma(g, value * scale, load(norm_part + c)));
+            add(call.grad_norm + c, call.grad_norm + wide_C + c, g * value * scale);
             store(grad_h + c, fma(-value, mean, scale * g * (one + load(call.norm + c, count))), count);
         });
     }
@@ -86,12 +89,8 @@ struct Tile {
                     else
                         store(grad_h + m * C + tile * LANES, v, int(C - tile * LANES));
                 });
-        if (call.norm) {
-            memset(norm_part, 0, wide_C * sizeof(float));
+        if (call.norm)
             for (int64_t m = 0; m < chunk.tokens; ++m) through_norm(state(m), grad_y + m * wide_C, grad_h + m * C);
-            for (int64_t c = 0; c < wide_C; c += LANES)
-                store(call.grad_norm + c, load(call.grad_norm + c) + load(norm_part + c));
-        }
         // The last state of a shifted sequence has no token.
         if (chunk.identity >= 0) memset(call.grad_h + ((chunk.row + 1) * call.affine.T - 1) * C, 0, C * sizeof(float));
     }

@@ -91,15 +91,16 @@ struct AffineCall {
     const void *x, *params;
     void* z;         // (B, T, D)
     float* logdets;  // (B, T, D) for Logdet::none, else unused
-    double* partial; // (B, chunks()): sums of log sigma, unused for Logdet::none
+    double* partial;  // (B, chunks()): sums of log sigma, unused for Logdet::none
     // The gradient's alone; those of the outputs may be null.
     const void *saved_z, *grad_z;
     const float* grad_logdet;
     void *grad_x, *grad_params;
 
-    int P() const { return affine.scale == Scale::unit ? D : 2 * D; }
     // Tokens that are transformed together; from the shape of one sequence alone, so that a row's bits are its own.
     int64_t chunk;
+
+    int P() const { return affine.scale == Scale::unit ? D : 2 * D; }
     int64_t chunks() const { return (T + chunk - 1) / chunk; }
 };
 
@@ -107,16 +108,17 @@ struct AffineCall {
 struct HeadCall {
     AffineCall affine;
     int C;
-    const float *h, *norm;        // (B, T, C); (C,) or null
-    const float *weight, *bias;   // packed as product.h says, (P, C); padded
-    float* room;                  // room_floats() a thread
-    // The gradient's alone. The last three are sums over tokens, zero at first: (P, padded C), (padded P), (padded C).
+    const float *h, *norm;       // (B, T, C); (C,) or null
+    const float *weight, *bias;  // packed as product.h says, (P, C); padded
+    float* room;                 // room_floats() a thread
+    // The gradient's alone. The last three are sums over tokens, zero at first: (P, padded C), and (2, padded P) and
+    // (2, padded C) with what the additions rounded away behind them.
     const float* transposed;  // packed, (C, P)
     float *grad_h, *grad_weight, *grad_bias, *grad_norm;
 
     int64_t room_floats() const {
         int64_t rows = affine.chunk, P = affine.P(), wide_C = (C + 15) / 16 * 16, wide_P = (P + 15) / 16 * 16;
-        return (3 * rows + 1) * wide_C + rows * (wide_P + P) + (rows > P ? rows : P) * 64;
+        return 3 * rows * wide_C + rows * (wide_P + P) + (rows > P ? rows : P) * 64;
     }
 };
 
@@ -128,8 +130,8 @@ struct InverseCall {
     Rule rule;
     Format format, params_format;
     const void *z, *params;
-    const float* guidance;  // (B, n) or null
-    void* x;                // of the format of z
+    const float* guidance;                   // (B, n) or null
+    void* x;                                 // of the format of z
     int64_t z_row, z_token, x_row, x_token;  // strides
 };
 

@@ -7,7 +7,7 @@ import torch
 from .. import native
 from ..checks import check_guidance, check_tensor
 from ..dispatch import register
-from ..library import define
+from ..library import call, define
 from ..spec import AffineSpec, GuidanceRule, check_choice
 from . import cpu, reference
 
@@ -75,7 +75,7 @@ def affine_flow_inverse(
             raise ValueError(f"backend={backend!r} cannot run affine_flow_inverse: it has no gradient")
         return reference.affine_flow_inverse(*args)
     if out is None:
-        return torch.ops.starflow.affine_flow_inverse(*args, backend=backend)
+        return call("affine_flow_inverse", *args, backend=backend)
     check_tensor("out", out, (B, n, D), like=z)
     if out.dtype != z.dtype:
         raise TypeError(f"out: dtype {out.dtype}, expected that of z, {z.dtype}")
