@@ -19,10 +19,16 @@ NOTE = "_native.txt"
 # Sources with kernels are compiled once an instruction set; the widest that the machine has is taken at run time.
 KERNELS = [
     f"csrc/cpu/{name}.cpp"
-    for name in ("affine_flow", "block", "cached_attention", "causal_attention", "elementary", "table")
+    for name in (
+        *("affine_flow", "affine_flow_inverse", "block", "cached_attention", "causal_attention", "elementary"),
+        *("flow_head", "table"),
+    )
 ]
 COMMON = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "model", "team")]
-COMMON += [f"csrc/bindings/{name}.cpp" for name in ("affine_flow", "attention", "block", "machine")]
+COMMON += [
+    f"csrc/bindings/{name}.cpp"
+    for name in ("affine_flow", "affine_flow_inverse", "attention", "block", "flow_head", "machine")
+]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
 INSTRUCTION_SETS = {"base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):

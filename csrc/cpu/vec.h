@@ -96,8 +96,30 @@ INLINE Part root_part(Part a) {
 
 INLINE Vec root(Vec a) { LANEWISE(Vec, root_part(a.part[i])); }
 INLINE Vec abs(Vec a) { return bits(bits(a) & splat(INT32_MAX)); }
-INLINE Vec min(Vec a, Vec b) { return select(b < a, b, a); }
-INLINE Vec max(Vec a, Vec b) { return select(b > a, b, a); }
+
+// The second where one is NaN.
+INLINE Part min_part(Part a, Part b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+INLINE Part max_part(Part a, Part b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+INLINE Vec min(Vec a, Vec b) { LANEWISE(Vec, min_part(b.part[i], a.part[i])); }
+INLINE Vec max(Vec a, Vec b) { LANEWISE(Vec, max_part(b.part[i], a.part[i])); }
 
 // Part by part: of a whole Vec, or by memcpy, GCC makes pieces of 16 bytes on the stack.
 INLINE Vec load(const float* p) { LANEWISE(Vec, reinterpret_cast<const LoosePart*>(p)[i]); }

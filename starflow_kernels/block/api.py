@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,7 +12,7 @@ from .. import native
 from ..affine_flow.api import empty_logdet
 from ..checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
 from ..dispatch import register
-from ..library import define
+from ..library import call, define
 from ..linear import onednn
 from ..progress import reporting_to
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
@@ -84,12 +85,12 @@ def block_forward(
             *context,
             spec,
             logdet,
-            attention=lambda *a: torch.ops.starflow.causal_attention(*a, backend=backend),
-            head=lambda *a: torch.ops.starflow.flow_head(*a, backend=backend),
+            attention=functools.partial(call, "causal_attention", backend=backend),
+            head=functools.partial(call, "flow_head", backend=backend),
             linear=_linear(tensors[0], backend),
             dropout=dropout,
         )
-    return torch.ops.starflow.block_forward(x, tensors, *context, spec.to_json(), logdet, backend=backend)
+    return call("block_forward", x, tensors, *context, spec.to_json(), logdet, backend=backend)
 
 
 def block_inverse(
@@ -142,8 +143,19 @@ def block_inverse(
         if value is not None:
             check_finite(name, value)
     with torch.no_grad(), reporting_to(progress) if progress else contextlib.nullcontext():
-        return torch.ops.starflow.block_inverse(
-            z, tensors, cond, prefix, cos, sin, guidance, spec.to_json(), rule, temperature, backend=backend
+        return call(
+            "block_inverse",
+            z,
+            tensors,
+            cond,
+            prefix,
+            cos,
+            sin,
+            guidance,
+            spec.to_json(),
+            rule,
+            temperature,
+            backend=backend,
         )
 
 
@@ -152,7 +164,7 @@ def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
     plain = backend is not None or weight.device.type != "cpu" or weight.dtype != torch.float32
     if plain or onednn.missing() or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear
-    return torch.ops.starflow.linear
+    return functools.partial(call, "linear", backend=None)
 
 
 def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from .. import native
 from ..checks import check_range, check_tensor
 from ..dispatch import register
-from ..library import define, differentiable
+from ..library import call, define, differentiable
 from ..spec import Rotary, check_choice
 from . import cpu, reference, sdpa
 
@@ -91,5 +91,5 @@ def causal_attention(
         TypeError, ValueError: an argument of the wrong kind, shape, device or value.
     """
     check_attention(q, k, v, cos, sin, rotary, window, temperature)
-    out, lse = torch.ops.starflow.causal_attention(q, k, v, cos, sin, rotary, window or 0, temperature, backend=backend)
+    out, lse = call("causal_attention", q, k, v, cos, sin, rotary, window or 0, temperature, backend=backend)
     return (out, lse) if return_lse else out

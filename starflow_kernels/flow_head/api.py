@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from .. import native
 from ..affine_flow.api import empty_logdet
 from ..checks import check_tensor
-from ..library import define, differentiable
+from ..dispatch import register
+from ..library import call, define, differentiable
 from ..spec import AffineSpec, Logdet, check_choice
-from . import reference
+from . import cpu, reference
 
 ARGUMENTS = (
     "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? norm_weight, "
@@ -23,6 +25,8 @@ define(
     reference=reference.flow_head,
 )
 differentiable("flow_head", ARGUMENTS, 5, reference.flow_head_backward)
+register("flow_head", "native", cpu.flow_head, cpu.refuse, native.missing)
+register("flow_head_backward", "native", cpu.flow_head_backward, cpu.refuse_backward, native.missing)
 
 
 def flow_head(
@@ -64,6 +68,5 @@ def flow_head(
         check_tensor("bias", bias, (params_dim,), like=x)
     if norm_weight is not None:
         check_tensor("norm_weight", norm_weight, (C,), like=x)
-    return torch.ops.starflow.flow_head(
-        x, h, weight, bias, norm_weight, spec.scale, spec.soft_clip, shift, flip, logdet, backend=backend
-    )
+    options = spec.scale, spec.soft_clip, shift, flip, logdet
+    return call("flow_head", x, h, weight, bias, norm_weight, *options, backend=backend)
