@@ -14,8 +14,8 @@ constexpr int64_t SERIAL = 1 << 17;
 Heads heads(const Tensor& x) { return {data(x), x.stride(0), x.stride(1), x.stride(2)}; }
 
 // `keys`: how many a query sees at most.
-AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos, const Optional& sin,
-                             int64_t rotary, int64_t window, double temperature, int64_t keys) {
+AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos,
+                             const Optional& sin, int64_t rotary, int64_t window, double temperature, int64_t keys) {
     AttentionCall call{};
     call.B = q.size(0), call.T = q.size(1), call.H = int(q.size(2)), call.d = int(q.size(3));
     call.H_kv = int(k.size(2));

@@ -26,7 +26,8 @@ INLINE Vec products(const float* q, const float* const (&key)[LANES], int d) {
         }
         if (whole < d) {
             Vec x = load(q + whole);
-            UNROLL for (int i = 0; i < KEYS; ++i) part[i] = fma(x, load(key[first + i] + whole, d - whole), part[i]);
+            UNROLL for (int i = 0; i < KEYS; ++i)
+                part[i] = fma(x, load(key[first + i] + whole, d - whole), part[i]);
         }
         UNROLL for (int i = 0; i < KEYS; ++i) sum[first + i] = part[i];
     }
@@ -44,7 +45,8 @@ INLINE void add_columns(const float* weight, const float* value, int64_t stride,
         UNROLL for (int i = 0; i < N; ++i) {
             const float* row = value + (s + i) * stride;
             Vec w = splat(weight[s + i]);
-            UNROLL for (int j = 0; j < COLUMNS; ++j) sum[i][j] = fma(w, load(row + j * LANES, n - j * LANES), sum[i][j]);
+            UNROLL for (int j = 0; j < COLUMNS; ++j)
+                sum[i][j] = fma(w, load(row + j * LANES, n - j * LANES), sum[i][j]);
         }
     UNROLL for (int i = 0; i < N; ++i)
         UNROLL for (int j = 0; j < COLUMNS; ++j) store(to + i * width + j * LANES, sum[i][j]);
@@ -100,7 +102,8 @@ struct Pass {
             for_queries([&](int64_t h, int64_t i) __attribute__((always_inline)) {
                 if (i == 0) {
                     fetch(call.k_cache, h, s + ahead, LANES);
-                    for (int l = 0; l < LANES; ++l) key[l] = call.k_cache.at(row, s + l < end ? s + l : end - 1, head + h);
+                    for (int l = 0; l < LANES; ++l)
+                        key[l] = call.k_cache.at(row, s + l < end ? s + l : end - 1, head + h);
                 }
                 store(scores(h, i) + s - base, products(query(h, i), key, call.d));
             });

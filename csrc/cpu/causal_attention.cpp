@@ -1,6 +1,6 @@
 // Causal attention of one head at a time, and its gradient. Sixteen queries are the lanes: scores are stored by key, so
-// that maxima and sums over keys need no sums across lanes. Blocks of 64 keys meet blocks of 64 queries, and tiles of 16
-// that no query sees are left out.
+// that maxima and sums over keys need no sums across lanes. Blocks of 64 keys meet blocks of 64 queries, and tiles
+// of 16 that no query sees are left out.
 #include "heads.h"
 #include "lanes.h"
 #include "tiles.h"

@@ -11,8 +11,8 @@ INLINE void copy(const float* x, int d, float* y) {
 }
 
 template <bool HALVES>
-INLINE void rotate_pairs(const float* __restrict x, const float* __restrict cos, const float* __restrict sin, float sign,
-                         int pairs, float* __restrict y) {
+INLINE void rotate_pairs(const float* __restrict x, const float* __restrict cos, const float* __restrict sin,
+                         float sign, int pairs, float* __restrict y) {
     for (int i = 0; i < pairs; ++i) {
         int first = HALVES ? i : 2 * i, second = HALVES ? i + pairs : 2 * i + 1;
         float a = x[first], b = x[second], s = sign * sin[i];

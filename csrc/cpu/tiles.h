@@ -13,8 +13,8 @@ constexpr int COLUMNS = SUMS == 16 ? 4 : SUMS == 4 ? 2 : 1;
 
 // Value (m, k) of the left matrix stands at a[m + k BLOCK] if it is stored across, else at a[m BLOCK + k].
 template <bool ACROSS, int TILES>
-__attribute__((noinline)) void multiply_tile(const float* a, const float* b, int64_t ldb, int64_t K, float* c, int64_t ldc,
-                                        bool add) {
+__attribute__((noinline)) void multiply_tile(const float* a, const float* b, int64_t ldb, int64_t K, float* c,
+                                             int64_t ldc, bool add) {
     constexpr int ROWS = SUMS / TILES;
     for (int first = 0; first < LANES; first += ROWS) {
         Vec sum[ROWS][TILES];
