@@ -90,7 +90,7 @@ def block_forward(
             linear=_linear(tensors[0], backend),
             dropout=dropout,
         )
-    return call("block_forward", x, tensors, *context, spec.to_json(), logdet, backend=backend)
+    return torch.ops.starflow.block_forward(x, tensors, *context, spec.to_json(), logdet, backend=backend)
 
 
 def block_inverse(
@@ -143,19 +143,8 @@ def block_inverse(
         if value is not None:
             check_finite(name, value)
     with torch.no_grad(), reporting_to(progress) if progress else contextlib.nullcontext():
-        return call(
-            "block_inverse",
-            z,
-            tensors,
-            cond,
-            prefix,
-            cos,
-            sin,
-            guidance,
-            spec.to_json(),
-            rule,
-            temperature,
-            backend=backend,
+        return torch.ops.starflow.block_inverse(
+            z, tensors, cond, prefix, cos, sin, guidance, spec.to_json(), rule, temperature, backend=backend
         )
 
 
