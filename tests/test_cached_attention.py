@@ -224,6 +224,13 @@ def test_batch_invariance(dtype, backend):
         assert torch.equal(cache[0][0, : lengths[i] + 3], caches[0][i, : lengths[i] + 3])
 
 
+def test_no_rows(backend):
+    q, k, v = new_tokens(B=0, dtype=torch.float32)
+    caches = filled_caches([], dtype=torch.float32)
+    for lengths in (3, int32([])):
+        assert cached_attention(q, k, v, *caches, lengths, backend=backend).shape == q.shape
+
+
 def test_is_not_differentiable(backend):
     q, k, v = (t.requires_grad_() for t in new_tokens())
     caches = filled_caches([4, 4, 4])

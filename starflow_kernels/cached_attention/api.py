@@ -73,7 +73,7 @@ def cached_attention(
         if lengths.dtype != torch.int32 or lengths.shape != (B,):
             raise ValueError(f"lengths: expected int32 ({B},), got {lengths.dtype} {tuple(lengths.shape)}")
         readable = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-        shortest, longest = (int(m) for m in lengths.aminmax()) if readable else (0, 0)
+        shortest, longest = (int(m) for m in lengths.aminmax()) if readable and B else (0, 0)
     if shortest < 0 or longest + n > S:
         raise ValueError(f"lengths: {shortest} .. {longest} cached and {n} new tokens do not fit a cache of {S}")
     with torch.no_grad():
