@@ -228,8 +228,11 @@ def test_what_the_progress_callback_raises_ends_the_call(backend):
     assert seen == [(10 if backend == "native" else 4, 10)]
 
 
+# A shell ignores SIGINT for its background jobs, and their children inherit that.
 LONG_CALL = """
+import signal
 import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from starflow_kernels import BlockSpec, block_inverse
 spec = BlockSpec(token_dim=8, channels=512, layers=8, heads=8, head_dim=64, kv_heads=8, mlp_dim=2048)
 weights = {n: torch.randn(s) / 100 for n, s in spec.weight_shapes.items()}
