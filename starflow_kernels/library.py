@@ -50,7 +50,7 @@ _functions: dict[str, type[torch.autograd.Function]] = {}
 
 
 def call(op: str, *args, backend: str | None):
-    """torch.ops.starflow.op, straight to its backend where that is the same, which spares a short call the dispatcher."""
+    """torch.ops.starflow.op, straight to its backend where that is the same: short calls are spared the dispatcher."""
     tensors = _tensors(args)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if not _plain(tensors) or (needs_grad and op not in _functions):
