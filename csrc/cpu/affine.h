@@ -10,8 +10,12 @@ struct Gaussian {
     Vec mu, sigma;
 };
 
+// c tanh(r / c); the quotient is that of a division, to the bit.
 INLINE Vec soft_clip(Vec r, float clip) {
-    return clip > 0 ? splat(clip) * tanh(r / splat(clip)) : r;
+    if (clip == 0) return r;
+    Vec c = splat(clip), inverse = splat(1.0f / clip), size = min(abs(r), splat(TANH_LARGE * clip));
+    Vec q = size * inverse;
+    return c * copysign(tanh_positive(fma(fma(-q, c, size), inverse, q), q), r);
 }
 
 INLINE Vec sigma_of(Vec a, Scale scale) {

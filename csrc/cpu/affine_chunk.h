@@ -12,13 +12,6 @@ struct Scratch {
         grad_l[MOST + ROOM];
 };
 
-// Bring in what the next chunk reads while this one is computed: no machine foresees tokens in reverse order.
-inline void fetch(const void* from, Format format, int64_t at, int64_t n) {
-    int64_t size = format == Format::float32 ? 4 : 2;
-    auto bytes = static_cast<const char*>(from) + at * size;
-    for (int64_t i = 0; i < n * size; i += 64) __builtin_prefetch(bytes + i);
-}
-
 struct Chunk {
     const AffineCall& call;
     int64_t row, begin, tokens;  // tokens begin .. begin + tokens - 1 of sequence `row` have parameters
@@ -61,14 +54,13 @@ struct Chunk {
     }
 
     // z and log-determinant from the parameters in `room`.
-    void density(int64_t index, Scratch& room) const {
+    void density(int64_t index, Scratch& room, auto ahead) const {
         bool narrow = call.x_format != Format::float32, each_value = call.logdet == Logdet::none;
         int64_t at = this->at(begin), n = size();
-        fetch(call.x, call.x_format, at + n, n);
         const float* x = floats(call.x, call.x_format, at, n, room.x);
         float* z = narrow ? room.z : static_cast<float*>(call.z) + at;
         float* logdets = each_value ? call.logdets + at : nullptr;
-        double total = density_rows(room.a, room.b, room.sigma, x, n, call.affine, z, logdets);
+        double total = density_rows(room.a, room.b, room.sigma, x, n, call.affine, z, logdets, ahead);
         if (narrow) write(call.z, call.x_format, at, n, z);
         if (!each_value) call.partial[index] = total;
         if (identity < 0) return;
@@ -79,11 +71,9 @@ struct Chunk {
     }
 
     // grad_x; the parameters in `room` become their gradients.
-    void gradient(Scratch& room) const {
+    void gradient(Scratch& room, auto ahead) const {
         bool narrow = call.x_format != Format::float32;
         int64_t at = this->at(begin), n = size();
-        if (call.grad_z) fetch(call.grad_z, call.x_format, at + n, n);
-        fetch(call.saved_z, call.x_format, at + n, n);
         auto gradient_of_z = [&](int64_t at, int64_t n) {
             if (call.grad_z) return floats(call.grad_z, call.x_format, at, n, room.x);
             memset(room.x, 0, n * sizeof(float));
@@ -98,7 +88,7 @@ struct Chunk {
             for (int64_t i = 0; i < n; i += LANES) store(room.grad_l + i, splat(whole));
         }
         float* grad_x = narrow ? room.x : static_cast<float*>(call.grad_x) + at;
-        density_gradient_rows(room.a, room.b, room.sigma, grad_z, z, room.grad_l, n, call.affine, grad_x);
+        density_gradient_rows(room.a, room.b, room.sigma, grad_z, z, room.grad_l, n, call.affine, grad_x, ahead);
         if (narrow) write(call.grad_x, call.x_format, at, n, grad_x);
         if (identity < 0) return;
         at = this->at(identity);

@@ -12,10 +12,35 @@ int64_t params_at(const Chunk& chunk) {
 
 void gather(const Chunk& chunk, Scratch& room) {
     const AffineCall& call = chunk.call;
-    int64_t at = params_at(chunk), size = chunk.tokens * call.P();
-    fetch(call.params, call.params_format, call.flip ? at - size : at + size, size);
-    chunk.gather(call.params, call.params_format, at, call.P(), room);
+    chunk.gather(call.params, call.params_format, params_at(chunk), call.P(), room);
 }
+
+// Brings in what the next chunk touches while this one is computed, a line a vector: a burst of them would stall, and
+// no machine foresees tokens in reverse order.
+template <bool GRADIENT>
+struct NextChunk {
+    const AffineCall& call;
+    int64_t at_params, at;
+
+    explicit NextChunk(const Chunk& chunk) : call(chunk.call) {
+        int64_t size = chunk.tokens * call.P();
+        at_params = params_at(chunk) + (call.flip ? -size : size);
+        at = chunk.at(chunk.begin) + chunk.size();
+    }
+    template <bool WRITE>
+    INLINE static void fetch(const void* values, Format format, int64_t at) {
+        __builtin_prefetch(static_cast<const char*>(values) + at * (format == Format::float32 ? 4 : 2), WRITE);
+    }
+    INLINE void params(int64_t i) const {
+        fetch<false>(call.params, call.params_format, at_params + i);
+        if (GRADIENT) fetch<true>(call.grad_params, call.params_format, at_params + i);
+    }
+    INLINE void rows(int64_t i) const {
+        fetch<false>(GRADIENT ? call.saved_z : call.x, call.x_format, at + i);
+        fetch<true>(GRADIENT ? call.grad_x : call.z, call.x_format, at + i);
+        if (GRADIENT && call.grad_z) fetch<false>(call.grad_z, call.x_format, at + i);
+    }
+};
 
 }  // namespace
 
@@ -24,7 +49,7 @@ void affine_flow(const AffineCall& call, int64_t first_chunk, int64_t last_chunk
     for (int64_t index = first_chunk; index < last_chunk; ++index) {
         Chunk chunk(call, index);
         gather(chunk, room);
-        chunk.density(index, room);
+        chunk.density(index, room, NextChunk<false>(chunk));
     }
 }
 
@@ -33,7 +58,7 @@ void affine_flow_backward(const AffineCall& call, int64_t first_chunk, int64_t l
     for (int64_t index = first_chunk; index < last_chunk; ++index) {
         Chunk chunk(call, index);
         gather(chunk, room);
-        chunk.gradient(room);
+        chunk.gradient(room, NextChunk<true>(chunk));
         chunk.scatter(room, call.grad_params, call.params_format, params_at(chunk), call.P());
         if (chunk.identity < 0) continue;
         // The last parameters of the sequence belong to no token.

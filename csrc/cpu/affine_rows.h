@@ -9,14 +9,27 @@ namespace starflow::STARFLOW_ISA {
 
 constexpr int64_t ROOM = 4 * LANES;
 
-inline void clip_row(float* r, int64_t n, float clip) {
+// What the loops over n values call for each vector, to bring in memory that is needed next: params(i) along 2n
+// parameters (n where sigma = 1), rows(i) along n values. Here nothing.
+struct NothingAhead {
+    INLINE void params(int64_t) const {}
+    INLINE void rows(int64_t) const {}
+};
+
+inline void clip_row(float* r, int64_t n, float clip, auto early) {
     if (clip == 0) return;
-    for (int64_t i = 0; i < n; i += LANES) store(r + i, soft_clip(load(r + i), clip));
+    for (int64_t i = 0; i < n; i += LANES) {
+        early(i);
+        store(r + i, soft_clip(load(r + i), clip));
+    }
 }
 
 // The first of two steps of softplus_one.
-inline void softplus_powers(const float* a, int64_t n, float* v) {
-    for (int64_t i = 0; i < n; i += LANES) store(v + i, softplus_power(load(a + i)));
+inline void softplus_powers(const float* a, int64_t n, float* v, auto early) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        early(i);
+        store(v + i, softplus_power(load(a + i)));
+    }
 }
 
 // A sum over many vectors, with what each addition rounds away (Kahan).
@@ -59,19 +72,30 @@ inline double log_sigma_sum(const float* a, float* sigma, int64_t n, float clip)
 // z = (x - mu) / sigma; a and b, raw and with zeros past the end, are overwritten. Returns the sum of log sigma, or
 // writes -log sigma to `logdets` where that is not null. z == x allowed.
 inline double density_rows(float* a, float* b, float* sigma, const float* x, int64_t n, const Affine& affine, float* z,
-                           float* logdets) {
-    clip_row(b, n, affine.clip);
+                           float* logdets, auto ahead) {
+    auto of_b = [&](int64_t i) __attribute__((always_inline)) { ahead.params(i); };
+    auto of_a = [&](int64_t i) __attribute__((always_inline)) { ahead.params(n + i); };
+    auto unclipped = [&](int64_t i) __attribute__((always_inline)) {
+        if (affine.clip > 0) return;
+        of_b(i);
+        if (affine.scale != Scale::unit) of_a(i);
+    };
+    clip_row(b, n, affine.clip, of_b);
     if (affine.scale == Scale::unit) {
         each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+            unclipped(i);
+            ahead.rows(i);
             store(z + i, load(x + i, count) - load(b + i), count);
             if (logdets) store(logdets + i, splat(0.0f), count);
         });
         return 0;
     }
-    clip_row(a, n, affine.clip);
+    clip_row(a, n, affine.clip, of_a);
     if (affine.scale == Scale::exp) {
         LongSum total;
         each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+            unclipped(i);
+            ahead.rows(i);
             Vec l = load(a + i);
             store(z + i, (load(x + i, count) - load(b + i)) * exp(-l), count);
             if (logdets) store(logdets + i, splat(0.0f) - l, count);
@@ -79,8 +103,9 @@ inline double density_rows(float* a, float* b, float* sigma, const float* x, int
         });
         return total.total();
     }
-    softplus_powers(a, n, sigma);
+    softplus_powers(a, n, sigma, unclipped);
     each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+        ahead.rows(i);
         Vec s = softplus_of(load(a + i), load(sigma + i));
         store(sigma + i, s);
         store(z + i, (load(x + i, count) - load(b + i)) / s, count);
@@ -95,25 +120,36 @@ inline double density_rows(float* a, float* b, float* sigma, const float* x, int
 // Gradients with respect to x and the raw parameters: a and b, as density_rows takes them, are overwritten by theirs.
 // grad_l has room, too. grad_x == grad_z allowed.
 inline void density_gradient_rows(float* a, float* b, float* v, const float* grad_z, const float* z,
-                                  const float* grad_l, int64_t n, const Affine& affine, float* grad_x) {
+                                  const float* grad_l, int64_t n, const Affine& affine, float* grad_x, auto ahead) {
     Vec one = splat(1.0f), inverse = splat(affine.clip > 0 ? 1.0f / affine.clip : 0.0f);
     auto through_clip = [&](Vec clipped) __attribute__((always_inline)) {
         Vec tanh = clipped * inverse;
         return fma(-tanh, tanh, one);
     };
-    clip_row(b, n, affine.clip);
+    auto of_b = [&](int64_t i) __attribute__((always_inline)) { ahead.params(i); };
+    auto of_a = [&](int64_t i) __attribute__((always_inline)) { ahead.params(n + i); };
+    auto unclipped = [&](int64_t i) __attribute__((always_inline)) {
+        if (affine.clip > 0) return;
+        of_b(i);
+        if (affine.scale != Scale::unit) of_a(i);
+    };
+    clip_row(b, n, affine.clip, of_b);
     if (affine.scale == Scale::unit) {
         each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+            unclipped(i);
+            ahead.rows(i);
             Vec g = load(grad_z + i, count);
             store(grad_x + i, g, count);
             store(b + i, -g * through_clip(load(b + i)));
         });
         return;
     }
-    clip_row(a, n, affine.clip);
+    clip_row(a, n, affine.clip, of_a);
     bool softplus = affine.scale == Scale::softplus;
-    if (softplus) softplus_powers(a, n, v);
+    if (softplus) softplus_powers(a, n, v, unclipped);
     each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+        if (!softplus) unclipped(i);
+        ahead.rows(i);
         Vec raw = load(a + i), g = load(grad_z + i, count), slope = one, grad;
         if (softplus) {
             Vec u = load(v + i), sigma = softplus_of(raw, u), inverse_both = one / ((one + u) * sigma);

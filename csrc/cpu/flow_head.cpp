@@ -100,19 +100,21 @@ struct Tile {
 
 void flow_head(const HeadCall& call, int64_t first_chunk, int64_t last_chunk) {
     Scratch room;
+    NothingAhead nothing;
     for (int64_t index = first_chunk; index < last_chunk; ++index) {
         Tile tile(call, index);
         tile.project(room);
-        tile.chunk.density(index, room);
+        tile.chunk.density(index, room, nothing);
     }
 }
 
 void flow_head_backward(const HeadCall& call, int64_t first_chunk, int64_t last_chunk) {
     Scratch room;
+    NothingAhead nothing;
     for (int64_t index = first_chunk; index < last_chunk; ++index) {
         Tile tile(call, index);
         tile.project(room);
-        tile.chunk.gradient(room);
+        tile.chunk.gradient(room, nothing);
         tile.chunk.scatter(room, tile.params, Format::float32, 0, tile.wide_P);
         for (int64_t m = 0; m < tile.chunk.tokens; ++m)
             for (int64_t p = tile.P; p < tile.wide_P; ++p) tile.params[m * tile.wide_P + p] = 0;
