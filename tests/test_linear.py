@@ -9,6 +9,7 @@ from conftest import assert_within_contract, compiled, strided, with_gradients
 from starflow_kernels import backends, linear
 
 F64 = torch.float64
+SIZES = [(1, 1, 1, 1), (3, 2, 8, 24), (1, 63, 80, 17), (2, 111, 33, 64), (0, 4, 5, 6)]
 
 
 @pytest.fixture(params=backends()["linear"])
@@ -22,7 +23,7 @@ def inputs(B=2, T=5, K=7, N=3, bias=True, dtype=F64) -> list[torch.Tensor]:
 
 
 def naive(x, weight, bias=None):
-    y = (x.unsqueeze(-2) * weight).sum(-1)
+    y = torch.einsum("btk,nk->btn", x, weight)
     return (y if bias is None else y + bias,)
 
 
@@ -34,7 +35,7 @@ def test_matches_loops_and_gradcheck(bias):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("B, T, K, N", [(1, 1, 1, 1), (3, 2, 8, 24), (1, 63, 80, 17), (2, 111, 33, 64), (0, 4, 5, 6)])
+@pytest.mark.parametrize("B, T, K, N", [*SIZES, (2, 1024, 771, 64), (1, 65, 1537, 130)])
 def test_error_against_float64(B, T, K, N, bias, backend):
     single = inputs(B, T, K, N, bias, torch.float32)
     seeds = [torch.randn(B, T, N)]
