@@ -81,7 +81,7 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
 
 
 _packed: dict[tuple[int, str], tuple[list[int], Packed, list[weakref.ref]]] = {}
-_version = operator.attrgetter("_version")
+_version, _dtype = operator.attrgetter("_version"), operator.attrgetter("dtype")
 
 
 def packed(text: str, weights: list[torch.Tensor]) -> Packed:
@@ -110,7 +110,7 @@ def refuse(x, weights, *others) -> str | None:
     dtype = weights[0].dtype
     if dtype not in (torch.float32, torch.bfloat16):
         return f"weights are {dtype}, it takes float32 and bfloat16"
-    if any(weight.dtype != dtype for weight in weights):
+    if set(map(_dtype, weights)) != {dtype}:
         return "weights are of different dtypes"
     return None
 
