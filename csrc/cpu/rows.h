@@ -30,18 +30,28 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, i
     }
 }
 
+// Four sums side by side, which wait less for each other.
+inline float sum_of_squares(const float* x, int n) {
+    Vec square[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+    int i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        UNROLL for (int j = 0; j < 4; ++j) {
+            Vec value = load(x + i + j * LANES);
+            square[j] = fma(value, value, square[j]);
+        }
+    for (; i < n; i += LANES) {
+        Vec value = load(x + i, n - i);
+        square[0] = fma(value, value, square[0]);
+    }
+    return sum((square[0] + square[1]) + (square[2] + square[3]));
+}
+
 // x rsqrt(mean x^2 + eps) (1 + weight); x == y allowed.
 inline void rms_norm(const float* x, const float* weight, int n, float* y) {
-    Vec square = splat(0.0f);
-    for (int i = 0; i < n; i += LANES) {
-        Vec value = load(x + i, n - i);
-        square = fma(value, value, square);
-    }
-    Vec scale = splat(inverse_root(sum(square) / float(n) + RMS_NORM_EPS));
-    for (int i = 0; i < n; i += LANES) {
-        Vec value = load(x + i, n - i) * scale;
-        store(y + i, value * (splat(1.0f) + load(weight + i, n - i)), n - i);
-    }
+    Vec scale = splat(inverse_root(sum_of_squares(x, n) / float(n) + RMS_NORM_EPS)), one = splat(1.0f);
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store(y + i, load(x + i) * scale * (one + load(weight + i)));
+    if (i < n) store(y + i, load(x + i, n - i) * scale * (one + load(weight + i, n - i)), n - i);
 }
 
 // Rotate the pairs of x (d,) by angles (d / 2,): (x0, x1), (x2, x3), ... or, with `halves`, (x_i, x_{i + d / 2}).
