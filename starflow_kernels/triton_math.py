@@ -1,0 +1,54 @@
+"""Elementary functions and the affine transform of one element, float32, inside Triton kernels."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """A minimax fit below 0.625, from the exponential above: accurate to a few ulp everywhere."""
+    square = x * x
+    small = -0.00566078071
+    small = small * square + 0.020601999
+    small = small * square - 0.0537292287
+    small = small * square + 0.133313283
+    small = small * square - 0.333332777
+    large = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+    return tl.where(tl.abs(x) > 0.625, tl.where(x < 0, -large, large), x + x * square * small)
+
+
+@triton.jit
+def softplus_one(a):
+    """softplus(a + log(e - 1)) = log(1 + (e - 1) e^a); what rounding takes from the logarithm's argument is put back."""
+    u = tl.exp(-tl.abs(a))
+    v = 1.71828183 * u
+    w = tl.where(a < 0, 1 + v, 1.71828183 + u)
+    return tl.log(w) + tl.where(a < 0, (v - (w - 1)) / w, a)
+
+
+@triton.jit
+def soft_clipped(r, clip, CLIPPED: tl.constexpr):
+    """c tanh(r / c)."""
+    if CLIPPED:
+        return clip * tanh(r / clip)
+    return r
+
+
+@triton.jit
+def sigma_of(a, SCALE: tl.constexpr):
+    """sigma and log sigma of the clipped raw output a."""
+    if SCALE == "exp":
+        return tl.exp(a), a
+    if SCALE == "softplus":
+        sigma = softplus_one(a)
+        return sigma, tl.where(a < -17, a + 0.541324855, tl.log(sigma))
+    return a * 0 + 1, a * 0
+
+
+@triton.jit
+def log_sigma_slope(a, sigma, SCALE: tl.constexpr):
+    """d log sigma / d a."""
+    if SCALE == "softplus":
+        u = 1.71828183 * tl.exp(tl.minimum(a, 80.0))
+        return tl.where(a < -17, 1.0, u / ((1 + u) * sigma))
+    return a * 0 + 1
