@@ -19,7 +19,7 @@ def tanh(x):
 
 @triton.jit
 def softplus_one(a):
-    """softplus(a + log(e - 1)) = log(1 + (e - 1) e^a); what rounding takes from the logarithm's argument is put back."""
+    """softplus(a + log(e - 1)) = log(1 + (e - 1) e^a), with what rounding takes from the argument put back."""
     u = tl.exp(-tl.abs(a))
     v = 1.71828183 * u
     w = tl.where(a < 0, 1 + v, 1.71828183 + u)

@@ -51,7 +51,7 @@ def forward_kernel(
 ):  # fmt: skip
     """z, and -log sigma of each element or the sum of log sigma over the program's."""
     row, element, inside, source, dimension = _places(T, D, SHIFT, FLIP, BLOCK)
-    a, b, sigma, log_sigma = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED)
+    _, b, sigma, log_sigma = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED)
     at = row * T * D + element
     tl.store(z + at, (tl.load(x + at, inside, 0).to(tl.float32) - b) / sigma, inside)
     if SUM:
@@ -82,9 +82,9 @@ def backward_kernel(
     a, b, sigma, _ = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED)
     at = row * T * D + element
     g = tl.load(grad_z + at, inside, 0).to(tl.float32) if HAS_Z else tl.zeros([BLOCK], tl.float32)
-    l = tl.zeros([BLOCK], tl.float32)
+    of_l = tl.zeros([BLOCK], tl.float32)
     if HAS_LOGDET:
-        l += tl.load(grad_logdet + row) * factor if SUM else tl.load(grad_logdet + at, inside, 0)
+        of_l += tl.load(grad_logdet + row) * factor if SUM else tl.load(grad_logdet + at, inside, 0)
     to_x = g / sigma
     tl.store(grad_x + at, to_x, inside)
     # The last parameters of a shifted sequence belong to no token; the token without parameters clears them.
@@ -95,12 +95,21 @@ def backward_kernel(
     if SCALE == "unit":
         tl.store(grad_params + (row * T + target) * D + dimension, to_b, inside)
     else:
-        to_a = 0.0 - (g * tl.load(z + at, inside, 0).to(tl.float32) + l) * log_sigma_slope(a, sigma, SCALE)
+        to_a = 0.0 - (g * tl.load(z + at, inside, 0).to(tl.float32) + of_l) * log_sigma_slope(a, sigma, SCALE)
         if CLIPPED:
             to_a *= 1 - (a / clip) * (a / clip)
         to = grad_params + (row * T + target) * 2 * D + dimension
         tl.store(to, tl.where(known, to_a, 0.0), inside)
         tl.store(to + D, to_b, inside)
+
+
+def sum_rows(partial: torch.Tensor, logdet: str, elements: int) -> torch.Tensor:
+    """Log-determinants (B,), a sum or a mean over `elements`, from partial sums (B, n) of log sigma."""
+    out = partial.new_empty(len(partial))
+    if len(out):
+        factor = -1.0 if logdet == "sum" else -1.0 / elements
+        sum_kernel[(len(out),)](partial, out, partial.shape[1], factor, BLOCK=1024)
+    return out
 
 
 def refuse(x, params, *others) -> str | None:
@@ -127,15 +136,10 @@ def affine_flow(x, params, scale, soft_clip, shift, flip, logdet) -> tuple[torch
     B, T, D = x.shape
     z, chunks = torch.empty_like(x), triton.cdiv(T * D, CONFIG["BLOCK"])
     partial = x.new_empty((B, chunks) if logdet != "none" else x.shape, dtype=torch.float32)
-    if B == 0:
-        return z, partial.new_empty(0) if logdet != "none" else partial
-    options = _options(scale, soft_clip, shift, flip, logdet)
-    forward_kernel[(B * chunks,)](x, params, z, partial, T, D, soft_clip, **options)
-    if logdet == "none":
-        return z, partial
-    out = partial.new_empty(B)
-    sum_kernel[(B,)](partial, out, chunks, -1.0 if logdet == "sum" else -1.0 / (T * D), BLOCK=1024)
-    return z, out
+    if B:
+        options = _options(scale, soft_clip, shift, flip, logdet)
+        forward_kernel[(B * chunks,)](x, params, z, partial, T, D, soft_clip, **options)
+    return z, partial if logdet == "none" else sum_rows(partial, logdet, T * D)
 
 
 def affine_flow_backward(grads, outputs, x, params, scale, soft_clip, shift, flip, logdet) -> list[torch.Tensor]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from .. import triton_runtime
 from ..affine_flow.api import empty_logdet
 from ..checks import check_tensor
+from ..dispatch import register
 from ..library import define, differentiable
 from ..spec import AffineSpec, Logdet, check_choice
+from ..triton_runtime import later
 from . import reference
 
 ARGUMENTS = (
@@ -23,6 +26,8 @@ define(
     reference=reference.flow_head,
 )
 differentiable("flow_head", ARGUMENTS, 5, reference.flow_head_backward)
+for op, refuse in (("flow_head", "refuse"), ("flow_head_backward", "refuse_backward")):
+    register(op, "triton", later("flow_head.triton", op), later("flow_head.triton", refuse), triton_runtime.missing)
 
 
 def flow_head(

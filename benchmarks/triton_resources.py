@@ -1,0 +1,109 @@
+"""What each Triton kernel takes of a chip, read out of the compiled code; needs no GPU.
+
+python -m benchmarks.triton_resources
+
+Every kernel is compiled for every target as it is launched: pointers on 16 bytes, sizes that 16 divides.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from starflow_kernels.affine_flow import triton as affine_flow
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
+
+class Launch(NamedTuple):
+    """A kernel, the types of its run-time arguments, and its compile-time ones, num_warps and num_stages among them."""
+
+    kernel: triton.JITFunction
+    types: dict[str, str]
+    constants: dict
+
+
+class Resources(NamedTuple):
+    """Registers a thread, bytes of stack a thread (spills), bytes of shared memory a block."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def _affine_flow() -> dict[str, Launch]:
+    options = {"SHIFT": True, "FLIP": True, **affine_flow.CONFIG}
+    variants = {"softplus, clip": {"SCALE": "softplus", "CLIPPED": True}, "exp": {"SCALE": "exp", "CLIPPED": False}}
+    sizes = {"T": "i32", "D": "i32", "clip": "fp32", "factor": "fp32"}
+    grads = {name: "*bf16" for name in ("x", "params", "z", "grad_z", "grad_x", "grad_params")}
+    launches = {}
+    for name, variant in variants.items():
+        for sum_ in (True, False):
+            constants = {**options, **variant, "SUM": sum_}
+            label = f"{name}, {'sum' if sum_ else 'none'}"
+            forward = Launch(affine_flow.forward_kernel, {**grads, **sizes, "logdet": "*fp32"}, constants)
+            constants = {**constants, "HAS_Z": True, "HAS_LOGDET": True}
+            backward = Launch(affine_flow.backward_kernel, {**grads, **sizes, "grad_logdet": "*fp32"}, constants)
+            launches |= {f"affine_flow, {label}": forward, f"affine_flow_backward, {label}": backward}
+    types = {"partial": "*fp32", "logdet": "*fp32", "chunks": "i32", "factor": "fp32"}
+    launches["affine_flow, sum of a row"] = Launch(affine_flow.sum_kernel, types, {"BLOCK": 1024})
+    return launches
+
+
+LAUNCHES = {**_affine_flow()}
+
+
+def compiled(launch: Launch, target: GPUTarget):
+    """The compiled kernel."""
+    names = list(inspect.signature(launch.kernel.fn).parameters)
+    options = {name: value for name, value in launch.constants.items() if name not in names}
+    signature = {name: launch.types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in launch.constants.items() if name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*" or name in "TD"
+    }
+    source = ASTSource(launch.kernel, signature, constants, aligned)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+
+
+def resources(launch: Launch, name: str) -> Resources:
+    """Those of a kernel on the target `name`."""
+    kernel = compiled(launch, TARGETS[name])
+    if "cubin" not in kernel.asm:
+        found = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)", kernel.asm["amdgcn"])}
+        return Resources(found["vgpr_count"], found["private_segment_fixed_size"], kernel.metadata.shared)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", text))
+    return Resources(int(found["REG"]), int(found["STACK"]), kernel.metadata.shared)
+
+
+def main() -> None:
+    print(f"Triton {triton.__version__}: registers / stack / shared memory\n")
+    print("| kernel | " + " | ".join(TARGETS) + " |\n|---|" + "---|" * len(TARGETS))
+    for label, launch in LAUNCHES.items():
+        found = (resources(launch, name) for name in TARGETS)
+        print(f"| {label} | " + " | ".join(f"{r.registers} / {r.stack} / {r.shared}" for r in found) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
