@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from starflow_kernels.affine_flow import triton as affine_flow
+from starflow_kernels.flow_head import triton as flow_head
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -64,7 +65,29 @@ def _affine_flow() -> dict[str, Launch]:
     return launches
 
 
-LAUNCHES = {**_affine_flow()}
+def _flow_head() -> dict[str, Launch]:
+    names = ("x", "h", "weight", "bias", "norm_weight", "z", "grad_z", "grad_x", "grad_h")
+    types = {name: "*bf16" for name in names} | {"grad_raw": "*fp32", "scaled": "*fp32", "logdet": "*fp32"}
+    types |= {"T": "i32", "C": "i32", "D": "i32", "clip": "fp32", "share": "fp32", "grad_logdet": "*fp32"}
+    options = {
+        "SCALE": "softplus",
+        "CLIPPED": True,
+        "BIAS": True,
+        "NORM": True,
+        "SHIFT": True,
+        "FLIP": True,
+        "SUM": True,
+    }
+    launches = {}
+    for D in (4, 64, 128, 256):
+        constants = {**options, **flow_head.config(D, 1024)}
+        launches[f"flow_head, D = {D}"] = Launch(flow_head.forward_kernel, types, constants)
+        constants = {**constants, "HAS_Z": True, "HAS_LOGDET": True}
+        launches[f"flow_head_backward, D = {D}"] = Launch(flow_head.backward_kernel, types, constants)
+    return launches
+
+
+LAUNCHES = {**_affine_flow(), **_flow_head()}
 
 
 def compiled(launch: Launch, target: GPUTarget):
@@ -74,7 +97,9 @@ def compiled(launch: Launch, target: GPUTarget):
     signature = {name: launch.types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in launch.constants.items() if name in names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*" or name in "TD"
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name][0] == "*" or name in ("T", "C", "D")
     }
     source = ASTSource(launch.kernel, signature, constants, aligned)
     return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
