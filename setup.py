@@ -5,6 +5,7 @@ note with the reason, which starflow_kernels.backends() shows. STARFLOW_SANITIZE
 sanitizers.
 """
 
+import concurrent.futures
 import os
 import platform
 import sys
@@ -17,9 +18,18 @@ ROOT = Path(__file__).parent
 MODULE = "starflow_kernels._native"
 NOTE = "_native.txt"
 # Sources with kernels are compiled once an instruction set; the widest that the machine has is taken at run time.
-KERNELS = [f"csrc/cpu/{name}.cpp" for name in ("affine_flow", "block", "elementary", "table")]
+KERNELS = [
+    f"csrc/cpu/{name}.cpp"
+    for name in (
+        *("affine_flow", "affine_flow_inverse", "block", "cached_attention", "causal_attention", "elementary"),
+        *("flow_head", "table"),
+    )
+]
 COMMON = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "model", "team")]
-COMMON += [f"csrc/bindings/{name}.cpp" for name in ("affine_flow", "block", "machine")]
+COMMON += [
+    f"csrc/bindings/{name}.cpp"
+    for name in ("affine_flow", "affine_flow_inverse", "attention", "block", "flow_head", "machine")
+]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
 INSTRUCTION_SETS = {"base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -86,9 +96,10 @@ class BuildNative(build_ext):
         extra = [f"-fsanitize={sanitize}", "-O1", "-g", "-fno-omit-frame-pointer"] if sanitize else []
         macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 
-        def compile_for(sources, name, flags, defines=()):
+        def compile_one(job):
+            source, name, flags, defines = job
             return self.compiler.compile(
-                [str(Path(source)) for source in sources],
+                [str(Path(source))],
                 output_dir=os.path.join(self.build_temp, name),
                 macros=[*macros, *defines],
                 include_dirs=cpp_extension.include_paths(),
@@ -96,10 +107,12 @@ class BuildNative(build_ext):
             )
 
         os.chdir(ROOT)
-        objects = compile_for(COMMON, "common", [])
+        jobs = [(source, "common", [], []) for source in COMMON]
         for name, flags in INSTRUCTION_SETS.items():
             defines = [("STARFLOW_ISA", name), ("STARFLOW_ISA_NAME", f'"{name}"')]
-            objects += compile_for(KERNELS, name, flags, defines)
+            jobs += [(source, name, flags, defines) for source in KERNELS]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [object for compiled in pool.map(compile_one, jobs) for object in compiled]
         self.compiler.link_shared_object(
             objects,
             str(target),

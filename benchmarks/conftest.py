@@ -8,6 +8,12 @@ import torch
 from .machine import copy_bandwidth, description, peak_flops
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quiet_peak():
+    """Measure the peak before compilers of torch.compile are at work."""
+    peak_flops()
+
+
 @pytest.fixture
 def timed(benchmark):
     """timed(run, exact, plain, bytes, flops, own): check run() against float64, then time it.

@@ -99,7 +99,7 @@ def copy_bandwidth(total_bytes: int, repeats: int = 20) -> float:
 
 
 @functools.cache
-def peak_flops(repeats: int = 5) -> float:
+def peak_flops(repeats: int = 25) -> float:
     """float32 operations a second of fused multiply-adds on torch's number of threads."""
     rounds = 2_000_000
     calls = [functools.partial(_library().multiply_add, rounds)] * torch.get_num_threads()

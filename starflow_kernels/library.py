@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import dispatch
 
@@ -19,14 +20,42 @@ def define(op: str, arguments: str, returns: str, *, fake: Callable, reference: 
     _library.define(f"{op}({arguments}, *, str? backend=None) -> {returns}")
     dispatch.register(op, "reference", reference)
 
-    def run(*args, backend=None):
-        result = dispatch.run(op, backend, *args)
-        if isinstance(result, torch.Tensor):
-            return result.contiguous()
-        return result if result is None else type(result)(tensor.contiguous() for tensor in result)
-
-    _library.impl(op, run, "CompositeExplicitAutograd")
+    _library.impl(op, lambda *args, backend=None: _run(op, backend, *args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"starflow::{op}", lambda *args, backend=None: fake(*args), lib=_library)
+
+
+def _run(op: str, backend: str | None, *args):
+    result = dispatch.run(op, backend, *args)
+    if isinstance(result, torch.Tensor):
+        return result.contiguous()
+    return result if result is None else type(result)(tensor.contiguous() for tensor in result)
+
+
+def _tensors(args: tuple) -> list[torch.Tensor]:
+    flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)))
+    return [t for t in flat if isinstance(t, torch.Tensor)]
+
+
+def _plain(tensors: list[torch.Tensor]) -> bool:
+    """Whether nothing but autograd and a backend would look at an op: no compiler, mode, transform or subclass."""
+    return (
+        all(t.is_cpu and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
+_functions: dict[str, type[torch.autograd.Function]] = {}
+
+
+def call(op: str, *args, backend: str | None):
+    """torch.ops.starflow.op, straight to its backend where that is the same: short calls are spared the dispatcher."""
+    tensors = _tensors(args)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not _plain(tensors) or (needs_grad and op not in _functions):
+        return getattr(torch.ops.starflow, op)(*args, backend=backend)
+    return _functions[op].apply(backend, *args) if needs_grad else _run(op, backend, *args)
 
 
 def differentiable(op: str, arguments: str, inputs: int, reference: Callable, keep_outputs: bool = True) -> None:
@@ -50,7 +79,6 @@ def differentiable(op: str, arguments: str, inputs: int, reference: Callable, ke
         fake=lambda grads, outputs, *args: [a.new_empty(a.shape) for a in args[:inputs] if a is not None],
         reference=reference_with_zeros,
     )
-    backward_op = getattr(torch.ops.starflow, backward)
 
     def setup_context(ctx, inputs, keyword_only_inputs, output):
         ctx.set_materialize_grads(False)
@@ -66,11 +94,19 @@ def differentiable(op: str, arguments: str, inputs: int, reference: Callable, ke
         args = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
         if all(grad is None for grad in grads):
             return (None,) * len(args)
-        found = iter(backward_op(list(grads), outputs, *args, backend=ctx.backend))
+        found = iter(call(backward, list(grads), outputs, *args, backend=ctx.backend))
         return tuple(next(found) if i < inputs and a is not None else None for i, a in enumerate(args))
 
     def no_second_derivative(ctx, *grads):
         raise NotImplementedError(f"starflow::{op} has no second derivative; its reference.py does, by autograd")
 
+    def forward(ctx, backend, *args):
+        outputs = _run(op, backend, *args)
+        setup_context(ctx, args, {"backend": backend}, outputs)
+        return outputs
+
+    members = {"forward": forward, "backward": lambda ctx, *grads: (None, *run_backward(ctx, *grads))}
+    members = {name: staticmethod(member) for name, member in members.items()}
+    _functions[op] = type(op, (torch.autograd.Function,), members)
     torch.library.register_autograd(f"starflow::{op}", run_backward, setup_context=setup_context, lib=_library)
     torch.library.register_autograd(f"starflow::{backward}", no_second_derivative, lib=_library)

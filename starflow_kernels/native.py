@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+HUGE_PAGES_FROM = 2**20  # values
 
 
 @functools.cache
@@ -24,3 +25,11 @@ def missing() -> str | None:
     except OSError as error:
         return f"native kernels do not load: {error}"
     return None
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Uninitialised CPU memory for a kernel, in huge pages where it is large."""
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    if tensor.numel() >= HUGE_PAGES_FROM:
+        torch.ops.starflow_native.use_huge_pages(tensor)
+    return tensor

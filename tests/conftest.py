@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,6 +38,15 @@ def pytest_pyfunc_call(pyfuncitem):
         if "cannot run" in str(error) and set(named) != {"reference"}:
             pytest.skip(str(error))
         raise
+
+
+def run_on_isa(isa: str, file: str, tests: str) -> None:
+    """Run the tests of `file` that the expression picks once more, on a narrower instruction set."""
+    if os.environ.get("STARFLOW_ISA"):
+        pytest.skip("already in one")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", tests]
+    done = subprocess.run(command, env={**os.environ, "STARFLOW_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:

@@ -96,6 +96,58 @@ def test_error_contract(dtype, spec, backend):
         assert_within_contract(*values)
 
 
+@every_spec
+@every_order
+@pytest.mark.parametrize("D", [1, 2, 3, 12, 16, 48, 192])
+@pytest.mark.parametrize("T", [1, 2, 63, 111])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_error_contract_over_sizes(T, D, spec, shift, flip, backend):
+    B = max(2, 512 // (T * D))  # enough values for plain PyTorch to show its usual error
+    tensors = [strided(t) for t in inputs(spec, B, T, D, torch.float32)]
+    for logdet in ("sum", "mean", "none"):
+        seeds = torch.randn(B, T, D), torch.randn((B, T, D) if logdet == "none" else B)
+
+        def run(tensors, backend):
+            options = {"shift": shift, "flip": flip, "logdet": logdet, "backend": backend}  # noqa: B023
+            return with_gradients(lambda *t: affine_flow(*t, spec, **options), tensors, seeds)  # noqa: B023
+
+        exact = run([t.double() for t in tensors], "reference")
+        for values in zip(run(tensors, backend), run(tensors, "reference"), exact):
+            assert_within_contract(*values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", ["exp", "softplus", "unit"])
+@pytest.mark.parametrize("clip", [0.0, 40.0])
+def test_values_that_overflow_pass_through(scale, clip, dtype, backend):
+    """Infinities and NaN come out where plain PyTorch gives them; small and large scales keep their digits."""
+    ends = torch.tensor([-30.0, -18.0, -16.0, -1e-6, 0.0, 10.0, 30.0, 88.0, torch.nan, torch.inf])
+    params = torch.stack([ends, torch.zeros(10)] if scale != "unit" else [ends], -1).unsqueeze(0).to(dtype)
+    x = torch.tensor([1.0, -1e-6, 3e-8, 70000.0, torch.nan, torch.inf, 1.0, 1.0, 1.0, 2.0]).view(1, 10, 1).to(dtype)
+    spec = AffineSpec(scale, clip)
+    found = affine_flow(x, params, spec, logdet="none", backend=backend)
+    exact = affine_flow(x.double(), params.double(), spec, logdet="none", backend="reference")
+    for actual, expected in zip(found, exact):
+        rtol = 4 * torch.finfo(actual.dtype).eps * (40 if clip else 1)
+        torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=rtol, atol=1e-6, equal_nan=True)
+    assert affine_flow(x, params, spec, backend=backend)[1].isnan().all() or scale == "unit"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_narrow_value_passes_unchanged(dtype, backend):
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, -1, 16)
+    z, _ = affine_flow(x, torch.zeros_like(x), AffineSpec("unit"), backend=backend)
+    torch.testing.assert_close(z, x, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_results_are_rounded_to_nearest_even(dtype, backend):
+    x = (torch.rand(1, 4096, 16) * torch.logspace(-9, 5, 4096)[:, None]).to(dtype)
+    mean = (torch.rand(1, 4096, 16) * torch.logspace(-9, 5, 4096)[:, None]).requires_grad_()
+    z, _ = affine_flow(x, mean, AffineSpec("unit"), backend=backend)
+    assert torch.equal(z, (x.float() - mean).to(dtype))
+
+
 @pytest.mark.parametrize("x_dtype, params_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_mixed_dtypes(x_dtype, params_dtype, backend):
     x, params = inputs(AffineSpec())
@@ -122,15 +174,36 @@ def test_strided_inputs_are_read_and_left(shift, flip, backend):
     assert torch.equal(copies[0], x) and torch.equal(copies[1], params)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-def test_batch_invariance(dtype, backend):
+@pytest.mark.parametrize("D, dtype", [(3, torch.float32), (48, torch.float32), (5, torch.bfloat16), (3, F64)], ids=str)
+def test_a_row_has_the_same_bits_at_any_batch_and_thread_count(D, dtype, backend):
     spec = AffineSpec("softplus", 4.0)
-    x, params = inputs(spec, B=5, T=63, D=3, dtype=dtype)
-    z, ld = affine_flow(x, params, spec, shift=True, backend=backend)
-    for i in range(5):
-        z_i, ld_i = affine_flow(x[i : i + 1], params[i : i + 1], spec, shift=True, backend=backend)
-        assert_same_row(backend, z_i, z[i : i + 1])
-        assert_same_row(backend, ld_i, ld[i : i + 1])
+    tensors = inputs(spec, B=70, T=63, D=D, dtype=dtype)
+    seeds = torch.randn(70, 63, D), torch.randn(70)
+
+    def run(rows):
+        given = [t[rows] for t in tensors]
+        return with_gradients(
+            lambda *t: affine_flow(*t, spec, shift=True, backend=backend), given, [seed[rows] for seed in seeds]
+        )
+
+    batch = run(slice(None))
+    for rows in (slice(0, 1), slice(1, 2), slice(40, 45)):
+        for alone, batched in zip(run(rows), batch):
+            assert_same_row(backend, alone, batched[rows])
+    if backend != "reference":
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            again = run(slice(None))
+            torch.set_num_threads(1)
+            assert all(torch.equal(*values) for values in zip(again, batch))
+
+
+def test_no_rows(backend):
+    x, params = inputs(AffineSpec(), B=0, dtype=torch.float32)
+    results = with_gradients(
+        lambda *t: affine_flow(*t, backend=backend), [x, params], (torch.zeros_like(x), torch.zeros(0))
+    )
+    assert [r.shape for r in results] == [(0, 5, 3), (0,), x.shape, params.shape]
 
 
 def test_zero_parameters_are_the_identity(backend):

@@ -144,6 +144,27 @@ def test_error_contract(dtype, spec, rule, backend):
     assert_within_contract(x, naive(z, params, spec, w, rule), naive(z.double(), params.double(), spec, w, rule))
 
 
+@every_spec
+@pytest.mark.parametrize("rule", GUIDED)
+@pytest.mark.parametrize("D", [1, 2, 3, 12, 16, 48, 192])
+@pytest.mark.parametrize("T", [1, 2, 63, 111])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_error_contract_over_sizes(T, D, rule, spec, backend):
+    B = max(2, 4096 // (T * D))  # enough values for plain PyTorch to show its usual error
+    z, params = (strided(t) for t in inputs(spec, rule, B, T, D, torch.float32))
+    options = {"guidance": strided(torch.rand(B, T) * 2) if rule else None, "rule": rule or "tarflow"}
+    x = affine_flow_inverse(z, params, spec, **options, backend=backend)
+    plain = affine_flow_inverse(z, params, spec, **options, backend="reference")
+    assert_within_contract(x, plain, affine_flow_inverse(z.double(), params.double(), spec, **options))
+    longer = torch.full((B, T + 3, D), math.nan)
+    for out in (longer[:, 1 : T + 1], strided(z)):
+        affine_flow_inverse(z, params, spec, **options, out=out, backend=backend)
+        assert torch.equal(out, x)
+    assert longer[:, 0].isnan().all() and longer[:, T + 1 :].isnan().all()
+    state = z.contiguous()
+    assert torch.equal(affine_flow_inverse(state, params, spec, **options, out=state, backend=backend), x)
+
+
 def test_state_stays_float32_on_a_narrow_network(backend):
     z, params = torch.randn(2, 5, 3), torch.randn(2, 5, 6, dtype=torch.bfloat16)
     x = affine_flow_inverse(z, params, backend=backend)
@@ -176,16 +197,26 @@ def test_strided_inputs_are_read_and_left(rule, backend):
     assert torch.equal(copies[0], z) and torch.equal(copies[1], params)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64], ids=str)
 @every_rule
-def test_batch_invariance(dtype, rule, backend):
-    z, params = inputs(AffineSpec(), rule, B=5, T=63, dtype=dtype)
-    w = torch.rand(5, 63)
-    x = affine_flow_inverse(z, params, guidance=w, rule=rule, backend=backend)
-    for i in range(5):
-        row = params[[i, i + 5]]
-        alone = affine_flow_inverse(z[i : i + 1], row, guidance=w[i : i + 1], rule=rule, backend=backend)
-        assert_same_row(backend, alone, x[i : i + 1])
+def test_a_row_has_the_same_bits_at_any_batch_and_thread_count(dtype, rule, backend):
+    B = 130
+    z, params = inputs(AffineSpec("softplus", 4.0), rule, B, T=63, dtype=dtype)
+    w = torch.rand(B, 63)
+
+    def run(i=slice(None)):
+        given = z[i], torch.cat([params[:B][i], params[B:][i]])
+        return affine_flow_inverse(*given, AffineSpec("softplus", 4.0), guidance=w[i], rule=rule, backend=backend)
+
+    x = run()
+    for rows in (slice(0, 1), slice(7, 8), slice(90, 95)):
+        assert_same_row(backend, run(rows), x[rows])
+    if backend != "reference":
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            again = run()
+            torch.set_num_threads(1)
+            assert torch.equal(again, x)
 
 
 @pytest.mark.parametrize("scale, rule", list(itertools.product(["softplus", "unit"], GUIDED)))

@@ -14,13 +14,17 @@ from conftest import (
     naive_attention,
     naive_rotate,
     naive_visible,
+    run_on_isa,
     strided,
 )
 
-from starflow_kernels import backends, cached_attention, causal_attention
+from starflow_kernels import backends, cached_attention, causal_attention, native
 
 F64 = torch.float64
-every_rotary = pytest.mark.parametrize("rotary", ["none", "interleaved", "half"])
+ROTARY = ["none", "interleaved", "half"]
+every_rotary = pytest.mark.parametrize("rotary", ROTARY)
+native_only = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 every_window = pytest.mark.parametrize("window", [None, 1, 3])
 
 
@@ -67,20 +71,22 @@ def naive(q, k, v, k_cache, v_cache, lengths, cos=None, sin=None, rotary="none",
 @every_window
 @pytest.mark.parametrize("lengths", [[0, 0, 0], [4, 4, 4], [7, 0, 3]], ids=["empty", "equal", "ragged"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@every_dtype
 @pytest.mark.usefixtures("poisoned_memory")
-def test_matches_sdpa_and_writes_only_the_new_slots(rotary, window, lengths, temperature, backend):
-    q, k, v = new_tokens()
-    caches, options = filled_caches(lengths), rotary_options(rotary)
+def test_matches_sdpa_and_writes_only_the_new_slots(rotary, window, lengths, temperature, dtype, backend):
+    q, k, v = new_tokens(dtype=dtype)
+    caches, options = filled_caches(lengths, dtype=dtype), rotary_options(rotary, dtype=dtype)
+    bound = 1e-12 if dtype == F64 else 2e-6
     k_cache, v_cache = (cache.clone() for cache in caches)
     out = cached_attention(
         q, k, v, k_cache, v_cache, int32(lengths), window=window, temperature=temperature, **options, backend=backend
     )
     expected = naive(q, k, v, *caches, lengths, **options, window=window, temperature=temperature)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, expected, rtol=bound, atol=bound)
     for i, length in enumerate(lengths):
         turn = [options[name][length : length + 2] if rotary != "none" else None for name in ("cos", "sin")]
         torch.testing.assert_close(
-            k_cache[i, length : length + 2], naive_rotate(k[i], *turn, rotary), rtol=1e-13, atol=1e-13
+            k_cache[i, length : length + 2], naive_rotate(k[i], *turn, rotary), rtol=bound, atol=bound
         )
         assert torch.equal(v_cache[i, length : length + 2], v[i])
         for cache, before in ((k_cache, caches[0]), (v_cache, caches[1])):
@@ -129,22 +135,81 @@ def test_error_contract(dtype, rotary, backend):
     assert_within_contract(out, plain, exact)
 
 
-def test_strided_inputs_are_read_and_left(backend):
-    tensors, lengths = new_tokens(), [7, 0, 3]
-    caches, options = filled_caches(lengths), rotary_options("half")
+@pytest.mark.parametrize("T, d", [(3, 8), (63, 24), (111, 64), (64, 80), (193, 16)])
+@pytest.mark.parametrize("n", [1, 3, 23])
+@pytest.mark.parametrize("H, H_kv", [(3, 3), (6, 2)])
+@pytest.mark.parametrize("window", [None, 1, 17])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_error_contract_over_sizes(T, d, n, H, H_kv, window, backend):
+    """Ragged prefixes, NaN behind them."""
+    lengths, S = [T, 0, T // 2], T + n
+    tensors, caches = new_tokens(3, n, H, H_kv, d, torch.float32), filled_caches(lengths, S, H_kv, d, torch.float32)
+    options = {"window": window, "temperature": 0.7, **rotary_options(ROTARY[T % 3], S, d, torch.float32)}
+    plain = naive(*tensors, *caches, lengths, **options)
+    exact = naive(*(t.double() for t in (*tensors, *caches)), lengths, **options)
+    assert_within_contract(
+        cached_attention(*tensors, *caches, int32(lengths), **options, backend=backend), plain, exact
+    )
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+@native_only
+def test_narrower_instruction_sets(isa):
+    run_on_isa(isa, __file__, "native and (over_sizes or bits)")
+
+
+@native_only
+@pytest.mark.parametrize("d", [8, 24, 64])
+@pytest.mark.parametrize("H, H_kv", [(3, 3), (6, 2)])
+@pytest.mark.parametrize("window", [None, 1, 19])
+def test_tokens_have_the_same_bits_one_by_one_and_at_once(d, H, H_kv, window):
+    tensors, prefix = new_tokens(2, 40, H, H_kv, d, torch.float32), filled_caches([35, 35], 75, H_kv, d, torch.float32)
+    options = {"window": window, **rotary_options("half", 75, d, torch.float32), "backend": "native"}
+    found = []
+    for chunks in ([40], [1] * 40, [3, 17, 1, 19]):
+        caches, out, start = [cache.clone() for cache in prefix], [], 0
+        for n in chunks:
+            new = (t[:, start : start + n] for t in tensors)
+            out.append(cached_attention(*new, *caches, 35 + start, **options))
+            start += n
+        found.append([torch.cat(out, 1), *caches])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+@native_only
+@pytest.mark.parametrize("n", [1, 5])
+def test_rows_have_the_same_bits_at_any_thread_count(n):
+    lengths = torch.arange(9, dtype=torch.int32) * 130
+    q, k, v = new_tokens(9, n, 10, 5, 16, torch.float32)
+    caches = filled_caches(lengths.tolist(), 1100, 5, 16, torch.float32)
+    options = {**rotary_options("interleaved", 1100, 16, torch.float32), "backend": "native"}
+    expected = cached_attention(q, k, v, *caches, lengths, **options)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        found = cached_attention(q, k, v, *caches, lengths, **options)
+        torch.set_num_threads(1)
+        assert torch.equal(found, expected)
+
+
+@every_dtype
+def test_strided_inputs_are_read_and_left(dtype, backend):
+    tensors, lengths = new_tokens(dtype=dtype), [7, 0, 3]
+    caches, options = filled_caches(lengths, dtype=dtype), rotary_options("half", dtype=dtype)
     expected = naive(*tensors, *caches, lengths, **options)
-    given, big = [strided(t) for t in tensors], torch.full((2, 3, 9, 2, 16), math.nan, dtype=F64)
+    given, big = [strided(t) for t in tensors], torch.full((2, 3, 9, 2, 16), math.nan, dtype=dtype)
     k_cache, v_cache = big[..., 4:12]
     k_cache.copy_(caches[0]), v_cache.copy_(caches[1])
     turn = {"cos": strided(options["cos"]), "sin": strided(options["sin"]), "rotary": "half"}
     out = cached_attention(*given, k_cache, v_cache, int32(lengths), **turn, backend=backend)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    bound = 1e-12 if dtype == F64 else 1e-6
+    torch.testing.assert_close(out, expected, rtol=bound, atol=bound)
     assert all(torch.equal(a, b) for a, b in zip(given, tensors))
     assert big[..., :4].isnan().all() and big[..., 12:].isnan().all()
     assert torch.equal(v_cache[1, :2], tensors[2][1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@every_dtype
 def test_batch_invariance(dtype, backend):
     """A row does not depend on its neighbours, nor on how long their prefixes are."""
     q, k, v = new_tokens(B=4, n=3, dtype=dtype)
@@ -159,6 +224,13 @@ def test_batch_invariance(dtype, backend):
         assert torch.equal(cache[0][0, : lengths[i] + 3], caches[0][i, : lengths[i] + 3])
 
 
+def test_no_rows(backend):
+    q, k, v = new_tokens(B=0, dtype=torch.float32)
+    caches = filled_caches([], dtype=torch.float32)
+    for lengths in (3, int32([])):
+        assert cached_attention(q, k, v, *caches, lengths, backend=backend).shape == q.shape
+
+
 def test_is_not_differentiable(backend):
     q, k, v = (t.requires_grad_() for t in new_tokens())
     caches = filled_caches([4, 4, 4])
@@ -167,10 +239,17 @@ def test_is_not_differentiable(backend):
 
 
 @pytest.mark.parametrize("rotary, window", [("none", 0), ("interleaved", 3)])
-def test_opcheck(rotary, window):
+@every_dtype
+def test_opcheck(rotary, window, dtype):
     lengths = [7, 0, 3]
-    options = rotary_options(rotary)
-    args = (*new_tokens(), *filled_caches(lengths), int32(lengths), options.get("cos"), options.get("sin"))
+    options = rotary_options(rotary, dtype=dtype)
+    args = (
+        *new_tokens(dtype=dtype),
+        *filled_caches(lengths, dtype=dtype),
+        int32(lengths),
+        options.get("cos"),
+        options.get("sin"),
+    )
     args = [t.nan_to_num() if isinstance(t, torch.Tensor) else t for t in args]
     torch.library.opcheck(torch.ops.starflow.cached_attention.default, (*args, rotary, window, 0.7))
 
@@ -221,3 +300,13 @@ def test_errors_name_the_argument(change, error, message):
     arguments |= {"k_cache": torch.zeros(2, 5, 1, 4), "v_cache": torch.zeros(2, 5, 1, 4), "lengths": 0}
     with pytest.raises(error, match=message):
         cached_attention(**{**arguments, **change})
+
+
+@native_only
+def test_native_says_what_it_does_not_take():
+    tensors = new_tokens(dtype=torch.float32)
+    caches = [strided(cache) for cache in filled_caches([4, 4, 4], dtype=torch.float32)]
+    with pytest.raises(ValueError, match="cannot run cached_attention: the values of a head are not adjacent"):
+        cached_attention(*tensors, *caches, 4, backend="native")
+    with pytest.raises(ValueError, match=r"cannot run cached_attention: q is torch\.float64, it takes float32"):
+        cached_attention(*new_tokens(), *filled_caches([4, 4, 4]), 4, backend="native")

@@ -119,6 +119,51 @@ def test_error_contract(dtype, spec, backend):
         assert_within_contract(*values)
 
 
+@every_spec
+@every_order
+@pytest.mark.parametrize("T, D, C", [(1, 1, 5), (2, 2, 16), (63, 3, 24), (111, 12, 65), (111, 16, 32), (63, 48, 80)])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_error_contract_over_sizes(T, D, C, spec, shift, flip, backend):
+    B, found = max(2, 512 // (T * D)), {}
+    for part, logdet in enumerate(("sum", "mean", "none", "sum") * 2):
+        tensors = inputs(spec, bool(part & 1), bool(part & 2), B, T, D, C, torch.float32)
+        names, tensors = list(tensors), [strided(t) for t in tensors.values()]
+        seeds = torch.randn(B, T, D), torch.randn((B, T, D) if logdet == "none" else B)
+
+        def run(tensors, backend):
+            options = {"spec": spec, "shift": shift, "flip": flip, "logdet": logdet, "backend": backend}  # noqa: B023
+            return with_gradients(lambda *t: flow_head(**dict(zip(names, t)), **options), tensors, seeds)  # noqa: B023
+
+        exact = run([t.double() for t in tensors], "reference")
+        for name, *values in zip(["z", logdet, *names], run(tensors, backend), run(tensors, "reference"), exact):
+            found.setdefault(name, []).append([value.flatten() for value in values])
+    # One sum over tokens is a single draw of the error, torch's too: those of all parts together.
+    for draws in found.values():
+        assert_within_contract(*(torch.cat(values) for values in zip(*draws)))
+
+
+@pytest.mark.parametrize("D, C", [(192, 200), (8192, 20), (2, 70000)])
+def test_wide_tokens_and_states(D, C, backend):
+    tensors = list(inputs(AffineSpec("exp"), B=9, T=3, D=D, C=C, dtype=torch.float32).values())
+    seeds = torch.randn(9, 3, D), torch.randn(9)
+
+    def run(tensors, backend):
+        return with_gradients(lambda *t: flow_head(*t, AffineSpec("exp"), shift=True, backend=backend), tensors, seeds)
+
+    exact = run([t.double() for t in tensors], "reference")
+    for values in zip(run(tensors, backend), run(tensors, "reference"), exact):
+        assert_within_contract(*values)
+
+
+def test_no_rows(backend):
+    tensors = list(inputs(AffineSpec("exp"), B=0, dtype=torch.float32).values())
+    results = with_gradients(
+        lambda *t: flow_head(*t, AffineSpec("exp"), backend=backend), tensors, (torch.zeros(0, 5, 3), torch.zeros(0))
+    )
+    assert [r.shape for r in results] == [(0, 5, 3), (0,), *(t.shape for t in tensors)]
+    assert not any(r.any() for r in results)
+
+
 @pytest.mark.parametrize("network", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_tokens_on_a_narrow_network(network, backend):
     tensors = inputs(AffineSpec(), dtype=network)
@@ -148,14 +193,27 @@ def test_strided_inputs_are_read_and_left(shift, flip, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-def test_batch_invariance(dtype, backend):
-    tensors = inputs(AffineSpec("softplus", 4.0), B=5, T=63, dtype=dtype)
-    options = {"spec": AffineSpec("softplus", 4.0), "shift": True, "backend": backend}
-    batch = flow_head(**tensors, **options)
-    for i in range(5):
-        row = {**tensors, "x": tensors["x"][i : i + 1], "h": tensors["h"][i : i + 1]}
-        for alone, batched in zip(flow_head(**row, **options), batch):
-            assert_same_row(backend, alone, batched[i : i + 1])
+def test_bits_at_any_batch_and_thread_count(dtype, backend):
+    """Those of a row are its own; sums over tokens are the same at any number of threads."""
+    spec, B = AffineSpec("softplus", 4.0), 40
+    tensors, seeds = list(inputs(spec, B=B, T=63, C=24, dtype=dtype).values()), (torch.randn(B, 63, 3), torch.randn(B))
+
+    def run(i=slice(None)):
+        given = [t[i] for t in tensors[:2]] + tensors[2:]
+        return with_gradients(
+            lambda *t: flow_head(*t, spec, shift=True, backend=backend), given, [seed[i] for seed in seeds]
+        )
+
+    batch = run()
+    for rows in (slice(0, 1), slice(7, 8), slice(20, 25)):
+        for alone, batched in zip(run(rows)[:4], batch):
+            assert_same_row(backend, alone, batched[rows])
+    if backend != "reference":
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            again = run()
+            torch.set_num_threads(1)
+            assert all(torch.equal(*values) for values in zip(again, batch))
 
 
 @every_part

@@ -1,6 +1,8 @@
 // Ops of the affine transform.
 #include "bindings.h"
 
+#include <algorithm>
+
 namespace starflow {
 
 namespace {
@@ -8,43 +10,43 @@ namespace {
 // Rough number of values below which threads cost more than they bring.
 constexpr int64_t SERIAL = 1 << 14;
 
+// A few cache lines to each of the loops over a chunk.
+constexpr int64_t CHUNK = 512;
+
 AffineCall affine_call(const Tensor& x, const Tensor& params, int64_t scale, double clip, bool shift, bool flip,
                                  int64_t logdet) {
     AffineCall call{};
     call.B = x.size(0), call.T = x.size(1), call.D = int(x.size(2));
+    call.chunk = std::max<int64_t>(1, CHUNK / call.D);
     call.affine = {Scale(scale), float(clip)};
     call.shift = shift, call.flip = flip, call.logdet = Logdet(logdet);
-    call.x = data(x), call.params = data(params);
+    call.x_format = format(x), call.params_format = format(params);
+    call.x = x.data_ptr(), call.params = params.data_ptr();
     return call;
 }
 
 template <class Kernel>
 void run_chunks(const AffineCall& call, Kernel kernel) {
-    int64_t chunks = call.B * call.chunks(), grain = SERIAL / (call.chunk() * call.D) + 1;
+    int64_t chunks = call.B * call.chunks(), grain = SERIAL / (call.chunk * call.D) + 1;
     torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) { kernel(call, first, last); });
 }
 
 void affine_flow(Tensor x, Tensor params, int64_t scale, double clip, bool shift, bool flip, int64_t logdet, Tensor z,
                  Tensor out) {
     auto call = affine_call(x, params, scale, clip, shift, flip, logdet);
-    call.z = data(z), call.logdets = data(out);
+    call.z = z.data_ptr(), call.logdets = data(out);
     std::vector<double> partial(call.logdet == Logdet::none ? 0 : call.B * call.chunks());
     call.partial = partial.data();
     run_chunks(call, kernels().affine_flow);
     if (partial.empty()) return;
-    for (int64_t row = 0; row < call.B; ++row) {
-        double total = 0;
-        for (int64_t i = 0; i < call.chunks(); ++i) total += partial[row * call.chunks() + i];
-        if (call.logdet == Logdet::mean) total /= double(call.T * call.D);
-        call.logdets[row] = float(-total);
-    }
+    sum_logdets(call);
 }
 
 void affine_flow_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor x, Tensor params, int64_t scale,
                           double clip, bool shift, bool flip, int64_t logdet, Tensor grad_x, Tensor grad_params) {
     auto call = affine_call(x, params, scale, clip, shift, flip, logdet);
-    call.saved_z = data(z), call.grad_z = data(grad_z), call.grad_logdet = data(grad_logdet);
-    call.grad_x = data(grad_x), call.grad_params = data(grad_params);
+    call.saved_z = z.data_ptr(), call.grad_z = data(grad_z), call.grad_logdet = data(grad_logdet);
+    call.grad_x = grad_x.data_ptr(), call.grad_params = grad_params.data_ptr();
     run_chunks(call, kernels().affine_flow_backward);
 }
 

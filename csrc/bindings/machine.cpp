@@ -14,7 +14,7 @@ void use_huge_pages(Tensor tensor) {
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = 4096;
     auto start = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
-    auto end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.numel() * sizeof(float)) / page * page;
+    auto end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.numel() * tensor.element_size()) / page * page;
     if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
 #endif
 }

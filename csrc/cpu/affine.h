@@ -18,18 +18,14 @@ INLINE Vec sigma_of(Vec a, Scale scale) {
     return scale == Scale::exp ? exp(a) : scale == Scale::softplus ? softplus_one(a) : splat(1.0f);
 }
 
+// Below, softplus is an exponential to all digits.
+constexpr float SOFTPLUS_SMALL = -17.0f;
+
 // log sigma, from sigma where that is a float with all its digits.
 INLINE Vec log_sigma_of(Vec a, Vec sigma, Scale scale) {
     if (scale == Scale::exp) return a;
     if (scale == Scale::unit) return splat(0.0f);
-    return select(a < splat(-17.0f), a + splat(0.541324855f), log(sigma));
-}
-
-// d log sigma / d a.
-INLINE Vec log_sigma_slope(Vec a, Vec sigma, Scale scale) {
-    if (scale != Scale::softplus) return splat(1.0f);
-    Vec u = splat(1.71828183f) * exp(min(a, splat(80.0f)));
-    return select(a < splat(-17.0f), splat(1.0f), u / ((splat(1.0f) + u) * sigma));
+    return select(a < splat(SOFTPLUS_SMALL), a + splat(SOFTPLUS_SHIFT), log(sigma));
 }
 
 // Lanes i .. of the raw parameters [a | b] of one token, after the soft clip; a is unused where sigma = 1.

@@ -13,42 +13,76 @@ INLINE Vec polynomial(Vec x, const float (&c)[N]) {
     return y;
 }
 
-// 2^n as a float for -126 <= n <= 127.
-INLINE Vec power_of_two(Int n) { return bits((n + splat(127)) << 23); }
+constexpr float LOG2_HIGH = 0.693145752f, LOG2_LOW = 1.42860677e-6f;  // n LOG2_HIGH is exact for |n| < 2^11
+
+// x = n log 2 + r with |r| <= log(2) / 2 for |x| < 2^21; n in the low bits of `shifted`, and as a float.
+struct Reduced {
+    Vec shifted, n, r;
+};
+
+INLINE Reduced reduced(Vec x) {
+    // Adding 1.5 2^23 rounds to an integer, which the low bits of the sum then hold.
+    Vec shifted = fma(x, splat(1.44269504f), splat(12582912.0f)), n = shifted - splat(12582912.0f);
+    return {shifted, n, fma(n, splat(-LOG2_LOW), fma(n, splat(-LOG2_HIGH), x))};
+}
+
+// e^r - 1 for |r| <= log(2) / 2. Halves of the polynomial side by side: steps that wait for each other cost most.
+INLINE Vec expm1_reduced(Vec r) {
+    static const float low[] = {0.5f, 0.166665062f}, high[] = {0.0416661687f, 0.00837032124f, 0.001395297f};
+    Vec square = r * r;
+    return fma(square, fma(square, polynomial(r, high), polynomial(r, low)), r);
+}
+
+INLINE Part scale_part(Part y, Part n, IntPart shifted) {
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(y, n);
+#else
+    // Two factors: 2^n alone would leave the range of floats at both ends.
+    IntPart whole = shifted - 0x4b400000, half = whole >> 1;
+    return y * (Part)((half + 127) << 23) * (Part)((whole - half + 127) << 23);
+#endif
+}
+
+INLINE Vec scaled(Vec y, Reduced by) {
+    LANEWISE(Vec, scale_part(y.part[i], by.n.part[i], (IntPart)by.shifted.part[i]));
+}
+
+// Where exp is neither 0 nor infinity; NaN stays.
+INLINE Vec within_exp(Vec x) { return min(max(x, splat(-104.0f)), splat(89.0f)); }
 
 // e^x: 0 below -104, infinity above 88.73, NaN for NaN.
 INLINE Vec exp(Vec x) {
-    static const float q[] = {0.5f, 0.166665062f, 0.0416661687f, 0.00837032124f, 0.001395297f};
-    x = select(x < splat(-104.0f), splat(-104.0f), select(x > splat(89.0f), splat(89.0f), x));
-    // Adding 1.5 2^23 rounds to an integer, which the low bits of the sum then hold.
-    Vec shifted = fma(x, splat(1.44269504f), splat(12582912.0f));
-    Int n = bits(shifted) - splat(0x4b400000);
-    Vec whole = shifted - splat(12582912.0f);
-    Vec r = fma(whole, splat(-1.42860677e-6f), fma(whole, splat(-0.693145752f), x));
-    Vec y = fma(r * r, polynomial(r, q), r) + splat(1.0f);
-    // Two factors: 2^n alone would leave the range of floats at both ends.
-    Int half = n >> 1;
-    return y * power_of_two(half) * power_of_two(n - half);
+    Reduced to = reduced(within_exp(x));
+    return scaled(expm1_reduced(to.r) + splat(1.0f), to);
 }
 
-// log(m 2^n) = log1p(f) + n log 2 with m in [sqrt(1/2), sqrt(2)), f = m - 1; x > 0 and normal or infinite.
-INLINE Vec log(Vec x) {
-    static const float p[] = {0.333333105f,  -0.249999866f, 0.200022265f,  -0.16669251f, 0.142186582f,
-                              -0.123843484f, 0.118729763f,  -0.117898077f, 0.0691536814f};
-    Int n = (bits(x) - splat(0x3f3504f3)) >> 23;
-    Vec f = bits(bits(x) - (n << 23)) - splat(1.0f);
-    Vec whole = bits(n + splat(0x4b400000)) - splat(12582912.0f);
-    Vec square = f * f;
-    Vec y = fma(square * f, polynomial(f, p), whole * splat(1.42860677e-6f));
+// n log 2 + log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]; n as the bits of the float 2^n, less those of 1.
+INLINE Vec log_reduced(Int n, Vec f) {
+    static const float low[] = {0.333333105f, -0.249999866f, 0.200022265f},
+                       middle[] = {-0.16669251f, 0.142186582f, -0.123843484f},
+                       high[] = {0.118729763f, -0.117898077f, 0.0691536814f};
+    Vec whole = bits((n >> 23) + splat(0x4b400000)) - splat(12582912.0f);
+    Vec square = f * f, cube = square * f;
+    Vec series = fma(cube, fma(cube, polynomial(f, high), polynomial(f, middle)), polynomial(f, low));
+    Vec y = fma(cube, series, whole * splat(LOG2_LOW));
     y = fma(square, splat(-0.5f), y);
-    y = fma(whole, splat(0.693145752f), f + y);
-    return select(x > splat(3.4e38f), x, y);
+    return fma(whole, splat(LOG2_HIGH), f + y);
 }
 
-// log(1 + u) for 0 <= u <= 1, accurate to u: what 1 + u rounds away is put back.
+// Bits of 2^n, less those of 1, for the n that has x 2^-n in [sqrt(1/2), sqrt(2)).
+INLINE Int exponent(Vec x) { return (bits(x) - splat(0x3f3504f3)) & splat(int32_t(0xff800000)); }
+
+// log x; x > 0 and normal, infinite or NaN.
+INLINE Vec log(Vec x) {
+    Int n = exponent(x);
+    return select(x < splat(3.4e38f), log_reduced(n, bits(bits(x) - n) - splat(1.0f)), x);
+}
+
+// log(1 + u) for 0 <= u < 2^126, accurate to u: 1 + u, which loses digits of u, only gives n.
 INLINE Vec log1p(Vec u) {
-    Vec w = splat(1.0f) + u;
-    return log(w) + (u - (w - splat(1.0f))) / w;
+    Int n = exponent(splat(1.0f) + u);
+    Vec scale = bits(splat(0x3f800000) - n);
+    return log_reduced(n, fma(u, scale, scale - splat(1.0f)));
 }
 
 INLINE Vec copysign(Vec x, Vec sign) {
@@ -59,7 +93,9 @@ INLINE Vec tanh(Vec x) {
     static const float small[] = {-0.333332777f, 0.133313283f, -0.0537292287f, 0.020601999f, -0.00566078071f};
     Vec t = abs(x), square = x * x;
     Vec inner = fma(x * square, polynomial(square, small), x);
-    Vec outer = splat(1.0f) - splat(2.0f) / (exp(t + t) + splat(1.0f));
+    auto [shifted, n, r] = reduced(min(t + t, splat(20.0f)));
+    Vec scale = bits((bits(shifted) << 23) + splat(0x3f800000));
+    Vec outer = splat(1.0f) - splat(2.0f) / (fma(scale, expm1_reduced(r), scale) + splat(1.0f));
     return select(t > splat(0.625f), copysign(outer, x), inner);
 }
 
@@ -80,12 +116,20 @@ INLINE Vec gelu_tanh(Vec x) {
     return splat(0.5f) * x * (splat(1.0f) + tanh(inner));
 }
 
-// softplus(a + c) with c such that softplus(c) = 1, which is log(1 + (e - 1) e^a).
-INLINE Vec softplus_one(Vec a) {
-    Int negative = a < splat(0.0f);
-    Vec u = exp(-abs(a)), v = splat(1.71828183f) * u;
-    Vec w = select(negative, splat(1.0f) + v, splat(1.71828183f) + u);
-    return log(w) + select(negative, (v - (w - splat(1.0f))) / w, a);
+// softplus(a + c) with c such that softplus(c) = 1, which is log(1 + v) with v = (e - 1) e^a.
+constexpr float SOFTPLUS_LARGE = 80.0f, SOFTPLUS_SHIFT = 0.541324855f;
+
+// v, capped from SOFTPLUS_LARGE on. The constants are those of e - 1 in two parts: sums over many values show a bias.
+INLINE Vec softplus_power(Vec a) {
+    Vec e_less_one = splat(1.71828187f);
+    Reduced to = reduced(within_exp(min(a, splat(SOFTPLUS_LARGE))));
+    return scaled(fma(expm1_reduced(to.r) - splat(2.13357839e-8f), e_less_one, e_less_one), to);
 }
+
+INLINE Vec softplus_of(Vec a, Vec v) {
+    return select(a > splat(SOFTPLUS_LARGE), a + splat(SOFTPLUS_SHIFT), log1p(v));
+}
+
+INLINE Vec softplus_one(Vec a) { return softplus_of(a, softplus_power(a)); }
 
 }  // namespace starflow::STARFLOW_ISA

@@ -78,6 +78,7 @@ struct BlockCall {
 };
 
 enum class Logdet { sum, mean, none };
+enum class Format { float32, bfloat16, float16 };
 
 // The affine transform of x (B, T, D) by raw parameters (B, T, P), density direction, and its gradient.
 struct AffineCall {
@@ -86,17 +87,81 @@ struct AffineCall {
     Affine affine;
     bool shift, flip;
     Logdet logdet;
-    const float *x, *params;
-    float *z, *logdets;  // (B, T, D); (B, T, D) for Logdet::none, else unused
-    double* partial;     // (B, affine_chunks): sums of log sigma, unused for Logdet::none
+    Format x_format, params_format;  // z and the gradients have the format of what they belong to
+    const void *x, *params;
+    void* z;         // (B, T, D)
+    float* logdets;  // (B, T, D) for Logdet::none, else unused
+    double* partial;  // (B, chunks()): sums of log sigma, unused for Logdet::none
     // The gradient's alone; those of the outputs may be null.
-    const float *saved_z, *grad_z, *grad_logdet;
-    float *grad_x, *grad_params;
+    const void *saved_z, *grad_z;
+    const float* grad_logdet;
+    void *grad_x, *grad_params;
+
+    // Tokens that are transformed together; from the shape of one sequence alone, so that a row's bits are its own.
+    int64_t chunk;
 
     int P() const { return affine.scale == Scale::unit ? D : 2 * D; }
-    // Tokens that are transformed together; from the shape of one sequence alone, so that a row's bits are its own.
-    int64_t chunk() const { return D >= 512 ? 1 : 512 / D; }
-    int64_t chunks() const { return (T + chunk() - 1) / chunk(); }
+    int64_t chunks() const { return (T + chunk - 1) / chunk; }
+};
+
+// Norm, projection and the affine transform of h (B, T, C), float32; `affine` has no parameters of its own.
+struct HeadCall {
+    AffineCall affine;
+    int C;
+    const float *h, *norm;       // (B, T, C); (C,) or null
+    const float *weight, *bias;  // packed as product.h says, (P, C); padded
+    float* room;                 // room_floats() a thread
+    // The gradient's alone. The last three are sums over tokens, zero at first: (P, padded C), and (2, padded P) and
+    // (2, padded C) with what the additions rounded away behind them.
+    const float* transposed;  // packed, (C, P)
+    float *grad_h, *grad_weight, *grad_bias, *grad_norm;
+
+    int64_t room_floats() const {
+        int64_t rows = affine.chunk, P = affine.P(), wide_C = (C + 15) / 16 * 16, wide_P = (P + 15) / 16 * 16;
+        return 3 * rows * wide_C + rows * (wide_P + P) + (rows > P ? rows : P) * 64;
+    }
+};
+
+// The inverse transform of B sequences of n tokens; parameters of rows without the condition follow those with it.
+struct InverseCall {
+    int64_t B, n;
+    int D;
+    Affine affine;
+    Rule rule;
+    Format format, params_format;
+    const void *z, *params;
+    const float* guidance;                   // (B, n) or null
+    void* x;                                 // of the format of z
+    int64_t z_row, z_token, x_row, x_token;  // strides
+};
+
+// A tensor (B, T, heads, d); the d values of a head are adjacent.
+struct Heads {
+    float* data;
+    int64_t batch, token, head;  // strides
+
+    float* at(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * token + h * head; }
+};
+
+// Attention of T tokens over themselves, causal, and over what a cache holds.
+struct AttentionCall {
+    int64_t B, T, window;  // window 0: none
+    int H, H_kv, d;
+    float scale;  // of the scores
+    Rotary rotary;
+    const float *cos, *sin;  // (positions, d / 2)
+    Heads q, k, v, out;
+    float* lse;  // (B, H, T)
+    // Cached alone; rows hold `lengths` tokens (B,) before the new ones, and have room for S.
+    Heads k_cache, v_cache;
+    const int32_t* lengths;
+    int64_t S;
+    // The gradient's alone; those of the outputs may be null.
+    Heads grad_out, grad_q, grad_k, grad_v;
+    const float* grad_lse;
+
+    // First key that the query at position t sees.
+    int64_t first_key(int64_t t) const { return window && t >= window ? t - window + 1 : 0; }
 };
 
 enum class Elementary { exp, log, log1p, tanh, gelu, gelu_tanh, softplus_one };
@@ -109,6 +174,15 @@ struct Kernels {
     // Chunks first .. last - 1 of the B chunks() that there are.
     void (*affine_flow)(const AffineCall& call, int64_t first, int64_t last);
     void (*affine_flow_backward)(const AffineCall& call, int64_t first, int64_t last);
+    // Tokens first .. last - 1 of B n.
+    void (*affine_flow_inverse)(const InverseCall& call, int64_t first, int64_t last);
+    void (*flow_head)(const HeadCall& call, int64_t first, int64_t last);
+    // Adds these chunks' part to the sums over tokens.
+    void (*flow_head_backward)(const HeadCall& call, int64_t first, int64_t last);
+    // Heads of keys first .. last - 1 of the B H_kv that there are; scratch: zeros, as many as attention_sizes.h says.
+    void (*cached_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
+    void (*causal_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
+    void (*causal_attention_backward)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
     void (*elementary)(Elementary which, const float* x, float* y, int64_t n);
 };
 

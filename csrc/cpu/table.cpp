@@ -6,9 +6,27 @@ namespace starflow::STARFLOW_ISA {
 void run_block(const BlockCall&, int64_t, float*, float*, float*, const Team&);
 void affine_flow(const AffineCall&, int64_t, int64_t);
 void affine_flow_backward(const AffineCall&, int64_t, int64_t);
+void affine_flow_inverse(const InverseCall&, int64_t, int64_t);
+void flow_head(const HeadCall&, int64_t, int64_t);
+void flow_head_backward(const HeadCall&, int64_t, int64_t);
+void cached_attention(const AttentionCall&, int64_t, int64_t, float*);
+void causal_attention(const AttentionCall&, int64_t, int64_t, float*);
+void causal_attention_backward(const AttentionCall&, int64_t, int64_t, float*);
 void run_elementary(Elementary, const float*, float*, int64_t);
 
 extern const Kernels kernels;
-const Kernels kernels{STARFLOW_ISA_NAME, run_block, affine_flow, affine_flow_backward, run_elementary};
+const Kernels kernels{
+    .name = STARFLOW_ISA_NAME,
+    .run_block = run_block,
+    .affine_flow = affine_flow,
+    .affine_flow_backward = affine_flow_backward,
+    .affine_flow_inverse = affine_flow_inverse,
+    .flow_head = flow_head,
+    .flow_head_backward = flow_head_backward,
+    .cached_attention = cached_attention,
+    .causal_attention = causal_attention,
+    .causal_attention_backward = causal_attention_backward,
+    .elementary = run_elementary,
+};
 
 }  // namespace starflow::STARFLOW_ISA

@@ -30,6 +30,7 @@ constexpr int PART = 4, ACCUMULATORS = 3;
 constexpr int PARTS = LANES / PART;
 
 typedef float Part __attribute__((vector_size(PART * 4)));
+typedef float LoosePart __attribute__((vector_size(PART * 4), aligned(4)));
 typedef int32_t IntPart __attribute__((vector_size(PART * 4)));
 
 struct Vec {
@@ -95,14 +96,33 @@ INLINE Part root_part(Part a) {
 
 INLINE Vec root(Vec a) { LANEWISE(Vec, root_part(a.part[i])); }
 INLINE Vec abs(Vec a) { return bits(bits(a) & splat(INT32_MAX)); }
-INLINE Vec min(Vec a, Vec b) { return select(b < a, b, a); }
-INLINE Vec max(Vec a, Vec b) { return select(b > a, b, a); }
 
-INLINE Vec load(const float* p) {
-    Vec out;
-    memcpy(&out, p, sizeof out);
-    return out;
+// The second where one is NaN.
+INLINE Part min_part(Part a, Part b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
 }
+
+INLINE Part max_part(Part a, Part b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+INLINE Vec min(Vec a, Vec b) { LANEWISE(Vec, min_part(b.part[i], a.part[i])); }
+INLINE Vec max(Vec a, Vec b) { LANEWISE(Vec, max_part(b.part[i], a.part[i])); }
+
+// Part by part: of a whole Vec, or by memcpy, GCC makes pieces of 16 bytes on the stack.
+INLINE Vec load(const float* p) { LANEWISE(Vec, reinterpret_cast<const LoosePart*>(p)[i]); }
 
 INLINE Int load(const int32_t* p) {
     Int out;
@@ -110,7 +130,9 @@ INLINE Int load(const int32_t* p) {
     return out;
 }
 
-INLINE void store(float* p, Vec a) { memcpy(p, &a, sizeof a); }
+INLINE void store(float* p, Vec a) {
+    for (int i = 0; i < PARTS; ++i) reinterpret_cast<LoosePart*>(p)[i] = a.part[i];
+}
 
 // The first n lanes, n < LANES allowed; the others are zero.
 INLINE Vec load(const float* p, int n) {

@@ -7,7 +7,7 @@ import torch
 from .. import native, triton_runtime
 from ..checks import check_tensor
 from ..dispatch import register
-from ..library import define, differentiable
+from ..library import call, define, differentiable
 from ..spec import AffineSpec, Logdet, check_choice
 from ..triton_runtime import later
 from . import cpu, reference
@@ -66,4 +66,4 @@ def affine_flow(
     check_tensor("x", x, ("B", "T", "D"))
     B, T, D = x.shape
     check_tensor("params", params, (B, T, spec.params_dim(D)), like=x)
-    return torch.ops.starflow.affine_flow(x, params, spec.scale, spec.soft_clip, shift, flip, logdet, backend=backend)
+    return call("affine_flow", x, params, spec.scale, spec.soft_clip, shift, flip, logdet, backend=backend)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from .. import native
 from ..checks import check_guidance, check_tensor
-from ..library import define
+from ..dispatch import register
+from ..library import call, define
 from ..spec import AffineSpec, GuidanceRule, check_choice
-from . import reference
+from . import cpu, reference
 
 ARGUMENTS = "Tensor z, Tensor params, Tensor? guidance, str scale, float soft_clip, str rule"
 
@@ -25,6 +27,8 @@ define(
     fake=lambda *args: None,
     reference=reference.affine_flow_inverse_out,
 )
+register("affine_flow_inverse", "native", cpu.affine_flow_inverse, cpu.refuse, native.missing)
+register("affine_flow_inverse_out", "native", cpu.affine_flow_inverse_out, cpu.refuse, native.missing)
 
 
 def affine_flow_inverse(
@@ -71,7 +75,7 @@ def affine_flow_inverse(
             raise ValueError(f"backend={backend!r} cannot run affine_flow_inverse: it has no gradient")
         return reference.affine_flow_inverse(*args)
     if out is None:
-        return torch.ops.starflow.affine_flow_inverse(*args, backend=backend)
+        return call("affine_flow_inverse", *args, backend=backend)
     check_tensor("out", out, (B, n, D), like=z)
     if out.dtype != z.dtype:
         raise TypeError(f"out: dtype {out.dtype}, expected that of z, {z.dtype}")

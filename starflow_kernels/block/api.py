@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,7 +12,7 @@ from .. import native
 from ..affine_flow.api import empty_logdet
 from ..checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
 from ..dispatch import register
-from ..library import define
+from ..library import call, define
 from ..linear import onednn
 from ..progress import reporting_to
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
@@ -84,8 +85,8 @@ def block_forward(
             *context,
             spec,
             logdet,
-            attention=lambda *a: torch.ops.starflow.causal_attention(*a, backend=backend),
-            head=lambda *a: torch.ops.starflow.flow_head(*a, backend=backend),
+            attention=functools.partial(call, "causal_attention", backend=backend),
+            head=functools.partial(call, "flow_head", backend=backend),
             linear=_linear(tensors[0], backend),
             dropout=dropout,
         )
@@ -152,7 +153,7 @@ def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
     plain = backend is not None or weight.device.type != "cpu" or weight.dtype != torch.float32
     if plain or onednn.missing() or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear
-    return torch.ops.starflow.linear
+    return functools.partial(call, "linear", backend=None)
 
 
 def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[torch.Tensor]:

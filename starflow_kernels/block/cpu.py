@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..affine_flow.cpu import affine_flow
+from ..native import empty
 from ..progress import report
 from ..spec import BlockSpec
 
@@ -22,7 +23,6 @@ CALL_SECONDS, SLOW_FLOPS, SLOW_BYTES = 0.3, 2e10, 4e9
 # Rough speed of one core, and what a member of a team needs to do in a token step to be worth its barriers.
 FLOPS, BYTES, MEMBER_SECONDS = 2e11, 1e11, 8e-6
 SMALL_CACHE, LARGE_CACHE = 2**20, 2**24
-HUGE_PAGES_FROM = 2**20
 
 
 class Packed(NamedTuple):
@@ -59,14 +59,6 @@ def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
     return [*sizes, spec.positions, spec.text_dim, *map(int, flags), *kinds]
 
 
-def _memory(floats: int) -> torch.Tensor:
-    """Uninitialised memory, in huge pages where it is large."""
-    buffer = torch.empty(floats)
-    if floats >= HUGE_PAGES_FROM:
-        torch.ops.starflow_native.use_huge_pages(buffer)
-    return buffer
-
-
 def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
     """Copy of the weights for the kernel. A product without bias gets zeros."""
     pieces = []
@@ -82,7 +74,7 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
                 pieces.append(_vector(torch.zeros(len(weight))))
     sizes = [-(-len(piece) // 16) * 16 for piece in pieces]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    buffer = _memory(sum(sizes))
+    buffer = empty(sum(sizes))
     for piece, offset in zip(pieces, offsets):
         buffer[offset : offset + len(piece)] = piece
     return Packed(buffer, offsets, tuple(spec_fields(spec, weights[0].dtype)))
@@ -163,7 +155,7 @@ def block_params(x, weights, cond, prefix, cos, sin, text: str, tokens: int = DE
     group = max(1, min(-(-B // threads), tokens // (L + T)))
     chunk = max(1, tokens // group)
     cache_floats, floats = torch.ops.starflow_native.block_sizes(model.fields, group * chunk, L + T)
-    cache, workspace = _memory(group * threads * cache_floats), _memory(threads * floats)
+    cache, workspace = empty(group * threads * cache_floats), empty(threads * floats)
     step = max(threads * group, _call_tokens(model.buffer.numel(), T + L))
     for b in range(0, B, step):
         rows = slice(b, b + step)
@@ -250,7 +242,7 @@ def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule:
     cond, prefix, cos, sin, guidance = map(_plain, (cond, prefix, cos, sin, guidance))
     x = z.clone(memory_format=torch.contiguous_format)
     plan = plan_sampling(model.fields, model.buffer.numel(), B, copies, L + T, L, threads, cache_bytes())
-    cache, workspace = _memory(plan.cache), _memory(plan.workspace)
+    cache, workspace = empty(plan.cache), empty(plan.workspace)
     part, last = plan.part, T if spec.start else T - 1
 
     def both_kinds(value: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

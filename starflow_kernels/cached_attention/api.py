@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from .. import native
 from ..causal_attention.api import check_attention
 from ..checks import check_tensor
+from ..dispatch import register
 from ..library import define
 from ..spec import Rotary
-from . import reference
+from . import cpu, reference
 
 define(
     "cached_attention",
@@ -18,6 +20,7 @@ define(
     fake=lambda q, *args: q.new_empty(q.shape),
     reference=reference.cached_attention,
 )
+register("cached_attention", "native", cpu.cached_attention, cpu.refuse, native.missing)
 
 
 def cached_attention(
@@ -70,7 +73,7 @@ def cached_attention(
         if lengths.dtype != torch.int32 or lengths.shape != (B,):
             raise ValueError(f"lengths: expected int32 ({B},), got {lengths.dtype} {tuple(lengths.shape)}")
         readable = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-        shortest, longest = (int(m) for m in lengths.aminmax()) if readable else (0, 0)
+        shortest, longest = (int(m) for m in lengths.aminmax()) if readable and B else (0, 0)
     if shortest < 0 or longest + n > S:
         raise ValueError(f"lengths: {shortest} .. {longest} cached and {n} new tokens do not fit a cache of {S}")
     with torch.no_grad():

@@ -28,7 +28,7 @@ def cached_attention(
     row = torch.arange(B, device=q.device).unsqueeze(1)
     k_cache[row, position] = rotate(k, cos, sin, rotary)
     v_cache[row, position] = v
-    used = int(position.max()) + 1
+    used = int(position.max()) + 1 if B else 0
     visible = causal(position, torch.arange(used, device=q.device), window)
     # Unused slots may hold anything, NaN included, and 0 * NaN is NaN.
     seen = visible.any(1)[..., None, None]

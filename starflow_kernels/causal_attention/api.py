@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from .. import native
 from ..checks import check_range, check_tensor
 from ..dispatch import register
-from ..library import define, differentiable
+from ..library import call, define, differentiable
 from ..spec import Rotary, check_choice
-from . import reference, sdpa
+from . import cpu, reference, sdpa
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str rotary, int window, float temperature"
 
@@ -22,6 +23,8 @@ define("causal_attention", ARGUMENTS, "(Tensor, Tensor)", fake=_fake, reference=
 differentiable("causal_attention", ARGUMENTS, 3, reference.causal_attention_backward)
 register("causal_attention", "sdpa", sdpa.causal_attention, sdpa.refuse)
 register("causal_attention_backward", "sdpa", sdpa.causal_attention_backward, sdpa.refuse_backward)
+register("causal_attention", "native", cpu.causal_attention, cpu.refuse, native.missing)
+register("causal_attention_backward", "native", cpu.causal_attention_backward, cpu.refuse_backward, native.missing)
 
 
 def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperature: float, cache: int = 0) -> None:
@@ -88,5 +91,5 @@ def causal_attention(
         TypeError, ValueError: an argument of the wrong kind, shape, device or value.
     """
     check_attention(q, k, v, cos, sin, rotary, window, temperature)
-    out, lse = torch.ops.starflow.causal_attention(q, k, v, cos, sin, rotary, window or 0, temperature, backend=backend)
+    out, lse = call("causal_attention", q, k, v, cos, sin, rotary, window or 0, temperature, backend=backend)
     return (out, lse) if return_lse else out

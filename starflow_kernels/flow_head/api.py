@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .. import triton_runtime
+from .. import native, triton_runtime
 from ..affine_flow.api import empty_logdet
 from ..checks import check_tensor
 from ..dispatch import register
-from ..library import define, differentiable
+from ..library import call, define, differentiable
 from ..spec import AffineSpec, Logdet, check_choice
 from ..triton_runtime import later
-from . import reference
+from . import cpu, reference
 
 ARGUMENTS = (
     "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? norm_weight, "
@@ -26,6 +26,8 @@ define(
     reference=reference.flow_head,
 )
 differentiable("flow_head", ARGUMENTS, 5, reference.flow_head_backward)
+register("flow_head", "native", cpu.flow_head, cpu.refuse, native.missing)
+register("flow_head_backward", "native", cpu.flow_head_backward, cpu.refuse_backward, native.missing)
 for op, refuse in (("flow_head", "refuse"), ("flow_head_backward", "refuse_backward")):
     register(op, "triton", later("flow_head.triton", op), later("flow_head.triton", refuse), triton_runtime.missing)
 
@@ -69,6 +71,5 @@ def flow_head(
         check_tensor("bias", bias, (params_dim,), like=x)
     if norm_weight is not None:
         check_tensor("norm_weight", norm_weight, (C,), like=x)
-    return torch.ops.starflow.flow_head(
-        x, h, weight, bias, norm_weight, spec.scale, spec.soft_clip, shift, flip, logdet, backend=backend
-    )
+    options = spec.scale, spec.soft_clip, shift, flip, logdet
+    return call("flow_head", x, h, weight, bias, norm_weight, *options, backend=backend)

@@ -6,7 +6,7 @@ import torch
 
 from ..checks import check_tensor
 from ..dispatch import register
-from ..library import define, differentiable
+from ..library import call, define, differentiable
 from . import onednn, reference
 
 ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias"
@@ -46,4 +46,4 @@ def linear(
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != x.dtype:
             raise TypeError(f"{name}: dtype {value.dtype}, expected that of x, {x.dtype}")
-    return torch.ops.starflow.linear(x, weight, bias, backend=backend)
+    return call("linear", x, weight, bias, backend=backend)

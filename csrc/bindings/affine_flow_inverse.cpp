@@ -1,0 +1,35 @@
+// Op of the inverse affine transform.
+#include "bindings.h"
+
+namespace starflow {
+
+namespace {
+
+// Rough number of values below which threads cost more than they bring.
+constexpr int64_t SERIAL = 1 << 14;
+
+// z and out have values side by side within a token; params and guidance are contiguous.
+void affine_flow_inverse(Tensor z, Tensor params, Optional guidance, int64_t scale, double clip, int64_t rule,
+                         Tensor out) {
+    InverseCall call{};
+    call.B = z.size(0), call.n = z.size(1), call.D = int(z.size(2));
+    call.affine = {Scale(scale), float(clip)}, call.rule = Rule(rule);
+    call.format = format(z), call.params_format = format(params);
+    call.z = z.data_ptr(), call.params = params.data_ptr(), call.guidance = data(guidance), call.x = out.data_ptr();
+    call.z_row = z.stride(0), call.z_token = z.stride(1), call.x_row = out.stride(0), call.x_token = out.stride(1);
+    torch::stable::parallel_for(0, call.B * call.n, SERIAL / call.D + 1, [&](int64_t first, int64_t last) {
+        kernels().affine_flow_inverse(call, first, last);
+    });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
+    m.def(
+        "affine_flow_inverse(Tensor z, Tensor params, Tensor? guidance, int scale, float clip, int rule, "
+        "Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(starflow_native, CPU, m) { m.impl("affine_flow_inverse", TORCH_BOX(&affine_flow_inverse)); }
+
+}  // namespace starflow

@@ -1,0 +1,88 @@
+// Ops of attention: in parallel over the heads of keys.
+#include <cmath>
+
+#include "../cpu/attention_sizes.h"
+#include "bindings.h"
+
+namespace starflow {
+
+namespace {
+
+// Rough number of operations below which threads cost more than they bring.
+constexpr int64_t SERIAL = 1 << 17;
+
+Heads heads(const Tensor& x) { return {data(x), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// `keys`: how many a query sees at most.
+AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos,
+                             const Optional& sin, int64_t rotary, int64_t window, double temperature, int64_t keys) {
+    AttentionCall call{};
+    call.B = q.size(0), call.T = q.size(1), call.H = int(q.size(2)), call.d = int(q.size(3));
+    call.H_kv = int(k.size(2));
+    call.window = window < keys ? window : 0;
+    call.rotary = Rotary(rotary);
+    call.scale = float(1 / (std::sqrt(double(call.d)) * temperature));
+    call.cos = data(cos), call.sin = data(sin);
+    call.q = heads(q), call.k = heads(k), call.v = heads(v);
+    return call;
+}
+
+// `floats`: scratch of a thread.
+template <class Kernel>
+void run_heads(const AttentionCall& call, int64_t keys, int64_t floats, Kernel kernel) {
+    int64_t work = call.T * (call.H / call.H_kv) * (call.window ? call.window : keys) * call.d;
+    torch::stable::parallel_for(0, call.B * call.H_kv, SERIAL / (work + 1) + 1, [&](int64_t first, int64_t last) {
+        std::vector<float> scratch(floats);
+        kernel(call, first, last, scratch.data());
+    });
+}
+
+void cached_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths, Optional cos,
+                      Optional sin, int64_t rotary, int64_t window, double temperature, Tensor out) {
+    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, k_cache.size(1));
+    call.out = heads(out), call.k_cache = heads(k_cache), call.v_cache = heads(v_cache), call.S = k_cache.size(1);
+    call.lengths = static_cast<const int32_t*>(lengths.data_ptr());
+    for (int64_t row = 0; row < call.B; ++row)
+        STD_TORCH_CHECK(call.lengths[row] >= 0 && call.lengths[row] + call.T <= call.S, "lengths do not fit the cache");
+    run_heads(call, call.S, cached_floats(call), kernels().cached_attention);
+}
+
+void causal_attention(Tensor q, Tensor k, Tensor v, Optional cos, Optional sin, int64_t rotary, int64_t window,
+                      double temperature, Tensor out, Tensor lse) {
+    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q.size(1));
+    call.out = heads(out), call.lse = data(lse);
+    run_heads(call, call.T, causal_floats(call, false), kernels().causal_attention);
+}
+
+void causal_attention_backward(Optional grad_out, Optional grad_lse, Tensor lse, Tensor q, Tensor k, Tensor v,
+                               Optional cos, Optional sin, int64_t rotary, int64_t window, double temperature,
+                               Tensor grad_q, Tensor grad_k, Tensor grad_v) {
+    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q.size(1));
+    call.lse = data(lse), call.grad_lse = data(grad_lse);
+    if (grad_out) call.grad_out = heads(*grad_out);
+    call.grad_q = heads(grad_q), call.grad_k = heads(grad_k), call.grad_v = heads(grad_v);
+    run_heads(call, call.T, causal_floats(call, true), kernels().causal_attention_backward);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
+    m.def(
+        "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, "
+        "Tensor? cos, Tensor? sin, int rotary, int window, float temperature, Tensor(c!) out) -> ()");
+    m.def(
+        "causal_attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, int rotary, int window, "
+        "float temperature, Tensor(a!) out, Tensor(b!) lse) -> ()");
+    m.def(
+        "causal_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor lse, Tensor q, Tensor k, Tensor v, "
+        "Tensor? cos, Tensor? sin, int rotary, int window, float temperature, Tensor(a!) grad_q, "
+        "Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(starflow_native, CPU, m) {
+    m.impl("cached_attention", TORCH_BOX(&cached_attention));
+    m.impl("causal_attention", TORCH_BOX(&causal_attention));
+    m.impl("causal_attention_backward", TORCH_BOX(&causal_attention_backward));
+}
+
+}  // namespace starflow

@@ -1,0 +1,131 @@
+// The affine transform, density direction, on rows of n values in cache. One short loop a step: a long chain of
+// operations would leave the machine waiting. Rows that are no input have room for n values and 4 vectors more.
+#pragma once
+
+#include "affine.h"
+#include "formats.h"
+
+namespace starflow::STARFLOW_ISA {
+
+constexpr int64_t ROOM = 4 * LANES;
+
+inline void clip_row(float* r, int64_t n, float clip) {
+    if (clip == 0) return;
+    for (int64_t i = 0; i < n; i += LANES) store(r + i, soft_clip(load(r + i), clip));
+}
+
+// The first of two steps of softplus_one.
+inline void softplus_powers(const float* a, int64_t n, float* v) {
+    for (int64_t i = 0; i < n; i += LANES) store(v + i, softplus_power(load(a + i)));
+}
+
+// A sum over many vectors, with what each addition rounds away (Kahan).
+struct LongSum {
+    Vec sum = splat(0.0f), lost = splat(0.0f);
+
+    INLINE void add(Vec value) {
+        Vec whole = value - lost, next = sum + whole;
+        lost = (next - sum) - whole;
+        sum = next;
+    }
+    double total() const {
+        float lanes[2][LANES];
+        double all = 0;
+        store(lanes[0], sum);
+        store(lanes[1], lost);
+        for (int i = 0; i < LANES; ++i) all += double(lanes[0][i]) - double(lanes[1][i]);
+        return all;
+    }
+};
+
+// Sum of log sigma over n values. With bounded sigma the logarithm of four at a time.
+inline double log_sigma_sum(const float* a, float* sigma, int64_t n, float clip) {
+    LongSum total;
+    if (clip > 0 && clip <= 16) {
+        for (int64_t i = n; i % ROOM; ++i) sigma[i] = 1;
+        for (int64_t i = 0; i < n; i += ROOM) {
+            Vec left = load(sigma + i) * load(sigma + i + LANES);
+            total.add(log(left * (load(sigma + i + 2 * LANES) * load(sigma + i + 3 * LANES))));
+        }
+        return total.total();
+    }
+    each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+        Vec l = log_sigma_of(load(a + i), load(sigma + i), Scale::softplus);
+        total.add(count < LANES ? select(first(count), l, splat(0.0f)) : l);
+    });
+    return total.total();
+}
+
+// z = (x - mu) / sigma; a and b, raw and with zeros past the end, are overwritten. Returns the sum of log sigma, or
+// writes -log sigma to `logdets` where that is not null. z == x allowed.
+inline double density_rows(float* a, float* b, float* sigma, const float* x, int64_t n, const Affine& affine, float* z,
+                           float* logdets) {
+    clip_row(b, n, affine.clip);
+    if (affine.scale == Scale::unit) {
+        each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+            store(z + i, load(x + i, count) - load(b + i), count);
+            if (logdets) store(logdets + i, splat(0.0f), count);
+        });
+        return 0;
+    }
+    clip_row(a, n, affine.clip);
+    if (affine.scale == Scale::exp) {
+        LongSum total;
+        each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+            Vec l = load(a + i);
+            store(z + i, (load(x + i, count) - load(b + i)) * exp(-l), count);
+            if (logdets) store(logdets + i, splat(0.0f) - l, count);
+            total.add(l);
+        });
+        return total.total();
+    }
+    softplus_powers(a, n, sigma);
+    each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+        Vec s = softplus_of(load(a + i), load(sigma + i));
+        store(sigma + i, s);
+        store(z + i, (load(x + i, count) - load(b + i)) / s, count);
+    });
+    if (!logdets) return log_sigma_sum(a, sigma, n, affine.clip);
+    each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+        store(logdets + i, splat(0.0f) - log_sigma_of(load(a + i), load(sigma + i), Scale::softplus), count);
+    });
+    return 0;
+}
+
+// Gradients with respect to x and the raw parameters: a and b, as density_rows takes them, are overwritten by theirs.
+// grad_l has room, too. grad_x == grad_z allowed.
+inline void density_gradient_rows(float* a, float* b, float* v, const float* grad_z, const float* z,
+                                  const float* grad_l, int64_t n, const Affine& affine, float* grad_x) {
+    Vec one = splat(1.0f), inverse = splat(affine.clip > 0 ? 1.0f / affine.clip : 0.0f);
+    auto through_clip = [&](Vec clipped) __attribute__((always_inline)) {
+        Vec tanh = clipped * inverse;
+        return fma(-tanh, tanh, one);
+    };
+    clip_row(b, n, affine.clip);
+    if (affine.scale == Scale::unit) {
+        each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+            Vec g = load(grad_z + i, count);
+            store(grad_x + i, g, count);
+            store(b + i, -g * through_clip(load(b + i)));
+        });
+        return;
+    }
+    clip_row(a, n, affine.clip);
+    bool softplus = affine.scale == Scale::softplus;
+    if (softplus) softplus_powers(a, n, v);
+    each(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+        Vec raw = load(a + i), g = load(grad_z + i, count), slope = one, grad;
+        if (softplus) {
+            Vec u = load(v + i), sigma = softplus_of(raw, u), inverse_both = one / ((one + u) * sigma);
+            slope = select(raw < splat(SOFTPLUS_SMALL), one, u * inverse_both);
+            grad = g * ((one + u) * inverse_both);
+        } else {
+            grad = g * exp(-raw);
+        }
+        store(a + i, -fma(g, load(z + i, count), load(grad_l + i)) * slope * through_clip(raw));
+        store(b + i, -grad * through_clip(load(b + i)));
+        store(grad_x + i, grad, count);
+    });
+}
+
+}  // namespace starflow::STARFLOW_ISA

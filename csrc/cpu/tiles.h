@@ -1,0 +1,50 @@
+// Products of small matrices that fit the caches. Each value is summed in ascending order, BLOCK terms at a time at
+// most, so it does not depend on the shapes of tiles.
+#pragma once
+
+#include "attention_sizes.h"
+#include "vec.h"
+
+namespace starflow::STARFLOW_ISA {
+
+// Sums that the registers hold, in tiles of 16 / columns rows.
+constexpr int SUMS = ACCUMULATORS >= 16 ? 16 : ACCUMULATORS >= 4 ? 4 : 2;
+constexpr int COLUMNS = SUMS == 16 ? 4 : SUMS == 4 ? 2 : 1;
+
+// Value (m, k) of the left matrix stands at a[m + k BLOCK] if it is stored across, else at a[m BLOCK + k].
+template <bool ACROSS, int TILES>
+__attribute__((noinline)) void multiply_tile(const float* a, const float* b, int64_t ldb, int64_t K, float* c,
+                                             int64_t ldc, bool add) {
+    constexpr int ROWS = SUMS / TILES;
+    for (int first = 0; first < LANES; first += ROWS) {
+        Vec sum[ROWS][TILES];
+        UNROLL for (int m = 0; m < ROWS; ++m)
+            UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = splat(0.0f);
+        const float* from = a + first * (ACROSS ? 1 : BLOCK);
+        for (int64_t k = 0; k < K; ++k) {
+            Vec column[TILES];
+            UNROLL for (int t = 0; t < TILES; ++t) column[t] = load(b + k * ldb + t * LANES);
+            UNROLL for (int m = 0; m < ROWS; ++m) {
+                Vec x = splat(from[ACROSS ? m + k * BLOCK : m * BLOCK + k]);
+                UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = fma(x, column[t], sum[m][t]);
+            }
+        }
+        UNROLL for (int m = 0; m < ROWS; ++m)
+            UNROLL for (int t = 0; t < TILES; ++t) {
+                float* to = c + (first + m) * ldc + t * LANES;
+                store(to, add ? load(to) + sum[m][t] : sum[m][t]);
+            }
+    }
+}
+
+// c (16, 16 tiles) = or += a (16, K) b (K, 16 tiles), K <= BLOCK.
+template <bool ACROSS>
+void multiply(const float* a, const float* b, int64_t ldb, int64_t K, int64_t tiles, float* c, int64_t ldc, bool add) {
+    for (; tiles >= COLUMNS; tiles -= COLUMNS, b += COLUMNS * LANES, c += COLUMNS * LANES)
+        multiply_tile<ACROSS, COLUMNS>(a, b, ldb, K, c, ldc, add);
+    for (; tiles >= 2 && COLUMNS > 2; tiles -= 2, b += 2 * LANES, c += 2 * LANES)
+        multiply_tile<ACROSS, COLUMNS < 2 ? 1 : 2>(a, b, ldb, K, c, ldc, add);
+    if (tiles > 0 && COLUMNS > 1) multiply_tile<ACROSS, 1>(a, b, ldb, K, c, ldc, add);
+}
+
+}  // namespace starflow::STARFLOW_ISA
