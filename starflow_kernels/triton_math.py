@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+# e - 1, rounded to float32, and the rest.
+HIGH = tl.constexpr(1.718281865119934)
+LOW = tl.constexpr(-3.666088899e-08)
+
 
 @triton.jit
 def tanh(x):
@@ -19,11 +23,12 @@ def tanh(x):
 
 @triton.jit
 def softplus_one(a):
-    """softplus(a + log(e - 1)) = log(1 + (e - 1) e^a), with what rounding takes from the argument put back."""
+    """softplus(a + log(e - 1)) = log(1 + (e - 1) e^a), with what rounding takes put back."""
     u = tl.exp(-tl.abs(a))
-    v = 1.71828183 * u
-    w = tl.where(a < 0, 1 + v, 1.71828183 + u)
-    return tl.log(w) + tl.where(a < 0, (v - (w - 1)) / w, a)
+    v = HIGH * u
+    w = tl.where(a < 0, 1 + v, HIGH + u)
+    lost = tl.where(a < 0, v - (w - 1) + LOW * u, u - (w - HIGH) + LOW)
+    return tl.log(w) + tl.where(a < 0, lost / w, a + lost / w)
 
 
 @triton.jit
@@ -49,6 +54,7 @@ def sigma_of(a, SCALE: tl.constexpr):
 def log_sigma_slope(a, sigma, SCALE: tl.constexpr):
     """d log sigma / d a."""
     if SCALE == "softplus":
-        u = 1.71828183 * tl.exp(tl.minimum(a, 80.0))
+        u = tl.exp(tl.minimum(a, 80.0))
+        u = HIGH * u + LOW * u
         return tl.where(a < -17, 1.0, u / ((1 + u) * sigma))
     return a * 0 + 1

@@ -1,44 +1,86 @@
-"""What the Triton backends share: whether Triton is there, where its kernels run, and elementary functions."""
+"""What the Triton backends share: whether Triton can run here, registration, and what its kernels take.
+
+Nothing here imports Triton before a tensor comes that its kernels can take.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 
 import torch
 
+from . import dispatch
+
 
 @functools.cache
-def missing() -> str | None:
-    """Why Triton cannot be used, or None."""
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    return None
-
-
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
+    """Whether kernels run in Triton's interpreter, on the CPU; Triton reads the switch once, when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refuse_tensors(*tensors: torch.Tensor | None) -> str | None:
-    """Why kernels cannot take tensors of this device or dtype, or None."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if not (tensor.is_cuda or interpreted()):
+@functools.cache
+def missing() -> str | None:
+    """Why Triton cannot be used on this machine, or None."""
+    if not interpreted() and torch.cuda.device_count() == 0:
+        return "torch sees no GPU, and TRITON_INTERPRET is not 1"
+    try:
+        found = importlib.util.find_spec("triton")
+    except ImportError:
+        found = None
+    return None if found else "triton is not installed"
+
+
+@functools.cache
+def _module(op: str):
+    """starflow_kernels/<op>/triton.py, or why it cannot be imported."""
+    try:
+        return importlib.import_module(f"starflow_kernels.{op}.triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+
+
+def _refuse_devices(args: tuple) -> str | None:
+    for tensor in args:
+        if isinstance(tensor, torch.Tensor) and not (tensor.is_cuda or interpreted()):
             return f"it runs on CUDA, not on {tensor.device.type}"
-        if tensor.dtype == torch.float64:
+    return None
+
+
+def refuse_tensors(*tensors: torch.Tensor | None) -> str | None:
+    """Why kernels cannot take tensors of these dtypes, or None."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
             return "it takes float32 and narrower"
-        if interpreted() and tensor.dtype == torch.bfloat16:
+        if tensor is not None and tensor.dtype == torch.bfloat16 and interpreted():
             return "Triton's interpreter has no bfloat16 arithmetic"
     return None
 
 
-def later(module: str, function: str) -> Callable:
-    """The function of a module that imports Triton, imported at its first call."""
-    return lambda *args: getattr(importlib.import_module(f"starflow_kernels.{module}"), function)(*args)
+def _deferred(op: str, function: str, refuse: str) -> tuple[Callable, Callable]:
+    def run_later(*args):
+        run = getattr(_module(op), function)
+        if interpreted():
+            return run(*args)
+        with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
+            return run(*args)
+
+    def refuse_later(*args) -> str | None:
+        if reason := _refuse_devices(args):
+            return reason
+        module = _module(op)
+        return module if isinstance(module, str) else getattr(module, refuse)(*args)
+
+    return run_later, refuse_later
+
+
+def register(op: str) -> None:
+    """Register the functions `op` and `op_backward` of <op>/triton.py, which `refuse` and `refuse_backward` guard.
+
+    The guards see arguments on a device that Triton runs on, and launches happen on that device.
+    """
+    dispatch.register(op, "triton", *_deferred(op, op, "refuse"), missing)
+    dispatch.register(f"{op}_backward", "triton", *_deferred(op, f"{op}_backward", "refuse_backward"), missing)

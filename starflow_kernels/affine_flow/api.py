@@ -9,7 +9,6 @@ from ..checks import check_tensor
 from ..dispatch import register
 from ..library import call, define, differentiable
 from ..spec import AffineSpec, Logdet, check_choice
-from ..triton_runtime import later
 from . import cpu, reference
 
 ARGUMENTS = "Tensor x, Tensor params, str scale, float soft_clip, bool shift, bool flip, str logdet"
@@ -30,8 +29,7 @@ define(
 differentiable("affine_flow", ARGUMENTS, 2, reference.affine_flow_backward)
 register("affine_flow", "native", cpu.affine_flow, cpu.refuse, native.missing)
 register("affine_flow_backward", "native", cpu.affine_flow_backward, cpu.refuse_backward, native.missing)
-for op, refuse in (("affine_flow", "refuse"), ("affine_flow_backward", "refuse_backward")):
-    register(op, "triton", later("affine_flow.triton", op), later("affine_flow.triton", refuse), triton_runtime.missing)
+triton_runtime.register("affine_flow")
 
 
 def affine_flow(

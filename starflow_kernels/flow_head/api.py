@@ -10,7 +10,6 @@ from ..checks import check_tensor
 from ..dispatch import register
 from ..library import call, define, differentiable
 from ..spec import AffineSpec, Logdet, check_choice
-from ..triton_runtime import later
 from . import cpu, reference
 
 ARGUMENTS = (
@@ -28,8 +27,7 @@ define(
 differentiable("flow_head", ARGUMENTS, 5, reference.flow_head_backward)
 register("flow_head", "native", cpu.flow_head, cpu.refuse, native.missing)
 register("flow_head_backward", "native", cpu.flow_head_backward, cpu.refuse_backward, native.missing)
-for op, refuse in (("flow_head", "refuse"), ("flow_head_backward", "refuse_backward")):
-    register(op, "triton", later("flow_head.triton", op), later("flow_head.triton", refuse), triton_runtime.missing)
+triton_runtime.register("flow_head")
 
 
 def flow_head(

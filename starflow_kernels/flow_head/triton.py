@@ -1,9 +1,11 @@
-"""Flow head in Triton: h is read once forward, raw parameters never reach memory.
+"""Flow head in Triton: raw parameters never reach memory.
 
-A program takes BLOCK_T consecutive tokens of one row through the projection, the norm's factor applied after it, and
-transforms the tokens that they belong to. Backward it computes the raw parameters anew. With raw gradients g of a token,
-r its norm's factor and G = sum over tokens of (r g) h^T, which one matrix product gives, dL/dW = G (1 + w) and dL/dw is
-the sum of W G over outputs; the mean that the norm's gradient needs is that of g with the parameters before the bias.
+A program takes BLOCK_T consecutive tokens of one row through the projection and transforms the tokens that they belong
+to. With bfloat16 weights h is read once and the norm's factor applied after the projection; float32 has too many digits
+for that and float16 too little range, so that there h is read twice, the second time from cache. Backward computes the
+raw parameters anew. With raw gradients g of a token, r its norm's factor and G = sum over tokens of (r g) h^T, which
+one matrix product gives, dL/dW = G (1 + w) and dL/dw is the sum of W G over outputs; the mean that the norm's gradient
+needs is that of g with the parameters before the bias.
 """
 
 from __future__ import annotations
@@ -19,13 +21,38 @@ from ..triton_runtime import refuse_tensors
 
 WIDEST = 256
 RMS_EPS = tl.constexpr(1e-6)
+# BLOCK_D: tokens and channels of a block, warps. The largest that compile without spills for every target.
+NARROW = {16: (64, 64, 4), 32: (64, 64, 4), 64: (32, 64, 4), 128: (32, 32, 8), 256: (16, 32, 8)}
+FLOAT32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (16, 32, 8), 128: (16, 16, 8), 256: (8, 16, 8)}
 
 
-def config(D: int, T: int) -> dict[str, int]:
-    """Block sizes for tokens of D values, rows of T tokens; nothing else decides them."""
+def config(D: int, dtype: torch.dtype) -> dict[str, int]:
+    """Block sizes for tokens of D values and a weight of `dtype`; nothing else decides them."""
     block_d = max(16, triton.next_power_of_2(D))
-    block_t = min(64 if block_d <= 64 else 32, max(16, triton.next_power_of_2(T)))
-    return {"BLOCK_T": block_t, "BLOCK_C": 64, "BLOCK_D": block_d, "num_warps": 4 if block_d <= 64 else 8}
+    block_t, block_c, warps = (FLOAT32 if dtype == torch.float32 else NARROW)[block_d]
+    return {"BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
+
+
+@triton.jit
+def _norm_factor(h, row, source, T, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """1 / sqrt(mean h^2 + eps) of each token: an error of it is one of all its parameters, so added up in float64."""
+    square = tl.zeros([BLOCK_T], tl.float64)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        x = tl.load(h + (row * T + source)[:, None] * C + c[None, :], (source < T)[:, None] & (c < C)[None, :], 0)
+        x = x.to(tl.float32)
+        square += tl.sum(x * x, 1)
+    return (1 / tl.sqrt(square / C + RMS_EPS)).to(tl.float32)
+
+
+@triton.jit
+def _add_product(x, y, total, lost):
+    """total + x y; float32 products are added with compensation, `lost` is what the last sum has rounded away."""
+    if x.dtype == tl.float32:
+        product = tl.dot(x, y, input_precision="ieee") - lost
+        grown = total + product
+        return grown, (grown - total) - product
+    return tl.dot(x, y, total), lost
 
 
 @triton.jit
@@ -38,24 +65,30 @@ def _raw(
     out = tl.arange(0, BLOCK_D)
     a = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     b = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    lost_a, lost_b = a, b
+    factor = tl.full([BLOCK_T], 1.0, tl.float32)
     square = tl.zeros([BLOCK_T], tl.float32)
     skip = 0 if SCALE == "unit" else D
+    FIRST: tl.constexpr = NORM and weight.dtype.element_ty != tl.bfloat16
+    if FIRST:
+        factor = _norm_factor(h, row, source, T, C, BLOCK_T, BLOCK_C)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         mask = (out < D)[None, :] & (c < C)[:, None]
         x = tl.load(h + (row * T + source)[:, None] * C + c[None, :], (source < T)[:, None] & (c < C)[None, :], 0)
         if NORM:
-            wide = x.to(tl.float32)
+            wide = x.to(tl.float32) * factor[:, None]
             square += tl.sum(wide * wide, 1)
             x = wide * (1 + tl.load(norm_weight + c, c < C, 0).to(tl.float32))[None, :]
         of_b = tl.load(weight + (skip + out)[None, :] * C + c[:, None], mask, 0)
         x = x.to(of_b.dtype)
-        b = tl.dot(x, of_b, b, input_precision="ieee")
+        b, lost_b = _add_product(x, of_b, b, lost_b)
         if SCALE != "unit":
-            a = tl.dot(x, tl.load(weight + out[None, :] * C + c[:, None], mask, 0), a, input_precision="ieee")
-    factor = tl.rsqrt(square / C + RMS_EPS) if NORM else square * 0 + 1
-    a *= factor[:, None]
-    b *= factor[:, None]
+            a, lost_a = _add_product(x, tl.load(weight + out[None, :] * C + c[:, None], mask, 0), a, lost_a)
+    if NORM and not FIRST:
+        factor = tl.rsqrt(square / C + RMS_EPS)
+        a *= factor[:, None]
+        b *= factor[:, None]
     raw_a, raw_b = a, b
     if BIAS:
         raw_b += tl.load(bias + skip + out, out < D, 0).to(tl.float32)[None, :]
@@ -179,17 +212,17 @@ def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _options(T, D, bias, norm_weight, scale, soft_clip, shift, flip, logdet) -> dict:
+def _options(D, weight, bias, norm_weight, scale, soft_clip, shift, flip, logdet) -> dict:
     return {
         "SCALE": scale, "CLIPPED": soft_clip > 0, "BIAS": bias is not None, "NORM": norm_weight is not None,
-        "SHIFT": shift, "FLIP": flip, "SUM": logdet != "none", **config(D, T),
+        "SHIFT": shift, "FLIP": flip, "SUM": logdet != "none", **config(D, weight.dtype),
     }  # fmt: skip
 
 
 def flow_head(x, h, weight, bias, norm_weight, *options) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.flow_head."""
     (B, T, D), C = x.shape, h.shape[2]
-    constants = _options(T, D, bias, norm_weight, *options)
+    constants = _options(D, weight, bias, norm_weight, *options)
     x, h, weight, bias, norm_weight = _contiguous(x, h, weight, bias, norm_weight)
     z, blocks = torch.empty_like(x), triton.cdiv(T, constants["BLOCK_T"])
     partial = x.new_empty((B, blocks) if constants["SUM"] else x.shape, dtype=torch.float32)
@@ -201,7 +234,7 @@ def flow_head(x, h, weight, bias, norm_weight, *options) -> tuple[torch.Tensor, 
 def flow_head_backward(grads, outputs, x, h, weight, bias, norm_weight, *options) -> list[torch.Tensor]:
     """See reference.flow_head_backward."""
     (B, T, D), C = x.shape, h.shape[2]
-    constants = _options(T, D, bias, norm_weight, *options)
+    constants = _options(D, weight, bias, norm_weight, *options)
     x, h, weight, bias, norm_weight, z, *grads = _contiguous(x, h, weight, bias, norm_weight, outputs[0], *grads)
     grad_x, grad_h = torch.empty_like(x), torch.empty_like(h)
     grad_raw, scaled = weight.new_empty((2, B * T, weight.shape[0]), dtype=torch.float32)
