@@ -35,8 +35,9 @@ TARGETS = {
 }
 PAGE = """# What the Triton kernels take of a chip
 
-Registers a thread / bytes of stack a thread (spilled registers) / bytes of shared memory a block, of every kernel in every
-shipped configuration, compiled by Triton {version} without a GPU. Written by `python -m benchmarks.triton_resources`.
+Registers a thread / bytes of stack a thread (spilled registers) / bytes of shared memory a block, of every kernel in
+every shipped configuration, compiled by Triton {version} without a GPU. Written by
+`python -m benchmarks.triton_resources --write docs/triton.md`.
 
 {table}
 """
@@ -180,7 +181,8 @@ def main() -> int:
     if args.write:
         args.write.write_text(page)
     complaints = [f"{label}: {why}" for (label, target), value in found.items() if (why := complaint(value, target))]
-    print("\n".join(complaints), file=sys.stderr)
+    for line in complaints:
+        print(line, file=sys.stderr)
     return 1 if args.check and complaints else 0
 
 

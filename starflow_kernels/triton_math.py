@@ -47,7 +47,7 @@ def sigma_of(a, SCALE: tl.constexpr):
     if SCALE == "softplus":
         sigma = softplus_one(a)
         return sigma, tl.where(a < -17, a + 0.541324855, tl.log(sigma))
-    return a * 0 + 1, a * 0
+    return tl.full(a.shape, 1.0, tl.float32), tl.zeros_like(a)
 
 
 @triton.jit
@@ -57,4 +57,4 @@ def log_sigma_slope(a, sigma, SCALE: tl.constexpr):
         u = tl.exp(tl.minimum(a, 80.0))
         u = HIGH * u + LOW * u
         return tl.where(a < -17, 1.0, u / ((1 + u) * sigma))
-    return a * 0 + 1
+    return tl.full(a.shape, 1.0, tl.float32)

@@ -34,7 +34,7 @@ def _transform(params, row, source, dimension, inside, T, D, clip, SCALE: tl.con
     if SCALE == "unit":
         at = params + (row * T + source) * D + dimension
         b = soft_clipped(tl.load(at, known, 0).to(tl.float32), clip, CLIPPED)
-        a = b * 0
+        a = tl.zeros_like(b)
     else:
         at = params + (row * T + source) * 2 * D + dimension
         a = soft_clipped(tl.load(at, known, 0).to(tl.float32), clip, CLIPPED)
