@@ -84,3 +84,36 @@ def register(op: str) -> None:
     """
     dispatch.register(op, "triton", *_deferred(op, op, "refuse"), missing)
     dispatch.register(f"{op}_backward", "triton", *_deferred(op, f"{op}_backward", "refuse_backward"), missing)
+
+
+def warmup(op: Callable, *args, **options) -> None:
+    """Compile the Triton kernels that op(*args, **options) launches and run them once, so that no later call waits.
+
+    Nothing is tuned: block sizes are fixed by dtype and widths. Compiled kernels stay in Triton's cache on disk.
+
+    Args:
+        op: an op of this package with a Triton backend.
+        args, options: those of the call, without `backend`. Of a tensor only shape, dtype and requires_grad matter: it
+            may be a meta tensor, and a batch of one is enough. Where one requires a gradient, the gradient's kernels
+            are compiled too, for a loss that uses every output.
+
+    Raises:
+        ValueError: Triton cannot run the call, with the reason.
+    """
+    if reason := missing():
+        raise ValueError(f"no Triton kernels to compile: {reason}")
+    device = "cpu" if interpreted() else "cuda"
+
+    def stand_in(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.zeros(value.shape, dtype=value.dtype, device=device, requires_grad=value.requires_grad)
+
+    with torch.enable_grad():
+        options = {name: stand_in(value) for name, value in options.items()}
+        outputs = op(*(stand_in(value) for value in args), **options, backend="triton")
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    if any(output.requires_grad for output in outputs):
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    if device == "cuda":
+        torch.cuda.synchronize()
