@@ -114,11 +114,11 @@ def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
             raise AssertionError(f"result {i}: largest difference {(a.double() - b.double()).abs().max().item():.2e}")
 
 
-def contract(case: Case, bench: Bench) -> str:
-    """Outputs and gradients against float64."""
+def contract(case: Case, bench: Bench, wide: torch.dtype = torch.float64) -> str:
+    """Outputs and gradients against the specification in a wider dtype."""
     found = passes(ours(case), case.tensors)
     usual = passes(plain(case), case.tensors)
-    exact = passes(plain(case), [t.double() for t in case.tensors])
+    exact = [t.double() for t in passes(plain(case), [t.to(wide) for t in case.tensors])]
     worst = 0.0
     for i, (value, torchs, right) in enumerate(zip(found, usual, exact, strict=True)):
         if not torch.isfinite(value).all():
@@ -223,8 +223,9 @@ def check(op: str, shape: tuple[int, ...], dtype: torch.dtype, bench: Bench) -> 
 
 
 def time_op(op: str, shape: tuple[int, ...], bench: Bench, ceilings: dict[str, float]) -> list[dict]:
-    """A row a pass and code."""
+    """A row a pass and code, once the op is right at this shape."""
     case, rows = MAKE[op](shape, bench.timed_dtype, bench.device), []
+    error = contract(case, bench, torch.float64 if bench.timed_dtype == torch.float32 else torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(plain(case), backend=bench.compiler)
     ones = [torch.ones_like(output) for output in plain(case)(case.tensors)]
@@ -234,6 +235,7 @@ def time_op(op: str, shape: tuple[int, ...], bench: Bench, ceilings: dict[str, f
         operations = case.flops * (1 + case.backward_flops if gradient else 1)
         floor = max(moved / ceilings["bytes_a_second"], operations / ceilings["operations_a_second"])
         row = {"op": op, "shape": shape, "dtype": str(bench.timed_dtype)[6:], "pass": "both" if gradient else "forward"}
+        row["error"] = error
         for name, function in codes.items():
 
             def run(function=function, gradient=gradient):

@@ -68,11 +68,11 @@ def flow_head(shape, dtype, device) -> Case:
 
 
 def _angles(T: int, d: int, dtype: torch.dtype, device: str) -> dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]:
-    """cos and sin in float32, for tensors of a dtype, and the same values for float64."""
+    """cos and sin for tensors of a dtype and of wider ones: values of float32 in all."""
     pair = torch.arange(d // 2, dtype=torch.float64)
     angle = torch.arange(T, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * pair / d)
     cos, sin = angle.cos().to(device, torch.float32), angle.sin().to(device, torch.float32)
-    return {dtype: (cos, sin), torch.float64: (cos.double(), sin.double())}
+    return {dtype: (cos, sin), torch.float32: (cos, sin), torch.float64: (cos.double(), sin.double())}
 
 
 def causal_attention(shape, dtype, device) -> Case:
