@@ -22,8 +22,8 @@ from ..triton_runtime import refuse_tensors
 WIDEST = 256
 RMS_EPS = tl.constexpr(1e-6)
 # BLOCK_D: tokens and channels of a block, warps. The largest that compile without spills for every target.
-NARROW = {16: (64, 64, 4), 32: (32, 64, 4), 64: (32, 64, 8), 128: (32, 32, 8), 256: (16, 16, 8)}
-FLOAT32 = {16: (32, 32, 8), 32: (32, 32, 4), 64: (16, 32, 8), 128: (16, 16, 8), 256: (8, 16, 8)}
+NARROW = {16: (64, 64, 4), 32: (32, 64, 4), 64: (16, 64, 4), 128: (32, 32, 8), 256: (16, 16, 8)}
+FLOAT32 = {16: (32, 16, 4), 32: (32, 32, 4), 64: (16, 32, 8), 128: (16, 16, 8), 256: (8, 16, 8)}
 
 
 def config(D: int, dtype: torch.dtype) -> dict[str, int]:
