@@ -10,6 +10,7 @@ from .flow_head.api import flow_head
 from .linear.api import linear
 from .solve_inverse.api import SolveReport, solve_inverse
 from .spec import AffineSpec, BlockSpec
+from .triton_runtime import warmup
 
 __all__ = [
     "AffineSpec",
@@ -25,4 +26,5 @@ __all__ = [
     "flow_head",
     "linear",
     "solve_inverse",
+    "warmup",
 ]

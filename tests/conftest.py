@@ -11,7 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from starflow_kernels import backends, triton_runtime
+
 torch.set_num_threads(1)
+interpreted = pytest.mark.skipif(
+    not triton_runtime.interpreted() or triton_runtime.missing() is not None,
+    reason="it needs TRITON_INTERPRET=1 and triton",
+)
+
+
+def cpu_backends(op: str) -> list[str]:
+    """Backends of an op for tensors on the CPU; Triton's slow interpreter has test_*_triton.py to itself."""
+    return [name for name in backends()[op] if name != "triton"]
 
 
 @pytest.fixture(autouse=True)

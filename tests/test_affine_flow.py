@@ -6,9 +6,18 @@ import itertools
 
 import pytest
 import torch
-from conftest import assert_same_row, assert_within_contract, compiled, naive_affine, reduced, strided, with_gradients
+from conftest import (
+    assert_same_row,
+    assert_within_contract,
+    compiled,
+    cpu_backends,
+    naive_affine,
+    reduced,
+    strided,
+    with_gradients,
+)
 
-from starflow_kernels import AffineSpec, affine_flow, backends
+from starflow_kernels import AffineSpec, affine_flow
 
 F64 = torch.float64
 SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
@@ -20,7 +29,7 @@ every_order = pytest.mark.parametrize(
 every_logdet = pytest.mark.parametrize("logdet", ["sum", "mean", "none"])
 
 
-@pytest.fixture(params=backends()["affine_flow"])
+@pytest.fixture(params=cpu_backends("affine_flow"))
 def backend(request):
     return request.param
 

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from conftest import assert_same_row, assert_within_contract, compiled, naive_raw, naive_sigma, strided
+from conftest import assert_same_row, assert_within_contract, compiled, cpu_backends, naive_raw, naive_sigma, strided
 
-from starflow_kernels import AffineSpec, affine_flow, affine_flow_inverse, backends
+from starflow_kernels import AffineSpec, affine_flow, affine_flow_inverse
 
 F64 = torch.float64
 SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
@@ -18,7 +18,7 @@ every_rule = pytest.mark.parametrize("rule", ["tarflow", "starflow"])
 GUIDED = [None, "tarflow", "starflow"]
 
 
-@pytest.fixture(params=backends()["affine_flow_inverse"])
+@pytest.fixture(params=cpu_backends("affine_flow_inverse"))
 def backend(request):
     return request.param
 

@@ -13,6 +13,7 @@ from conftest import (
     assert_same_row,
     assert_within_contract,
     compiled,
+    cpu_backends,
     naive_affine,
     naive_attention,
     naive_raw,
@@ -23,7 +24,7 @@ from conftest import (
     with_gradients,
 )
 
-from starflow_kernels import AffineSpec, BlockSpec, backends, block_forward, block_inverse
+from starflow_kernels import AffineSpec, BlockSpec, block_forward, block_inverse
 
 F64 = torch.float64
 T = 5
@@ -55,12 +56,12 @@ BLOCKS = {
 every_block = pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
 
 
-@pytest.fixture(params=backends()["block_forward"])
+@pytest.fixture(params=cpu_backends("block_forward"))
 def forward(request):
     return request.param
 
 
-@pytest.fixture(params=backends()["block_inverse"])
+@pytest.fixture(params=cpu_backends("block_inverse"))
 def inverse(request):
     return request.param
 

@@ -11,6 +11,7 @@ from conftest import (
     assert_same_row,
     assert_within_contract,
     compiled,
+    cpu_backends,
     naive_attention,
     naive_rotate,
     naive_visible,
@@ -18,7 +19,7 @@ from conftest import (
     strided,
 )
 
-from starflow_kernels import backends, cached_attention, causal_attention, native
+from starflow_kernels import cached_attention, causal_attention, native
 
 F64 = torch.float64
 ROTARY = ["none", "interleaved", "half"]
@@ -28,7 +29,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 every_window = pytest.mark.parametrize("window", [None, 1, 3])
 
 
-@pytest.fixture(params=backends()["cached_attention"])
+@pytest.fixture(params=cpu_backends("cached_attention"))
 def backend(request):
     return request.param
 

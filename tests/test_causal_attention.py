@@ -9,6 +9,7 @@ from conftest import (
     assert_same_row,
     assert_within_contract,
     compiled,
+    cpu_backends,
     naive_attention,
     naive_rotate,
     naive_visible,
@@ -17,7 +18,7 @@ from conftest import (
     with_gradients,
 )
 
-from starflow_kernels import backends, causal_attention, native
+from starflow_kernels import causal_attention, native
 
 F64 = torch.float64
 ROTARY = ["none", "interleaved", "half"]
@@ -28,7 +29,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 every_grouping = pytest.mark.parametrize("H, H_kv", [(2, 2), (4, 2), (3, 1)])
 
 
-@pytest.fixture(params=backends()["causal_attention"])
+@pytest.fixture(params=cpu_backends("causal_attention"))
 def backend(request):
     return request.param
 

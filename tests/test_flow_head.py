@@ -6,9 +6,18 @@ import itertools
 
 import pytest
 import torch
-from conftest import assert_same_row, assert_within_contract, compiled, naive_affine, reduced, strided, with_gradients
+from conftest import (
+    assert_same_row,
+    assert_within_contract,
+    compiled,
+    cpu_backends,
+    naive_affine,
+    reduced,
+    strided,
+    with_gradients,
+)
 
-from starflow_kernels import AffineSpec, backends, flow_head
+from starflow_kernels import AffineSpec, flow_head
 
 F64 = torch.float64
 SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
@@ -21,7 +30,7 @@ every_part = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=backends()["flow_head"])
+@pytest.fixture(params=cpu_backends("flow_head"))
 def backend(request):
     return request.param
 

@@ -75,6 +75,46 @@ def test_importing_needs_torch_alone():
     assert process.stdout.split() == ["imported", str(PACKAGE / "__init__.py")]
 
 
+WITHOUT_TRITON = """
+import sys
+import torch
+assert "triton" not in sys.modules
+torch.cuda.device_count = lambda: GPUS
+from starflow_kernels import affine_flow, backends, causal_attention, flow_head
+x, q = torch.ones(1, 2, 3, requires_grad=True), torch.ones(1, 2, 1, 4, requires_grad=True)
+for attempt in (None, "triton"):
+    calls = (
+        lambda: affine_flow(x, torch.zeros(1, 2, 6), backend=attempt),
+        lambda: flow_head(x, torch.zeros(1, 2, 4), torch.zeros(6, 4), backend=attempt),
+    )
+    for call in calls:
+        try:
+            sum(output.sum() for output in call()).backward()
+            assert attempt is None
+        except ValueError as error:
+            assert attempt and "backend='triton' cannot run" in str(error) and REASON in str(error), error
+causal_attention(q, q, q).sum().backward()
+print(backends()["affine_flow"]["triton"])
+assert "triton" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "gpus, reason, listed",
+    [(0, "torch sees no GPU", "torch sees no GPU, and TRITON_INTERPRET is not 1"), (1, "not on cpu", "available")],
+)
+def test_calls_on_the_cpu_never_import_triton(gpus, reason, listed, tmp_path):
+    """With an installed package of that name, and with and without a GPU."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"}
+    environment.pop("TRITON_INTERPRET", None)
+    code = f"GPUS, REASON = {gpus}, {reason!r}\n{WITHOUT_TRITON}"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == listed
+
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

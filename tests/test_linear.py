@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_within_contract, compiled, strided, with_gradients
+from conftest import assert_within_contract, compiled, cpu_backends, strided, with_gradients
 
-from starflow_kernels import backends, linear
+from starflow_kernels import linear
 
 F64 = torch.float64
 SIZES = [(1, 1, 1, 1), (3, 2, 8, 24), (1, 63, 80, 17), (2, 111, 33, 64), (0, 4, 5, 6)]
 
 
-@pytest.fixture(params=backends()["linear"])
+@pytest.fixture(params=cpu_backends("linear"))
 def backend(request):
     return request.param
 

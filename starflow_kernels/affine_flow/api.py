@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import native
+from .. import native, triton_runtime
 from ..checks import check_tensor
 from ..dispatch import register
 from ..library import call, define, differentiable
@@ -29,6 +29,7 @@ define(
 differentiable("affine_flow", ARGUMENTS, 2, reference.affine_flow_backward)
 register("affine_flow", "native", cpu.affine_flow, cpu.refuse, native.missing)
 register("affine_flow_backward", "native", cpu.affine_flow_backward, cpu.refuse_backward, native.missing)
+triton_runtime.register("affine_flow")
 
 
 def affine_flow(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import native
+from .. import native, triton_runtime
 from ..affine_flow.api import empty_logdet
 from ..checks import check_tensor
 from ..dispatch import register
@@ -27,6 +27,7 @@ define(
 differentiable("flow_head", ARGUMENTS, 5, reference.flow_head_backward)
 register("flow_head", "native", cpu.flow_head, cpu.refuse, native.missing)
 register("flow_head_backward", "native", cpu.flow_head_backward, cpu.refuse_backward, native.missing)
+triton_runtime.register("flow_head")
 
 
 def flow_head(

@@ -1,0 +1,335 @@
+"""The Triton backends on one GPU: checks of every op, then times beside their floors and peers.
+
+    python -m benchmarks.gpu          # writes benchmarks/results/gpu_<device>.json and .md
+    python -m benchmarks.gpu --dry    # the same code on the CPU in Triton's interpreter: tiny shapes, no claims
+
+A check that fails is recorded and the rest goes on; the exit status is then 1. The floor of a time is the larger of
+bytes / copy bandwidth and operations / bfloat16 matrix product peak, both measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from starflow_kernels import backends
+
+from .gpu_cases import CHECKED, DRY, MAKE, TIMED, Case
+from .machine import HERE, description
+
+GIB = 2**30
+
+
+class Skip(Exception):
+    """A check that cannot be made here."""
+
+
+class Bench:
+    """Where everything runs: a GPU, or in a dry run the CPU."""
+
+    def __init__(self, dry: bool):
+        self.dry, self.device = dry, "cpu" if dry else "cuda"
+        self.dtypes = [torch.float32, torch.float16] if dry else [torch.float32, torch.bfloat16, torch.float16]
+        self.timed_dtype = torch.float32 if dry else torch.bfloat16
+        self.compiler = "aot_eager" if dry else "inductor"
+
+    def seconds(self, run: Callable) -> float:
+        """Median seconds of run()."""
+        if self.dry:
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        run()
+        torch.cuda.synchronize()
+        cold, times = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda"), []
+        for _ in range(30):
+            cold.zero_()  # what the last call left in cache
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            times.append((start, end))
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in times) / 1e3
+
+    def peak_memory(self, run: Callable) -> int | None:
+        """Bytes that run() allocates beyond what was there."""
+        if self.dry:
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def ceilings(self) -> dict[str, float]:
+        """Bytes a second of a copy, read and written, and operations a second of a bfloat16 matrix product."""
+        size, n = (2**16, 64) if self.dry else (GIB, 8192)
+        source = torch.ones(size, dtype=torch.int8, device=self.device)
+        target = torch.empty_like(source)
+        a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=self.device) for _ in range(2))
+        return {
+            "bytes_a_second": 2 * size / self.seconds(lambda: target.copy_(source)),
+            "operations_a_second": 2 * n**3 / self.seconds(lambda: a @ b),
+        }
+
+
+def passes(function: Callable, tensors: list[torch.Tensor], grads: list | None = None) -> list[torch.Tensor]:
+    """Outputs of function(tensors) and the gradients of all tensors, for outputs' gradients of a fixed draw."""
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    outputs = function(tensors)
+    if grads is None:
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, tensors, grads)]
+
+
+def ours(case: Case) -> Callable:
+    """The op on Triton."""
+    return lambda tensors: case.run(tensors, "triton")
+
+
+def plain(case: Case) -> Callable:
+    """The specification in plain PyTorch."""
+    return lambda tensors: case.run(tensors, "reference")
+
+
+def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Raise unless they are the same to the bit."""
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if not torch.equal(a, b):
+            raise AssertionError(f"result {i}: largest difference {(a.double() - b.double()).abs().max().item():.2e}")
+
+
+def contract(case: Case, bench: Bench, wide: torch.dtype = torch.float64) -> str:
+    """Outputs and gradients against the specification in a wider dtype."""
+    found = passes(ours(case), case.tensors)
+    usual = passes(plain(case), case.tensors)
+    exact = [t.double() for t in passes(plain(case), [t.to(wide) for t in case.tensors])]
+    worst = 0.0
+    for i, (value, torchs, right) in enumerate(zip(found, usual, exact, strict=True)):
+        if not torch.isfinite(value).all():
+            raise AssertionError(f"result {i} is not finite")
+        error, allowed = ((t.double() - right).abs().max().item() for t in (value, torchs))
+        bound = 2 * (allowed + torch.finfo(value.dtype).eps * right.abs().max().item())
+        worst = max(worst, error / bound)
+    if worst > 1:
+        raise AssertionError(f"{worst:.2f} of the error that the contract allows")
+    return f"{worst:.2f} of the allowed error"
+
+
+def deterministic(case: Case, bench: Bench) -> None:
+    """Twice the same."""
+    equal(passes(ours(case), case.tensors), passes(ours(case), case.tensors))
+
+
+def batch_invariant(case: Case, bench: Bench) -> None:
+    """A row alone and in the batch."""
+    if case.shape[0] == 1:
+        raise Skip("one row")
+
+    def rows(results: list[torch.Tensor], outputs: int) -> list[torch.Tensor]:
+        return results[: outputs + case.batched]
+
+    outputs = len(ours(case)(case.tensors))
+    generator = torch.Generator().manual_seed(2)
+    grads = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in ours(case)(case.tensors)]
+    batch = rows(passes(ours(case), case.tensors, grads), outputs)
+    alone = [t[-1:] if i < case.batched else t for i, t in enumerate(case.tensors)]
+    equal(rows(passes(ours(case), alone, [g[-1:] for g in grads]), outputs), [t[-1:] for t in batch])
+
+
+def compiles(case: Case, bench: Bench) -> None:
+    """As one graph, with the same bits."""
+    torch._dynamo.reset()
+    graph = torch.compile(ours(case), fullgraph=True, backend=bench.compiler)
+    equal(passes(graph, case.tensors), passes(ours(case), case.tensors))
+
+
+def checkpoints(case: Case, bench: Bench) -> None:
+    """Under activation checkpointing."""
+    again = lambda tensors: checkpoint(ours(case), tensors, use_reentrant=False)  # noqa: E731
+    equal(passes(again, case.tensors), passes(ours(case), case.tensors))
+
+
+def autocasts(case: Case, bench: Bench) -> None:
+    """Autocast leaves the op in the dtypes of its inputs."""
+    with torch.autocast(bench.device, torch.bfloat16 if case.tensors[0].dtype == torch.float16 else torch.float16):
+        inside = ours(case)(case.tensors)
+    equal(list(inside), list(ours(case)(case.tensors)))
+
+
+def captures(case: Case, bench: Bench) -> None:
+    """In a CUDA graph, replayed on new inputs."""
+    if bench.dry:
+        raise Skip("it needs a GPU")
+    static = [t.clone().zero_() for t in case.tensors]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), torch.no_grad():
+        ours(case)(static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        outputs = ours(case)(static)
+    for t, value in zip(static, case.tensors):
+        t.copy_(value)
+    graph.replay()
+    equal(list(outputs), list(ours(case)(case.tensors)))
+
+
+CHECKS = {
+    "error contract": contract,
+    "determinism": deterministic,
+    "batch invariance": batch_invariant,
+    "fullgraph compile": compiles,
+    "checkpointing": checkpoints,
+    "autocast": autocasts,
+    "CUDA graph": captures,
+}
+
+
+def attempt(function: Callable, *args) -> tuple[str, str]:
+    """ "passed", "skipped" or "failed", and what the function says of it."""
+    try:
+        return "passed", function(*args) or ""
+    except Skip as reason:
+        return "skipped", str(reason)
+    except Exception as error:
+        traceback.print_exc()
+        return "failed", f"{type(error).__name__}: {error}"[:500]
+
+
+def check(op: str, shape: tuple[int, ...], dtype: torch.dtype, bench: Bench) -> list[dict]:
+    """A row a check."""
+    rows = []
+    for name, function in CHECKS.items():
+        result, note = attempt(lambda function=function: function(MAKE[op](shape, dtype, bench.device), bench))
+        rows.append({"op": op, "shape": shape, "dtype": str(dtype)[6:], "check": name, "result": result, "note": note})
+        print(f"{op} {shape} {rows[-1]['dtype']}: {name} {result} {note}", flush=True)
+    return rows
+
+
+def time_op(op: str, shape: tuple[int, ...], bench: Bench, ceilings: dict[str, float]) -> list[dict]:
+    """A row a pass and code, once the op is right at this shape."""
+    case, rows = MAKE[op](shape, bench.timed_dtype, bench.device), []
+    error = contract(case, bench, torch.float64 if bench.timed_dtype == torch.float32 else torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(plain(case), backend=bench.compiler)
+    ones = [torch.ones_like(output) for output in plain(case)(case.tensors)]
+    codes = {"ours": ours(case), "eager reference": plain(case), "compiled reference": compiled, **case.peers}
+    for gradient in (False, True):
+        moved = case.bytes * (3 if gradient else 1)
+        operations = case.flops * (1 + case.backward_flops if gradient else 1)
+        floor = max(moved / ceilings["bytes_a_second"], operations / ceilings["operations_a_second"])
+        row = {"op": op, "shape": shape, "dtype": str(bench.timed_dtype)[6:], "pass": "both" if gradient else "forward"}
+        row["error"] = error
+        for name, function in codes.items():
+
+            def run(function=function, gradient=gradient):
+                if gradient:
+                    return passes(function, case.tensors, ones)
+                with torch.no_grad():
+                    return function(case.tensors)
+
+            def measure(run=run):
+                run()
+                return {"seconds": bench.seconds(run), "peak_bytes": bench.peak_memory(run)}
+
+            result, found = attempt(measure)
+            measured = found if result == "passed" else {"failed": found}
+            rows.append({**row, "code": name, "floor_seconds": floor, **measured})
+            if not bench.dry:
+                print(rows[-1], flush=True)
+    return rows
+
+
+def machine(bench: Bench) -> dict[str, str | int]:
+    """Device, driver, versions, commit and date."""
+    import triton
+
+    found = {**description(), "triton": triton.__version__, "device": "CPU, Triton's interpreter: a dry run"}
+    if not bench.dry:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            driver = "unknown"
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        found |= {"device": torch.cuda.get_device_name(), "capability": capability, "driver": driver}
+        found |= {"cuda": torch.version.cuda or torch.version.hip or "unknown"}
+    return found
+
+
+def markdown(result: dict) -> str:
+    """The result as a page."""
+    lines = ["# Triton kernels on " + result["machine"]["device"], ""]
+    lines += [f"- {name}: {value}" for name, value in result["machine"].items()]
+    lines += [f"- {name}: {value:.3e}" for name, value in result["ceilings"].items()]
+    lines += ["", "| op | shape | dtype | check | result | note |", "|---|---|---|---|---|---|"]
+    for r in result["checks"]:
+        note = r["note"].replace("|", "/").replace("\n", " ")
+        lines.append(f"| {r['op']} | {r['shape']} | {r['dtype']} | {r['check']} | {r['result']} | {note} |")
+    lines += [
+        "",
+        "| op | shape | pass | code | us | floor, us | of the floor | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in result["timings"]:
+        where = f"| {r['op']} | {r['shape']} | {r['pass']} | {r['code']} "
+        if "failed" in r:
+            lines.append(f"{where}| failed | | | |")
+            continue
+        memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.0f}"
+        us, floor = 1e6 * r["seconds"], 1e6 * r["floor_seconds"]
+        lines.append(f"{where}| {us:.1f} | {floor:.1f} | {floor / us:.0%} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, results to a temporary folder")
+    parser.add_argument("--ops", nargs="+", choices=MAKE, default=list(MAKE))
+    args = parser.parse_args()
+    if args.dry:
+        os.environ["TRITON_INTERPRET"] = "1"
+    listing = {op: backends().get(op, {}).get("triton") for op in args.ops}
+    ops = [op for op, state in listing.items() if state == "available"]
+    if not ops:
+        print(f"nothing to run: {listing}", file=sys.stderr)
+        return 1
+    bench = Bench(args.dry)
+    result = {"machine": machine(bench), "ceilings": bench.ceilings(), "checks": [], "timings": []}
+    folder = Path(tempfile.mkdtemp()) if args.dry else HERE / "results"
+    name = "dry" if args.dry else "".join(c if c.isalnum() else "_" for c in result["machine"]["device"].lower())
+    for op in ops:
+        for shape in (DRY if args.dry else CHECKED)[op]:
+            for dtype in bench.dtypes:
+                result["checks"] += check(op, shape, dtype, bench)
+        for shape in (DRY if args.dry else TIMED)[op]:
+            state, rows = attempt(time_op, op, shape, bench, result["ceilings"])
+            if state == "failed":
+                rows = [{"op": op, "shape": shape, "dtype": "", "pass": "", "code": "all", "failed": rows}]
+            result["timings"] += rows
+        (folder / f"gpu_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / f"gpu_{name}.md").write_text(markdown(result))
+    failed = [r for r in result["checks"] if r["result"] == "failed"] + [r for r in result["timings"] if "failed" in r]
+    counts = f"{len(result['checks'])} checks, {len(result['timings'])} timings, {len(failed)} failed"
+    print(f"{counts}: {folder}/gpu_{name}.md")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""What each Triton kernel takes of a chip, read out of the compiled code; needs no GPU.
+
+    python -m benchmarks.triton_resources --check --write docs/triton.md
+
+Every kernel is compiled in every shipped configuration for every target, as it is launched: pointers on 16 bytes, sizes
+that 16 divides. --check fails where registers are spilled on an NVIDIA target or a target lacks the shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from starflow_kernels.affine_flow import triton as affine_flow
+from starflow_kernels.flow_head import triton as flow_head
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+PAGE = """# What the Triton kernels take of a chip
+
+Registers a thread / bytes of stack a thread (spilled registers) / bytes of shared memory a block, of every kernel in
+every shipped configuration, compiled by Triton {version} without a GPU. Written by
+`python -m benchmarks.triton_resources --write docs/triton.md`.
+
+{table}
+"""
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
+
+class Launch(NamedTuple):
+    """A kernel, the types of its run-time arguments, and its compile-time ones, num_warps and num_stages among them.
+
+    sizes: the arguments that 16 divides.
+    """
+
+    kernel: triton.JITFunction
+    types: dict[str, str]
+    constants: dict
+    sizes: tuple[str, ...] = ("T", "C", "D")
+
+
+class Resources(NamedTuple):
+    """Registers a thread, bytes of stack a thread (spills), bytes of shared memory a block."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def _affine_flow() -> dict[str, Launch]:
+    options = {"SHIFT": True, "FLIP": True, **affine_flow.CONFIG}
+    variants = {"softplus, clip": {"SCALE": "softplus", "CLIPPED": True}, "exp": {"SCALE": "exp", "CLIPPED": False}}
+    sizes = {"T": "i32", "D": "i32", "clip": "fp32", "factor": "fp32"}
+    grads = {name: "*bf16" for name in ("x", "params", "z", "grad_z", "grad_x", "grad_params")}
+    launches = {}
+    for name, variant in variants.items():
+        for sum_ in (True, False):
+            constants = {**options, **variant, "SUM": sum_}
+            label = f"{name}, {'sum' if sum_ else 'none'}"
+            forward = Launch(affine_flow.forward_kernel, {**grads, **sizes, "logdet": "*fp32"}, constants)
+            constants = {**constants, "HAS_Z": True, "HAS_LOGDET": True}
+            backward = Launch(affine_flow.backward_kernel, {**grads, **sizes, "grad_logdet": "*fp32"}, constants)
+            launches |= {f"affine_flow, {label}": forward, f"affine_flow_backward, {label}": backward}
+    types = {"partial": "*fp32", "logdet": "*fp32", "chunks": "i32", "factor": "fp32"}
+    launches["affine_flow, sum of a row"] = Launch(affine_flow.sum_kernel, types, {"BLOCK": 1024})
+    return launches
+
+
+def _flow_head() -> dict[str, Launch]:
+    names = ("x", "h", "weight", "bias", "norm_weight", "z", "grad_z", "grad_x", "grad_h")
+    others = {name: "*fp32" for name in ("grad_raw", "scaled", "logdet", "grad_logdet")}
+    others |= {"T": "i32", "C": "i32", "D": "i32", "clip": "fp32", "share": "fp32"}
+    options = {name: True for name in ("CLIPPED", "BIAS", "NORM", "SHIFT", "FLIP", "SUM")} | {"SCALE": "softplus"}
+    launches = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        types = {tensor: f"*{name}" for tensor in names} | others
+        for D in (256,) if name == "fp16" else (4, 16, 32, 64, 128, 256):
+            sizes = ("T", "C", "D") if D % 16 == 0 else ("T", "C")
+            constants = {**options, **flow_head.config(D, dtype)}
+            launches[f"flow_head, {name}, D = {D}"] = Launch(flow_head.forward_kernel, types, constants, sizes)
+            constants = {**constants, "HAS_Z": True, "HAS_LOGDET": True}
+            launches[f"flow_head_backward, {name}, D = {D}"] = Launch(
+                flow_head.backward_kernel, types, constants, sizes
+            )
+    return launches
+
+
+LAUNCHES = {**_affine_flow(), **_flow_head()}
+
+
+def compiled(launch: Launch, target: GPUTarget):
+    """The compiled kernel."""
+    names = list(inspect.signature(launch.kernel.fn).parameters)
+    options = {name: value for name, value in launch.constants.items() if name not in names}
+    signature = {name: launch.types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in launch.constants.items() if name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name][0] == "*" or name in launch.sizes
+    }
+    source = ASTSource(launch.kernel, signature, constants, aligned)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+
+
+def parsed(text: str, shared: int) -> Resources:
+    """Those that cuobjdump --dump-resource-usage or the assembly of an AMD kernel gives."""
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
+    if not found:
+        found = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)", text)}
+        return Resources(found["vgpr_count"], found["private_segment_fixed_size"], shared)
+    return Resources(found["REG"], found["STACK"], shared)
+
+
+def resources(launch: Launch, target: str) -> Resources:
+    """Those of a kernel on the target of that name."""
+    kernel = compiled(launch, TARGETS[target])
+    if "cubin" not in kernel.asm:
+        return parsed(kernel.asm["amdgcn"], kernel.metadata.shared)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parsed(text, kernel.metadata.shared)
+
+
+def complaint(found: Resources, target: str) -> str | None:
+    """What is wrong with them on the target, or None."""
+    if found.shared > SHARED_LIMIT[target]:
+        return f"{found.shared} bytes of shared memory, {target} has {SHARED_LIMIT[target]}"
+    spills = found.stack and TARGETS[target].backend == "cuda"
+    return f"{found.stack} bytes of stack a thread on {target}" if spills else None
+
+
+def _measured(job: tuple[str, str]) -> Resources:
+    label, target = job
+    return resources(LAUNCHES[label], target)
+
+
+def table(found: dict[tuple[str, str], Resources], targets: list[str]) -> str:
+    """Markdown, a row a kernel."""
+    lines = ["| kernel | " + " | ".join(targets) + " |", "|---|" + "---|" * len(targets)]
+    for label in dict.fromkeys(label for label, _ in found):
+        cells = (found[label, target] for target in targets)
+        lines.append(f"| {label} | " + " | ".join(f"{c.registers} / {c.stack} / {c.shared}" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--kernels", default="", help="only the kernels whose name has this in it")
+    parser.add_argument("--check", action="store_true", help="fail on spills and on too much shared memory")
+    parser.add_argument("--write", type=Path, help="write the table to this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    args = parser.parse_args()
+    jobs = [(label, target) for label in LAUNCHES if args.kernels in label for target in args.targets]
+    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+        found = dict(zip(jobs, pool.map(_measured, jobs, chunksize=1)))
+    page = PAGE.format(version=triton.__version__, table=table(found, args.targets))
+    print(page)
+    if args.write:
+        args.write.write_text(page)
+    complaints = [f"{label}: {why}" for (label, target), value in found.items() if (why := complaint(value, target))]
+    for line in complaints:
+        print(line, file=sys.stderr)
+    return 1 if args.check and complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

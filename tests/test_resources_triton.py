@@ -1,0 +1,51 @@
+"""What benchmarks.triton_resources reads out of compiled kernels and refuses."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", exc_type=ImportError)
+NVIDIA = """Resource usage:
+ Common:
+  GLOBAL:0
+ Function forward_kernel:
+  REG:128 STACK:8 SHARED:16 LOCAL:0 CONSTANT[0]:636 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+AMD = """amdhsa.kernels:
+  - .agpr_count:     0
+    .private_segment_fixed_size: 276
+    .sgpr_count:     30
+    .vgpr_count:     112
+    .vgpr_spill_count: 3
+"""
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    return importlib.import_module("benchmarks.triton_resources")
+
+
+def test_reads_both_vendors(tool):
+    assert tool.parsed(NVIDIA, 4096) == tool.Resources(registers=128, stack=8, shared=4096)
+    assert tool.parsed(AMD, 512) == tool.Resources(registers=112, stack=276, shared=512)
+
+
+def test_complains_of_spills_and_of_shared_memory(tool):
+    assert tool.complaint(tool.Resources(255, 0, 232448), "sm_90") is None
+    assert tool.complaint(tool.Resources(255, 8, 0), "sm_100") == "8 bytes of stack a thread on sm_100"
+    assert tool.complaint(tool.Resources(64, 0, 166913), "sm_80").startswith("166913 bytes of shared memory")
+    assert tool.complaint(tool.Resources(64, 276, 65536), "gfx942") is None
+
+
+def test_table_has_a_row_a_kernel(tool):
+    found = {(k, t): tool.Resources(1, 2, 3) for k in ("a", "b") for t in ("sm_80", "sm_90")}
+    assert tool.table(found, ["sm_80", "sm_90"]).splitlines() == [
+        "| kernel | sm_80 | sm_90 |",
+        "|---|---|---|",
+        "| a | 1 / 2 / 3 | 1 / 2 / 3 |",
+        "| b | 1 / 2 / 3 | 1 / 2 / 3 |",
+    ]
