@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import native
+from .. import native, triton_runtime
 from ..checks import check_range, check_tensor
 from ..dispatch import register
 from ..library import call, define, differentiable
 from ..spec import Rotary, check_choice
+from ..triton_runtime import later
 from . import cpu, reference, sdpa
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str rotary, int window, float temperature"
@@ -25,6 +26,9 @@ register("causal_attention", "sdpa", sdpa.causal_attention, sdpa.refuse)
 register("causal_attention_backward", "sdpa", sdpa.causal_attention_backward, sdpa.refuse_backward)
 register("causal_attention", "native", cpu.causal_attention, cpu.refuse, native.missing)
 register("causal_attention_backward", "native", cpu.causal_attention_backward, cpu.refuse_backward, native.missing)
+for op, refuse in (("causal_attention", "refuse"), ("causal_attention_backward", "refuse_backward")):
+    run, why = (later("causal_attention.triton", function) for function in (op, refuse))
+    register(op, "triton", run, why, triton_runtime.missing)
 
 
 def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperature: float, cache: int = 0) -> None:
