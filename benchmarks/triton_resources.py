@@ -8,6 +8,7 @@ Every kernel is compiled for every target as it is launched: pointers on 16 byte
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from starflow_kernels.affine_flow import triton as affine_flow
+from starflow_kernels.causal_attention import triton as causal_attention
 from starflow_kernels.flow_head import triton as flow_head
 
 TARGETS = {
@@ -87,7 +89,37 @@ def _flow_head() -> dict[str, Launch]:
     return launches
 
 
-LAUNCHES = {**_affine_flow(), **_flow_head()}
+STRIDES = tuple(f"{name}_{of}" for name in "qkvg" for of in ("row", "token", "head"))
+ATTENTION_KERNELS = {"forward": "forward_kernel", "keys": "keys_kernel", "queries": "queries_kernel"}
+
+
+def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: bool) -> Launch:
+    """A kernel of causal attention, heads of d values, with the blocks of `chip`."""
+    names = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
+    types = {name: f"*{dtype}" for name in names} | dict.fromkeys(("lse", "delta"), "*fp32")
+    types |= dict.fromkeys(("T", "H", "group", "window", *STRIDES), "i32") | {"factor": "fp32", "scale": "fp32"}
+    half = causal_attention.half_tile(d)
+    constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary}
+    constants |= causal_attention.configuration(kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
+    types, constants = (
+        (types, constants | {"cos": None, "sin": None})
+        if rotary == "none"
+        else (types | {"cos": "*fp32", "sin": "*fp32"}, constants)
+    )
+    return Launch(getattr(causal_attention, ATTENTION_KERNELS[kernel]), types, constants)
+
+
+def _causal_attention() -> dict[str, Launch | dict[str, Launch]]:
+    launches = {}
+    for kernel, dtype, d in itertools.product(ATTENTION_KERNELS, ("bf16", "fp32"), (16, 64, 80, 256)):
+        chips = {name: name if name in causal_attention.CONFIGS else "default" for name in TARGETS}
+        launches[f"causal_attention {kernel}, {dtype}, d = {d}"] = {
+            name: attention(kernel, chip, dtype, d, "interleaved", True) for name, chip in chips.items()
+        }
+    return launches
+
+
+LAUNCHES = {**_affine_flow(), **_flow_head(), **_causal_attention()}
 
 
 def compiled(launch: Launch, target: GPUTarget):
@@ -99,7 +131,7 @@ def compiled(launch: Launch, target: GPUTarget):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name][0] == "*" or name in ("T", "C", "D")
+        if signature[name][0] == "*" or name in ("T", "C", "D", *STRIDES)
     }
     source = ASTSource(launch.kernel, signature, constants, aligned)
     return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
@@ -126,7 +158,8 @@ def main() -> None:
     print(f"Triton {triton.__version__}: registers / stack / shared memory\n")
     print("| kernel | " + " | ".join(TARGETS) + " |\n|---|" + "---|" * len(TARGETS))
     for label, launch in LAUNCHES.items():
-        found = (resources(launch, name) for name in TARGETS)
+        chosen = launch if isinstance(launch, dict) else dict.fromkeys(TARGETS, launch)
+        found = (resources(chosen[name], name) for name in TARGETS)
         print(f"| {label} | " + " | ".join(f"{r.registers} / {r.stack} / {r.shared}" for r in found) + " |", flush=True)
 
 

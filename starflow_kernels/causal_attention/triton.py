@@ -1,7 +1,8 @@
 """Causal attention in Triton: rotary positions, window and grouped heads inside, scores never reach memory.
 
 A head is read as two tiles, the first and the second value of every pair that a rotation turns: q . k is a sum over
-both, whatever the pairs. Keys and queries are turned as they are loaded, their gradients turned back as they are stored.
+both, whatever the pairs. What a program loops over is turned once before, pairs taken apart: turned inside the loop,
+every warp would do it again in registers that products need. Gradients are turned back as they are stored.
 Forward and dq take a block of queries over the keys that it sees, dk and dv a block of keys over the queries that see
 it, one head of the group after another: no sum is shared between programs, and blocks depend on the head alone.
 """
@@ -12,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_runtime import interpreted, refuse_tensors
-from .triton_configs import CONFIGS
+from ..triton_runtime import refuse_tensors
+from .triton_configs import config
 
 WIDEST = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -21,21 +22,25 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _pair(start, stride, T, HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr):
-    """For tokens from `start` on: where first values lie, how far on the second ones, and which of both exist."""
-    token, i = tl.arange(0, BLOCK), tl.arange(0, HALF)
-    step: tl.constexpr = 2 if ROTARY == "interleaved" else 1
-    apart: tl.constexpr = 1 if ROTARY == "interleaved" else (HEAD + 1) // 2
-    at = tl.cast(start, tl.int64) * stride + (token[:, None] * stride + step * i[None, :])
-    inside = (start + token < T)[:, None]
-    return at, apart, inside & (i < (HEAD + 1) // 2)[None, :], inside & (i < HEAD // 2)[None, :]
+def place(blocks, heads):
+    """Block, head and row of a program."""
+    head = tl.program_id(0) // blocks
+    return tl.program_id(0) % blocks, (head % heads).to(tl.int64), (head // heads).to(tl.int64)
 
 
 @triton.jit
-def _angles(cos, sin, start, T, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """cos and sin for tokens from `start` on."""
-    at, _, inside, _ = _pair(start, HEAD // 2, T, HEAD, HALF, "none", BLOCK)
-    return tl.load(cos + at, inside, 0), tl.load(sin + at, inside, 0)
+def rows(x, stride, start, T, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the WIDTH values of tokens from `start` on lie, and which of the tile exist."""
+    token, i = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    at = x + tl.cast(start, tl.int64) * stride + (token[:, None] * stride + i[None, :])
+    return at, (start + token < T)[:, None] & (i < WIDTH)[None, :]
+
+
+@triton.jit
+def load_rows(x, stride, start, T, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """The values of BLOCK tokens; zero past T and WIDTH."""
+    at, inside = rows(x, stride, start, T, WIDTH, BLOCK_D, BLOCK)
+    return tl.load(at, inside, 0)
 
 
 @triton.jit
@@ -44,10 +49,15 @@ def load_pair(
     HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First and second values of the pairs of BLOCK tokens, rotated; zero past T and past the head."""
-    at, apart, has_first, has_second = _pair(start, stride, T, HEAD, HALF, ROTARY, BLOCK)
-    first, second = tl.load(x + at, has_first, 0), tl.load(x + at + apart, has_second, 0)
+    if ROTARY == "interleaved":
+        both = load_rows(x, stride, start, T, HEAD, 2 * HALF, BLOCK)
+        first, second = tl.split(tl.reshape(both, [BLOCK, HALF, 2]))
+    else:
+        first = load_rows(x, stride, start, T, HEAD - HEAD // 2, HALF, BLOCK)
+        second = load_rows(x + (HEAD - HEAD // 2), stride, start, T, HEAD // 2, HALF, BLOCK)
     if ROTARY != "none":
-        c, s = _angles(cos, sin, start, T, HEAD, HALF, BLOCK)
+        c = load_rows(cos, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
+        s = load_rows(sin, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
         a, b = first.to(tl.float32), second.to(tl.float32)
         first, second = (a * c - b * s).to(first.dtype), (b * c + a * s).to(second.dtype)
     return first, second
@@ -59,27 +69,32 @@ def store_pair(
     HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Turn gradients of rotated values back and store them."""
-    at, apart, has_first, has_second = _pair(start, stride, T, HEAD, HALF, ROTARY, BLOCK)
     if ROTARY != "none":
-        c, s = _angles(cos, sin, start, T, HEAD, HALF, BLOCK)
+        c = load_rows(cos, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
+        s = load_rows(sin, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
         first, second = first * c + second * s, second * c - first * s
-    tl.store(x + at, first, has_first)
-    tl.store(x + at + apart, second, has_second)
+    if ROTARY == "interleaved":
+        at, inside = rows(x, stride, start, T, HEAD, 2 * HALF, BLOCK)
+        tl.store(at, tl.reshape(tl.join(first, second), [BLOCK, 2 * HALF]), inside)
+    else:
+        at, inside = rows(x, stride, start, T, HEAD - HEAD // 2, HALF, BLOCK)
+        tl.store(at, first, inside)
+        at, inside = rows(x + (HEAD - HEAD // 2), stride, start, T, HEAD // 2, HALF, BLOCK)
+        tl.store(at, second, inside)
 
 
 @triton.jit
-def rows(start, stride, T, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the WIDTH values of tokens from `start` on lie, and which of the tile exist."""
-    token, i = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    at = tl.cast(start, tl.int64) * stride + (token[:, None] * stride + i[None, :])
-    return at, (start + token < T)[:, None] & (i < WIDTH)[None, :]
-
-
-@triton.jit
-def load_rows(x, stride, start, T, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """The values of BLOCK tokens; zero past T and WIDTH."""
-    at, inside = rows(start, stride, T, WIDTH, BLOCK_D, BLOCK)
-    return tl.load(x + at, inside, 0)
+def turn_kernel(
+    x, cos, sin, turned, T, H, q_row, q_token, q_head,
+    HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The rotated values of BLOCK tokens of one head, first values of all pairs before the second ones."""
+    block, head, row = place(tl.cdiv(T, BLOCK), H)
+    start = block * BLOCK
+    at = x + row * q_row + head * q_head
+    first, second = load_pair(at, q_token, cos, sin, start, T, HEAD, HALF, ROTARY, BLOCK)
+    to = turned + (row * T * H + head) * HEAD
+    store_pair(to, H * HEAD, cos, sin, start, T, first, second, HEAD, HALF, "none", BLOCK)
 
 
 @triton.jit
@@ -91,35 +106,22 @@ def _visible(query, key, window, WINDOW: tl.constexpr):
 
 @triton.jit
 def key_bounds(query, T, window, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Bounds of the keys of a block of queries: seen by some, from there by all, from there by some, end."""
-    low, every = 0, 0
-    some = (query + 1) // BLOCK_N * BLOCK_N
+    """Of the keys of a block of queries: the first, the first that some of the queries do not see, the end."""
     if WINDOW:
         low = tl.maximum(query - window + 1, 0) // BLOCK_N * BLOCK_N
-        every = tl.minimum(tl.cdiv(tl.maximum(query + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N, some)
-    return low, every, some, tl.minimum(query + BLOCK_M, T)
-
-
-@triton.jit
-def query_bounds(key, T, window, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Bounds of the queries of a block of keys: some of them seen, from there all, from there some, end."""
-    stop, every = T, key + (BLOCK_N + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    some = stop
-    if WINDOW:
-        stop = tl.minimum(key + BLOCK_N + window - 1, T)
-        some = tl.maximum(key + window // BLOCK_M * BLOCK_M, every)
-    return key, tl.minimum(every, stop), tl.minimum(some, stop), stop
+        return low, low, tl.minimum(query + BLOCK_M, T)
+    return 0, (query + 1) // BLOCK_N * BLOCK_N, tl.minimum(query + BLOCK_M, T)
 
 
 @triton.jit
 def attend(
-    acc, total, top, q1, q2, k, v, k_stride, v_stride, cos, sin, query, start, stop, T, window, factor,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
+    acc, total, top, q1, q2, k, v, k_stride, v_stride, query, start, stop, T, window, factor,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Softmax sums over the keys start .. stop - 1, relative to 2^top; factor: of the scores, in base 2."""
     for key in range(start, stop, BLOCK_N):
-        k1, k2 = load_pair(k, k_stride, cos, sin, key, T, HEAD, HALF, ROTARY, BLOCK_N)
+        k1, k2 = load_pair(k, k_stride, None, None, key, T, HEAD, HALF, "none", BLOCK_N)
         value = load_rows(v, v_stride, key, T, HEAD, 2 * HALF, BLOCK_N)
         score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * factor
@@ -146,24 +148,23 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of BLOCK_M queries of one head."""
-    blocks = tl.cdiv(T, BLOCK_M)
+    block, head, row = place(tl.cdiv(T, BLOCK_M), H)
     # The queries that see most keys come first.
-    query = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    head, row = tl.program_id(0) // blocks % H, (tl.program_id(0) // blocks // H).to(tl.int64)
+    query = (tl.cdiv(T, BLOCK_M) - 1 - block) * BLOCK_M
     k += row * k_row + head // group * k_head
     v += row * v_row + head // group * v_head
     q1, q2 = load_pair(q + row * q_row + head * q_head, q_token, cos, sin, query, T, HEAD, HALF, ROTARY, BLOCK_M)
     acc = tl.zeros([BLOCK_M, 2 * HALF], tl.float32)
     total, top = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
-    low, every, some, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
-    for part in tl.static_range(0 if WINDOW else 1, 3):
+    low, some, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
+    for masked in tl.static_range(1 if WINDOW else 0, 2):
         acc, total, top = attend(
-            acc, total, top, q1, q2, k, v, k_token, v_token, cos, sin, query,
-            low if part == 0 else every if part == 1 else some, every if part == 0 else some if part == 1 else stop,
-            T, window, factor, part != 1, WINDOW, HEAD, HALF, ROTARY, BLOCK_M, BLOCK_N,
+            acc, total, top, q1, q2, k, v, k_token, v_token, query,
+            some if masked else low, stop if masked else some, T, window, factor, masked, WINDOW, HEAD, HALF,
+            BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    at, inside = rows(query, H * HEAD, T, HEAD, 2 * HALF, BLOCK_M)
-    tl.store(out + (row * T * H + head) * HEAD + at, acc / total[:, None], inside)
+    at, inside = rows(out + (row * T * H + head) * HEAD, H * HEAD, query, T, HEAD, 2 * HALF, BLOCK_M)
+    tl.store(at, acc / total[:, None], inside)
     queries = query + tl.arange(0, BLOCK_M)
     tl.store(lse + (row * H + head) * T + queries, (top + tl.log2(total)) * LN_2, queries < T)
 
@@ -174,9 +175,8 @@ def delta_kernel(
     HAS_LSE: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dlse, so that dS = P (dO V^T - delta)."""
-    blocks = tl.cdiv(T, BLOCK_M)
-    query = tl.program_id(0) % blocks * BLOCK_M
-    head, row = tl.program_id(0) // blocks % H, (tl.program_id(0) // blocks // H).to(tl.int64)
+    block, head, row = place(tl.cdiv(T, BLOCK_M), H)
+    query = block * BLOCK_M
     o = load_rows(out + (row * T * H + head) * HEAD, H * HEAD, query, T, HEAD, 2 * HALF, BLOCK_M)
     g = load_rows(grad_out + row * g_row + head * g_head, g_token, query, T, HEAD, 2 * HALF, BLOCK_M)
     found = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
@@ -189,22 +189,21 @@ def delta_kernel(
 
 @triton.jit
 def add_to_keys(
-    dk1, dk2, dv, k1, k2, value, q, grad_out, lse, delta, q_stride, g_stride, cos, sin, key, start, stop, T, window,
-    factor, MASKED: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, ROTARY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dk1, dk2, dv, k1, k2, value, q, grad_out, lse, delta, q_stride, g_stride, key, start, stop, T, window,
+    factor, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add dS^T Q and P^T dO over the queries start .. stop - 1 of a head, grad_out WIDTH values a token."""
     for query in range(start, stop, BLOCK_M):
-        q1, q2 = load_pair(q, q_stride, cos, sin, query, T, HEAD, HALF, ROTARY, BLOCK_M)
+        q1, q2 = load_pair(q, q_stride, None, None, query, T, HEAD, HALF, "none", BLOCK_M)
         g = load_rows(grad_out, g_stride, query, T, WIDTH, BLOCK_V, BLOCK_M).to(value.dtype)
         queries = query + tl.arange(0, BLOCK_M)
         of_query = tl.load(lse + queries, queries < T, float("inf")) * LOG2_E
         score = tl.dot(k1, tl.trans(q1), input_precision="ieee")
         score = tl.dot(k2, tl.trans(q2), score, input_precision="ieee") * factor
         weight = tl.exp2(score - of_query[None, :])
-        if MASKED:
-            keys = key + tl.arange(0, BLOCK_N)
-            weight = tl.where(_visible(queries[None, :], keys[:, None], window, WINDOW), weight, 0.0)
+        keys = key + tl.arange(0, BLOCK_N)
+        weight = tl.where(_visible(queries[None, :], keys[:, None], window, WINDOW), weight, 0.0)
         dv = tl.dot(weight.to(g.dtype), g, dv, input_precision="ieee")
         to_weight = tl.dot(value, tl.trans(g), input_precision="ieee")
         to_score = weight * (to_weight - tl.load(delta + queries, queries < T, 0)[None, :])
@@ -221,38 +220,36 @@ def keys_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key head, over the query heads of its group."""
-    blocks, heads = tl.cdiv(T, BLOCK_N), H // group
-    key = tl.program_id(0) % blocks * BLOCK_N
-    kv_head, row = tl.program_id(0) // blocks % heads, (tl.program_id(0) // blocks // heads).to(tl.int64)
-    k1, k2 = load_pair(k + row * k_row + kv_head * k_head, k_token, cos, sin, key, T, HEAD, HALF, ROTARY, BLOCK_N)
+    heads = H // group
+    block, kv_head, row = place(tl.cdiv(T, BLOCK_N), heads)
+    key = block * BLOCK_N
+    k1, k2 = load_pair(k + row * k_row + kv_head * k_head, k_token, None, None, key, T, HEAD, HALF, "none", BLOCK_N)
     value = load_rows(v + row * v_row + kv_head * v_head, v_token, key, T, HEAD, 2 * HALF, BLOCK_N)
     dk1, dk2 = tl.zeros([BLOCK_N, HALF], tl.float32), tl.zeros([BLOCK_N, HALF], tl.float32)
     dv = tl.zeros([BLOCK_N, 2 * HALF], tl.float32)
-    low, every, some, stop = query_bounds(key, T, window, WINDOW, BLOCK_M, BLOCK_N)
+    stop = tl.minimum(key + BLOCK_N + window - 1, T) if WINDOW else T
     for head in range(kv_head * group, (kv_head + 1) * group):
         q_at, g_at = q + row * q_row + head * q_head, grad_out + row * g_row + head * g_head
         at = (row * H + head) * T
-        for part in tl.static_range(0, 3 if WINDOW else 2):
-            dk1, dk2, dv = add_to_keys(
-                dk1, dk2, dv, k1, k2, value, q_at, g_at, lse + at, delta + at, q_token, g_token, cos, sin, key,
-                low if part == 0 else every if part == 1 else some, every if part == 0 else some if part == 1 else stop,
-                T, window, factor, part != 1, WINDOW, HEAD, HALF, HEAD, 2 * HALF, ROTARY, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+        dk1, dk2, dv = add_to_keys(
+            dk1, dk2, dv, k1, k2, value, q_at, g_at, lse + at, delta + at, q_token, g_token, key, key, stop,
+            T, window, factor, WINDOW, HEAD, HALF, HEAD, 2 * HALF, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     to = (row * T * heads + kv_head) * HEAD
     store_pair(grad_k + to, heads * HEAD, cos, sin, key, T, dk1 * scale, dk2 * scale, HEAD, HALF, ROTARY, BLOCK_N)
-    at, inside = rows(key, heads * HEAD, T, HEAD, 2 * HALF, BLOCK_N)
-    tl.store(grad_v + to + at, dv, inside)
+    at, inside = rows(grad_v + to, heads * HEAD, key, T, HEAD, 2 * HALF, BLOCK_N)
+    tl.store(at, dv, inside)
 
 
 @triton.jit
 def add_to_queries(
-    dq1, dq2, q1, q2, g, of_query, delta, k, v, k_stride, v_stride, cos, sin, query, start, stop, T, window, factor,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
+    dq1, dq2, q1, q2, g, of_query, delta, k, v, k_stride, v_stride, query, start, stop, T, window, factor,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add dS K over the keys start .. stop - 1; of_query: log-sum-exp in base 2."""
     for key in range(start, stop, BLOCK_N):
-        k1, k2 = load_pair(k, k_stride, cos, sin, key, T, HEAD, HALF, ROTARY, BLOCK_N)
+        k1, k2 = load_pair(k, k_stride, None, None, key, T, HEAD, HALF, "none", BLOCK_N)
         value = load_rows(v, v_stride, key, T, HEAD, 2 * HALF, BLOCK_N)
         score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * factor
@@ -275,23 +272,22 @@ def queries_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head."""
-    blocks = tl.cdiv(T, BLOCK_M)
-    query = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    head, row = tl.program_id(0) // blocks % H, (tl.program_id(0) // blocks // H).to(tl.int64)
+    block, head, row = place(tl.cdiv(T, BLOCK_M), H)
+    query = (tl.cdiv(T, BLOCK_M) - 1 - block) * BLOCK_M
     k += row * k_row + head // group * k_head
     v += row * v_row + head // group * v_head
-    q1, q2 = load_pair(q + row * q_row + head * q_head, q_token, cos, sin, query, T, HEAD, HALF, ROTARY, BLOCK_M)
+    q1, q2 = load_pair(q + row * q_row + head * q_head, q_token, None, None, query, T, HEAD, HALF, "none", BLOCK_M)
     g = load_rows(grad_out + row * g_row + head * g_head, g_token, query, T, HEAD, 2 * HALF, BLOCK_M)
     queries, at = query + tl.arange(0, BLOCK_M), (row * H + head) * T
     of_query = tl.load(lse + at + queries, queries < T, float("inf")) * LOG2_E
     of_delta = tl.load(delta + at + queries, queries < T, 0)
     dq1, dq2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
-    low, every, some, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
-    for part in tl.static_range(0 if WINDOW else 1, 3):
+    low, some, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
+    for masked in tl.static_range(1 if WINDOW else 0, 2):
         dq1, dq2 = add_to_queries(
-            dq1, dq2, q1, q2, g.to(q1.dtype), of_query, of_delta, k, v, k_token, v_token, cos, sin, query,
-            low if part == 0 else every if part == 1 else some, every if part == 0 else some if part == 1 else stop,
-            T, window, factor, part != 1, WINDOW, HEAD, HALF, ROTARY, BLOCK_M, BLOCK_N,
+            dq1, dq2, q1, q2, g.to(q1.dtype), of_query, of_delta, k, v, k_token, v_token, query,
+            some if masked else low, stop if masked else some, T, window, factor, masked, WINDOW, HEAD, HALF,
+            BLOCK_M, BLOCK_N,
         )  # fmt: skip
     to = grad_q + (row * T * H + head) * HEAD
     store_pair(to, H * HEAD, cos, sin, query, T, dq1 * scale, dq2 * scale, HEAD, HALF, ROTARY, BLOCK_M)
@@ -310,21 +306,6 @@ def refuse(q, k, v, cos, sin, *others) -> str | None:
 def refuse_backward(grads, outputs, *args) -> str | None:
     """The same for the gradient."""
     return refuse(*args)
-
-
-def config(kernel: str, x: torch.Tensor, half: int) -> dict[str, int]:
-    """Blocks, warps and stages; from the chip, the width of the values and the padded head size alone."""
-    chip = "default"
-    if not interpreted() and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(x.device)
-        chip = {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, chip) if (major, minor) < (8, 1) or major > 8 else chip
-    return configuration(kernel, chip, x.element_size(), 2 * half)
-
-
-def configuration(kernel: str, chip: str, width: int, head: int) -> dict[str, int]:
-    """An entry of the table by name."""
-    found = CONFIGS[chip][width][head][kernel]
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), found))
 
 
 def half_tile(d: int) -> int:
@@ -347,6 +328,17 @@ def angles(cos: torch.Tensor | None, sin: torch.Tensor | None) -> list[torch.Ten
     return [None if t is None else t.to(torch.float32).contiguous() for t in (cos, sin)]
 
 
+def turned(x: torch.Tensor, cos, sin, rotary: str) -> torch.Tensor:
+    """x (B, T, H, d) rotated, first values of all pairs before the second ones; x itself without rotary positions."""
+    if rotary == "none":
+        return x
+    (B, T, H, d), found = x.shape, x.new_empty(x.shape)
+    turn_kernel[(B * H * triton.cdiv(T, 64),)](
+        x, cos, sin, found, T, H, *strides(x), HEAD=d, HALF=half_tile(d), ROTARY=rotary, BLOCK=64
+    )
+    return found
+
+
 def shared_constants(T: int, d: int, rotary: str, window: int) -> dict:
     """Compile-time arguments of every kernel."""
     return {"WINDOW": 0 < window < T, "HEAD": d, "HALF": half_tile(d), "ROTARY": rotary}
@@ -355,12 +347,13 @@ def shared_constants(T: int, d: int, rotary: str, window: int) -> dict:
 def causal_attention(q, k, v, cos, sin, rotary, window, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.causal_attention."""
     (B, T, H, d), group, half = q.shape, q.shape[2] // k.shape[2], half_tile(q.shape[3])
-    q, k, v = map(adjacent, (q, k, v))
+    (q, k, v), (cos, sin) = map(adjacent, (q, k, v)), angles(cos, sin)
     out, lse = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
     blocks = config("forward", q, half)
     if B:
+        k = turned(k, cos, sin, rotary)
         forward_kernel[(B * H * triton.cdiv(T, blocks["BLOCK_M"]),)](
-            q, k, v, *angles(cos, sin), out, lse, T, H, group, window, d**-0.5 / temperature * LOG2_E.value,
+            q, k, v, cos, sin, out, lse, T, H, group, window, d**-0.5 / temperature * LOG2_E.value,
             *strides(q, k, v), **shared_constants(T, d, rotary, window), **blocks,
         )  # fmt: skip
     return out, lse
@@ -372,7 +365,7 @@ def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window,
     out, lse = (t.contiguous() for t in outputs)
     grad_out = torch.zeros_like(out) if grads[0] is None else adjacent(grads[0])
     grad_lse = None if grads[1] is None else grads[1].contiguous()
-    q, k, v = map(adjacent, (q, k, v))
+    (q, k, v), (cos, sin) = map(adjacent, (q, k, v)), angles(cos, sin)
     grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
     if not B:
         return [grad_q, grad_k, grad_v]
@@ -381,7 +374,8 @@ def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window,
         out, grad_out, grad_lse, delta, T, H, *strides(grad_out),
         HAS_LSE=grad_lse is not None, HEAD=d, HALF=half, BLOCK_M=64,
     )  # fmt: skip
-    inputs, scale = (q, k, v, *angles(cos, sin), grad_out, lse, delta), d**-0.5 / temperature
+    q, k = (turned(t, cos, sin, rotary) for t in (q, k))
+    inputs, scale = (q, k, v, cos, sin, grad_out, lse, delta), d**-0.5 / temperature
     sizes = T, H, group, window, scale * LOG2_E.value, scale, *strides(q, k, v, grad_out)
     blocks = config("keys", q, half)
     grid = B * (H // group) * triton.cdiv(T, blocks["BLOCK_N"])

@@ -1,11 +1,30 @@
-"""Block sizes of the Triton kernels, chosen so that none spills registers on its chip.
+"""Block sizes of the Triton kernels, chosen so that none spills registers on its chip."""
 
-chip -> bytes of a value -> padded head size -> kernel -> (queries, keys of a block, warps, stages).
-"""
+from __future__ import annotations
+
+import torch
+
+from ..triton_runtime import interpreted
+
+CHIPS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
 _SMALL = {"forward": (64, 32, 4, 2), "keys": (32, 64, 4, 2), "queries": (64, 32, 4, 2)}
 _WIDE = {"forward": (64, 32, 8, 2), "keys": (32, 32, 8, 2), "queries": (32, 32, 8, 2)}
 
 _ANY = {2: {32: _SMALL, 64: _SMALL, 128: _WIDE, 256: _WIDE}, 4: {32: _SMALL, 64: _SMALL, 128: _WIDE, 256: _WIDE}}
 
+# chip -> bytes of a value -> padded head size -> kernel -> (queries and keys of a block, warps, stages)
 CONFIGS = {"sm_80": _ANY, "sm_90": _ANY, "sm_100": _ANY, "default": _ANY}
+
+
+def configuration(kernel: str, chip: str, width: int, head: int) -> dict[str, int]:
+    """An entry of the table by name."""
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), CONFIGS[chip][width][head][kernel]))
+
+
+def config(kernel: str, x: torch.Tensor, half: int) -> dict[str, int]:
+    """Blocks, warps and stages; from the chip, the width of the values and the padded head size alone."""
+    chip = "default"
+    if not interpreted() and torch.version.hip is None:
+        chip = CHIPS.get(torch.cuda.get_device_capability(x.device), chip)
+    return configuration(kernel, chip, x.element_size(), 2 * half)
