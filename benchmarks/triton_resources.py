@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from starflow_kernels.affine_flow import triton as affine_flow
 from starflow_kernels.causal_attention import triton as causal_attention
+from starflow_kernels.causal_attention import triton_configs
 from starflow_kernels.flow_head import triton as flow_head
 
 TARGETS = {
@@ -100,7 +101,7 @@ def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: b
     types |= dict.fromkeys(("T", "H", "group", "window", *STRIDES), "i32") | {"factor": "fp32", "scale": "fp32"}
     half = causal_attention.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary}
-    constants |= causal_attention.configuration(kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
+    constants |= triton_configs.configuration(kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
     types, constants = (
         (types, constants | {"cos": None, "sin": None})
         if rotary == "none"
@@ -112,7 +113,7 @@ def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: b
 def _causal_attention() -> dict[str, Launch | dict[str, Launch]]:
     launches = {}
     for kernel, dtype, d in itertools.product(ATTENTION_KERNELS, ("bf16", "fp32"), (16, 64, 80, 256)):
-        chips = {name: name if name in causal_attention.CONFIGS else "default" for name in TARGETS}
+        chips = {name: name if name in triton_configs.CONFIGS else "default" for name in TARGETS}
         launches[f"causal_attention {kernel}, {dtype}, d = {d}"] = {
             name: attention(kernel, chip, dtype, d, "interleaved", True) for name, chip in chips.items()
         }

@@ -105,6 +105,15 @@ def _visible(query, key, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _score_factor(query, T, window, WINDOW: tl.constexpr):
+    """1, and 0 for a query that sees one key: its weight is 1 and its score has no gradient but that of lse, exactly."""
+    alone = query == 0
+    if WINDOW:
+        alone = query < tl.where(window == 1, T, 1)
+    return tl.where(alone, 0.0, 1.0)
+
+
+@triton.jit
 def key_bounds(query, T, window, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Of the keys of a block of queries: the first, the first that some of the queries do not see, the end."""
     if WINDOW:
@@ -171,16 +180,16 @@ def forward_kernel(
 
 @triton.jit
 def delta_kernel(
-    out, grad_out, grad_lse, delta, T, H, g_row, g_token, g_head,
-    HAS_LSE: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
+    out, grad_out, grad_lse, delta, T, H, window, g_row, g_token, g_head,
+    HAS_LSE: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dlse, so that dS = P (dO V^T - delta)."""
     block, head, row = place(tl.cdiv(T, BLOCK_M), H)
     query = block * BLOCK_M
     o = load_rows(out + (row * T * H + head) * HEAD, H * HEAD, query, T, HEAD, 2 * HALF, BLOCK_M)
     g = load_rows(grad_out + row * g_row + head * g_head, g_token, query, T, HEAD, 2 * HALF, BLOCK_M)
-    found = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     queries = query + tl.arange(0, BLOCK_M)
+    found = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1) * _score_factor(queries, T, window, WINDOW)
     at = (row * H + head) * T + queries
     if HAS_LSE:
         found -= tl.load(grad_lse + at, queries < T, 0)
@@ -198,15 +207,17 @@ def add_to_keys(
         q1, q2 = load_pair(q, q_stride, None, None, query, T, HEAD, HALF, "none", BLOCK_M)
         g = load_rows(grad_out, g_stride, query, T, WIDTH, BLOCK_V, BLOCK_M).to(value.dtype)
         queries = query + tl.arange(0, BLOCK_M)
-        of_query = tl.load(lse + queries, queries < T, float("inf")) * LOG2_E
+        counts = _score_factor(queries, T, window, WINDOW)
+        of_query = tl.where(counts > 0, tl.load(lse + queries, queries < T, float("inf")) * LOG2_E, 0.0)
         score = tl.dot(k1, tl.trans(q1), input_precision="ieee")
-        score = tl.dot(k2, tl.trans(q2), score, input_precision="ieee") * factor
+        score = tl.dot(k2, tl.trans(q2), score, input_precision="ieee") * (factor * counts)[None, :]
         weight = tl.exp2(score - of_query[None, :])
         keys = key + tl.arange(0, BLOCK_N)
         weight = tl.where(_visible(queries[None, :], keys[:, None], window, WINDOW), weight, 0.0)
         dv = tl.dot(weight.to(g.dtype), g, dv, input_precision="ieee")
         to_weight = tl.dot(value, tl.trans(g), input_precision="ieee")
-        to_score = weight * (to_weight - tl.load(delta + queries, queries < T, 0)[None, :])
+        of_delta = tl.load(delta + queries, queries < T, 0)
+        to_score = weight * (to_weight * counts[None, :] - of_delta[None, :])
         dk1 = tl.dot(to_score.to(q1.dtype), q1, dk1, input_precision="ieee")
         dk2 = tl.dot(to_score.to(q2.dtype), q2, dk2, input_precision="ieee")
     return dk1, dk2, dv
@@ -243,22 +254,23 @@ def keys_kernel(
 
 @triton.jit
 def add_to_queries(
-    dq1, dq2, q1, q2, g, of_query, delta, k, v, k_stride, v_stride, query, start, stop, T, window, factor,
+    dq1, dq2, q1, q2, g, counts, of_query, delta, k, v, k_stride, v_stride, query, start, stop, T, window, factor,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K over the keys start .. stop - 1; of_query: log-sum-exp in base 2."""
+    """Add dS K over the keys start .. stop - 1; counts: see _score_factor; of_query: log-sum-exp in base 2."""
     for key in range(start, stop, BLOCK_N):
         k1, k2 = load_pair(k, k_stride, None, None, key, T, HEAD, HALF, "none", BLOCK_N)
         value = load_rows(v, v_stride, key, T, HEAD, 2 * HALF, BLOCK_N)
         score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * factor
+        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * (factor * counts)[:, None]
         weight = tl.exp2(score - of_query[:, None])
         if MASKED:
             keys = key + tl.arange(0, BLOCK_N)
             queries = query + tl.arange(0, BLOCK_M)
             weight = tl.where(_visible(queries[:, None], keys[None, :], window, WINDOW), weight, 0.0)
-        to_score = weight * (tl.dot(g, tl.trans(value), input_precision="ieee") - delta[:, None])
+        to_weight = tl.dot(g, tl.trans(value), input_precision="ieee")
+        to_score = weight * (to_weight * counts[:, None] - delta[:, None])
         dq1 = tl.dot(to_score.to(k1.dtype), k1, dq1, input_precision="ieee")
         dq2 = tl.dot(to_score.to(k2.dtype), k2, dq2, input_precision="ieee")
     return dq1, dq2
@@ -279,13 +291,14 @@ def queries_kernel(
     q1, q2 = load_pair(q + row * q_row + head * q_head, q_token, None, None, query, T, HEAD, HALF, "none", BLOCK_M)
     g = load_rows(grad_out + row * g_row + head * g_head, g_token, query, T, HEAD, 2 * HALF, BLOCK_M)
     queries, at = query + tl.arange(0, BLOCK_M), (row * H + head) * T
-    of_query = tl.load(lse + at + queries, queries < T, float("inf")) * LOG2_E
+    counts = _score_factor(queries, T, window, WINDOW)
+    of_query = tl.where(counts > 0, tl.load(lse + at + queries, queries < T, float("inf")) * LOG2_E, 0.0)
     of_delta = tl.load(delta + at + queries, queries < T, 0)
     dq1, dq2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
     low, some, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
     for masked in tl.static_range(1 if WINDOW else 0, 2):
         dq1, dq2 = add_to_queries(
-            dq1, dq2, q1, q2, g.to(q1.dtype), of_query, of_delta, k, v, k_token, v_token, query,
+            dq1, dq2, q1, q2, g.to(q1.dtype), counts, of_query, of_delta, k, v, k_token, v_token, query,
             some if masked else low, stop if masked else some, T, window, factor, masked, WINDOW, HEAD, HALF,
             BLOCK_M, BLOCK_N,
         )  # fmt: skip
@@ -371,8 +384,8 @@ def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window,
         return [grad_q, grad_k, grad_v]
     delta, constants = torch.empty_like(lse), shared_constants(T, d, rotary, window)
     delta_kernel[(B * H * triton.cdiv(T, 64),)](
-        out, grad_out, grad_lse, delta, T, H, *strides(grad_out),
-        HAS_LSE=grad_lse is not None, HEAD=d, HALF=half, BLOCK_M=64,
+        out, grad_out, grad_lse, delta, T, H, window, *strides(grad_out),
+        HAS_LSE=grad_lse is not None, WINDOW=constants["WINDOW"], HEAD=d, HALF=half, BLOCK_M=64,
     )  # fmt: skip
     q, k = (turned(t, cos, sin, rotary) for t in (q, k))
     inputs, scale = (q, k, v, cos, sin, grad_out, lse, delta), d**-0.5 / temperature
