@@ -12,6 +12,7 @@ import itertools
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from starflow_kernels.affine_flow import triton as affine_flow
+from starflow_kernels.attention_flow import triton as attention_flow
+from starflow_kernels.attention_flow import triton_configs as attention_flow_configs
 from starflow_kernels.causal_attention import triton as causal_attention
 from starflow_kernels.causal_attention import triton_configs
 from starflow_kernels.flow_head import triton as flow_head
@@ -91,36 +94,60 @@ def _flow_head() -> dict[str, Launch]:
 
 
 STRIDES = tuple(f"{name}_{of}" for name in "qkvg" for of in ("row", "token", "head"))
-ATTENTION_KERNELS = {"forward": "forward_kernel", "keys": "keys_kernel", "queries": "queries_kernel"}
+HEADS = {"T", "H", "group", "window", *STRIDES}
 
 
 def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: bool) -> Launch:
     """A kernel of causal attention, heads of d values, with the blocks of `chip`."""
     names = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
-    types = {name: f"*{dtype}" for name in names} | dict.fromkeys(("lse", "delta"), "*fp32")
-    types |= dict.fromkeys(("T", "H", "group", "window", *STRIDES), "i32") | {"factor": "fp32", "scale": "fp32"}
+    types = {name: f"*{dtype}" for name in names} | {"lse": "*fp32", "delta": "*fp32"}
+    types |= dict.fromkeys(HEADS, "i32") | {"factor": "fp32", "scale": "fp32"}
+    angle = "constexpr" if rotary == "none" else "*fp32"
     half = causal_attention.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary}
+    constants |= {"cos": None, "sin": None} if rotary == "none" else {}
     constants |= triton_configs.configuration(kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
-    types, constants = (
-        (types, constants | {"cos": None, "sin": None})
-        if rotary == "none"
-        else (types | {"cos": "*fp32", "sin": "*fp32"}, constants)
-    )
-    return Launch(getattr(causal_attention, ATTENTION_KERNELS[kernel]), types, constants)
+    return Launch(getattr(causal_attention, f"{kernel}_kernel"), types | {"cos": angle, "sin": angle}, constants)
 
 
-def _causal_attention() -> dict[str, Launch | dict[str, Launch]]:
-    launches = {}
-    for kernel, dtype, d in itertools.product(ATTENTION_KERNELS, ("bf16", "fp32"), (16, 64, 80, 256)):
-        chips = {name: name if name in triton_configs.CONFIGS else "default" for name in TARGETS}
-        launches[f"causal_attention {kernel}, {dtype}, d = {d}"] = {
-            name: attention(kernel, chip, dtype, d, "interleaved", True) for name, chip in chips.items()
-        }
-    return launches
+def flow(kernel: str, chip: str, dtype: str, d: int, D: int = 64, rotary: str = "interleaved", window: bool = True):
+    """A kernel of attention_flow, heads of d and tokens of D values, with the blocks of `chip`."""
+    names = ("x", "q", "k", "v", "weight", "bias", "z", "out", "grad_z", "grad_x", "grad_q", "grad_k", "grad_v")
+    types = {name: f"*{dtype}" for name in names} | dict.fromkeys(HEADS | {"D"}, "i32")
+    types |= dict.fromkeys(("cos", "sin", "logdet", "lse", "delta", "grad_logdet", "grad_raw", "grad_lse"), "*fp32")
+    types |= dict.fromkeys(("factor", "scale", "clip", "share"), "fp32")
+    half = causal_attention.half_tile(d)
+    constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary, "SCALE": "softplus", "CLIPPED": True}
+    constants |= dict.fromkeys(("BIAS", "SHIFT", "FLIP", "SUM", "HAS_Z", "HAS_LOGDET", "HAS_LSE"), True)
+    blocks = max(16, triton.next_power_of_2(D))
+    constants |= {"BLOCK_D": blocks, "P": 2 * D, "BLOCK_P": 2 * blocks}
+    source = "forward" if kernel == "raw" else kernel
+    constants |= attention_flow_configs.configuration(source, chip, 2 if dtype == "bf16" else 4, 2 * half)
+    return Launch(getattr(attention_flow, f"{kernel}_kernel"), types, constants)
 
 
-LAUNCHES = {**_affine_flow(), **_flow_head(), **_causal_attention()}
+def _by_chip(launch: Callable[..., Launch], *args) -> dict[str, Launch]:
+    """The launch on each target, with its own blocks."""
+    return {name: launch(args[0], name if name[:2] == "sm" else "default", *args[1:]) for name in TARGETS}
+
+
+def _causal_attention() -> dict[str, dict[str, Launch]]:
+    kernels, sizes = ("forward", "queries", "keys"), (16, 32, 64, 80, 128, 256)
+    return {
+        f"causal_attention {kernel}, {dtype}, d = {d}": _by_chip(attention, kernel, dtype, d, "interleaved", True)
+        for kernel, dtype, d in itertools.product(kernels, ("bf16", "fp32"), sizes)
+    }
+
+
+def _attention_flow() -> dict[str, dict[str, Launch]]:
+    kernels, sizes = ("forward", "raw", "queries", "keys"), (16, 64, 80, 128)
+    return {
+        f"attention_flow {kernel}, {dtype}, d = {d}, D = 64": _by_chip(flow, kernel, dtype, d)
+        for kernel, dtype, d in itertools.product(kernels, ("bf16", "fp32"), sizes)
+    }
+
+
+LAUNCHES = {**_affine_flow(), **_flow_head(), **_causal_attention(), **_attention_flow()}
 
 
 def compiled(launch: Launch, target: GPUTarget):

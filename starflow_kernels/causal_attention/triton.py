@@ -105,8 +105,8 @@ def _visible(query, key, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _score_factor(query, T, window, WINDOW: tl.constexpr):
-    """1, and 0 for a query that sees one key: its weight is 1 and its score has no gradient but that of lse, exactly."""
+def score_factor(query, T, window, WINDOW: tl.constexpr):
+    """1, or 0 for a query that sees one key: its weight is 1, the gradient of its score that of lse, both exactly."""
     alone = query == 0
     if WINDOW:
         alone = query < tl.where(window == 1, T, 1)
@@ -189,7 +189,7 @@ def delta_kernel(
     o = load_rows(out + (row * T * H + head) * HEAD, H * HEAD, query, T, HEAD, 2 * HALF, BLOCK_M)
     g = load_rows(grad_out + row * g_row + head * g_head, g_token, query, T, HEAD, 2 * HALF, BLOCK_M)
     queries = query + tl.arange(0, BLOCK_M)
-    found = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1) * _score_factor(queries, T, window, WINDOW)
+    found = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1) * score_factor(queries, T, window, WINDOW)
     at = (row * H + head) * T + queries
     if HAS_LSE:
         found -= tl.load(grad_lse + at, queries < T, 0)
@@ -207,7 +207,7 @@ def add_to_keys(
         q1, q2 = load_pair(q, q_stride, None, None, query, T, HEAD, HALF, "none", BLOCK_M)
         g = load_rows(grad_out, g_stride, query, T, WIDTH, BLOCK_V, BLOCK_M).to(value.dtype)
         queries = query + tl.arange(0, BLOCK_M)
-        counts = _score_factor(queries, T, window, WINDOW)
+        counts = score_factor(queries, T, window, WINDOW)
         of_query = tl.where(counts > 0, tl.load(lse + queries, queries < T, float("inf")) * LOG2_E, 0.0)
         score = tl.dot(k1, tl.trans(q1), input_precision="ieee")
         score = tl.dot(k2, tl.trans(q2), score, input_precision="ieee") * (factor * counts)[None, :]
@@ -258,7 +258,7 @@ def add_to_queries(
     MASKED: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K over the keys start .. stop - 1; counts: see _score_factor; of_query: log-sum-exp in base 2."""
+    """Add dS K over the keys start .. stop - 1; counts: see score_factor; of_query: log-sum-exp in base 2."""
     for key in range(start, stop, BLOCK_N):
         k1, k2 = load_pair(k, k_stride, None, None, key, T, HEAD, HALF, "none", BLOCK_N)
         value = load_rows(v, v_stride, key, T, HEAD, 2 * HALF, BLOCK_N)
@@ -291,7 +291,7 @@ def queries_kernel(
     q1, q2 = load_pair(q + row * q_row + head * q_head, q_token, None, None, query, T, HEAD, HALF, "none", BLOCK_M)
     g = load_rows(grad_out + row * g_row + head * g_head, g_token, query, T, HEAD, 2 * HALF, BLOCK_M)
     queries, at = query + tl.arange(0, BLOCK_M), (row * H + head) * T
-    counts = _score_factor(queries, T, window, WINDOW)
+    counts = score_factor(queries, T, window, WINDOW)
     of_query = tl.where(counts > 0, tl.load(lse + at + queries, queries < T, float("inf")) * LOG2_E, 0.0)
     of_delta = tl.load(delta + at + queries, queries < T, 0)
     dq1, dq2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)

@@ -17,14 +17,23 @@ _ANY = {2: {32: _SMALL, 64: _SMALL, 128: _WIDE, 256: _WIDE}, 4: {32: _SMALL, 64:
 CONFIGS = {"sm_80": _ANY, "sm_90": _ANY, "sm_100": _ANY, "default": _ANY}
 
 
+def named(entry: tuple[int, int, int, int]) -> dict[str, int]:
+    """An entry of a table as the options of a launch."""
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), entry))
+
+
+def chip_of(x: torch.Tensor) -> str:
+    """The chip whose blocks kernels on x take."""
+    if interpreted() or torch.version.hip is not None:
+        return "default"
+    return CHIPS.get(torch.cuda.get_device_capability(x.device), "default")
+
+
 def configuration(kernel: str, chip: str, width: int, head: int) -> dict[str, int]:
-    """An entry of the table by name."""
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), CONFIGS[chip][width][head][kernel]))
+    """An entry of the table."""
+    return named(CONFIGS[chip][width][head][kernel])
 
 
 def config(kernel: str, x: torch.Tensor, half: int) -> dict[str, int]:
     """Blocks, warps and stages; from the chip, the width of the values and the padded head size alone."""
-    chip = "default"
-    if not interpreted() and torch.version.hip is None:
-        chip = CHIPS.get(torch.cuda.get_device_capability(x.device), chip)
-    return configuration(kernel, chip, x.element_size(), 2 * half)
+    return configuration(kernel, chip_of(x), x.element_size(), 2 * half)
