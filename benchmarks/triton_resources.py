@@ -22,10 +22,9 @@ from triton.compiler import ASTSource
 
 from starflow_kernels.affine_flow import triton as affine_flow
 from starflow_kernels.attention_flow import triton as attention_flow
-from starflow_kernels.attention_flow import triton_configs as attention_flow_configs
 from starflow_kernels.causal_attention import triton as causal_attention
-from starflow_kernels.causal_attention import triton_configs
 from starflow_kernels.flow_head import triton as flow_head
+from starflow_kernels.triton_blocks import blocks
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -106,7 +105,7 @@ def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: b
     half = causal_attention.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary}
     constants |= {"cos": None, "sin": None} if rotary == "none" else {}
-    constants |= triton_configs.configuration(kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
+    constants |= blocks("causal_attention", kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
     return Launch(getattr(causal_attention, f"{kernel}_kernel"), types | {"cos": angle, "sin": angle}, constants)
 
 
@@ -119,10 +118,10 @@ def flow(kernel: str, chip: str, dtype: str, d: int, D: int = 64, rotary: str = 
     half = causal_attention.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary, "SCALE": "softplus", "CLIPPED": True}
     constants |= dict.fromkeys(("BIAS", "SHIFT", "FLIP", "SUM", "HAS_Z", "HAS_LOGDET", "HAS_LSE"), True)
-    blocks = max(16, triton.next_power_of_2(D))
-    constants |= {"BLOCK_D": blocks, "P": 2 * D, "BLOCK_P": 2 * blocks}
+    tile = max(16, triton.next_power_of_2(D))
+    constants |= {"BLOCK_D": tile, "P": 2 * D, "BLOCK_P": 2 * tile}
     source = "forward" if kernel == "raw" else kernel
-    constants |= attention_flow_configs.configuration(source, chip, 2 if dtype == "bf16" else 4, 2 * half)
+    constants |= blocks("attention_flow", source, chip, 2 if dtype == "bf16" else 4, 2 * half)
     return Launch(getattr(attention_flow, f"{kernel}_kernel"), types, constants)
 
 

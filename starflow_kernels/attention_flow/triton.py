@@ -34,9 +34,9 @@ from ..causal_attention.triton import (
     turned,
 )
 from ..flow_head.triton import _targets
+from ..triton_blocks import config
 from ..triton_math import log_sigma_slope, sigma_of, soft_clipped
 from ..triton_runtime import refuse_tensors
-from .triton_configs import config
 
 WIDEST, WIDEST_HEAD = 64, 128
 CHUNK = tl.constexpr(16)
@@ -278,7 +278,7 @@ def attention_flow(x, q, k, v, weight, bias, cos, sin, rotary, window, temperatu
     x, weight, bias = (None if t is None else t.contiguous() for t in (x, weight, bias))
     (q, k, v), (cos, sin) = map(adjacent, (q, k, v)), angles(cos, sin)
     constants, flow = shared_constants(T, d, rotary, window), _flow_constants(D, bias, *options)
-    blocks = config("forward", q, half_tile(d))
+    blocks = config("attention_flow", "forward", q, half_tile(d))
     z, lse = torch.empty_like(x), q.new_empty((B, H, T), dtype=torch.float32)
     count = triton.cdiv(T, blocks["BLOCK_M"])
     partial = x.new_empty((B, count) if flow["SUM"] else x.shape, dtype=torch.float32)
@@ -309,19 +309,19 @@ def attention_flow_backward(
         factor, between = scale * LOG2_E.value, strides(q, k, v)
         constants, flow = shared_constants(T, d, rotary, window), _flow_constants(D, bias, *options)
         without = {name: value for name, value in constants.items() if name != "ROTARY"}
-        blocks = config("forward", q, half)
+        blocks = config("attention_flow", "forward", q, half)
         raw_kernel[(B * triton.cdiv(T, blocks["BLOCK_M"]),)](
             q, k, v, weight, bias, out, z, grad_z, grad_logdet, grad_x, grad_raw, T, H, H // k.shape[2], D, window,
             factor, options[1], 1.0 if options[-1] == "sum" else 1.0 / (T * D), *between,
             HAS_Z=grad_z is not None, HAS_LOGDET=grad_logdet is not None, **without, **flow, **blocks,
         )  # fmt: skip
         sizes = T, H, H // k.shape[2], window, factor, scale, *between
-        blocks = config("queries", q, half)
+        blocks = config("attention_flow", "queries", q, half)
         queries_kernel[(B * H * triton.cdiv(T, blocks["BLOCK_M"]),)](
             q, k, v, cos, sin, weight, out, grad_raw, grad_lse, lse, delta, grad_q, *sizes,
             HAS_LSE=grad_lse is not None, P=P, **constants, **blocks,
         )  # fmt: skip
-        blocks = config("keys", q, half)
+        blocks = config("attention_flow", "keys", q, half)
         keys_kernel[(B * k.shape[2] * triton.cdiv(T, blocks["BLOCK_N"]),)](
             q, k, v, cos, sin, weight, grad_raw, lse, delta, grad_k, grad_v, *sizes,
             P=P, BLOCK_P=max(16, triton.next_power_of_2(P)), **constants, **blocks,

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_blocks import config
 from ..triton_runtime import refuse_tensors
-from .triton_configs import config
 
 WIDEST = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -362,7 +362,7 @@ def causal_attention(q, k, v, cos, sin, rotary, window, temperature) -> tuple[to
     (B, T, H, d), group, half = q.shape, q.shape[2] // k.shape[2], half_tile(q.shape[3])
     (q, k, v), (cos, sin) = map(adjacent, (q, k, v)), angles(cos, sin)
     out, lse = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
-    blocks = config("forward", q, half)
+    blocks = config("causal_attention", "forward", q, half)
     if B:
         k = turned(k, cos, sin, rotary)
         forward_kernel[(B * H * triton.cdiv(T, blocks["BLOCK_M"]),)](
@@ -390,9 +390,9 @@ def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window,
     q, k = (turned(t, cos, sin, rotary) for t in (q, k))
     inputs, scale = (q, k, v, cos, sin, grad_out, lse, delta), d**-0.5 / temperature
     sizes = T, H, group, window, scale * LOG2_E.value, scale, *strides(q, k, v, grad_out)
-    blocks = config("keys", q, half)
+    blocks = config("causal_attention", "keys", q, half)
     grid = B * (H // group) * triton.cdiv(T, blocks["BLOCK_N"])
     keys_kernel[(grid,)](*inputs, grad_k, grad_v, *sizes, **constants, **blocks)
-    blocks = config("queries", q, half)
+    blocks = config("causal_attention", "queries", q, half)
     queries_kernel[(B * H * triton.cdiv(T, blocks["BLOCK_M"]),)](*inputs, grad_q, *sizes, **constants, **blocks)
     return [grad_q, grad_k, grad_v]
