@@ -112,14 +112,14 @@ def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: b
 def flow(kernel: str, chip: str, dtype: str, d: int, D: int = 64, rotary: str = "interleaved", window: bool = True):
     """A kernel of attention_flow, heads of d and tokens of D values, with the blocks of `chip`."""
     names = ("x", "q", "k", "v", "weight", "bias", "z", "out", "grad_z", "grad_x", "grad_q", "grad_k", "grad_v")
-    types = {name: f"*{dtype}" for name in names} | dict.fromkeys(HEADS | {"D"}, "i32")
+    types = {name: f"*{dtype}" for name in names} | dict.fromkeys(HEADS | {"D", "P"}, "i32")
     types |= dict.fromkeys(("cos", "sin", "logdet", "lse", "delta", "grad_logdet", "grad_raw", "grad_lse"), "*fp32")
     types |= dict.fromkeys(("factor", "scale", "clip", "share"), "fp32")
     half = causal_attention.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary, "SCALE": "softplus", "CLIPPED": True}
     constants |= dict.fromkeys(("BIAS", "SHIFT", "FLIP", "SUM", "HAS_Z", "HAS_LOGDET", "HAS_LSE"), True)
     tile = max(16, triton.next_power_of_2(D))
-    constants |= {"BLOCK_D": tile, "P": 2 * D, "BLOCK_P": 2 * tile}
+    constants |= {"BLOCK_D": tile, "BLOCK_P": 2 * tile}
     source = "forward" if kernel == "raw" else kernel
     constants |= blocks("attention_flow", source, chip, 2 if dtype == "bf16" else 4, 2 * half)
     return Launch(getattr(attention_flow, f"{kernel}_kernel"), types, constants)

@@ -39,6 +39,8 @@ from ..triton_math import log_sigma_slope, sigma_of, soft_clipped
 from ..triton_runtime import refuse_tensors
 
 WIDEST, WIDEST_HEAD = 64, 128
+# Padded head size times padded token width of float32, whose products keep whole operands in registers.
+WIDEST_PRODUCT = 2048
 CHUNK = tl.constexpr(16)
 
 
@@ -171,9 +173,9 @@ def raw_kernel(
 
 @triton.jit
 def queries_kernel(
-    q, k, v, cos, sin, weight, out, grad_raw, grad_lse, lse, delta, grad_q, T, H, group, window, factor, scale,
+    q, k, v, cos, sin, weight, out, grad_raw, grad_lse, lse, delta, grad_q, T, H, group, P, window, factor, scale,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    HAS_LSE: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
+    HAS_LSE: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
     ROTARY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head, and their delta = rowsum(dO * O) - dlse."""
@@ -210,9 +212,9 @@ def queries_kernel(
 
 @triton.jit
 def keys_kernel(
-    q, k, v, cos, sin, weight, grad_raw, lse, delta, grad_k, grad_v, T, H, group, window, factor, scale,
+    q, k, v, cos, sin, weight, grad_raw, lse, delta, grad_k, grad_v, T, H, group, P, window, factor, scale,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    P: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
+    WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key head, over the query heads of its group."""
@@ -237,7 +239,7 @@ def keys_kernel(
         g = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
         dk1, dk2, g = add_to_keys(
             dk1, dk2, g, k1, k2, value.to(k1.dtype), q + row * q_row + head * q_head, grad_raw + row * T * P,
-            lse + at, delta + at, q_token, P, key, key, stop, T, window, factor, WINDOW, HEAD, HALF, P, BLOCK_P,
+            lse + at, delta + at, q_token, P, key, key, stop, T, window, factor, P, WINDOW, HEAD, HALF, BLOCK_P,
             BLOCK_M, BLOCK_N,
         )  # fmt: skip
         of_head = load_rows(weight + head * HEAD, H * HEAD, 0, P, HEAD, 2 * HALF, BLOCK_P)
@@ -248,12 +250,18 @@ def keys_kernel(
     tl.store(at, dv, inside)
 
 
+def _tile(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
 def refuse(x, q, k, v, weight, bias, *others) -> str | None:
     """Why these arguments cannot run here, or None."""
     if x.shape[2] > WIDEST:
         return f"tokens of {x.shape[2]} values, it takes up to {WIDEST}"
     if q.shape[3] > WIDEST_HEAD:
         return f"heads of {q.shape[3]} values, it takes up to {WIDEST_HEAD}"
+    if q.element_size() > 2 and _tile(x.shape[2]) * 2 * half_tile(q.shape[3]) > WIDEST_PRODUCT:
+        return f"float32 heads of {q.shape[3]} and tokens of {x.shape[2]} values need too many registers"
     B, T, H, _ = q.shape
     if B * T * max(H, weight.shape[0]) >= 2**31:
         return "it takes fewer than 2^31 queries and raw parameters"
@@ -268,7 +276,7 @@ def refuse_backward(grads, outputs, *args) -> str | None:
 def _flow_constants(D: int, bias, scale, soft_clip, shift, flip, logdet) -> dict:
     return {
         "SCALE": scale, "CLIPPED": soft_clip > 0, "BIAS": bias is not None, "SHIFT": shift, "FLIP": flip,
-        "SUM": logdet != "none", "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "SUM": logdet != "none", "BLOCK_D": _tile(D),
     }  # fmt: skip
 
 
@@ -315,16 +323,16 @@ def attention_flow_backward(
             factor, options[1], 1.0 if options[-1] == "sum" else 1.0 / (T * D), *between,
             HAS_Z=grad_z is not None, HAS_LOGDET=grad_logdet is not None, **without, **flow, **blocks,
         )  # fmt: skip
-        sizes = T, H, H // k.shape[2], window, factor, scale, *between
+        sizes = T, H, H // k.shape[2], P, window, factor, scale, *between
         blocks = config("attention_flow", "queries", q, half)
         queries_kernel[(B * H * triton.cdiv(T, blocks["BLOCK_M"]),)](
             q, k, v, cos, sin, weight, out, grad_raw, grad_lse, lse, delta, grad_q, *sizes,
-            HAS_LSE=grad_lse is not None, P=P, **constants, **blocks,
+            HAS_LSE=grad_lse is not None, **constants, **blocks,
         )  # fmt: skip
         blocks = config("attention_flow", "keys", q, half)
         keys_kernel[(B * k.shape[2] * triton.cdiv(T, blocks["BLOCK_N"]),)](
             q, k, v, cos, sin, weight, grad_raw, lse, delta, grad_k, grad_v, *sizes,
-            P=P, BLOCK_P=max(16, triton.next_power_of_2(P)), **constants, **blocks,
+            BLOCK_P=_tile(P), **constants, **blocks,
         )  # fmt: skip
     found = [grad_x, grad_q, grad_k, grad_v, grad_raw.to(q.dtype).flatten(0, 1).T @ out.view(B * T, H * d)]
     if bias is not None:

@@ -29,17 +29,17 @@ def place(blocks, heads):
 
 
 @triton.jit
-def rows(x, stride, start, T, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the WIDTH values of tokens from `start` on lie, and which of the tile exist."""
+def rows(x, stride, start, T, width, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the `width` values of tokens from `start` on lie, and which of the tile exist."""
     token, i = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     at = x + tl.cast(start, tl.int64) * stride + (token[:, None] * stride + i[None, :])
-    return at, (start + token < T)[:, None] & (i < WIDTH)[None, :]
+    return at, (start + token < T)[:, None] & (i < width)[None, :]
 
 
 @triton.jit
-def load_rows(x, stride, start, T, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """The values of BLOCK tokens; zero past T and WIDTH."""
-    at, inside = rows(x, stride, start, T, WIDTH, BLOCK_D, BLOCK)
+def load_rows(x, stride, start, T, width, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """The values of BLOCK tokens; zero past T and `width`."""
+    at, inside = rows(x, stride, start, T, width, BLOCK_D, BLOCK)
     return tl.load(at, inside, 0)
 
 
@@ -199,13 +199,13 @@ def delta_kernel(
 @triton.jit
 def add_to_keys(
     dk1, dk2, dv, k1, k2, value, q, grad_out, lse, delta, q_stride, g_stride, key, start, stop, T, window,
-    factor, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    factor, width, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add dS^T Q and P^T dO over the queries start .. stop - 1 of a head, grad_out WIDTH values a token."""
+    """Add dS^T Q and P^T dO over the queries start .. stop - 1 of a head, grad_out `width` values a token."""
     for query in range(start, stop, BLOCK_M):
         q1, q2 = load_pair(q, q_stride, None, None, query, T, HEAD, HALF, "none", BLOCK_M)
-        g = load_rows(grad_out, g_stride, query, T, WIDTH, BLOCK_V, BLOCK_M).to(value.dtype)
+        g = load_rows(grad_out, g_stride, query, T, width, BLOCK_V, BLOCK_M).to(value.dtype)
         queries = query + tl.arange(0, BLOCK_M)
         counts = score_factor(queries, T, window, WINDOW)
         of_query = tl.where(counts > 0, tl.load(lse + queries, queries < T, float("inf")) * LOG2_E, 0.0)
@@ -244,7 +244,7 @@ def keys_kernel(
         at = (row * H + head) * T
         dk1, dk2, dv = add_to_keys(
             dk1, dk2, dv, k1, k2, value, q_at, g_at, lse + at, delta + at, q_token, g_token, key, key, stop,
-            T, window, factor, WINDOW, HEAD, HALF, HEAD, 2 * HALF, BLOCK_M, BLOCK_N,
+            T, window, factor, HEAD, WINDOW, HEAD, HALF, 2 * HALF, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     to = (row * T * heads + kv_head) * HEAD
     store_pair(grad_k + to, heads * HEAD, cos, sin, key, T, dk1 * scale, dk2 * scale, HEAD, HALF, ROTARY, BLOCK_N)
