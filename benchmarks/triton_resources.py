@@ -109,7 +109,7 @@ def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: b
     return Launch(getattr(causal_attention, f"{kernel}_kernel"), types | {"cos": angle, "sin": angle}, constants)
 
 
-def flow(kernel: str, chip: str, dtype: str, d: int, D: int = 64, rotary: str = "interleaved", window: bool = True):
+def flow(kernel: str, chip: str, dtype: str, d: int, D: int, rotary: str = "interleaved", window: bool = True):
     """A kernel of attention_flow, heads of d and tokens of D values, with the blocks of `chip`."""
     names = ("x", "q", "k", "v", "weight", "bias", "z", "out", "grad_z", "grad_x", "grad_q", "grad_k", "grad_v")
     types = {name: f"*{dtype}" for name in names} | dict.fromkeys(HEADS | {"D", "P"}, "i32")
@@ -139,10 +139,11 @@ def _causal_attention() -> dict[str, dict[str, Launch]]:
 
 
 def _attention_flow() -> dict[str, dict[str, Launch]]:
-    kernels, sizes = ("forward", "raw", "queries", "keys"), (16, 64, 80, 128)
+    kernels, sizes = ("forward", "raw", "queries", "keys"), {"bf16": (16, 64, 80, 128), "fp32": (16, 64)}
     return {
-        f"attention_flow {kernel}, {dtype}, d = {d}, D = 64": _by_chip(flow, kernel, dtype, d)
-        for kernel, dtype, d in itertools.product(kernels, ("bf16", "fp32"), sizes)
+        f"attention_flow {kernel}, {dtype}, d = {d}, D = {D}": _by_chip(flow, kernel, dtype, d, D)
+        for kernel, (dtype, D) in itertools.product(kernels, (("bf16", 64), ("fp32", 32)))
+        for d in sizes[dtype]
     }
 
 

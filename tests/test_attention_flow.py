@@ -123,10 +123,12 @@ def test_gradcheck_of_attention(rotary, bias, window, backend):
         (2, 5, 2, 1, 17, 1, "none", "softplus", torch.float32),
         (33, 3, 4, 2, 24, None, "interleaved", "softplus", torch.float32),
         (65, 12, 2, 1, 64, 20, "half", "exp", torch.float32),
-        (70, 33, 1, 1, 80, None, "interleaved", "unit", torch.float32),
+        (70, 19, 1, 1, 50, None, "interleaved", "unit", torch.float32),
         (40, 64, 2, 2, 128, 33, "half", "softplus", torch.float32),
+        (35, 32, 2, 1, 32, None, "interleaved", "exp", torch.float32),
         (63, 4, 2, 1, 24, None, "interleaved", "exp", torch.float16),
         (70, 20, 2, 2, 32, 9, "half", "softplus", torch.float16),
+        (35, 64, 1, 1, 128, None, "none", "unit", torch.float16),
         (63, 4, 2, 1, 24, None, "half", "softplus", torch.bfloat16),
     ],
 )
@@ -188,10 +190,10 @@ def test_float32_tokens_on_a_narrow_network(network, backend):
 @pytest.mark.parametrize("rotary, window", [("half", None), ("interleaved", 9)])
 def test_a_row_has_the_same_bits_in_any_batch(rotary, window, backend):
     spec = AffineSpec("softplus", 4.0)
-    tensors, seeds = inputs(spec, B=3, T=35, H=2, H_kv=1, d=8, dtype=torch.float32), draws(3, 35, 3, "sum")
+    tensors, seeds = inputs(spec, B=2, T=35, H=2, H_kv=1, d=8, dtype=torch.float32), draws(2, 35, 3, "sum")
     options = {**rotary_options(rotary, 35, 8, torch.float32), "window": window, "shift": True, "backend": backend}
     batch = run(tensors, seeds, spec, **options)
-    for rows in (slice(0, 1), slice(1, 3)):
+    for rows in (slice(0, 1), slice(1, 2)):
         part = {name: t[rows] if t.ndim > 2 else t for name, t in tensors.items()}
         for alone, batched in zip(run(part, [s[rows] for s in seeds], spec, **options)[:6], batch):
             assert_same_row(backend, alone, batched[rows])
@@ -250,7 +252,7 @@ def test_opcheck(rotary, window, logdet, bias, dtype):
     torch.library.opcheck(torch.ops.starflow.attention_flow.default, args)
 
 
-@pytest.mark.parametrize("used", [(0, 2), (2,)], ids=["all", "lse"])
+@pytest.mark.parametrize("used", [(0, 2), (2,)], ids=["z-lse", "lse"])
 def test_gradient_of_the_log_sum_exp(used, backend):
     """The registered op gives it, and its gradient is right too."""
     tensors, turn = inputs(AffineSpec(), dtype=torch.float32), angles(5, 4, torch.float32)

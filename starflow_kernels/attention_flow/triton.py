@@ -38,9 +38,8 @@ from ..triton_blocks import config
 from ..triton_math import log_sigma_slope, sigma_of, soft_clipped
 from ..triton_runtime import refuse_tensors
 
-WIDEST, WIDEST_HEAD = 64, 128
-# Padded head size times padded token width of float32, whose products keep whole operands in registers.
-WIDEST_PRODUCT = 2048
+# Bytes of a value -> widest tokens and heads; float32 products keep whole operands in registers.
+WIDEST = {2: (64, 128), 4: (32, 64)}
 CHUNK = tl.constexpr(16)
 
 
@@ -256,16 +255,15 @@ def _tile(width: int) -> int:
 
 def refuse(x, q, k, v, weight, bias, *others) -> str | None:
     """Why these arguments cannot run here, or None."""
-    if x.shape[2] > WIDEST:
-        return f"tokens of {x.shape[2]} values, it takes up to {WIDEST}"
-    if q.shape[3] > WIDEST_HEAD:
-        return f"heads of {q.shape[3]} values, it takes up to {WIDEST_HEAD}"
-    if q.element_size() > 2 and _tile(x.shape[2]) * 2 * half_tile(q.shape[3]) > WIDEST_PRODUCT:
-        return f"float32 heads of {q.shape[3]} and tokens of {x.shape[2]} values need too many registers"
+    if reason := refuse_tensors(x, q, k, v, weight, bias):
+        return reason
+    for name, size, widest in zip(("tokens", "heads"), (x.shape[2], q.shape[3]), WIDEST[q.element_size()]):
+        if size > widest:
+            return f"{name} of {size} values, it takes up to {widest} with {q.dtype}"
     B, T, H, _ = q.shape
     if B * T * max(H, weight.shape[0]) >= 2**31:
         return "it takes fewer than 2^31 queries and raw parameters"
-    return refuse_tensors(x, q, k, v, weight, bias)
+    return None
 
 
 def refuse_backward(grads, outputs, *args) -> str | None:
