@@ -98,14 +98,17 @@ HEADS = {"T", "H", "group", "window", *STRIDES}
 
 def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: bool) -> Launch:
     """A kernel of causal attention, heads of d values, with the blocks of `chip`."""
-    names = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
-    types = {name: f"*{dtype}" for name in names} | {"lse": "*fp32", "delta": "*fp32"}
+    names = ("x", "q", "k", "v", "out", "turned", "grad_out", "grad_q", "grad_k", "grad_v")
+    types = {name: f"*{dtype}" for name in names} | dict.fromkeys(("lse", "delta", "grad_lse"), "*fp32")
     types |= dict.fromkeys(HEADS, "i32") | {"factor": "fp32", "scale": "fp32"}
     angle = "constexpr" if rotary == "none" else "*fp32"
     half = causal_attention.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary}
     constants |= {"cos": None, "sin": None} if rotary == "none" else {}
-    constants |= blocks("causal_attention", kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
+    if kernel in ("turn", "delta"):
+        constants |= {"HAS_LSE": True, "BLOCK_M": 64, "BLOCK": 64}
+    else:
+        constants |= blocks("causal_attention", kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
     return Launch(getattr(causal_attention, f"{kernel}_kernel"), types | {"cos": angle, "sin": angle}, constants)
 
 
@@ -131,7 +134,7 @@ def _by_chip(launch: Callable[..., Launch], *args) -> dict[str, Launch]:
 
 
 def _causal_attention() -> dict[str, dict[str, Launch]]:
-    kernels, sizes = ("forward", "queries", "keys"), (16, 32, 64, 80, 128, 256)
+    kernels, sizes = ("forward", "queries", "keys", "turn", "delta"), (16, 32, 64, 80, 128, 256)
     return {
         f"causal_attention {kernel}, {dtype}, d = {d}": _by_chip(attention, kernel, dtype, d, "interleaved", True)
         for kernel, dtype, d in itertools.product(kernels, ("bf16", "fp32"), sizes)
