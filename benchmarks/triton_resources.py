@@ -106,7 +106,7 @@ def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: b
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary}
     constants |= {"cos": None, "sin": None} if rotary == "none" else {}
     if kernel in ("turn", "delta"):
-        constants |= {"HAS_LSE": True, "BLOCK_M": 64, "BLOCK": 64}
+        constants |= {"HAS_LSE": True, "BLOCK_M": 32, "BLOCK": 64}
     else:
         constants |= blocks("causal_attention", kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
     return Launch(getattr(causal_attention, f"{kernel}_kernel"), types | {"cos": angle, "sin": angle}, constants)

@@ -383,9 +383,9 @@ def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window,
     if not B:
         return [grad_q, grad_k, grad_v]
     delta, constants = torch.empty_like(lse), shared_constants(T, d, rotary, window)
-    delta_kernel[(B * H * triton.cdiv(T, 64),)](
+    delta_kernel[(B * H * triton.cdiv(T, 32),)](
         out, grad_out, grad_lse, delta, T, H, window, *strides(grad_out),
-        HAS_LSE=grad_lse is not None, WINDOW=constants["WINDOW"], HEAD=d, HALF=half, BLOCK_M=64,
+        HAS_LSE=grad_lse is not None, WINDOW=constants["WINDOW"], HEAD=d, HALF=half, BLOCK_M=32,
     )  # fmt: skip
     q, k = (turned(t, cos, sin, rotary) for t in (q, k))
     inputs, scale = (q, k, v, cos, sin, grad_out, lse, delta), d**-0.5 / temperature
