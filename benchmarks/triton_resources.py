@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from starflow_kernels.affine_flow import triton as affine_flow
+from starflow_kernels.attention_flow import triton as attention_flow
+from starflow_kernels.causal_attention import triton as causal_attention
 from starflow_kernels.flow_head import triton as flow_head
+from starflow_kernels.triton_blocks import blocks
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,6 +46,7 @@ every shipped configuration, compiled by Triton {version} without a GPU. Written
 
 {table}
 """
+STRIDES = tuple(f"{name}_{of}" for name in "qkvg" for of in ("row", "token", "head"))
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 
@@ -53,7 +59,7 @@ class Launch(NamedTuple):
     kernel: triton.JITFunction
     types: dict[str, str]
     constants: dict
-    sizes: tuple[str, ...] = ("T", "C", "D")
+    sizes: tuple[str, ...] = ("T", "C", "D", *STRIDES)
 
 
 class Resources(NamedTuple):
@@ -102,7 +108,64 @@ def _flow_head() -> dict[str, Launch]:
     return launches
 
 
-LAUNCHES = {**_affine_flow(), **_flow_head()}
+HEADS = {"T", "H", "group", "window", *STRIDES}
+
+
+def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: bool) -> Launch:
+    """A kernel of causal attention, heads of d values, with the blocks of `chip`."""
+    names = ("x", "q", "k", "v", "out", "turned", "grad_out", "grad_q", "grad_k", "grad_v")
+    types = {name: f"*{dtype}" for name in names} | dict.fromkeys(("lse", "delta", "grad_lse"), "*fp32")
+    types |= dict.fromkeys(HEADS, "i32") | {"factor": "fp32", "scale": "fp32"}
+    angle = "constexpr" if rotary == "none" else "*fp32"
+    half = causal_attention.half_tile(d)
+    constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary}
+    constants |= {"cos": None, "sin": None} if rotary == "none" else {}
+    if kernel in ("turn", "delta"):
+        constants |= {"HAS_LSE": True, "BLOCK_M": 32, "BLOCK": 64}
+    else:
+        constants |= blocks("causal_attention", kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
+    return Launch(getattr(causal_attention, f"{kernel}_kernel"), types | {"cos": angle, "sin": angle}, constants)
+
+
+def flow(kernel: str, chip: str, dtype: str, d: int, D: int, rotary: str = "interleaved", window: bool = True):
+    """A kernel of attention_flow, heads of d and tokens of D values, with the blocks of `chip`."""
+    names = ("x", "q", "k", "v", "weight", "bias", "z", "out", "grad_z", "grad_x", "grad_q", "grad_k", "grad_v")
+    types = {name: f"*{dtype}" for name in names} | dict.fromkeys(HEADS | {"D", "P"}, "i32")
+    types |= dict.fromkeys(("cos", "sin", "logdet", "lse", "delta", "grad_logdet", "grad_raw", "grad_lse"), "*fp32")
+    types |= dict.fromkeys(("factor", "scale", "clip", "share"), "fp32")
+    half = causal_attention.half_tile(d)
+    constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary, "SCALE": "softplus", "CLIPPED": True}
+    constants |= dict.fromkeys(("BIAS", "SHIFT", "FLIP", "SUM", "HAS_Z", "HAS_LOGDET", "HAS_LSE"), True)
+    tile = max(16, triton.next_power_of_2(D))
+    constants |= {"BLOCK_D": tile, "BLOCK_P": 2 * tile}
+    source = "forward" if kernel == "raw" else kernel
+    constants |= blocks("attention_flow", source, chip, 2 if dtype == "bf16" else 4, 2 * half)
+    return Launch(getattr(attention_flow, f"{kernel}_kernel"), types, constants)
+
+
+def _by_chip(launch: Callable[..., Launch], *args) -> dict[str, Launch]:
+    """The launch on each target, with its own blocks."""
+    return {name: launch(args[0], name if name[:2] == "sm" else "default", *args[1:]) for name in TARGETS}
+
+
+def _causal_attention() -> dict[str, dict[str, Launch]]:
+    kernels, sizes = ("forward", "queries", "keys", "turn", "delta"), (16, 32, 64, 80, 128, 256)
+    return {
+        f"causal_attention {kernel}, {dtype}, d = {d}": _by_chip(attention, kernel, dtype, d, "interleaved", True)
+        for kernel, dtype, d in itertools.product(kernels, ("bf16", "fp32"), sizes)
+    }
+
+
+def _attention_flow() -> dict[str, dict[str, Launch]]:
+    kernels, sizes = ("forward", "raw", "queries", "keys"), {"bf16": (16, 64, 80, 128), "fp32": (16, 64)}
+    return {
+        f"attention_flow {kernel}, {dtype}, d = {d}, D = {D}": _by_chip(flow, kernel, dtype, d, D)
+        for kernel, (dtype, D) in itertools.product(kernels, (("bf16", 64), ("fp32", 32)))
+        for d in sizes[dtype]
+    }
+
+
+LAUNCHES = {**_affine_flow(), **_flow_head(), **_causal_attention(), **_attention_flow()}
 
 
 def compiled(launch: Launch, target: GPUTarget):
@@ -153,7 +216,8 @@ def complaint(found: Resources, target: str) -> str | None:
 
 def _measured(job: tuple[str, str]) -> Resources:
     label, target = job
-    return resources(LAUNCHES[label], target)
+    launch = LAUNCHES[label]
+    return resources(launch[target] if isinstance(launch, dict) else launch, target)
 
 
 def table(found: dict[tuple[str, str], Resources], targets: list[str]) -> str:

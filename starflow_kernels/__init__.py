@@ -2,6 +2,7 @@
 
 from .affine_flow.api import affine_flow
 from .affine_flow_inverse.api import affine_flow_inverse
+from .attention_flow.api import attention_flow
 from .block.api import block_forward, block_inverse
 from .cached_attention.api import cached_attention
 from .causal_attention.api import causal_attention
@@ -18,6 +19,7 @@ __all__ = [
     "SolveReport",
     "affine_flow",
     "affine_flow_inverse",
+    "attention_flow",
     "backends",
     "block_forward",
     "block_inverse",

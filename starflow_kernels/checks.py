@@ -30,7 +30,7 @@ def check_finite(name: str, value: torch.Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     # The largest magnitude: one pass, and in small tensors a third of the time of isfinite().all().
-    if value.numel() and not math.isfinite(torch.linalg.vector_norm(value, math.inf)):
+    if value.numel() and not math.isfinite(torch.linalg.vector_norm(value, math.inf).item()):
         bad = (~value.isfinite()).sum().item()
         raise ValueError(f"{name}: {bad} of {value.numel()} values are not finite")
 

@@ -32,6 +32,12 @@ def register(
     _kernels[op] = {backend: Kernel(run, refuse, missing), **others}
 
 
+def choose(op: str, *args) -> str:
+    """Name of the first backend of `op` that takes these arguments."""
+    kernels = _kernels[op].items()
+    return next(name for name, k in kernels if k.missing() is None and k.refuse(*args) is None)
+
+
 def run(op: str, backend: str | None, *args):
     """Call `op` on the backend that is named, or on the first that takes these arguments.
 
@@ -43,9 +49,7 @@ def run(op: str, backend: str | None, *args):
             raise ValueError(f"backend={backend!r}: {op} has {', '.join(map(repr, kernels))}")
         if reason := kernels[backend].missing() or kernels[backend].refuse(*args):
             raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
-        kernel = kernels[backend]
-    else:
-        kernel = next(k for k in kernels.values() if k.missing() is None and k.refuse(*args) is None)
+    kernel = kernels[backend or choose(op, *args)]
     # The ops compute in the dtypes of their inputs; autocast has acted before them.
     with torch._C._DisableAutocast():
         return kernel.run(*args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import native
+from .. import native, triton_runtime
 from ..checks import check_range, check_tensor
 from ..dispatch import register
 from ..library import call, define, differentiable
@@ -25,6 +25,7 @@ register("causal_attention", "sdpa", sdpa.causal_attention, sdpa.refuse)
 register("causal_attention_backward", "sdpa", sdpa.causal_attention_backward, sdpa.refuse_backward)
 register("causal_attention", "native", cpu.causal_attention, cpu.refuse, native.missing)
 register("causal_attention_backward", "native", cpu.causal_attention_backward, cpu.refuse_backward, native.missing)
+triton_runtime.register("causal_attention")
 
 
 def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperature: float, cache: int = 0) -> None:

@@ -1,0 +1,398 @@
+"""Causal attention in Triton: rotary positions, window and grouped heads inside, scores never reach memory.
+
+A head is read as two tiles, the first and the second value of every pair that a rotation turns: q . k is a sum over
+both, whatever the pairs. What a program loops over is turned once before, pairs taken apart: turned inside the loop,
+every warp would do it again in registers that products need. Gradients are turned back as they are stored.
+Forward and dq take a block of queries over the keys that it sees, dk and dv a block of keys over the queries that see
+it, one head of the group after another: no sum is shared between programs, and blocks depend on the head alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_blocks import config
+from ..triton_runtime import refuse_tensors
+
+WIDEST = 256
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def place(blocks, heads):
+    """Block, head and row of a program."""
+    head = tl.program_id(0) // blocks
+    return tl.program_id(0) % blocks, (head % heads).to(tl.int64), (head // heads).to(tl.int64)
+
+
+@triton.jit
+def rows(x, stride, start, T, width, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the `width` values of tokens from `start` on lie, and which of the tile exist."""
+    token, i = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    at = x + tl.cast(start, tl.int64) * stride + (token[:, None] * stride + i[None, :])
+    return at, (start + token < T)[:, None] & (i < width)[None, :]
+
+
+@triton.jit
+def load_rows(x, stride, start, T, width, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """The values of BLOCK tokens; zero past T and `width`."""
+    at, inside = rows(x, stride, start, T, width, BLOCK_D, BLOCK)
+    return tl.load(at, inside, 0)
+
+
+@triton.jit
+def load_pair(
+    x, stride, cos, sin, start, T,
+    HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """First and second values of the pairs of BLOCK tokens, rotated; zero past T and past the head."""
+    if ROTARY == "interleaved":
+        both = load_rows(x, stride, start, T, HEAD, 2 * HALF, BLOCK)
+        first, second = tl.split(tl.reshape(both, [BLOCK, HALF, 2]))
+    else:
+        first = load_rows(x, stride, start, T, HEAD - HEAD // 2, HALF, BLOCK)
+        second = load_rows(x + (HEAD - HEAD // 2), stride, start, T, HEAD // 2, HALF, BLOCK)
+    if ROTARY != "none":
+        c = load_rows(cos, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
+        s = load_rows(sin, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        first, second = (a * c - b * s).to(first.dtype), (b * c + a * s).to(second.dtype)
+    return first, second
+
+
+@triton.jit
+def store_pair(
+    x, stride, cos, sin, start, T, first, second,
+    HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn gradients of rotated values back and store them."""
+    if ROTARY != "none":
+        c = load_rows(cos, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
+        s = load_rows(sin, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
+        first, second = first * c + second * s, second * c - first * s
+    if ROTARY == "interleaved":
+        at, inside = rows(x, stride, start, T, HEAD, 2 * HALF, BLOCK)
+        tl.store(at, tl.reshape(tl.join(first, second), [BLOCK, 2 * HALF]), inside)
+    else:
+        at, inside = rows(x, stride, start, T, HEAD - HEAD // 2, HALF, BLOCK)
+        tl.store(at, first, inside)
+        at, inside = rows(x + (HEAD - HEAD // 2), stride, start, T, HEAD // 2, HALF, BLOCK)
+        tl.store(at, second, inside)
+
+
+@triton.jit
+def turn_kernel(
+    x, cos, sin, turned, T, H, q_row, q_token, q_head,
+    HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The rotated values of BLOCK tokens of one head, first values of all pairs before the second ones."""
+    block, head, row = place(tl.cdiv(T, BLOCK), H)
+    start = block * BLOCK
+    at = x + row * q_row + head * q_head
+    first, second = load_pair(at, q_token, cos, sin, start, T, HEAD, HALF, ROTARY, BLOCK)
+    to = turned + (row * T * H + head) * HEAD
+    store_pair(to, H * HEAD, cos, sin, start, T, first, second, HEAD, HALF, "none", BLOCK)
+
+
+@triton.jit
+def _visible(query, key, window, WINDOW: tl.constexpr):
+    if WINDOW:
+        return (query >= key) & (query - key < window)
+    return query >= key
+
+
+@triton.jit
+def score_factor(query, T, window, WINDOW: tl.constexpr):
+    """1, or 0 for a query that sees one key: its weight is 1, the gradient of its score that of lse, both exactly."""
+    alone = query == 0
+    if WINDOW:
+        alone = query < tl.where(window == 1, T, 1)
+    return tl.where(alone, 0.0, 1.0)
+
+
+@triton.jit
+def key_bounds(query, T, window, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of the keys of a block of queries: the first, the first that some of the queries do not see, the end."""
+    if WINDOW:
+        low = tl.maximum(query - window + 1, 0) // BLOCK_N * BLOCK_N
+        return low, low, tl.minimum(query + BLOCK_M, T)
+    return 0, (query + 1) // BLOCK_N * BLOCK_N, tl.minimum(query + BLOCK_M, T)
+
+
+@triton.jit
+def attend(
+    acc, total, top, q1, q2, k, v, k_stride, v_stride, query, start, stop, T, window, factor,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Softmax sums over the keys start .. stop - 1, relative to 2^top; factor: of the scores, in base 2."""
+    for key in range(start, stop, BLOCK_N):
+        k1, k2 = load_pair(k, k_stride, None, None, key, T, HEAD, HALF, "none", BLOCK_N)
+        value = load_rows(v, v_stride, key, T, HEAD, 2 * HALF, BLOCK_N)
+        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * factor
+        if MASKED:
+            keys = key + tl.arange(0, BLOCK_N)
+            queries = query + tl.arange(0, BLOCK_M)
+            score = tl.where(_visible(queries[:, None], keys[None, :], window, WINDOW), score, float("-inf"))
+        highest = tl.maximum(top, tl.max(score, 1))
+        # In front of its window a query has seen no key yet.
+        base = tl.where(highest == float("-inf"), 0.0, highest) if MASKED and WINDOW else highest
+        weight = tl.exp2(score - base[:, None])
+        kept = tl.exp2(top - base)
+        total = total * kept + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(value.dtype), value, acc * kept[:, None], input_precision="ieee")
+        top = highest
+    return acc, total, top
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, cos, sin, out, lse, T, H, group, window, factor,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of BLOCK_M queries of one head."""
+    block, head, row = place(tl.cdiv(T, BLOCK_M), H)
+    # The queries that see most keys come first.
+    query = (tl.cdiv(T, BLOCK_M) - 1 - block) * BLOCK_M
+    k += row * k_row + head // group * k_head
+    v += row * v_row + head // group * v_head
+    q1, q2 = load_pair(q + row * q_row + head * q_head, q_token, cos, sin, query, T, HEAD, HALF, ROTARY, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, 2 * HALF], tl.float32)
+    total, top = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
+    low, some, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
+    for masked in tl.static_range(1 if WINDOW else 0, 2):
+        acc, total, top = attend(
+            acc, total, top, q1, q2, k, v, k_token, v_token, query,
+            some if masked else low, stop if masked else some, T, window, factor, masked, WINDOW, HEAD, HALF,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    at, inside = rows(out + (row * T * H + head) * HEAD, H * HEAD, query, T, HEAD, 2 * HALF, BLOCK_M)
+    tl.store(at, acc / total[:, None], inside)
+    queries = query + tl.arange(0, BLOCK_M)
+    tl.store(lse + (row * H + head) * T + queries, (top + tl.log2(total)) * LN_2, queries < T)
+
+
+@triton.jit
+def delta_kernel(
+    out, grad_out, grad_lse, delta, T, H, window, g_row, g_token, g_head,
+    HAS_LSE: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO * O) - dlse, so that dS = P (dO V^T - delta)."""
+    block, head, row = place(tl.cdiv(T, BLOCK_M), H)
+    query = block * BLOCK_M
+    o = load_rows(out + (row * T * H + head) * HEAD, H * HEAD, query, T, HEAD, 2 * HALF, BLOCK_M)
+    g = load_rows(grad_out + row * g_row + head * g_head, g_token, query, T, HEAD, 2 * HALF, BLOCK_M)
+    queries = query + tl.arange(0, BLOCK_M)
+    found = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1) * score_factor(queries, T, window, WINDOW)
+    at = (row * H + head) * T + queries
+    if HAS_LSE:
+        found -= tl.load(grad_lse + at, queries < T, 0)
+    tl.store(delta + at, found, queries < T)
+
+
+@triton.jit
+def add_to_keys(
+    dk1, dk2, dv, k1, k2, value, q, grad_out, lse, delta, q_stride, g_stride, key, start, stop, T, window,
+    factor, width, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add dS^T Q and P^T dO over the queries start .. stop - 1 of a head, grad_out `width` values a token."""
+    for query in range(start, stop, BLOCK_M):
+        q1, q2 = load_pair(q, q_stride, None, None, query, T, HEAD, HALF, "none", BLOCK_M)
+        g = load_rows(grad_out, g_stride, query, T, width, BLOCK_V, BLOCK_M).to(value.dtype)
+        queries = query + tl.arange(0, BLOCK_M)
+        counts = score_factor(queries, T, window, WINDOW)
+        of_query = tl.where(counts > 0, tl.load(lse + queries, queries < T, float("inf")) * LOG2_E, 0.0)
+        score = tl.dot(k1, tl.trans(q1), input_precision="ieee")
+        score = tl.dot(k2, tl.trans(q2), score, input_precision="ieee") * (factor * counts)[None, :]
+        weight = tl.exp2(score - of_query[None, :])
+        keys = key + tl.arange(0, BLOCK_N)
+        weight = tl.where(_visible(queries[None, :], keys[:, None], window, WINDOW), weight, 0.0)
+        dv = tl.dot(weight.to(g.dtype), g, dv, input_precision="ieee")
+        to_weight = tl.dot(value, tl.trans(g), input_precision="ieee")
+        of_delta = tl.load(delta + queries, queries < T, 0)
+        to_score = weight * (to_weight * counts[None, :] - of_delta[None, :])
+        dk1 = tl.dot(to_score.to(q1.dtype), q1, dk1, input_precision="ieee")
+        dk2 = tl.dot(to_score.to(q2.dtype), q2, dk2, input_precision="ieee")
+    return dk1, dk2, dv
+
+
+@triton.jit
+def keys_kernel(
+    q, k, v, cos, sin, grad_out, lse, delta, grad_k, grad_v, T, H, group, window, factor, scale,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, g_row, g_token, g_head,
+    WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_N keys of one key head, over the query heads of its group."""
+    heads = H // group
+    block, kv_head, row = place(tl.cdiv(T, BLOCK_N), heads)
+    key = block * BLOCK_N
+    k1, k2 = load_pair(k + row * k_row + kv_head * k_head, k_token, None, None, key, T, HEAD, HALF, "none", BLOCK_N)
+    value = load_rows(v + row * v_row + kv_head * v_head, v_token, key, T, HEAD, 2 * HALF, BLOCK_N)
+    dk1, dk2 = tl.zeros([BLOCK_N, HALF], tl.float32), tl.zeros([BLOCK_N, HALF], tl.float32)
+    dv = tl.zeros([BLOCK_N, 2 * HALF], tl.float32)
+    stop = tl.minimum(key + BLOCK_N + window - 1, T) if WINDOW else T
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        q_at, g_at = q + row * q_row + head * q_head, grad_out + row * g_row + head * g_head
+        at = (row * H + head) * T
+        dk1, dk2, dv = add_to_keys(
+            dk1, dk2, dv, k1, k2, value, q_at, g_at, lse + at, delta + at, q_token, g_token, key, key, stop,
+            T, window, factor, HEAD, WINDOW, HEAD, HALF, 2 * HALF, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    to = (row * T * heads + kv_head) * HEAD
+    store_pair(grad_k + to, heads * HEAD, cos, sin, key, T, dk1 * scale, dk2 * scale, HEAD, HALF, ROTARY, BLOCK_N)
+    at, inside = rows(grad_v + to, heads * HEAD, key, T, HEAD, 2 * HALF, BLOCK_N)
+    tl.store(at, dv, inside)
+
+
+@triton.jit
+def add_to_queries(
+    dq1, dq2, q1, q2, g, counts, of_query, delta, k, v, k_stride, v_stride, query, start, stop, T, window, factor,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add dS K over the keys start .. stop - 1; counts: see score_factor; of_query: log-sum-exp in base 2."""
+    for key in range(start, stop, BLOCK_N):
+        k1, k2 = load_pair(k, k_stride, None, None, key, T, HEAD, HALF, "none", BLOCK_N)
+        value = load_rows(v, v_stride, key, T, HEAD, 2 * HALF, BLOCK_N)
+        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * (factor * counts)[:, None]
+        weight = tl.exp2(score - of_query[:, None])
+        if MASKED:
+            keys = key + tl.arange(0, BLOCK_N)
+            queries = query + tl.arange(0, BLOCK_M)
+            weight = tl.where(_visible(queries[:, None], keys[None, :], window, WINDOW), weight, 0.0)
+        to_weight = tl.dot(g, tl.trans(value), input_precision="ieee")
+        to_score = weight * (to_weight * counts[:, None] - delta[:, None])
+        dq1 = tl.dot(to_score.to(k1.dtype), k1, dq1, input_precision="ieee")
+        dq2 = tl.dot(to_score.to(k2.dtype), k2, dq2, input_precision="ieee")
+    return dq1, dq2
+
+
+@triton.jit
+def queries_kernel(
+    q, k, v, cos, sin, grad_out, lse, delta, grad_q, T, H, group, window, factor, scale,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, g_row, g_token, g_head,
+    WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq of BLOCK_M queries of one head."""
+    block, head, row = place(tl.cdiv(T, BLOCK_M), H)
+    query = (tl.cdiv(T, BLOCK_M) - 1 - block) * BLOCK_M
+    k += row * k_row + head // group * k_head
+    v += row * v_row + head // group * v_head
+    q1, q2 = load_pair(q + row * q_row + head * q_head, q_token, None, None, query, T, HEAD, HALF, "none", BLOCK_M)
+    g = load_rows(grad_out + row * g_row + head * g_head, g_token, query, T, HEAD, 2 * HALF, BLOCK_M)
+    queries, at = query + tl.arange(0, BLOCK_M), (row * H + head) * T
+    counts = score_factor(queries, T, window, WINDOW)
+    of_query = tl.where(counts > 0, tl.load(lse + at + queries, queries < T, float("inf")) * LOG2_E, 0.0)
+    of_delta = tl.load(delta + at + queries, queries < T, 0)
+    dq1, dq2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
+    low, some, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
+    for masked in tl.static_range(1 if WINDOW else 0, 2):
+        dq1, dq2 = add_to_queries(
+            dq1, dq2, q1, q2, g.to(q1.dtype), counts, of_query, of_delta, k, v, k_token, v_token, query,
+            some if masked else low, stop if masked else some, T, window, factor, masked, WINDOW, HEAD, HALF,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    to = grad_q + (row * T * H + head) * HEAD
+    store_pair(to, H * HEAD, cos, sin, query, T, dq1 * scale, dq2 * scale, HEAD, HALF, ROTARY, BLOCK_M)
+
+
+def refuse(q, k, v, cos, sin, *others) -> str | None:
+    """Why these arguments cannot run here, or None."""
+    B, T, H, d = q.shape
+    if d > WIDEST:
+        return f"heads of {d} values, it takes up to {WIDEST}"
+    if B * H * T >= 2**31:
+        return "it takes fewer than 2^31 queries"
+    return refuse_tensors(q, k, v)
+
+
+def refuse_backward(grads, outputs, *args) -> str | None:
+    """The same for the gradient."""
+    return refuse(*args)
+
+
+def half_tile(d: int) -> int:
+    """Padded size of half a head."""
+    return max(16, triton.next_power_of_2(triton.cdiv(d, 2)))
+
+
+def adjacent(x: torch.Tensor) -> torch.Tensor:
+    """x (B, T, H, d) with the values of a head adjacent."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(*tensors: torch.Tensor) -> list[int]:
+    """Those between rows, tokens and heads of each."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def angles(cos: torch.Tensor | None, sin: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The angles as the kernels read them."""
+    return [None if t is None else t.to(torch.float32).contiguous() for t in (cos, sin)]
+
+
+def turned(x: torch.Tensor, cos, sin, rotary: str) -> torch.Tensor:
+    """x (B, T, H, d) rotated, first values of all pairs before the second ones; x itself without rotary positions."""
+    if rotary == "none":
+        return x
+    (B, T, H, d), found = x.shape, x.new_empty(x.shape)
+    turn_kernel[(B * H * triton.cdiv(T, 64),)](
+        x, cos, sin, found, T, H, *strides(x), HEAD=d, HALF=half_tile(d), ROTARY=rotary, BLOCK=64
+    )
+    return found
+
+
+def shared_constants(T: int, d: int, rotary: str, window: int) -> dict:
+    """Compile-time arguments of every kernel."""
+    return {"WINDOW": 0 < window < T, "HEAD": d, "HALF": half_tile(d), "ROTARY": rotary}
+
+
+def causal_attention(q, k, v, cos, sin, rotary, window, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """See reference.causal_attention."""
+    (B, T, H, d), group, half = q.shape, q.shape[2] // k.shape[2], half_tile(q.shape[3])
+    (q, k, v), (cos, sin) = map(adjacent, (q, k, v)), angles(cos, sin)
+    out, lse = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+    blocks = config("causal_attention", "forward", q, half)
+    if B:
+        k = turned(k, cos, sin, rotary)
+        forward_kernel[(B * H * triton.cdiv(T, blocks["BLOCK_M"]),)](
+            q, k, v, cos, sin, out, lse, T, H, group, window, d**-0.5 / temperature * LOG2_E.value,
+            *strides(q, k, v), **shared_constants(T, d, rotary, window), **blocks,
+        )  # fmt: skip
+    return out, lse
+
+
+def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window, temperature) -> list[torch.Tensor]:
+    """See reference.causal_attention_backward."""
+    (B, T, H, d), group, half = q.shape, q.shape[2] // k.shape[2], half_tile(q.shape[3])
+    out, lse = (t.contiguous() for t in outputs)
+    grad_out = torch.zeros_like(out) if grads[0] is None else adjacent(grads[0])
+    grad_lse = None if grads[1] is None else grads[1].contiguous()
+    (q, k, v), (cos, sin) = map(adjacent, (q, k, v)), angles(cos, sin)
+    grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
+    if not B:
+        return [grad_q, grad_k, grad_v]
+    delta, constants = torch.empty_like(lse), shared_constants(T, d, rotary, window)
+    delta_kernel[(B * H * triton.cdiv(T, 32),)](
+        out, grad_out, grad_lse, delta, T, H, window, *strides(grad_out),
+        HAS_LSE=grad_lse is not None, WINDOW=constants["WINDOW"], HEAD=d, HALF=half, BLOCK_M=32,
+    )  # fmt: skip
+    q, k = (turned(t, cos, sin, rotary) for t in (q, k))
+    inputs, scale = (q, k, v, cos, sin, grad_out, lse, delta), d**-0.5 / temperature
+    sizes = T, H, group, window, scale * LOG2_E.value, scale, *strides(q, k, v, grad_out)
+    blocks = config("causal_attention", "keys", q, half)
+    grid = B * (H // group) * triton.cdiv(T, blocks["BLOCK_N"])
+    keys_kernel[(grid,)](*inputs, grad_k, grad_v, *sizes, **constants, **blocks)
+    blocks = config("causal_attention", "queries", q, half)
+    queries_kernel[(B * H * triton.cdiv(T, blocks["BLOCK_M"]),)](*inputs, grad_q, *sizes, **constants, **blocks)
+    return [grad_q, grad_k, grad_v]
