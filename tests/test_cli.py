@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ from PIL import Image
 
 from starflow import Flow
 from starflow.cli import main, parser
-from starflow.settings import presets, read_settings
+from starflow.settings import PRESETS, presets, read_settings
 
 TINY = {
     "model": {
@@ -136,9 +135,7 @@ def test_help_shows_an_example(command, capsys):
 def test_presets_are_complete(name):
     from starflow.training import RunConfig
 
-    Flow(
-        RunConfig.from_dict(read_settings(f"{os.path.dirname(parser.__code__.co_filename)}/presets/{name}.yaml")).model
-    )
+    Flow(RunConfig.from_dict(read_settings(PRESETS / f"{name}.yaml")).model)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""starflow eval"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import data
+from ..checkpoint import resolve
+from ..errors import DataError
+from ..evaluation import bayes_accuracy, likelihood, logdet_error, round_trips
+from ..flow import Flow
+from ..settings import read_settings
+from ..training import SETTINGS, RunConfig
+from .common import DTYPES, Parser, checkpoint_arguments, device, positive
+
+# Larger images make too many backward passes.
+JACOBIAN_DIMS = 768
+
+HELP = "evaluate a flow"
+EXAMPLE = "starflow eval --checkpoint runs/digits --json report.json"
+
+
+def add_arguments(parser: Parser) -> None:
+    """The arguments of this command."""
+    checkpoint_arguments(parser)
+    parser.add_argument("--data", metavar="FOLDER", help="folder of images CLASS/*.png (default: the run's own data)")
+    parser.add_argument("--split", choices=("held-out", "train"), default="held-out", help="of the run's own data")
+    parser.add_argument("--draws", type=positive, default=8, help="draws of the dequantisation noise (default 8)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Likelihood, accuracy and exactness on images."""
+    folder = resolve(args.checkpoint)
+    flow = Flow.from_pretrained(folder, device(args.device), DTYPES[args.dtype])
+    train, images = _evaluation_data(args, folder, flow)
+    options = {"draws": args.draws, "batch_size": args.batch_size, "seed": args.seed}
+    results: dict[str, Any] = {"images": len(images)}
+    if flow.config.noise_std == 0:
+        results["likelihood"] = dataclasses.asdict(likelihood(flow, images, **options))
+        print("bits/dim {bits_per_dim:.4f} +- {standard_error:.4f} ({images} images)".format(**results["likelihood"]))
+        if flow.config.num_classes:
+            prior = torch.bincount(train.labels, minlength=flow.config.num_classes).double() / len(train)
+            results["bayes_accuracy"] = bayes_accuracy(flow, images, prior, **options)
+            print(f"Bayes accuracy {100 * results['bayes_accuracy']:.2f} %")
+    for name, trip in round_trips(flow, images, seed=args.seed).items():
+        results[name] = dataclasses.asdict(trip)
+        print(
+            "{}: max {max:.1e}, mean {mean:.1e}, above 1e-3 {above_1e3}, above 1e-2 {above_1e2} of {values}".format(
+                name.replace("_", " "), **results[name]
+            )
+        )
+    pixels, label = images[0]
+    if pixels.numel() <= JACOBIAN_DIMS:
+        x = data.dequantise(pixels, flow.config.levels, flow.config.noise_std, data.generator(args.seed))
+        exact = Flow.from_pretrained(folder, flow.device, torch.float64)
+        label = label.item() if flow.config.num_classes else None
+        results["logdet_error"] = logdet_error(exact, x.double().to(flow.device), label)
+        print(f"log-determinant against the Jacobian, float64: {results['logdet_error']:.1e}")
+    else:
+        print(f"log-determinant not checked: a Jacobian of {pixels.numel()} dimensions is too large")
+    return results
+
+
+def _evaluation_data(args: argparse.Namespace, folder: Path, flow: Flow) -> tuple[data.ImageSet, data.ImageSet]:
+    if args.data:
+        config = data.DataConfig(source="folder", path=args.data, size=flow.config.image_size, held_out=0.0)
+    elif (folder / SETTINGS).exists():
+        config = RunConfig.from_dict(read_settings(folder / SETTINGS)).data
+    else:
+        raise DataError(f"{folder} has no {SETTINGS} that says what it was trained on: give --data FOLDER")
+    train, held_out = data.load(config)
+    images = train if args.data or args.split == "train" else held_out
+    if not len(images):
+        raise DataError(f"no images to evaluate on in the {args.split} part of {config.path or config.source}")
+    if flow.config.num_classes and len(images.classes) > flow.config.num_classes:
+        raise DataError(f"{len(images.classes)} classes of images, but the model has {flow.config.num_classes}")
+    if images.levels != flow.config.levels:
+        raise DataError(f"images of {images.levels} grey levels, but the model has {flow.config.levels}")
+    return train, images
