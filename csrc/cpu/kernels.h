@@ -128,6 +128,17 @@ struct HeadCall {
     }
 };
 
+// y (M, N) = x (M, K) weight^T + bias, float32.
+struct LinearCall {
+    int64_t M, N, K;
+    const float *x, *weight;  // weight (N, K), or (K, N) if `across`
+    bool across;
+    float* packed;      // the weight as product.h says
+    const float* bias;  // (N,) or null
+    float* y;           // in the gradient dL/dy
+    float* grad_weight;  // (N, K)
+};
+
 // The inverse transform of B sequences of n tokens; parameters of rows without the condition follow those with it.
 struct InverseCall {
     int64_t B, n;
@@ -189,6 +200,12 @@ struct Kernels {
     void (*cached_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
     void (*causal_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
     void (*causal_attention_backward)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
+    // The weight to `packed`, tiles of 16 outputs.
+    void (*pack)(const LinearCall& call, int64_t first_tile, int64_t last_tile);
+    // Rows first .. last - 1; scratch: 64 floats a row.
+    void (*linear)(const LinearCall& call, int64_t first_row, int64_t last_row, float* scratch);
+    // The sums over all rows, for outputs first .. last - 1.
+    void (*linear_weight_gradient)(const LinearCall& call, int64_t first, int64_t last);
     void (*elementary)(Elementary which, const float* x, float* y, int64_t n);
 };
 
