@@ -62,10 +62,7 @@ struct Tile {
 
     void project_wide() const {
         for (int64_t m = 0; m < chunk.tokens && call.norm; ++m) roots[m] = sum_of_squares(state(m), int(C));
-        // The states of the next tile, shared out over the products of this one.
-        int64_t tiles = (chunk.tokens / MAX_ROWS + 1) * ((wide_P / LANES + MAX_TILES - 1) / MAX_TILES);
-        Stream next{reinterpret_cast<const char*>(state(chunk.tokens)),
-                    chunk.tokens * C * int64_t(sizeof(float)) / (tiles * ((C + K_BLOCK - 1) / K_BLOCK))};
+        Stream next(state(chunk.tokens), chunk.tokens * C, chunk.tokens, wide_P / LANES, C);
         product(state(0), C, chunk.tokens, call.weight, C, 0, wide_P / LANES, scratch,
                 [&](int64_t m, int64_t tile, Vec v)
                     __attribute__((always_inline)) { store(products + m * wide_P + tile * LANES, v); },

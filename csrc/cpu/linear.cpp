@@ -64,14 +64,17 @@ void pack(const LinearCall& call, int64_t first_tile, int64_t last_tile) {
 }
 
 void linear(const LinearCall& call, int64_t first_row, int64_t last_row, float* scratch) {
-    int64_t N = call.N;
-    product(call.x + first_row * call.K, call.K, last_row - first_row, call.packed, call.K, 0, (N + 15) / 16, scratch,
+    int64_t N = call.N, M = last_row - first_row, tiles = (N + 15) / 16;
+    // Outputs to come: they are written once, and fetched for that.
+    Stream next(call.y + last_row * N, M * N, M, tiles, call.K);
+    product(call.x + first_row * call.K, call.K, M, call.packed, call.K, 0, tiles, scratch,
             [&](int64_t m, int64_t tile, Vec v) __attribute__((always_inline)) {
                 int64_t n = tile * LANES;
                 int count = int(N - n);
                 Vec bias = call.bias ? load(call.bias + n, count) : splat(0.0f);
                 store(call.y + (first_row + m) * N + n, v + bias, count);
-            });
+            },
+            &next);
 }
 
 // grad_weight (N, K) from rows first .. last - 1 of it.

@@ -44,6 +44,14 @@ struct Ahead {
 struct Stream {
     const char* at;
     int64_t bytes;
+
+    // `count` floats, shared out over a product of M rows, `tiles` of columns and sums of K.
+    Stream(const float* next, int64_t count, int64_t M, int64_t tiles, int64_t K)
+        : at(reinterpret_cast<const char*>(next)) {
+        int64_t parts = ((M + MAX_ROWS - 1) / MAX_ROWS) * ((tiles + MAX_TILES - 1) / MAX_TILES);
+        parts *= (K + K_BLOCK - 1) / K_BLOCK;
+        bytes = parts ? count * int64_t(sizeof(float)) / parts : 0;
+    }
 };
 
 template <int ROWS, int TILES>
