@@ -118,10 +118,10 @@ def _starflow(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], sou
         raise ConfigError(f"{source}: img_size={side} is no multiple of {factor * patch}, the pixels of a token's side")
     text_dim = 0
     if text_len:
-        last = f"blocks.{len(layers) - 1}.proj_txt.weight"
-        text_dim = TEXT_DIMS.get(get("text"), 0) or shapes.get(last, (0, 0))[-1]
+        widths = [shape[-1] for name, shape in shapes.items() if name.endswith(".proj_txt.weight") and shape]
+        text_dim = TEXT_DIMS.get(get("text"), 0) or max(widths, default=0)
         if not text_dim:
-            raise CheckpointError(f"txt_size={text_len} in {source}, but the weights lack {last}")
+            raise CheckpointError(f"txt_size is {text_len} in {source}, but there is no proj_txt in the weights")
     rotary_size = get("pt_seq_len") or 0
     return FlowConfig(
         image_size=side // factor,
@@ -241,7 +241,10 @@ def write_arguments(config: FlowConfig, shapes: dict[str, tuple[int, ...]]) -> d
             "pt_seq_len": config.rotary_size,
         }
         arguments |= {name: size for name, size in sizes.items() if size}
-    meant = flow_config(arguments, shapes, "the released code")
+    try:
+        meant = flow_config(arguments, shapes, "the released code")
+    except ConfigError as error:
+        raise ConfigError(f"the released code has no setting for this flow: {error}") from None
     wanted, got = _plain(config), _plain(meant)
     if differing := [name for name in wanted if wanted[name] != got[name]]:
         raise ConfigError(

@@ -41,17 +41,27 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report for people."""
-        dropped: dict[str, int] = {}
+        dropped: dict[str, list[str]] = {}
         for name, reason in self.dropped.items():
-            key = f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} ({reason})"
-            dropped[key] = dropped.get(key, 0) + 1
+            dropped.setdefault(reason, []).append(re.sub(r"\.[0-9]+\.", ".*.", name))
         return [
-            f"{self.family}: {self.parameters:,} parameters, {self.dtype}, {self.source_bytes / 1e9:.2f} GB read, "
-            f"{self.bytes / 1e9:.2f} GB written in {self.seconds:.1f} s",
+            f"{self.family}: {self.parameters:,} parameters, {self.dtype}, {_size(self.source_bytes)} read, "
+            f"{_size(self.bytes)} written in {self.seconds:.1f} s",
             f"kept: {len(self.kept)} weights",
-            *(f"dropped: {number} x {name}" for name, number in dropped.items()),
+            *(f"dropped: {len(names)}, {reason}: {_some(names)}" for reason, names in dropped.items()),
             *(f"checked: {check}" for check in self.checked),
         ]
+
+
+def _size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _some(names: list[str]) -> str:
+    """The first distinct names."""
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def replaceable(folder: Path) -> bool:
