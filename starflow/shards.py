@@ -73,17 +73,21 @@ def _write_file(path: Path, entries: list[Entry]) -> None:
     for entry in entries:
         start, end = end, end + entry.nbytes
         header[entry.name] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
-            tensor = entry.load()
-            if (tuple(tensor.shape), tensor.dtype) != (tuple(entry.shape), entry.dtype):
-                raise ValueError(f"{entry.name}: {tensor.dtype} {tuple(tensor.shape)} is not what was announced")
-            file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(_bytes(entry))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _bytes(entry: Entry) -> memoryview:
+    tensor = entry.load()
+    if (tuple(tensor.shape), tensor.dtype) != (tuple(entry.shape), entry.dtype):
+        raise ValueError(f"{entry.name}: {tensor.dtype} {tuple(tensor.shape)} is not what was announced")
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def read_weights(folder: Path, stem: str = "model") -> dict[str, torch.Tensor]:
