@@ -266,4 +266,4 @@ def test_files_without_checksums(tarflow):
         torch.save(state, path)
     finally:
         torch.serialization.set_crc32_options(before)
-    assert any("without checksums" in check for check in convert(path, out).checked)
+    assert any("has no checksums" in check for check in convert(path, out).checked)

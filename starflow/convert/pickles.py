@@ -13,6 +13,7 @@ import torch
 from ..errors import CheckpointError
 
 ZIP = b"PK\x03\x04"
+UNCHECKED = "the file has no checksums: its bytes are not checked"
 
 
 def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -30,9 +31,8 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     try:
         with open(path, "rb") as file:
             zipped = file.read(len(ZIP)) == ZIP
-        if zipped:
-            checks.append(_check_archive(path))
         # Files of torch before 1.6 are no archives and cannot be mapped.
+        checks.append(_check_archive(path) if zipped else UNCHECKED)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -45,7 +45,9 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
             raise CheckpointError(
                 f"{path} is refused: loading it would call {wanted[1]}, and weights need no such call"
             ) from None
-        raise CheckpointError(f"{path} is not a checkpoint of torch: {_line(error)}") from None
+        # The rest of the message is advice to trust the file.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        raise CheckpointError(f"{path} is not a checkpoint of torch: {_line(reason)}") from None
     except Exception as error:
         # A damaged pickle fails in any way at all.
         raise CheckpointError(f"{path} is damaged or not a checkpoint of torch: {_line(error)}") from None
@@ -53,7 +55,7 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     return dict(state), [*checks, "the file holds tensors alone and was read with weights_only"]
 
 
-def _line(error: Exception) -> str:
+def _line(error: Exception | str) -> str:
     """Start of a message in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
@@ -64,11 +66,11 @@ def _check_archive(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise CheckpointError(f"{path} is a compressed archive, not a checkpoint of torch")
+                raise zipfile.BadZipFile("compressed, which torch never is")
             if not any(record.CRC for record in records if "/data/" in record.filename):
-                return "the file was saved without checksums: its bytes are not checked"
+                return UNCHECKED
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is truncated or damaged: {_line(error)}") from None
     if damaged:
         raise CheckpointError(f"{path} is damaged: the checksum of its record {damaged} differs")
