@@ -1,6 +1,7 @@
 """Released checkpoints to ours and back: the same names, numbers and bits."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_parity import assert_parity, load
 from starflow import Flow, FlowConfig
 from starflow.cli import main
 from starflow.convert import convert, names, release
-from starflow.convert.formats import flow_config, parse_arguments, write_arguments
+from starflow.convert.formats import flow_config, parse_arguments, read_arguments, write_arguments
 
 TARFLOW = {"image_size": 8, "image_channels": 3, "patch_size": 2, "channels": 64, "layers": (1, 1)}
 STARFLOW = {
@@ -157,6 +158,29 @@ def test_converted_weights_compute_what_the_released_code_does(name, tmp_path):
     assert_parity(z, case.tensors["z"])
     assert_parity(logdet, case.tensors["logdet"])
     assert_parity(flow.inverse(case.noise(), **case.sampling_context()), case.tensors["sample"])
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "classes", "parameters"),
+    [
+        ("imagenet64_model_2_768_8_8_uniform", 64, 0, 460_142_784),
+        ("imagenet64_model_2_768_8_8_0.05", 64, 0, 460_142_784),
+        ("imagenet_model_2_768_8_8_0.05", 64, 1000, 466_286_784),
+        ("imagenet_model_4_1024_8_8_0.05", 64, 1000, 817_636_096),
+        ("imagenet_model_4_1024_8_8_0.15", 128, 1000, 823_927_552),
+        ("afhq_model_8_768_8_8_0.07", 256, 3, 463_481_856),
+    ],
+)
+def test_published_names(name, size, classes, parameters):
+    """The size of the images and the number of classes are in the shapes alone."""
+    patch, channels, *_, noise = name.split("_model_")[1].split("_")
+    fields = {**TARFLOW, "patch_size": int(patch), "channels": int(channels), "layers": (8,) * 8, "image_size": size}
+    config = FlowConfig(**fields, num_classes=classes, noise_std=0.0 if noise == "uniform" else float(noise))
+    ours, theirs = names.our_shapes(config), names.released_names(config)
+    shapes = {theirs[n]: names.released_shape(n, s) for n, s in ours.items()} | names.dead_buffers(config)
+    assert len(shapes) == 817 + 8 * bool(classes) and names.count(ours) == parameters
+    arguments, where = read_arguments(Path(f"{name}.pth"), None)
+    assert flow_config(arguments, shapes, where) == config
 
 
 # Flags of the released text-to-image model that shape it.

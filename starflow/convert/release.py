@@ -51,7 +51,7 @@ def release(source: str | Path, out: str | Path, overwrite: bool = False) -> Rep
             raise OSError(str(error).splitlines()[0]) from None
         write_text(target / f"{Path(name).stem}.yaml", _yaml(arguments))
         report = Report(
-            source=str(source),
+            source=Path(source).name,
             family=family(flow),
             config=flow.to_dict(),
             arguments=arguments,
