@@ -135,7 +135,7 @@ struct LinearCall {
     bool across;
     float* packed;      // the weight as product.h says
     const float* bias;  // (N,) or null
-    float* y;           // in the gradient dL/dy
+    float* y;            // in the gradient dL/dy
     float* grad_weight;  // (N, K)
 };
 
