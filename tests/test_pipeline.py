@@ -15,8 +15,9 @@ import components
 from components import TEXT_DIM, TEXT_LEN
 
 from starflow import CheckpointError, ConfigError, Flow, FlowConfig, Guidance
-from starflow.pipelines import METHODS, FlowModel, FlowPipeline, STARFlowPipeline, TarFlowPipeline
+from starflow.pipelines import FlowModel, FlowPipeline, STARFlowPipeline, TarFlowPipeline
 from starflow.pipelines.base import denoise_rows
+from starflow.sampling import METHODS
 from starflow.text import encode_prompts
 
 PROMPTS = ["a red cat", "three small dog"]

@@ -3,25 +3,32 @@
 from ..errors import ConfigError
 
 try:
-    import diffusers  # noqa: F401
-    import transformers  # noqa: F401
+    import diffusers
+    import transformers
 except ModuleNotFoundError as error:
     raise ConfigError(f"pipelines need {error.name}: pip install starflow-kernels[models]") from None
 
 # diffusers looks for the base class beside FlowModel when it loads one.
 from diffusers import ModelMixin  # noqa: F401
 
-from .base import METHODS, FlowPipeline, FlowPipelineOutput, PipelineReport
+from .base import FlowPipeline, FlowPipelineOutput, PipelineReport
 from .model import FlowModel
 from .pixels import TarFlowPipeline
 from .text_to_image import STARFlowPipeline
 
+
+def hide_loading_bars() -> None:
+    """Load components without the progress bars of diffusers and transformers."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 __all__ = [
-    "METHODS",
     "FlowModel",
     "FlowPipeline",
     "FlowPipelineOutput",
     "PipelineReport",
     "STARFlowPipeline",
     "TarFlowPipeline",
+    "hide_loading_bars",
 ]
