@@ -6,7 +6,9 @@ try:
     import diffusers
     import transformers
 except ModuleNotFoundError as error:
-    raise ConfigError(f"pipelines need {error.name}: pip install starflow-kernels[models]") from None
+    raise ConfigError(
+        f"pipelines need {error.name}: pip install starflow-kernels[models], on Python 3.11 or newer"
+    ) from None
 
 # diffusers looks for the base class beside FlowModel when it loads one.
 from diffusers import ModelMixin  # noqa: F401
