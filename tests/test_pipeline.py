@@ -15,6 +15,7 @@ import components
 from components import TEXT_DIM, TEXT_LEN
 
 from starflow import CheckpointError, ConfigError, Flow, FlowConfig, Guidance
+from starflow.convert import convert, release
 from starflow.pipelines import METHODS, FlowModel, FlowPipeline, STARFlowPipeline, TarFlowPipeline
 from starflow.pipelines.base import denoise_rows
 from starflow.text import encode_prompts
@@ -196,6 +197,18 @@ def test_shards_and_variants(pipe, tmp_path):
     for options in ({}, {"variant": "fp16"}):
         again = opened(tmp_path, **options)
         assert torch.equal(again("a cat", generator=seeds(0), output_type="pt").images, expected)
+
+
+def test_to_the_released_format_and_back(pipe, tmp_path):
+    components.save(tmp_path / "model", max_shard_size="40KB")
+    files = release(tmp_path / "model", tmp_path / "released").files
+    weights, settings = (next(tmp_path.glob(f"released/*{end}")) for end in (".pth", ".yaml"))
+    assert {weights.name, settings.name} <= set(files)
+    convert(weights, tmp_path / "ours", settings)
+    again = components.pipeline()
+    again.register_modules(transformer=FlowModel.from_flow(Flow.from_pretrained(tmp_path / "ours")))
+    expected = pipe("a cat", generator=seeds(0), output_type="pt").images
+    assert torch.equal(again("a cat", generator=seeds(0), output_type="pt").images, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
