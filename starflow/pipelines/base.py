@@ -224,7 +224,7 @@ class Clock:
 
     def _wait(self) -> None:
         if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+            torch.accelerator.synchronize(self.device)
 
 
 def pipeline_class(folder) -> str:
