@@ -11,23 +11,33 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from .certificate import certificate
 from .data import generator, quantise
+from .errors import ConfigError
 from .files import write_atomically
 from .flow import Flow, Guidance
 
 MIN_GRID_PIXELS = 512
+METHODS = ("sequential",)
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleReport:
-    """count images in `seconds`, `steps` token steps a batch; certificate: max |flow(x) - z| of one density pass over
-    the samples before denoising, None where it was not asked for or guidance changed the map."""
+    """count images in `seconds`, `steps` token steps a batch; certificate: see `starflow.certificate`, over the samples
+    before denoising, None where it was not asked for or cannot be had."""
 
     count: int
     steps: int
     seconds: float
     images_per_second: float
     certificate: float | None
+
+
+def method_of(name: str) -> str:
+    """The one of METHODS that a name or "auto" means. Raises ConfigError."""
+    if name not in ("auto", *METHODS):
+        raise ConfigError(f"method={name!r}: expected auto or one of {', '.join(METHODS)}")
+    return METHODS[0] if name == "auto" else name
 
 
 class Samples(NamedTuple):
@@ -57,9 +67,7 @@ def sample(
     for z, rows in zip(noise.split(batch_size), torch.arange(count).split(batch_size)):
         batch_labels = None if labels is None else labels[rows].to(flow.device)
         x = flow.inverse(z, batch_labels, guidance=guidance)
-        if certify and not guidance.weight:
-            with torch.no_grad():
-                error = (flow(x, batch_labels).z - z).abs().max().item()
+        if certify and (error := certificate(flow, x, z, batch_labels, guidance=guidance)) is not None:
             residual = max(residual or 0.0, error)
         if denoise:
             x = flow.denoise(x, batch_labels, factor=denoise)
