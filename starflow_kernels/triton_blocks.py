@@ -150,7 +150,8 @@ BLOCKS = {
 
 def blocks(op: str, kernel: str, chip: str, width: int, head: int) -> dict[str, int]:
     """An entry of the table as the options of a launch."""
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), BLOCKS[op][chip][width][head][kernel]))
+    of_chip = BLOCKS[op].get(chip, BLOCKS[op]["default"])
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), of_chip[width][head][kernel]))
 
 
 def chip_of(device: torch.device) -> str:
