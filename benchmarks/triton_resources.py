@@ -1,9 +1,10 @@
 """What each Triton kernel takes of a chip, read out of the compiled code; needs no GPU.
 
-    python -m benchmarks.triton_resources --check --write docs/triton.md
+    python -m benchmarks.triton_resources --check --results build/triton.json --write docs/triton.md
 
 Every kernel is compiled in every shipped configuration for every target, as it is launched: pointers on 16 bytes, sizes
-that 16 divides. --check fails where registers are spilled on an NVIDIA target or a target lacks the shared memory.
+that 16 divides. --check fails where registers are spilled or a target lacks the shared memory. --results keeps what
+each version of Triton gives; the table has all of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -38,11 +40,14 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# (version of Triton, target, kernel) -> bytes of stack a thread that no choice of blocks avoids; all others have none.
+STACK_LIMIT: dict[tuple[str, str, str], int] = {}
 PAGE = """# What the Triton kernels take of a chip
 
 Registers a thread / bytes of stack a thread (spilled registers) / bytes of shared memory a block, of every kernel in
-every shipped configuration, compiled by Triton {version} without a GPU. Written by
-`python -m benchmarks.triton_resources --write docs/triton.md`.
+every shipped configuration, compiled without a GPU by Triton {versions}; two numbers where the versions differ. Rows
+without "window" see all tokens before their own. Written by
+`python -m benchmarks.triton_resources --results build/triton.json --write docs/triton.md`, run with each version.
 
 {table}
 """
@@ -70,6 +75,11 @@ class Resources(NamedTuple):
     shared: int
 
 
+def _by_chip(launch: Callable[..., Launch], *args) -> dict[str, Launch]:
+    """The launch on each target, with its own blocks."""
+    return {name: launch(args[0], name, *args[1:]) for name in TARGETS}
+
+
 def _affine_flow() -> dict[str, Launch]:
     options = {"SHIFT": True, "FLIP": True, **affine_flow.CONFIG}
     variants = {"softplus, clip": {"SCALE": "softplus", "CLIPPED": True}, "exp": {"SCALE": "exp", "CLIPPED": False}}
@@ -89,26 +99,31 @@ def _affine_flow() -> dict[str, Launch]:
     return launches
 
 
-def _flow_head() -> dict[str, Launch]:
+def _flow_head() -> dict[str, dict[str, Launch]]:
     names = ("x", "h", "weight", "bias", "norm_weight", "z", "grad_z", "grad_x", "grad_h")
     others = {name: "*fp32" for name in ("grad_raw", "scaled", "logdet", "grad_logdet")}
     others |= {"T": "i32", "C": "i32", "D": "i32", "clip": "fp32", "share": "fp32"}
     options = {name: True for name in ("CLIPPED", "BIAS", "NORM", "SHIFT", "FLIP", "SUM")} | {"SCALE": "softplus"}
+
+    def launch(kernel: str, chip: str, name: str, dtype: torch.dtype, D: int) -> Launch:
+        types = {tensor: f"*{name}" for tensor in names} | others
+        constants = {**options, **flow_head.config(D, dtype, chip)}
+        if kernel == "backward":
+            constants |= {"HAS_Z": True, "HAS_LOGDET": True}
+        sizes = ("T", "C", "D") if D % 16 == 0 else ("T", "C")
+        return Launch(getattr(flow_head, f"{kernel}_kernel"), types, constants, sizes)
+
     launches = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-        types = {tensor: f"*{name}" for tensor in names} | others
         for D in (256,) if name == "fp16" else (4, 16, 32, 64, 128, 256):
-            sizes = ("T", "C", "D") if D % 16 == 0 else ("T", "C")
-            constants = {**options, **flow_head.config(D, dtype)}
-            launches[f"flow_head, {name}, D = {D}"] = Launch(flow_head.forward_kernel, types, constants, sizes)
-            constants = {**constants, "HAS_Z": True, "HAS_LOGDET": True}
-            launches[f"flow_head_backward, {name}, D = {D}"] = Launch(
-                flow_head.backward_kernel, types, constants, sizes
-            )
+            for op, kernel in (("flow_head", "forward"), ("flow_head_backward", "backward")):
+                launches[f"{op}, {name}, D = {D}"] = _by_chip(launch, kernel, name, dtype, D)
     return launches
 
 
 HEADS = {"T", "H", "group", "window", *STRIDES}
+# Sizes of heads -> without a window, with one: each tile of heads both ways, and heads that leave some of it empty.
+WINDOWED = {16: (True,), 32: (False,), 64: (False, True), 80: (True,), 128: (False,), 256: (False, True)}
 
 
 def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: bool) -> Launch:
@@ -143,25 +158,29 @@ def flow(kernel: str, chip: str, dtype: str, d: int, D: int, rotary: str = "inte
     return Launch(getattr(attention_flow, f"{kernel}_kernel"), types, constants)
 
 
-def _by_chip(launch: Callable[..., Launch], *args) -> dict[str, Launch]:
-    """The launch on each target, with its own blocks."""
-    return {name: launch(args[0], name if name[:2] == "sm" else "default", *args[1:]) for name in TARGETS}
-
-
 def _causal_attention() -> dict[str, dict[str, Launch]]:
-    kernels, sizes = ("forward", "queries", "keys", "turn", "delta"), (16, 32, 64, 80, 128, 256)
+    cases = {kernel: WINDOWED for kernel in ("forward", "queries", "keys")}
+    cases |= {kernel: {32: (False,), 80: (True,), 256: (False,)} for kernel in ("turn", "delta")}
     return {
-        f"causal_attention {kernel}, {dtype}, d = {d}": _by_chip(attention, kernel, dtype, d, "interleaved", True)
-        for kernel, dtype, d in itertools.product(kernels, ("bf16", "fp32"), sizes)
+        f"causal_attention {kernel}, {dtype}, d = {d}{', window' if window else ''}": _by_chip(
+            attention, kernel, dtype, d, "interleaved", window
+        )
+        for kernel, dtype in itertools.product(cases, ("bf16", "fp32"))
+        for d, windows in cases[kernel].items()
+        for window in windows
     }
 
 
 def _attention_flow() -> dict[str, dict[str, Launch]]:
-    kernels, sizes = ("forward", "raw", "queries", "keys"), {"bf16": (16, 64, 80, 128), "fp32": (16, 64)}
+    kernels = ("forward", "raw", "queries", "keys")
     return {
-        f"attention_flow {kernel}, {dtype}, d = {d}, D = {D}": _by_chip(flow, kernel, dtype, d, D)
-        for kernel, (dtype, D) in itertools.product(kernels, (("bf16", 64), ("fp32", 32)))
-        for d in sizes[dtype]
+        f"attention_flow {kernel}, {dtype}, d = {d}, D = {D}{', window' if window else ''}": _by_chip(
+            flow, kernel, dtype, d, D, "interleaved", window
+        )
+        for kernel, (dtype, D, widest) in itertools.product(kernels, (("bf16", 64, 128), ("fp32", 32, 64)))
+        for d, windows in WINDOWED.items()
+        for window in windows
+        if d <= widest
     }
 
 
@@ -206,12 +225,11 @@ def resources(launch: Launch, target: str) -> Resources:
     return parsed(text, kernel.metadata.shared)
 
 
-def complaint(found: Resources, target: str) -> str | None:
-    """What is wrong with them on the target, or None."""
+def complaint(found: Resources, target: str, limit: int = 0) -> str | None:
+    """What is wrong with them on the target, where so many bytes of stack are allowed, or None."""
     if found.shared > SHARED_LIMIT[target]:
         return f"{found.shared} bytes of shared memory, {target} has {SHARED_LIMIT[target]}"
-    spills = found.stack and TARGETS[target].backend == "cuda"
-    return f"{found.stack} bytes of stack a thread on {target}" if spills else None
+    return f"{found.stack} bytes of stack a thread on {target}" if found.stack > limit else None
 
 
 def _measured(job: tuple[str, str]) -> Resources:
@@ -220,13 +238,30 @@ def _measured(job: tuple[str, str]) -> Resources:
     return resources(launch[target] if isinstance(launch, dict) else launch, target)
 
 
-def table(found: dict[tuple[str, str], Resources], targets: list[str]) -> str:
-    """Markdown, a row a kernel."""
+def table(found: list[dict[tuple[str, str], Resources]], targets: list[str]) -> str:
+    """Markdown, a row a kernel; found: by each version."""
+
+    def cell(label: str, target: str) -> str:
+        by_version = zip(*(version[label, target] for version in found))
+        return " / ".join(", ".join(map(str, dict.fromkeys(values))) for values in by_version)
+
     lines = ["| kernel | " + " | ".join(targets) + " |", "|---|" + "---|" * len(targets)]
-    for label in dict.fromkeys(label for label, _ in found):
-        cells = (found[label, target] for target in targets)
-        lines.append(f"| {label} | " + " | ".join(f"{c.registers} / {c.stack} / {c.shared}" for c in cells) + " |")
+    for label in dict.fromkeys(label for label, _ in found[-1]):
+        lines.append(f"| {label} | " + " | ".join(cell(label, target) for target in targets) + " |")
     return "\n".join(lines)
+
+
+def kept(path: Path, found: dict[tuple[str, str], Resources]) -> dict[str, dict[tuple[str, str], Resources]]:
+    """What the file has of other versions, and what this one has found; written to the file."""
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    stored[triton.__version__] = [[*job, *value] for job, value in found.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(stored))
+    return {
+        version: {(label, target): Resources(*value) for label, target, *value in rows}
+        for version, rows in sorted(stored.items())
+        if {(label, target) for label, target, *_ in rows} == found.keys()
+    }
 
 
 def main() -> int:
@@ -234,17 +269,22 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--kernels", default="", help="only the kernels whose name has this in it")
     parser.add_argument("--check", action="store_true", help="fail on spills and on too much shared memory")
+    parser.add_argument("--results", type=Path, help="keep the numbers in this file, beside those of other versions")
     parser.add_argument("--write", type=Path, help="write the table to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
     jobs = [(label, target) for label in LAUNCHES if args.kernels in label for target in args.targets]
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
         found = dict(zip(jobs, pool.map(_measured, jobs, chunksize=1)))
-    page = PAGE.format(version=triton.__version__, table=table(found, args.targets))
+    versions = kept(args.results, found) if args.results else {triton.__version__: found}
+    page = PAGE.format(versions=" and ".join(versions), table=table(list(versions.values()), args.targets))
     print(page)
     if args.write:
         args.write.write_text(page)
-    complaints = [f"{label}: {why}" for (label, target), value in found.items() if (why := complaint(value, target))]
+    complaints = []
+    for (label, target), value in found.items():
+        if why := complaint(value, target, STACK_LIMIT.get((triton.__version__, target, label), 0)):
+            complaints.append(f"{label}: {why}")
     for line in complaints:
         print(line, file=sys.stderr)
     return 1 if args.check and complaints else 0

@@ -38,14 +38,34 @@ def test_complains_of_spills_and_of_shared_memory(tool):
     assert tool.complaint(tool.Resources(255, 0, 232448), "sm_90") is None
     assert tool.complaint(tool.Resources(255, 8, 0), "sm_100") == "8 bytes of stack a thread on sm_100"
     assert tool.complaint(tool.Resources(64, 0, 166913), "sm_80").startswith("166913 bytes of shared memory")
-    assert tool.complaint(tool.Resources(64, 276, 65536), "gfx942") is None
+    assert tool.complaint(tool.Resources(64, 276, 65536), "gfx942") == "276 bytes of stack a thread on gfx942"
+    assert tool.complaint(tool.Resources(64, 276, 65536), "gfx942", 276) is None
+    assert tool.complaint(tool.Resources(64, 277, 65536), "gfx942", 276) is not None
 
 
-def test_table_has_a_row_a_kernel(tool):
-    found = {(k, t): tool.Resources(1, 2, 3) for k in ("a", "b") for t in ("sm_80", "sm_90")}
+def test_table_has_a_row_a_kernel_and_the_numbers_of_each_version(tool):
+    found = [{(k, t): tool.Resources(n, 2, 3) for k in ("a", "b") for t in ("sm_80", "sm_90")} for n in (1, 4)]
+    found[1]["b", "sm_90"] = tool.Resources(1, 2, 3)
     assert tool.table(found, ["sm_80", "sm_90"]).splitlines() == [
         "| kernel | sm_80 | sm_90 |",
         "|---|---|---|",
-        "| a | 1 / 2 / 3 | 1 / 2 / 3 |",
-        "| b | 1 / 2 / 3 | 1 / 2 / 3 |",
+        "| a | 1, 4 / 2 / 3 | 1, 4 / 2 / 3 |",
+        "| b | 1, 4 / 2 / 3 | 1 / 2 / 3 |",
     ]
+
+
+def test_keeps_what_other_versions_gave(tool, monkeypatch, tmp_path):
+    path = tmp_path / "new" / "results.json"
+    first, second = ({("a", "sm_90"): tool.Resources(n, 0, 3)} for n in (1, 2))
+    monkeypatch.setattr(tool.triton, "__version__", "3.9.0")
+    assert tool.kept(path, first) == {"3.9.0": first}
+    monkeypatch.setattr(tool.triton, "__version__", "3.6.0")
+    assert list(tool.kept(path, second).items()) == [("3.6.0", second), ("3.9.0", first)]
+
+
+def test_other_kernels_are_not_mixed_in(tool, monkeypatch, tmp_path):
+    path, found = tmp_path / "results.json", {("b", "sm_90"): tool.Resources(1, 0, 3)}
+    monkeypatch.setattr(tool.triton, "__version__", "3.9.0")
+    tool.kept(path, {("a", "sm_90"): tool.Resources(1, 0, 3)})
+    monkeypatch.setattr(tool.triton, "__version__", "3.6.0")
+    assert tool.kept(path, found) == {"3.6.0": found}

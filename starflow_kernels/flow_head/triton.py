@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..affine_flow.reference import accumulation_dtype
 from ..affine_flow.triton import sum_rows
+from ..triton_blocks import chip_of
 from ..triton_math import log_sigma_slope, sigma_of, soft_clipped
 from ..triton_runtime import refuse_tensors
 
@@ -24,12 +25,15 @@ RMS_EPS = tl.constexpr(1e-6)
 # BLOCK_D: tokens and channels of a block, warps. The largest that compile without spills for every target.
 NARROW = {16: (64, 64, 4), 32: (32, 64, 4), 64: (16, 64, 4), 128: (32, 32, 8), 256: (16, 16, 8)}
 FLOAT32 = {16: (32, 16, 4), 32: (32, 32, 4), 64: (16, 32, 8), 128: (16, 16, 8), 256: (8, 16, 8)}
+# Bytes of a value and BLOCK_D -> the same, where gfx942 needs other ones: half the threads have twice the registers.
+GFX942 = {(2, 128): (32, 32, 4), (4, 256): (16, 16, 4)}
 
 
-def config(D: int, dtype: torch.dtype) -> dict[str, int]:
+def config(D: int, dtype: torch.dtype, chip: str) -> dict[str, int]:
     """Block sizes for tokens of D values and a weight of `dtype`; nothing else decides them."""
     block_d = max(16, triton.next_power_of_2(D))
-    block_t, block_c, warps = (FLOAT32 if dtype == torch.float32 else NARROW)[block_d]
+    found = (FLOAT32 if dtype == torch.float32 else NARROW)[block_d]
+    block_t, block_c, warps = GFX942.get((dtype.itemsize, block_d), found) if chip == "gfx942" else found
     return {"BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
 
 
@@ -225,7 +229,7 @@ def _sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _options(D, weight, bias, norm_weight, scale, soft_clip, shift, flip, logdet) -> dict:
     return {
         "SCALE": scale, "CLIPPED": soft_clip > 0, "BIAS": bias is not None, "NORM": norm_weight is not None,
-        "SHIFT": shift, "FLIP": flip, "SUM": logdet != "none", **config(D, weight.dtype),
+        "SHIFT": shift, "FLIP": flip, "SUM": logdet != "none", **config(D, weight.dtype, chip_of(weight.device)),
     }  # fmt: skip
 
 
