@@ -34,7 +34,7 @@ class Case(NamedTuple):
     peers: Mapping[str, Callable] = MappingProxyType({})
 
 
-def _randn(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+def randn(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     """Normal numbers, the same on every device."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
@@ -47,7 +47,7 @@ def _bytes(tensors: list[torch.Tensor], *outputs: torch.Tensor) -> int:
 def affine_flow(shape, dtype, device) -> Case:
     """shape: B, T, D."""
     B, T, D = shape
-    tensors = _randn(dtype, device, shape, (B, T, 2 * D))
+    tensors = randn(dtype, device, shape, (B, T, 2 * D))
 
     def run(tensors, backend):
         return starflow_kernels.affine_flow(*tensors, SPEC, shift=True, backend=backend)
@@ -58,7 +58,7 @@ def affine_flow(shape, dtype, device) -> Case:
 def flow_head(shape, dtype, device) -> Case:
     """shape: B, T, D, C."""
     B, T, D, C = shape
-    tensors = _randn(dtype, device, (B, T, D), (B, T, C), (2 * D, C), (2 * D,), (C,))
+    tensors = randn(dtype, device, (B, T, D), (B, T, C), (2 * D, C), (2 * D,), (C,))
     tensors[2] *= 0.5 * C**-0.5
 
     def run(tensors, backend):
@@ -67,7 +67,7 @@ def flow_head(shape, dtype, device) -> Case:
     return Case("flow_head", shape, tensors, 2, run, _bytes(tensors, tensors[0]), 4 * B * T * D * C)
 
 
-def _angles(T: int, d: int, dtype: torch.dtype, device: str) -> dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]:
+def angles(T: int, d: int, dtype: torch.dtype, device: str) -> dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]:
     """cos and sin for tensors of a dtype and of wider ones: values of float32 in all."""
     pair = torch.arange(d // 2, dtype=torch.float64)
     angle = torch.arange(T, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * pair / d)
@@ -78,30 +78,22 @@ def _angles(T: int, d: int, dtype: torch.dtype, device: str) -> dict[torch.dtype
 def causal_attention(shape, dtype, device) -> Case:
     """shape: B, T, H, H_kv, d."""
     B, T, H, groups, d = shape
-    tensors = _randn(dtype, device, (B, T, H, d), (B, T, groups, d), (B, T, groups, d))
+    tensors = randn(dtype, device, (B, T, H, d), (B, T, groups, d), (B, T, groups, d))
 
-    angles = _angles(T, d, dtype, device)
+    turns = angles(T, d, dtype, device)
 
     def run(tensors, backend):
-        cos, sin = angles[tensors[0].dtype]
+        cos, sin = turns[tensors[0].dtype]
         options = {"cos": cos, "sin": sin, "rotary": "interleaved", "backend": backend}
         return (starflow_kernels.causal_attention(*tensors, **options),)
 
-    cos, sin = angles[dtype]
+    cos, sin = turns[dtype]
 
     def sdpa(tensors):
         q, k, v = (t.transpose(1, 2) for t in (*(rotate(t, cos, sin, "interleaved") for t in tensors[:2]), tensors[2]))
         return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2),)
 
-    peers = {"SDPA after rotary": sdpa}
-    try:
-        from flash_attn import flash_attn_func
-    except ImportError:
-        pass
-    else:
-        peers["flash-attn after rotary"] = lambda tensors: (
-            flash_attn_func(*(rotate(t, cos, sin, "interleaved") for t in tensors[:2]), tensors[2], causal=True),
-        )
+    peers = {"torch's choice after rotary": sdpa}
     moved, operations = _bytes(tensors, tensors[0]), 2 * B * H * T * T * d
     return Case("causal_attention", shape, tensors, 3, run, moved, operations, 2.5, peers)
 
@@ -109,15 +101,15 @@ def causal_attention(shape, dtype, device) -> Case:
 def attention_flow(shape, dtype, device) -> Case:
     """shape: B, T, H, H_kv, d, D."""
     B, T, H, groups, d, D = shape
-    tensors = _randn(
+    tensors = randn(
         dtype, device, (B, T, D), (B, T, H, d), (B, T, groups, d), (B, T, groups, d), (2 * D, H * d), (2 * D,)
     )
     tensors[4] *= 0.5 * (H * d) ** -0.5
 
-    angles = _angles(T, d, dtype, device)
+    turns = angles(T, d, dtype, device)
 
     def run(tensors, backend):
-        cos, sin = angles[tensors[1].dtype]
+        cos, sin = turns[tensors[1].dtype]
         options = {"cos": cos, "sin": sin, "rotary": "interleaved", "shift": True, "backend": backend}
         return starflow_kernels.attention_flow(*tensors, SPEC, **options)
 

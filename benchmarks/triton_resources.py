@@ -26,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from starflow_kernels import triton_rotary
 from starflow_kernels.affine_flow import triton as affine_flow
 from starflow_kernels.attention_flow import triton as attention_flow
 from starflow_kernels.causal_attention import triton as causal_attention
@@ -117,14 +118,15 @@ def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: b
     types = {name: f"*{dtype}" for name in names} | dict.fromkeys(("lse", "delta", "grad_lse"), "*fp32")
     types |= dict.fromkeys(HEADS, "i32") | {"factor": "fp32", "scale": "fp32"}
     angle = "constexpr" if rotary == "none" else "*fp32"
-    half = causal_attention.half_tile(d)
+    half = triton_rotary.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary}
     constants |= {"cos": None, "sin": None} if rotary == "none" else {}
-    if kernel in ("turn", "delta"):
+    if kernel in ("turn", "turn_back", "delta"):
         constants |= {"HAS_LSE": True, "BLOCK_M": 32, "BLOCK": 64}
     else:
         constants |= blocks("causal_attention", kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
-    return Launch(getattr(causal_attention, f"{kernel}_kernel"), types | {"cos": angle, "sin": angle}, constants)
+    module = triton_rotary if kernel[:4] == "turn" else causal_attention
+    return Launch(getattr(module, f"{kernel}_kernel"), types | {"cos": angle, "sin": angle}, constants)
 
 
 def flow(kernel: str, chip: str, dtype: str, d: int, D: int, rotary: str = "interleaved", window: bool = True):
@@ -133,7 +135,7 @@ def flow(kernel: str, chip: str, dtype: str, d: int, D: int, rotary: str = "inte
     types = {name: f"*{dtype}" for name in names} | dict.fromkeys(HEADS | {"D", "P"}, "i32")
     types |= dict.fromkeys(("cos", "sin", "logdet", "lse", "delta", "grad_logdet", "grad_raw", "grad_lse"), "*fp32")
     types |= dict.fromkeys(("factor", "scale", "clip", "share"), "fp32")
-    half = causal_attention.half_tile(d)
+    half = triton_rotary.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary, "SCALE": "softplus", "CLIPPED": True}
     constants |= dict.fromkeys(("BIAS", "SHIFT", "FLIP", "SUM", "HAS_Z", "HAS_LOGDET", "HAS_LSE"), True)
     tile = max(16, triton.next_power_of_2(D))
@@ -149,7 +151,7 @@ def _by_chip(launch: Callable[..., Launch], *args) -> dict[str, Launch]:
 
 
 def _causal_attention() -> dict[str, dict[str, Launch]]:
-    kernels, sizes = ("forward", "queries", "keys", "turn", "delta"), (16, 32, 64, 80, 128, 256)
+    kernels, sizes = ("forward", "queries", "keys", "turn", "turn_back", "delta"), (16, 32, 64, 80, 128, 256)
     return {
         f"causal_attention {kernel}, {dtype}, d = {d}": _by_chip(attention, kernel, dtype, d, "interleaved", True)
         for kernel, dtype, d in itertools.product(kernels, ("bf16", "fp32"), sizes)
