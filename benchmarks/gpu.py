@@ -234,7 +234,7 @@ def time_op(op: str, shape: tuple[int, ...], bench: Bench, ceilings: dict[str, f
     ones = [torch.ones_like(output) for output in plain(case)(case.tensors)]
     codes = {"ours": ours(case), "eager reference": plain(case), "compiled reference": compiled, **case.peers}
     for gradient in (False, True):
-        moved = case.bytes * (3 if gradient else 1)
+        moved = case.bytes * (1 + case.backward_bytes if gradient else 1)
         operations = case.flops * (1 + case.backward_flops if gradient else 1)
         floor = max(moved / ceilings["bytes_a_second"], operations / ceilings["operations_a_second"])
         row = {"op": op, "shape": shape, "dtype": str(bench.timed_dtype)[6:], "pass": "both" if gradient else "forward"}

@@ -20,7 +20,7 @@ class Case(NamedTuple):
     """An op on one set of inputs, all of which have gradients; the first `batched` of them have a batch dimension.
 
     run(tensors, backend) gives the outputs; peers take the tensors. bytes and flops: those of a forward pass; the
-    gradient moves twice as much, and does `backward_flops` times the operations.
+    gradient moves `backward_bytes` times as many, and does `backward_flops` times the operations.
     """
 
     op: str
@@ -32,6 +32,7 @@ class Case(NamedTuple):
     flops: int = 0
     backward_flops: float = 2.0
     peers: Mapping[str, Callable] = MappingProxyType({})
+    backward_bytes: float = 2.0
 
 
 def randn(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -117,7 +118,38 @@ def attention_flow(shape, dtype, device) -> Case:
     return Case("attention_flow", shape, tensors, 4, run, _bytes(tensors, tensors[0]), operations, 2.5)
 
 
+def residual_norm(shape, dtype, device) -> Case:
+    """shape: B, T, C."""
+    tensors = randn(dtype, device, shape, shape, shape[2:], shape[2:])
+
+    def run(tensors, backend):
+        return starflow_kernels.residual_norm(*tensors, backend=backend)
+
+    def separate(tensors):
+        x, update, weight, bias = tensors
+        return x + update, F.layer_norm(x + update, x.shape[2:], weight, bias)
+
+    peers = {"torch's layer_norm": separate, "compiled torch's layer_norm": torch.compile(separate)}
+    return Case("residual_norm", shape, tensors, 2, run, 2 * _bytes(tensors[:2]), peers=peers, backward_bytes=1.0)
+
+
+def bias_gelu(shape, dtype, device) -> Case:
+    """shape: B, T, C."""
+    tensors = randn(dtype, device, shape, shape[2:])
+
+    def run(tensors, backend):
+        return (starflow_kernels.bias_gelu(*tensors, backend=backend),)
+
+    def separate(tensors):
+        return (F.gelu(tensors[0] + tensors[1]),)
+
+    peers = {"torch's gelu": separate, "compiled torch's gelu": torch.compile(separate)}
+    return Case("bias_gelu", shape, tensors, 1, run, 2 * _bytes(tensors[:1]), peers=peers, backward_bytes=1.5)
+
+
 MAKE = {
+    "residual_norm": residual_norm,
+    "bias_gelu": bias_gelu,
     "affine_flow": affine_flow,
     "flow_head": flow_head,
     "causal_attention": causal_attention,
@@ -125,18 +157,24 @@ MAKE = {
 }
 # Of the checks, of the timings, and of both in a dry run.
 CHECKED = {
+    "residual_norm": [(3, 130, 65), (4, 256, 768)],
+    "bias_gelu": [(3, 130, 65), (4, 256, 768)],
     "affine_flow": [(3, 130, 17), (4, 256, 48)],
     "flow_head": [(3, 130, 3, 65), (2, 256, 48, 256), (2, 65, 200, 96)],
     "causal_attention": [(2, 130, 4, 2, 64), (1, 257, 2, 2, 128)],
     "attention_flow": [(2, 130, 4, 2, 64, 12), (1, 257, 2, 2, 128, 48)],
 }
 TIMED = {
+    "residual_norm": [(16, 256, 768), (64, 1024, 1024), (16, 1024, 3072)],
+    "bias_gelu": [(16, 256, 3072), (64, 1024, 4096)],
     "affine_flow": [(16, 256, 12), (256, 1024, 48)],
     "flow_head": [(16, 256, 12, 768), (64, 1024, 48, 1024), (16, 1024, 64, 3072)],
     "causal_attention": [(16, 256, 12, 12, 64), (8, 1024, 16, 16, 64), (2, 4096, 24, 24, 128)],
     "attention_flow": [(16, 256, 12, 12, 64, 12), (8, 1024, 16, 16, 64, 64)],
 }
 DRY = {
+    "residual_norm": [(2, 5, 20)],
+    "bias_gelu": [(2, 5, 20)],
     "affine_flow": [(2, 5, 3)],
     "flow_head": [(2, 5, 3, 20)],
     "causal_attention": [(2, 5, 2, 1, 16)],

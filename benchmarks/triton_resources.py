@@ -29,8 +29,10 @@ from triton.compiler import ASTSource
 from starflow_kernels import triton_rotary
 from starflow_kernels.affine_flow import triton as affine_flow
 from starflow_kernels.attention_flow import triton as attention_flow
+from starflow_kernels.bias_gelu import triton as bias_gelu
 from starflow_kernels.causal_attention import triton as causal_attention
 from starflow_kernels.flow_head import triton as flow_head
+from starflow_kernels.residual_norm import triton as residual_norm
 from starflow_kernels.triton_blocks import blocks
 
 TARGETS = {
@@ -109,6 +111,27 @@ def _flow_head() -> dict[str, Launch]:
     return launches
 
 
+def _glue() -> dict[str, Launch]:
+    """The layers between the products of a block: stream and update of one dtype, float32 weights."""
+    names = ("x", "update", "total", "normed", "grad_total", "grad_normed", "grad_x", "out", "grad")
+    others = dict.fromkeys(("weight", "bias", "partial"), "*fp32") | {"N": "i32", "C": "i32", "programs": "i32"}
+    sizes, launches = ("N", "C"), {}
+    for dtype, C in itertools.product(("bf16", "fp32"), (64, 768, 1024, 3072, 8192)):
+        types = {name: f"*{dtype}" for name in names} | others | {"eps": "fp32"}
+        for kind in ("layer_norm", "rms_norm"):
+            options = {"KIND": kind, "WEIGHT": True, "BIAS": kind == "layer_norm", **residual_norm.config(C)}
+            label = f"{dtype}, {kind}, C = {C}"
+            forward = Launch(residual_norm.forward_kernel, types, {**options, "UPDATE": True}, sizes)
+            backward = Launch(residual_norm.backward_kernel, types, {**options, "HAS_TOTAL": True}, sizes)
+            launches |= {f"residual_norm, {label}": forward, f"residual_norm_backward, {label}": backward}
+    for dtype in ("bf16", "fp32"):
+        types, options = {name: f"*{dtype}" for name in names} | others, {"BIAS": True, **bias_gelu.CONFIG}
+        for part in ("", "_backward"):
+            kernel = bias_gelu.backward_kernel if part else bias_gelu.forward_kernel
+            launches[f"bias_gelu{part}, {dtype}"] = Launch(kernel, types, options, sizes)
+    return launches
+
+
 HEADS = {"T", "H", "group", "window", *STRIDES}
 
 
@@ -167,7 +190,7 @@ def _attention_flow() -> dict[str, dict[str, Launch]]:
     }
 
 
-LAUNCHES = {**_affine_flow(), **_flow_head(), **_causal_attention(), **_attention_flow()}
+LAUNCHES = {**_affine_flow(), **_flow_head(), **_glue(), **_causal_attention(), **_attention_flow()}
 
 
 def compiled(launch: Launch, target: GPUTarget):
