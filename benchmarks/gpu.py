@@ -1,10 +1,12 @@
 """The Triton backends on one GPU: checks of every op, then times beside their floors and peers.
 
     python -m benchmarks.gpu          # writes benchmarks/results/gpu_<device>.json and .md
+    python -m benchmarks.gpu --ops causal_attention --write-table   # and lets the package choose by the times
     python -m benchmarks.gpu --dry    # the same code on the CPU in Triton's interpreter: tiny shapes, no claims
 
 A check that fails is recorded and the rest goes on; the exit status is then 1. The floor of a time is the larger of
-bytes / copy bandwidth and operations / bfloat16 matrix product peak, both measured in the same run.
+bytes / copy bandwidth and operations / bfloat16 matrix product peak, both measured in the same run. Beside the results
+lie those of all attention backends as entries of the table that chooses among them, gpu_<device>_attention.json.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from starflow_kernels import backends
+from starflow_kernels import backends, measured
 
+from . import gpu_choice
 from .gpu_cases import CHECKED, DRY, MAKE, TIMED, Case
 from .machine import HERE, description
 
@@ -231,7 +234,7 @@ def time_op(op: str, shape: tuple[int, ...], bench: Bench, ceilings: dict[str, f
     ones = [torch.ones_like(output) for output in plain(case)(case.tensors)]
     codes = {"ours": ours(case), "eager reference": plain(case), "compiled reference": compiled, **case.peers}
     for gradient in (False, True):
-        moved = case.bytes * (3 if gradient else 1)
+        moved = case.bytes * (1 + case.backward_bytes if gradient else 1)
         operations = case.flops * (1 + case.backward_flops if gradient else 1)
         floor = max(moved / ceilings["bytes_a_second"], operations / ceilings["operations_a_second"])
         row = {"op": op, "shape": shape, "dtype": str(bench.timed_dtype)[6:], "pass": "both" if gradient else "forward"}
@@ -295,23 +298,36 @@ def markdown(result: dict) -> str:
         memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.0f}"
         us, floor = 1e6 * r["seconds"], 1e6 * r["floor_seconds"]
         lines.append(f"{where}| {us:.1f} | {floor:.1f} | {floor / us:.0%} | {memory} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + (gpu_choice.markdown(result["attention"]) if result["attention"] else "")
+
+
+def compare_attention(bench: Bench, result: dict, path: Path) -> None:
+    """Time every attention backend and write the entries of the table."""
+    dtypes = [torch.float32] if bench.dry else [torch.bfloat16, torch.float16]
+    for shape in gpu_choice.DRY if bench.dry else gpu_choice.SHAPES:
+        for dtype in dtypes:
+            result["attention"] += gpu_choice.measure(shape, dtype, bench.device, bench.seconds)
+    device = torch.device(bench.device)
+    measured.write(path, gpu_choice.entries(result["attention"], device, result["machine"]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, results to a temporary folder")
     parser.add_argument("--ops", nargs="+", choices=MAKE, default=list(MAKE))
+    parser.add_argument("--write-table", action="store_true", help="put the entries into the package's table too")
     args = parser.parse_args()
+    if args.dry and args.write_table:
+        parser.error("--write-table: a dry run measures nothing")
     if args.dry:
         os.environ["TRITON_INTERPRET"] = "1"
     listing = {op: backends().get(op, {}).get("triton") for op in args.ops}
-    ops = [op for op, state in listing.items() if state == "available"]
+    ops = [op for op, state in listing.items() if (state or "").startswith("available")]
     if not ops:
         print(f"nothing to run: {listing}", file=sys.stderr)
         return 1
     bench = Bench(args.dry)
-    result = {"machine": machine(bench), "ceilings": bench.ceilings(), "checks": [], "timings": []}
+    result = {"machine": machine(bench), "ceilings": bench.ceilings(), "checks": [], "timings": [], "attention": []}
     folder = Path(tempfile.mkdtemp()) if args.dry else HERE / "results"
     name = "dry" if args.dry else "".join(c if c.isalnum() else "_" for c in result["machine"]["device"].lower())
     for op in ops:
@@ -323,6 +339,14 @@ def main() -> int:
             if state == "failed":
                 rows = [{"op": op, "shape": shape, "dtype": "", "pass": "", "code": "all", "failed": rows}]
             result["timings"] += rows
+        (folder / f"gpu_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / f"gpu_{name}.md").write_text(markdown(result))
+    if "causal_attention" in ops:
+        path = folder / f"gpu_{name}_attention.json"
+        path.unlink(missing_ok=True)
+        compare_attention(bench, result, path)
+        if args.write_table:
+            measured.write(gpu_choice.TABLE, measured.Table(path).entries)
         (folder / f"gpu_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         (folder / f"gpu_{name}.md").write_text(markdown(result))
     failed = [r for r in result["checks"] if r["result"] == "failed"] + [r for r in result["timings"] if "failed" in r]

@@ -20,7 +20,7 @@ class Case(NamedTuple):
     """An op on one set of inputs, all of which have gradients; the first `batched` of them have a batch dimension.
 
     run(tensors, backend) gives the outputs; peers take the tensors. bytes and flops: those of a forward pass; the
-    gradient moves twice as much, and does `backward_flops` times the operations.
+    gradient moves `backward_bytes` times as many, and does `backward_flops` times the operations.
     """
 
     op: str
@@ -32,9 +32,10 @@ class Case(NamedTuple):
     flops: int = 0
     backward_flops: float = 2.0
     peers: Mapping[str, Callable] = MappingProxyType({})
+    backward_bytes: float = 2.0
 
 
-def _randn(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+def randn(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     """Normal numbers, the same on every device."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
@@ -47,7 +48,7 @@ def _bytes(tensors: list[torch.Tensor], *outputs: torch.Tensor) -> int:
 def affine_flow(shape, dtype, device) -> Case:
     """shape: B, T, D."""
     B, T, D = shape
-    tensors = _randn(dtype, device, shape, (B, T, 2 * D))
+    tensors = randn(dtype, device, shape, (B, T, 2 * D))
 
     def run(tensors, backend):
         return starflow_kernels.affine_flow(*tensors, SPEC, shift=True, backend=backend)
@@ -58,7 +59,7 @@ def affine_flow(shape, dtype, device) -> Case:
 def flow_head(shape, dtype, device) -> Case:
     """shape: B, T, D, C."""
     B, T, D, C = shape
-    tensors = _randn(dtype, device, (B, T, D), (B, T, C), (2 * D, C), (2 * D,), (C,))
+    tensors = randn(dtype, device, (B, T, D), (B, T, C), (2 * D, C), (2 * D,), (C,))
     tensors[2] *= 0.5 * C**-0.5
 
     def run(tensors, backend):
@@ -67,7 +68,7 @@ def flow_head(shape, dtype, device) -> Case:
     return Case("flow_head", shape, tensors, 2, run, _bytes(tensors, tensors[0]), 4 * B * T * D * C)
 
 
-def _angles(T: int, d: int, dtype: torch.dtype, device: str) -> dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]:
+def angles(T: int, d: int, dtype: torch.dtype, device: str) -> dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]:
     """cos and sin for tensors of a dtype and of wider ones: values of float32 in all."""
     pair = torch.arange(d // 2, dtype=torch.float64)
     angle = torch.arange(T, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * pair / d)
@@ -78,30 +79,22 @@ def _angles(T: int, d: int, dtype: torch.dtype, device: str) -> dict[torch.dtype
 def causal_attention(shape, dtype, device) -> Case:
     """shape: B, T, H, H_kv, d."""
     B, T, H, groups, d = shape
-    tensors = _randn(dtype, device, (B, T, H, d), (B, T, groups, d), (B, T, groups, d))
+    tensors = randn(dtype, device, (B, T, H, d), (B, T, groups, d), (B, T, groups, d))
 
-    angles = _angles(T, d, dtype, device)
+    turns = angles(T, d, dtype, device)
 
     def run(tensors, backend):
-        cos, sin = angles[tensors[0].dtype]
+        cos, sin = turns[tensors[0].dtype]
         options = {"cos": cos, "sin": sin, "rotary": "interleaved", "backend": backend}
         return (starflow_kernels.causal_attention(*tensors, **options),)
 
-    cos, sin = angles[dtype]
+    cos, sin = turns[dtype]
 
     def sdpa(tensors):
         q, k, v = (t.transpose(1, 2) for t in (*(rotate(t, cos, sin, "interleaved") for t in tensors[:2]), tensors[2]))
         return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2),)
 
-    peers = {"SDPA after rotary": sdpa}
-    try:
-        from flash_attn import flash_attn_func
-    except ImportError:
-        pass
-    else:
-        peers["flash-attn after rotary"] = lambda tensors: (
-            flash_attn_func(*(rotate(t, cos, sin, "interleaved") for t in tensors[:2]), tensors[2], causal=True),
-        )
+    peers = {"torch's choice after rotary": sdpa}
     moved, operations = _bytes(tensors, tensors[0]), 2 * B * H * T * T * d
     return Case("causal_attention", shape, tensors, 3, run, moved, operations, 2.5, peers)
 
@@ -109,15 +102,15 @@ def causal_attention(shape, dtype, device) -> Case:
 def attention_flow(shape, dtype, device) -> Case:
     """shape: B, T, H, H_kv, d, D."""
     B, T, H, groups, d, D = shape
-    tensors = _randn(
+    tensors = randn(
         dtype, device, (B, T, D), (B, T, H, d), (B, T, groups, d), (B, T, groups, d), (2 * D, H * d), (2 * D,)
     )
     tensors[4] *= 0.5 * (H * d) ** -0.5
 
-    angles = _angles(T, d, dtype, device)
+    turns = angles(T, d, dtype, device)
 
     def run(tensors, backend):
-        cos, sin = angles[tensors[1].dtype]
+        cos, sin = turns[tensors[1].dtype]
         options = {"cos": cos, "sin": sin, "rotary": "interleaved", "shift": True, "backend": backend}
         return starflow_kernels.attention_flow(*tensors, SPEC, **options)
 
@@ -125,7 +118,38 @@ def attention_flow(shape, dtype, device) -> Case:
     return Case("attention_flow", shape, tensors, 4, run, _bytes(tensors, tensors[0]), operations, 2.5)
 
 
+def residual_norm(shape, dtype, device) -> Case:
+    """shape: B, T, C."""
+    tensors = randn(dtype, device, shape, shape, shape[2:], shape[2:])
+
+    def run(tensors, backend):
+        return starflow_kernels.residual_norm(*tensors, backend=backend)
+
+    def separate(tensors):
+        x, update, weight, bias = tensors
+        return x + update, F.layer_norm(x + update, x.shape[2:], weight, bias)
+
+    peers = {"torch's layer_norm": separate, "compiled torch's layer_norm": torch.compile(separate)}
+    return Case("residual_norm", shape, tensors, 2, run, 2 * _bytes(tensors[:2]), peers=peers, backward_bytes=1.0)
+
+
+def bias_gelu(shape, dtype, device) -> Case:
+    """shape: B, T, C."""
+    tensors = randn(dtype, device, shape, shape[2:])
+
+    def run(tensors, backend):
+        return (starflow_kernels.bias_gelu(*tensors, backend=backend),)
+
+    def separate(tensors):
+        return (F.gelu(tensors[0] + tensors[1]),)
+
+    peers = {"torch's gelu": separate, "compiled torch's gelu": torch.compile(separate)}
+    return Case("bias_gelu", shape, tensors, 1, run, 2 * _bytes(tensors[:1]), peers=peers, backward_bytes=1.5)
+
+
 MAKE = {
+    "residual_norm": residual_norm,
+    "bias_gelu": bias_gelu,
     "affine_flow": affine_flow,
     "flow_head": flow_head,
     "causal_attention": causal_attention,
@@ -133,18 +157,24 @@ MAKE = {
 }
 # Of the checks, of the timings, and of both in a dry run.
 CHECKED = {
+    "residual_norm": [(3, 130, 65), (4, 256, 768)],
+    "bias_gelu": [(3, 130, 65), (4, 256, 768)],
     "affine_flow": [(3, 130, 17), (4, 256, 48)],
     "flow_head": [(3, 130, 3, 65), (2, 256, 48, 256), (2, 65, 200, 96)],
     "causal_attention": [(2, 130, 4, 2, 64), (1, 257, 2, 2, 128)],
     "attention_flow": [(2, 130, 4, 2, 64, 12), (1, 257, 2, 2, 128, 48)],
 }
 TIMED = {
+    "residual_norm": [(16, 256, 768), (64, 1024, 1024), (16, 1024, 3072)],
+    "bias_gelu": [(16, 256, 3072), (64, 1024, 4096)],
     "affine_flow": [(16, 256, 12), (256, 1024, 48)],
     "flow_head": [(16, 256, 12, 768), (64, 1024, 48, 1024), (16, 1024, 64, 3072)],
     "causal_attention": [(16, 256, 12, 12, 64), (8, 1024, 16, 16, 64), (2, 4096, 24, 24, 128)],
     "attention_flow": [(16, 256, 12, 12, 64, 12), (8, 1024, 16, 16, 64, 64)],
 }
 DRY = {
+    "residual_norm": [(2, 5, 20)],
+    "bias_gelu": [(2, 5, 20)],
     "affine_flow": [(2, 5, 3)],
     "flow_head": [(2, 5, 3, 20)],
     "causal_attention": [(2, 5, 2, 1, 16)],

@@ -28,10 +28,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from starflow_kernels import triton_rotary
 from starflow_kernels.affine_flow import triton as affine_flow
 from starflow_kernels.attention_flow import triton as attention_flow
+from starflow_kernels.bias_gelu import triton as bias_gelu
 from starflow_kernels.causal_attention import triton as causal_attention
 from starflow_kernels.flow_head import triton as flow_head
+from starflow_kernels.residual_norm import triton as residual_norm
 from starflow_kernels.triton_blocks import blocks
 
 TARGETS = {
@@ -121,6 +124,27 @@ def _flow_head() -> dict[str, dict[str, Launch]]:
     return launches
 
 
+def _glue() -> dict[str, Launch]:
+    """The layers between the products of a block: stream and update of one dtype, float32 weights."""
+    names = ("x", "update", "total", "normed", "grad_total", "grad_normed", "grad_x", "out", "grad")
+    others = dict.fromkeys(("weight", "bias", "partial"), "*fp32") | {"N": "i32", "C": "i32", "programs": "i32"}
+    sizes, launches = ("N", "C"), {}
+    for dtype, C in itertools.product(("bf16", "fp32"), (64, 768, 1024, 3072, 8192)):
+        types = {name: f"*{dtype}" for name in names} | others | {"eps": "fp32"}
+        for kind in ("layer_norm", "rms_norm"):
+            options = {"KIND": kind, "WEIGHT": True, "BIAS": kind == "layer_norm", **residual_norm.config(C)}
+            label = f"{dtype}, {kind}, C = {C}"
+            forward = Launch(residual_norm.forward_kernel, types, {**options, "UPDATE": True}, sizes)
+            backward = Launch(residual_norm.backward_kernel, types, {**options, "HAS_TOTAL": True}, sizes)
+            launches |= {f"residual_norm, {label}": forward, f"residual_norm_backward, {label}": backward}
+    for dtype in ("bf16", "fp32"):
+        types, options = {name: f"*{dtype}" for name in names} | others, {"BIAS": True, **bias_gelu.CONFIG}
+        for part in ("", "_backward"):
+            kernel = bias_gelu.backward_kernel if part else bias_gelu.forward_kernel
+            launches[f"bias_gelu{part}, {dtype}"] = Launch(kernel, types, options, sizes)
+    return launches
+
+
 HEADS = {"T", "H", "group", "window", *STRIDES}
 # Sizes of heads -> without a window, with one: each tile of heads both ways, and heads that leave some of it empty.
 WINDOWED = {16: (True,), 32: (False,), 64: (False, True), 80: (True,), 128: (False,), 256: (False, True)}
@@ -132,14 +156,15 @@ def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: b
     types = {name: f"*{dtype}" for name in names} | dict.fromkeys(("lse", "delta", "grad_lse"), "*fp32")
     types |= dict.fromkeys(HEADS, "i32") | {"factor": "fp32", "scale": "fp32"}
     angle = "constexpr" if rotary == "none" else "*fp32"
-    half = causal_attention.half_tile(d)
+    half = triton_rotary.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary}
     constants |= {"cos": None, "sin": None} if rotary == "none" else {}
-    if kernel in ("turn", "delta"):
+    if kernel in ("turn", "turn_back", "delta"):
         constants |= {"HAS_LSE": True, "BLOCK_M": 32, "BLOCK": 64}
     else:
         constants |= blocks("causal_attention", kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
-    return Launch(getattr(causal_attention, f"{kernel}_kernel"), types | {"cos": angle, "sin": angle}, constants)
+    module = triton_rotary if kernel[:4] == "turn" else causal_attention
+    return Launch(getattr(module, f"{kernel}_kernel"), types | {"cos": angle, "sin": angle}, constants)
 
 
 def flow(kernel: str, chip: str, dtype: str, d: int, D: int, rotary: str = "interleaved", window: bool = True):
@@ -148,7 +173,7 @@ def flow(kernel: str, chip: str, dtype: str, d: int, D: int, rotary: str = "inte
     types = {name: f"*{dtype}" for name in names} | dict.fromkeys(HEADS | {"D", "P"}, "i32")
     types |= dict.fromkeys(("cos", "sin", "logdet", "lse", "delta", "grad_logdet", "grad_raw", "grad_lse"), "*fp32")
     types |= dict.fromkeys(("factor", "scale", "clip", "share"), "fp32")
-    half = causal_attention.half_tile(d)
+    half = triton_rotary.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary, "SCALE": "softplus", "CLIPPED": True}
     constants |= dict.fromkeys(("BIAS", "SHIFT", "FLIP", "SUM", "HAS_Z", "HAS_LOGDET", "HAS_LSE"), True)
     tile = max(16, triton.next_power_of_2(D))
@@ -160,7 +185,7 @@ def flow(kernel: str, chip: str, dtype: str, d: int, D: int, rotary: str = "inte
 
 def _causal_attention() -> dict[str, dict[str, Launch]]:
     cases = {kernel: WINDOWED for kernel in ("forward", "queries", "keys")}
-    cases |= {kernel: {32: (False,), 80: (True,), 256: (False,)} for kernel in ("turn", "delta")}
+    cases |= {kernel: {32: (False,), 80: (True,), 256: (False,)} for kernel in ("turn", "turn_back", "delta")}
     return {
         f"causal_attention {kernel}, {dtype}, d = {d}{', window' if window else ''}": _by_chip(
             attention, kernel, dtype, d, "interleaved", window
@@ -184,7 +209,7 @@ def _attention_flow() -> dict[str, dict[str, Launch]]:
     }
 
 
-LAUNCHES = {**_affine_flow(), **_flow_head(), **_causal_attention(), **_attention_flow()}
+LAUNCHES = {**_affine_flow(), **_flow_head(), **_glue(), **_causal_attention(), **_attention_flow()}
 
 
 def compiled(launch: Launch, target: GPUTarget):

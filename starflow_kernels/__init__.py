@@ -3,12 +3,14 @@
 from .affine_flow.api import affine_flow
 from .affine_flow_inverse.api import affine_flow_inverse
 from .attention_flow.api import attention_flow
+from .bias_gelu.api import bias_gelu
 from .block.api import block_forward, block_inverse
 from .cached_attention.api import cached_attention
 from .causal_attention.api import causal_attention
 from .dispatch import backends
 from .flow_head.api import flow_head
 from .linear.api import linear
+from .residual_norm.api import residual_norm
 from .solve_inverse.api import SolveReport, solve_inverse
 from .spec import AffineSpec, BlockSpec
 from .triton_runtime import warmup
@@ -21,12 +23,14 @@ __all__ = [
     "affine_flow_inverse",
     "attention_flow",
     "backends",
+    "bias_gelu",
     "block_forward",
     "block_inverse",
     "cached_attention",
     "causal_attention",
     "flow_head",
     "linear",
+    "residual_norm",
     "solve_inverse",
     "warmup",
 ]

@@ -1,4 +1,4 @@
-"""Backend choice: the first backend of an op that takes the arguments, or the one that the caller names."""
+"""Backend choice: the one that the caller names, else the one that was measured fastest, else the first that can."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ class Kernel(NamedTuple):
     missing: Callable[[], str | None]
 
 
+class Preference(NamedTuple):
+    """`name(*op arguments)` gives the backend that was measured to be the fastest for them, or None; `here()` tells of
+    each backend that it names on this machine for what."""
+
+    name: Callable[..., str | None]
+    here: Callable[[], dict[str, str]]
+
+
 _kernels: dict[str, dict[str, Kernel]] = {}
+_preferences: dict[str, Preference] = {}
 
 
 def register(
@@ -32,10 +41,17 @@ def register(
     _kernels[op] = {backend: Kernel(run, refuse, missing), **others}
 
 
+def prefer(op: str, name: Callable[..., str | None], here: Callable[[], dict[str, str]]) -> None:
+    """Put a backend first that depends on the arguments; where it cannot run them the others have their turn."""
+    _preferences[op] = Preference(name, here)
+
+
 def choose(op: str, *args) -> str:
-    """Name of the first backend of `op` that takes these arguments."""
-    kernels = _kernels[op].items()
-    return next(name for name, k in kernels if k.missing() is None and k.refuse(*args) is None)
+    """Name of the backend of `op` that is preferred for these arguments, or of the first that takes them."""
+    kernels = _kernels[op]
+    first = _preferences[op].name(*args) if op in _preferences else None
+    order = (first, *kernels) if first in kernels else kernels
+    return next(name for name in order if kernels[name].missing() is None and kernels[name].refuse(*args) is None)
 
 
 def run(op: str, backend: str | None, *args):
@@ -56,9 +72,19 @@ def run(op: str, backend: str | None, *args):
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """The backends of each op, most preferred first: "available", or the reason why it is not on this machine."""
-    return {
+    """The backends of each op, most preferred first: "available", or the reason why it is not on this machine.
+
+    Of a backend that was measured to be the fastest for some arguments on a device of this machine, and that they get
+    where the caller names none: "available; first choice" and for which.
+    """
+    listing = {
         op: {name: kernel.missing() or "available" for name, kernel in kernels.items()}
         for op, kernels in sorted(_kernels.items())
         if not op.endswith("_backward")
     }
+    for op in listing:
+        for part in (op, f"{op}_backward"):
+            for name, what in _preferences[part].here().items() if part in _preferences else ():
+                if listing[op].get(name, "").startswith("available"):
+                    listing[op][name] += f"; first choice {what}"
+    return listing

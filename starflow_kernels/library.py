@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -58,12 +59,20 @@ def call(op: str, *args, backend: str | None):
     return _functions[op].apply(backend, *args) if needs_grad else _run(op, backend, *args)
 
 
-def differentiable(op: str, arguments: str, inputs: int, reference: Callable, keep_outputs: bool = True) -> None:
+def differentiable(
+    op: str,
+    arguments: str,
+    inputs: int,
+    reference: Callable,
+    keep_outputs: bool = True,
+    shared: Mapping[int, int] = MappingProxyType({}),
+) -> None:
     """Give `op` a gradient with respect to its first `inputs` arguments, tensors or None.
 
     Registers `starflow::op_backward(grads, outputs, arguments)`, which returns a list of one gradient for each of those
     arguments that is there; grads is None for an output that was not used. `reference` gets zeros there. outputs is
-    empty without keep_outputs, which is for ops of one output.
+    empty without keep_outputs, which is for ops of one output. shared: argument -> the other one whose gradient it has
+    too, as in a sum; such an argument is not kept, and backward gets None in its place and returns no gradient of it.
     """
     backward = f"{op}_backward"
 
@@ -76,7 +85,9 @@ def differentiable(op: str, arguments: str, inputs: int, reference: Callable, ke
         backward,
         f"Tensor?[] grads, Tensor[] outputs, {arguments}",
         "Tensor[]",
-        fake=lambda grads, outputs, *args: [a.new_empty(a.shape) for a in args[:inputs] if a is not None],
+        fake=lambda grads, outputs, *args: [
+            a.new_empty(a.shape) for i, a in enumerate(args[:inputs]) if a is not None and i not in shared
+        ],
         reference=reference_with_zeros,
     )
 
@@ -85,6 +96,8 @@ def differentiable(op: str, arguments: str, inputs: int, reference: Callable, ke
         ctx.backend = keyword_only_inputs["backend"]
         kept = output if keep_outputs else ()
         ctx.outputs = len(kept)
+        ctx.dtypes = {i: inputs[i].dtype for i in shared if inputs[i] is not None}
+        inputs = [None if i in shared else a for i, a in enumerate(inputs)]
         ctx.constants = [None if isinstance(a, torch.Tensor) else (a,) for a in inputs]
         ctx.save_for_backward(*kept, *(a for a in inputs if isinstance(a, torch.Tensor)))
 
@@ -95,7 +108,10 @@ def differentiable(op: str, arguments: str, inputs: int, reference: Callable, ke
         if all(grad is None for grad in grads):
             return (None,) * len(args)
         found = iter(call(backward, list(grads), outputs, *args, backend=ctx.backend))
-        return tuple(next(found) if i < inputs and a is not None else None for i, a in enumerate(args))
+        found = [next(found) if i < inputs and a is not None else None for i, a in enumerate(args)]
+        for i, dtype in ctx.dtypes.items():
+            found[i] = found[shared[i]].to(dtype)
+        return tuple(found)
 
     def no_second_derivative(ctx, *grads):
         raise NotImplementedError(f"starflow::{op} has no second derivative; its reference.py does, by autograd")

@@ -18,24 +18,26 @@ from ..causal_attention.triton import (
     LOG2_E,
     add_to_keys,
     add_to_queries,
-    adjacent,
-    angles,
     attend,
-    half_tile,
     key_bounds,
-    load_pair,
-    load_rows,
-    place,
-    rows,
     score_factor,
     shared_constants,
-    store_pair,
-    strides,
-    turned,
 )
 from ..flow_head.triton import _targets
 from ..triton_blocks import config
 from ..triton_math import log_sigma_slope, sigma_of, soft_clipped
+from ..triton_rotary import (
+    adjacent,
+    angles,
+    half_tile,
+    load_pair,
+    load_rows,
+    place,
+    rows,
+    store_pair,
+    strides,
+    turned,
+)
 from ..triton_runtime import refuse_tensors
 
 # Bytes of a value -> widest tokens and heads; float32 products keep whole operands in registers.

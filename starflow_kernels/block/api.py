@@ -14,6 +14,7 @@ from ..checks import FLOATS, check_finite, check_guidance, check_range, check_te
 from ..dispatch import register
 from ..library import call, define
 from ..progress import reporting_to
+from ..residual_norm.api import EPS
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
 from . import cpu, reference
 
@@ -65,8 +66,9 @@ def block_forward(
 
     Returns:
         z (B, T, D) in the dtype of x and log|det dz/dx|, (B,) or (B, T, D). Where a gradient is asked for, the
-        block is composed of `causal_attention` and `flow_head` on `backend`, which carry theirs, and of layers of
-        torch, which autocast acts on; elsewhere the dtype of the weights is that of the network.
+        block is composed of `causal_attention` and `flow_head` on `backend`, which carry theirs, on a GPU of
+        `residual_norm` and `bias_gelu` too, and of layers of torch, which autocast acts on; elsewhere the dtype of the
+        weights is that of the network.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, device or value.
@@ -88,6 +90,7 @@ def block_forward(
             head=functools.partial(call, "flow_head", backend=backend),
             linear=_linear(tensors[0], backend),
             dropout=dropout,
+            glue=_glue(x, backend),
         )
     return torch.ops.starflow.block_forward(x, tensors, *context, spec.to_json(), logdet, backend=backend)
 
@@ -153,6 +156,28 @@ def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
     if plain or native.missing() or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear
     return functools.partial(call, "linear", backend=None)
+
+
+def _on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
+def _glue(x: torch.Tensor, backend: str | None) -> reference.Glue:
+    """Sums with their norms and GELU with its bias: torch's, or one op each on a GPU."""
+    if not _on_gpu(x):
+        return reference.Glue()
+
+    def add_norm(h, update, w, name, spec):
+        if spec.norm == "none" or (update is not None and torch.promote_types(h.dtype, update.dtype) != h.dtype):
+            return reference.add_norm(h, update, w, name, spec)
+        weight, bias = w[f"{name}.weight"], w.get(f"{name}.bias")
+        total, normed = call("residual_norm", h, update, weight, bias, spec.norm, EPS[spec.norm], backend=backend)
+        return h if update is None else total, normed
+
+    def up_gelu(x, w, name, linear):
+        return call("bias_gelu", linear(x, w[f"{name}.weight"], None), w.get(f"{name}.bias"), backend=backend)
+
+    return reference.Glue(add_norm, up_gelu)
 
 
 def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[torch.Tensor]:

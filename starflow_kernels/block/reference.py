@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,32 @@ def norm(x: torch.Tensor, w: Weights, name: str, spec: BlockSpec) -> torch.Tenso
     return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias).to(x.dtype)
 
 
-def mlp(x: torch.Tensor, w: Weights, layer: str, spec: BlockSpec, linear: Callable) -> torch.Tensor:
-    hidden = project(x, w, f"{layer}.up", linear)
+def add_norm(
+    h: torch.Tensor, update: torch.Tensor | None, w: Weights, name: str, spec: BlockSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h with the update of the layer before, and its norm."""
+    h = h if update is None else h + update
+    return h, norm(h, w, name, spec)
+
+
+def up_gelu(x: torch.Tensor, w: Weights, name: str, linear: Callable) -> torch.Tensor:
+    return F.gelu(project(x, w, name, linear))
+
+
+class Glue(NamedTuple):
+    """What stands between the products of a layer."""
+
+    add_norm: Callable = add_norm
+    up_gelu: Callable = up_gelu
+
+
+def mlp(
+    x: torch.Tensor, w: Weights, layer: str, spec: BlockSpec, linear: Callable, up_gelu: Callable = up_gelu
+) -> torch.Tensor:
     if spec.mlp == "gelu":
-        hidden = F.gelu(hidden)
+        hidden = up_gelu(x, w, f"{layer}.up", linear)
     else:
+        hidden = project(x, w, f"{layer}.up", linear)
         hidden = F.gelu(project(x, w, f"{layer}.gate", linear), approximate="tanh") * hidden
     return project(hidden, w, f"{layer}.down", linear)
 
@@ -69,25 +91,28 @@ def network(
     attention: Callable,
     linear: Callable = F.linear,
     dropout: float = 0.0,
+    glue: Glue = Glue(),
 ) -> torch.Tensor:
     """The causal transformer on (B, n, C); attention(layer, q, k, v) decides what the n tokens see.
 
     dropout: probability with which elements of a residual branch vanish in training.
     """
-    groups = [spec.heads, spec.kv_heads, spec.kv_heads]
+    groups, y = [spec.heads, spec.kv_heads, spec.kv_heads], None
     for i in range(spec.layers):
         layer = f"layers.{i}"
-        qkv = project(norm(h, w, f"{layer}.attn_norm", spec), w, f"{layer}.qkv", linear)
+        h, normed = glue.add_norm(h, y, w, f"{layer}.attn_norm", spec)
+        qkv = project(normed, w, f"{layer}.qkv", linear)
         q, k, v = qkv.unflatten(-1, (sum(groups), spec.head_dim)).split(groups, dim=-2)
         if spec.qk_norm:
             q, k = rms_norm(q, w[f"{layer}.q_norm.weight"]), rms_norm(k, w[f"{layer}.k_norm.weight"])
         y = project(attention(i, q, k, v).flatten(-2), w, f"{layer}.proj", linear)
         y = rms_norm(y, w[f"{layer}.attn_post_norm.weight"]) if spec.post_norm else y
-        h = h + (F.dropout(y, dropout) if dropout else y)
-        y = mlp(norm(h, w, f"{layer}.mlp_norm", spec), w, layer, spec, linear)
+        y = F.dropout(y, dropout) if dropout else y
+        h, normed = glue.add_norm(h, y, w, f"{layer}.mlp_norm", spec)
+        y = mlp(normed, w, layer, spec, linear, glue.up_gelu)
         y = rms_norm(y, w[f"{layer}.mlp_post_norm.weight"]) if spec.post_norm else y
-        h = h + (F.dropout(y, dropout) if dropout else y)
-    return h
+        y = F.dropout(y, dropout) if dropout else y
+    return h + y
 
 
 def compose(
@@ -104,8 +129,9 @@ def compose(
     head: Callable = flow_head,
     linear: Callable = F.linear,
     dropout: float = 0.0,
+    glue: Glue = Glue(),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise and log-determinant of data, all tokens at once, from an attention, a head and a linear layer."""
+    """Noise and log-determinant of data, all tokens at once, from the parts of a network."""
     w = dict(zip(spec.weight_shapes, weights))
     tokens = x.flip(1) if spec.flip else x
     if spec.start:
@@ -115,7 +141,11 @@ def compose(
     if prefix is not None:
         text = project(prefix.to(w["proj_text.weight"].dtype), w, "proj_text", linear)
         h = torch.cat([text, h], dim=1)
-    h = network(h, w, spec, lambda i, q, k, v: attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0], linear, dropout)
+
+    def attend(i, q, k, v):
+        return attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0]
+
+    h = network(h, w, spec, attend, linear, dropout, glue)
     return head(
         x,
         h[:, h.shape[1] - x.shape[1] :],

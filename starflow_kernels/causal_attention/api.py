@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from .. import native, triton_runtime
+from .. import measured, native, triton_runtime
 from ..checks import check_range, check_tensor
-from ..dispatch import register
+from ..dispatch import prefer, register
 from ..library import call, define, differentiable
 from ..spec import Rotary, check_choice
-from . import cpu, reference, sdpa
+from . import cpu, flash, reference, sdpa
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str rotary, int window, float temperature"
 
@@ -23,9 +25,24 @@ define("causal_attention", ARGUMENTS, "(Tensor, Tensor)", fake=_fake, reference=
 differentiable("causal_attention", ARGUMENTS, 3, reference.causal_attention_backward)
 register("causal_attention", "sdpa", sdpa.causal_attention, sdpa.refuse)
 register("causal_attention_backward", "sdpa", sdpa.causal_attention_backward, sdpa.refuse_backward)
+register("causal_attention", "flash", flash.causal_attention, flash.refuse, flash.missing)
+register("causal_attention_backward", "flash", flash.causal_attention_backward, flash.refuse_backward, flash.missing)
 register("causal_attention", "native", cpu.causal_attention, cpu.refuse, native.missing)
 register("causal_attention_backward", "native", cpu.causal_attention_backward, cpu.refuse_backward, native.missing)
 triton_runtime.register("causal_attention")
+TABLE = measured.Table(Path(__file__).with_name("measured.json"))
+
+
+def _measured(q, k, v, cos, sin, rotary, window, temperature) -> str | None:
+    return TABLE.name("forward", q, 0 < window < q.shape[1])
+
+
+def _measured_backward(grads, outputs, q, k, v, cos, sin, rotary, window, temperature) -> str | None:
+    return TABLE.name("backward", q, 0 < window < q.shape[1])
+
+
+prefer("causal_attention", _measured, lambda: TABLE.here("forward"))
+prefer("causal_attention_backward", _measured_backward, lambda: TABLE.here("backward"))
 
 
 def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperature: float, cache: int = 0) -> None:
@@ -82,7 +99,7 @@ def causal_attention(
         window: token t sees the tokens t - window + 1 .. t; None: all of 0 .. t.
         temperature: divides the scores.
         return_lse: return the log-sum-exp of the scores too.
-        backend: name of a backend; None takes the first that can.
+        backend: name of a backend; None takes the one that was measured fastest here, else the first that can.
 
     Returns:
         (B, T, H, d) in the dtype of q; with return_lse also (B, H, T) in float32 (float64 for float64 q).

@@ -1,20 +1,24 @@
-"""Causal attention by torch's fused CPU kernel, the rotation before it."""
+"""Causal attention by torch's fused kernels, the rotation before them."""
 
 from __future__ import annotations
 
 import torch
 
-from .reference import rotate
+from ..fused import adjacent, refuse_heads, turn, turn_back
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_forward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_forward_cuda = torch.ops.aten._flash_attention_forward
+_backward_cuda = torch.ops.aten._flash_attention_backward
 
 
 def refuse(q, k, v, cos, sin, rotary, window, temperature) -> str | None:
     """Why these arguments cannot run here, or None."""
-    if q.device.type != "cpu":
-        return f"it runs on the CPU, not on {q.device.type}"
-    return "it has no window" if window else None
+    if q.device.type == "cpu":
+        return "it has no window on the CPU" if window else None
+    if q.is_cuda and not torch.backends.cuda.is_flash_attention_available():
+        return "this build of torch has no fused attention on CUDA"
+    return refuse_heads(q)
 
 
 def refuse_backward(grads, outputs, *args) -> str | None:
@@ -26,23 +30,36 @@ def refuse_backward(grads, outputs, *args) -> str | None:
 
 def _heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
     # The fused kernel takes the last stride to be 1 and does not look.
-    return [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors]
+    return [t.transpose(1, 2) for t in adjacent(*tensors)]
+
+
+def _window(window: int) -> dict[str, int]:
+    return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
 
 
 def causal_attention(q, k, v, cos, sin, rotary, window, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.causal_attention."""
-    scale = q.shape[-1] ** -0.5 / temperature
-    inputs = _heads_first(rotate(q, cos, sin, rotary), rotate(k, cos, sin, rotary), v)
-    out, lse = _forward(*inputs, 0.0, True, scale=scale)
+    T, scale = q.shape[1], q.shape[-1] ** -0.5 / temperature
+    inputs = turn(q, cos, sin, rotary), turn(k, cos, sin, rotary), v
+    if q.is_cuda:
+        inputs = *adjacent(*inputs), None, None, T, T
+        return _forward_cuda(*inputs, 0.0, True, False, scale=scale, **_window(window))[:2]
+    out, lse = _forward_cpu(*_heads_first(*inputs), 0.0, True, scale=scale)
     return out.transpose(1, 2), lse
 
 
 def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window, temperature) -> list[torch.Tensor]:
     """See reference.causal_attention_backward."""
+    T, scale = q.shape[1], q.shape[-1] ** -0.5 / temperature
     grad_out = torch.zeros_like(q) if grads[0] is None else grads[0]
-    inputs = _heads_first(grad_out, rotate(q, cos, sin, rotary), rotate(k, cos, sin, rotary), v, outputs[0])
-    scale = q.shape[-1] ** -0.5 / temperature
-    found = _backward(*inputs, outputs[1], 0.0, True, scale=scale)
-    grad_q, grad_k, grad_v = (t.transpose(1, 2) for t in found)
-    back = None if sin is None else -sin
-    return [rotate(grad_q, cos, back, rotary), rotate(grad_k, cos, back, rotary), grad_v]
+    inputs = grad_out, turn(q, cos, sin, rotary), turn(k, cos, sin, rotary), v, outputs[0]
+    if q.is_cuda:
+        # The last two tensors hold the state of dropout, which is not read.
+        unused = q.new_empty(2, dtype=torch.int64)
+        inputs = *adjacent(*inputs), outputs[1], None, None, T, T
+        found = _backward_cuda(*inputs, 0.0, True, unused, unused, scale=scale, **_window(window))
+    else:
+        found = _backward_cpu(*_heads_first(*inputs), outputs[1], 0.0, True, scale=scale)
+        found = [t.transpose(1, 2) for t in found]
+    grad_q, grad_k, grad_v = found
+    return [turn_back(grad_q, cos, sin, rotary), turn_back(grad_k, cos, sin, rotary), grad_v]
