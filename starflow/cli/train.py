@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..loop import STATE
 from ..settings import PRESETS, override, presets, read_settings
-from ..training import STATE, RunConfig, Trainer
+from ..training import RunConfig, Trainer
 from .common import Parser, device, non_negative
 
 HELP = "train a flow"
