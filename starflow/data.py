@@ -31,8 +31,8 @@ PHOTO_HELD_OUT_COLUMNS = 128
 class DataConfig:
     """Which images to train on and to hold out.
 
-    source: "digits" (1797 8x8 images, 17 levels, 10 classes; 360 held out, stratified; at another `size` they are scaled
-        bilinearly to three channels of 256 levels), "photos" (crops of `size` from two photographs, a class each; the
+    source: "digits" (1797 8x8 images, 17 levels, 10 classes; 360 held out, stratified; another `size` scales them
+        bilinearly, to three channels of 256 levels), "photos" (crops of `size` from two photographs, a class each; the
         right 128 columns are held out), "folder" (path/CLASS/*.png and so on, classes from folder names; a fraction
         `held_out` of each class is held out) or "latents" (path: what `starflow encode` wrote; `size` is theirs).
     size: side of the images in pixels; images of a folder must have it unless `resize` scales and centre-crops them.
@@ -252,18 +252,18 @@ def _metadata(root: Path) -> dict[Path, str] | None:
     path = root / METADATA
     if not path.exists():
         return None
-    texts = {}
     try:
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if line.strip():
-                fields = json.loads(line)
-                if not all(isinstance(fields[name], str) for name in ("file_name", "text")):
-                    raise TypeError
-                texts[root / fields["file_name"]] = fields["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise DataError(f"{path}, line {number}: expected JSON with the texts file_name and text") from None
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from None
+    texts = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            fields = json.loads(line)
+            name, text = fields["file_name"], fields["text"]
+            texts[root / name] = text + ""
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise DataError(f"{path}, line {number}: expected JSON with the texts file_name and text") from None
     return texts
 
 

@@ -41,7 +41,8 @@ def load_vae(folder: Path, device: str | torch.device = "cpu"):
         raise
     except Exception as error:
         # diffusers raises whatever its readers do.
-        raise CheckpointError(f"{path}: not an autoencoder that diffusers reads ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: not an autoencoder that diffusers reads ({reason})") from None
     return vae.to(device, torch.float32).eval()
 
 
