@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,13 +126,12 @@ class Flow(nn.Module):
     ) -> FlowOutput:
         """Data (B, C, H, W) to noise, all tokens at once; dropout: see `starflow_kernels.block_forward`."""
         self._check_context(labels, text, len(x))
-        grid, tokens, classes = self._grid(x), self.tokens(x), self._class_weights(labels, x)
+        grid, tokens, contexts = self.grid(x), self.tokens(x), self.contexts(labels, text, x)
         logdet = tokens.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         latents = []
         for i, block in enumerate(self.blocks):
-            context = (classes, text) if self.config.conditioned(i) else (None, None)
-            rotary = self._rotary(i, grid, tokens)
-            tokens, block_logdet = block(tokens, *context, rotary, dropout=dropout, backend=backend)
+            rotary = self.rotary(i, grid, tokens)
+            tokens, block_logdet = block(tokens, *contexts[i][0], rotary, dropout=dropout, backend=backend)
             logdet = logdet + block_logdet
             latents.append(tokens)
         return FlowOutput(self.images(tokens, grid), logdet, latents)
@@ -169,41 +169,76 @@ class Flow(nn.Module):
         guidance: Guidance = Guidance(),
         empty_text: torch.Tensor | None = None,
         backend: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        after_block: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Noise (B, C, H, W) to data.
 
         empty_text: (B or 1, L, text_dim) states of the prompt that guidance moves away from, the empty one usually.
+        progress: called now and then as progress(done, total) with the tokens of all blocks; what it raises ends the
+        call. after_block: called as after_block(block, x) with what a block made, as images; returns what goes on.
         Raises ConfigError when guidance is asked for and there is nothing to tell its two branches apart.
         """
         self._check_context(labels, text, len(z))
-        grid, tokens, classes = self._grid(z), self.tokens(z), self._class_weights(labels, z)
-        conditional = labels is not None or text is not None
-        guided_classes, guided_text = classes, text
+        grid, tokens = self.grid(z), self.tokens(z)
+        contexts = self.contexts(labels, text, z, guidance, empty_text)
+        count, each = len(self.blocks), tokens.shape[0] * tokens.shape[1]
+        for i in reversed(range(count)):
+            block, (context, guided) = self.blocks[i], contexts[i]
+            options = {"backend": backend}
+            if guided:
+                options["guidance"] = guidance.weights(tokens.shape[1], block.spec.start, z.device)
+                options.update(rule=guidance.rule, temperature=guidance.temperature)
+            if progress:
+                before = (count - 1 - i) * each
+                options["progress"] = lambda done, _, before=before: progress(before + done, count * each)
+            tokens = block.inverse(tokens, *context, self.rotary(i, grid, tokens), **options)
+            if progress:
+                progress((count - i) * each, count * each)
+            if after_block:
+                tokens = self.tokens(after_block(i, self.images(tokens, grid)))
+        return self.images(tokens, grid)
+
+    def contexts(
+        self,
+        labels: torch.Tensor | None,
+        text: torch.Tensor | None,
+        like: torch.Tensor,
+        guidance: Guidance = Guidance(),
+        empty_text: torch.Tensor | None = None,
+    ) -> list[tuple[tuple[torch.Tensor | None, torch.Tensor | None], bool]]:
+        """What each block is told: (class weights, text), and whether guidance acts on it.
+
+        Where it does these have 2B rows, first the B with the condition. Raises ConfigError as `inverse` does.
+        """
+        classes, conditional = self._class_weights(labels, like), labels is not None or text is not None
+        plain = guided = classes, text
         if guidance.weight:
             if not conditional and guidance.temperature == 1:
                 raise ConfigError("guidance: needs labels, text, or an attention temperature other than 1")
             if text is not None and empty_text is None:
                 raise ConfigError("guidance: text needs empty_text, the states of the empty prompt")
-            if classes is not None:
-                guided_classes = torch.cat([classes, self._class_weights(None, z)])
-            if text is not None:
-                guided_text = torch.cat([text, empty_text.expand_as(text)])
-        for i in reversed(range(len(self.blocks))):
-            block, reached, options = self.blocks[i], self.config.conditioned(i), {"backend": backend}
-            context = (classes, text) if reached else (None, None)
-            if guidance.weight and (reached or not conditional):
-                context = (guided_classes, guided_text) if reached else (None, None)
-                options["guidance"] = guidance.weights(tokens.shape[1], block.spec.start, z.device)
-                options.update(rule=guidance.rule, temperature=guidance.temperature)
-            tokens = block.inverse(tokens, *context, self._rotary(i, grid, tokens), **options)
-        return self.images(tokens, grid)
+            guided = (
+                None if classes is None else torch.cat([classes, self._class_weights(None, like)]),
+                None if text is None else torch.cat([text, empty_text.expand_as(text)]),
+            )
+        found = []
+        for i in range(len(self.blocks)):
+            reached = self.config.conditioned(i)
+            acts = bool(guidance.weight) and (reached or not conditional)
+            found.append(((guided if acts else plain) if reached else (None, None), acts))
+        return found
 
     def noise(
         self, count: int, generator: torch.Generator | None = None, grid: tuple[int, int] | None = None
     ) -> torch.Tensor:
-        """(count, C, H, W) float32 draws of the prior, on a grid of (rows, columns) tokens; drawn on the CPU."""
+        """(count, C, H, W) float32 draws of the prior, on a grid of (rows, columns) tokens.
+
+        Drawn on the generator's device, the CPU without one, and returned on that of the weights.
+        """
         rows, columns = grid or self.config.grid
-        z = torch.randn(count, rows * columns, self.config.token_dim, generator=generator).to(self.device)
+        shape, source = (count, rows * columns, self.config.token_dim), generator.device if generator else "cpu"
+        z = torch.randn(shape, generator=generator, device=source).to(self.device)
         if self.prior_variance is not None:
             z = z * self.prior_variance.sqrt()
         return self.images(z, (rows, columns))
@@ -226,7 +261,8 @@ class Flow(nn.Module):
             (score,) = torch.autograd.grad(self.log_prob(x, labels, text).sum(), x)
         return x.detach() + factor * noise_std**2 * score
 
-    def _grid(self, x: torch.Tensor) -> tuple[int, int]:
+    def grid(self, x: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens of images (B, C, H, W)."""
         return x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size
 
     def _check_context(self, labels: torch.Tensor | None, text: torch.Tensor | None, rows: int) -> None:
@@ -255,7 +291,8 @@ class Flow(nn.Module):
         one = torch.nn.functional.one_hot(labels.clamp(min=0), classes).to(mean.dtype)
         return torch.where(labels.unsqueeze(1) < 0, mean, one)
 
-    def _rotary(self, block: int, grid: tuple[int, int], like: torch.Tensor):
+    def rotary(self, block: int, grid: tuple[int, int], like: torch.Tensor):
+        """cos and sin of a block's rotary angles on a grid, or Nones."""
         config = self.config
         if config.rotary == "none":
             return None, None

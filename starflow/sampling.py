@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from .certificate import certificate
 from .data import generator, quantise
 from .errors import ConfigError
 from .files import write_atomically
@@ -21,8 +22,8 @@ MIN_GRID_PIXELS = 512
 
 @dataclasses.dataclass(frozen=True)
 class SampleReport:
-    """count images in `seconds`, `steps` token steps a batch; certificate: max |flow(x) - z| of one density pass over
-    the samples before denoising, None where it was not asked for or guidance changed the map."""
+    """count images in `seconds`, `steps` token steps a batch; certificate: see `starflow.certificate`, over the samples
+    before denoising, None where it was not asked for or cannot be had."""
 
     count: int
     steps: int
@@ -62,9 +63,7 @@ def sample(
     for z, rows in zip(noise.split(batch_size), torch.arange(count).split(batch_size)):
         batch_labels = None if labels is None else labels[rows].to(flow.device)
         x = flow.inverse(z, batch_labels, guidance=guidance)
-        if certify and not guidance.weight:
-            with torch.no_grad():
-                error = (flow(x, batch_labels).z - z).abs().max().item()
+        if certify and (error := certificate(flow, x, z, batch_labels, guidance=guidance)) is not None:
             residual = max(residual or 0.0, error)
         if denoise:
             x = flow.denoise(x, batch_labels, factor=denoise)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from starflow import Flow, FlowConfig, Guidance
+from starflow.certificate import certificate
 from starflow.evaluation import logdet_error
 from starflow.tokens import patchify, rotary_angles, unpatchify
 
@@ -142,6 +143,36 @@ def test_guidance(name, rule):
         torch.testing.assert_close(
             flow.inverse(z, torch.full_like(labels, -1), None, Guidance(2.0, rule)), no_class, atol=1e-9, rtol=0
         )
+
+
+@pytest.mark.parametrize("annealed", [False, True])
+@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("name", ["tarflow-classes", "volume-preserving", "starflow-classes", "starflow-text"])
+def test_certificate_of_guided_samples(name, rule, annealed):
+    flow = make(name)
+    z, labels, text = inputs(flow)
+    empty = None if text is None else torch.zeros_like(text[:1])
+    for guidance in (Guidance(), Guidance(1.5, rule, annealed)):
+        x = flow.inverse(z, labels, text, guidance, empty)
+        assert certificate(flow, x, z, labels, text, guidance, empty) < 1e-9
+        moved = x + 1e-3 * torch.eye(4, dtype=x.dtype)
+        assert certificate(flow, moved, z, labels, text, guidance, empty) > 1e-5
+    if name == "tarflow-classes":
+        assert certificate(flow, x, z, labels, text, Guidance(1.5, rule, temperature=2.0)) is None
+
+
+def test_progress_and_what_a_block_made():
+    flow = make("tarflow-classes")
+    z, labels, _ = inputs(flow)
+    seen, blocks = [], []
+
+    def watch(block, x):
+        blocks.append(block)
+        return x if block else torch.zeros_like(x)
+
+    x = flow.inverse(z, labels, progress=lambda *counts: seen.append(counts), after_block=watch)
+    assert blocks == [2, 1, 0] and not x.any()
+    assert seen == sorted(seen) and seen[-1] == (3 * 3 * 4, 3 * 3 * 4)
 
 
 def test_annealed_weights_end_at_the_full_weight():
