@@ -7,7 +7,35 @@ from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-WORDS = "a an the in of and aspect ratio . cat dog piano three seven red blue small large 1 2 3 4 5 9 16 21 :".split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "in",
+    "of",
+    "and",
+    "aspect",
+    "ratio",
+    ".",
+    "cat",
+    "dog",
+    "piano",
+    "three",
+    "seven",
+    "red",
+    "blue",
+    "small",
+    "large",
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "9",
+    "16",
+    "21",
+    ":",
+]
 TEXT_LEN, TEXT_DIM = 12, 16
 
 

@@ -12,10 +12,18 @@ import torch
 
 from ..errors import StarflowError
 from ..files import write_text
-from . import evaluate, info, sample, train, train_autoencoder
+from . import encode, evaluate, info, sample, train, train_autoencoder, train_decoder
 from .common import Parser, positive
 
-COMMANDS = {"train": train, "train-autoencoder": train_autoencoder, "sample": sample, "eval": evaluate, "info": info}
+COMMANDS = {
+    "train": train,
+    "train-autoencoder": train_autoencoder,
+    "train-decoder": train_decoder,
+    "encode": encode,
+    "sample": sample,
+    "eval": evaluate,
+    "info": info,
+}
 
 
 def parser() -> Parser:
