@@ -27,9 +27,9 @@ class DecoderConfig:
     """What is trained, and the weights of its loss: mean square, perceptual distance, discriminator.
 
     vae: folder of the autoencoder, or of a pipeline. noise_std: of the Gaussian noise on the scaled latents, the
-    flow's. lpips_weight: of LPIPS (arXiv 1801.03924), which needs the package lpips and the weights of VGG-16 in torch's
-    hub folder; where they are not at hand it is left out with a warning. gan_weight: of the patch discriminator, from
-    step gan_start on. gan_channels, gan_layers: its width and strided convolutions.
+    flow's. lpips_weight: of LPIPS (arXiv 1801.03924), which needs the package lpips and the weights of VGG-16 in
+    torch's hub folder; where they are not at hand it is left out with a warning. gan_weight: of the patch
+    discriminator, from step gan_start on. gan_channels, gan_layers: its width and strided convolutions.
     """
 
     vae: str

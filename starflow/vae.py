@@ -36,14 +36,14 @@ def load_vae(folder: Path, device: str | torch.device = "cpu"):
     """float32 AutoencoderKL in eval mode of a folder in the diffusers layout, or of a pipeline's."""
     path = vae_folder(folder)
     try:
-        vae = autoencoder_class().from_pretrained(path, local_files_only=True)
+        vae = autoencoder_class().from_pretrained(path, local_files_only=True, torch_dtype=torch.float32)
     except ConfigError:
         raise
     except Exception as error:
         # diffusers raises whatever its readers do.
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: not an autoencoder that diffusers reads ({reason})") from None
-    return vae.to(device, torch.float32).eval()
+    return vae.to(device).eval()
 
 
 def save_vae(vae: Any, folder: Path, scaling_factor: float | None = None) -> None:
