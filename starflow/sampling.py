@@ -18,6 +18,7 @@ from .files import write_atomically
 from .flow import Flow, Guidance
 
 MIN_GRID_PIXELS = 512
+METHODS = ("sequential",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,13 @@ class SampleReport:
     seconds: float
     images_per_second: float
     certificate: float | None
+
+
+def method_of(name: str) -> str:
+    """The one of METHODS that a name or "auto" means. Raises ConfigError."""
+    if name not in ("auto", *METHODS):
+        raise ConfigError(f"method={name!r}: expected auto or one of {', '.join(METHODS)}")
+    return METHODS[0] if name == "auto" else name
 
 
 class Samples(NamedTuple):

@@ -1,0 +1,92 @@
+"""The flow as a component of a pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from ..config import FlowConfig
+from ..errors import CheckpointError, ConfigError
+from ..flow import Flow
+
+
+class FlowModel(ModelMixin, Flow, ConfigMixin):
+    """A `Flow` that diffusers saves and loads: the same weights by the same names, the fields of FlowConfig as config.
+
+    `save_pretrained` and `from_pretrained` are those of diffusers: shards (max_shard_size), variants, dtype,
+    device_map. Weights or settings that do not fit raise CheckpointError. `config` is the FlowConfig.
+    """
+
+    # What model_index.json names, so that files inside this package can move.
+    __module__ = "starflow.pipelines"
+    # Whole blocks run in one call of an op: accelerate must not split them.
+    _no_split_modules = ("FlowBlock",)
+
+    def __init__(self, **fields: Any):
+        config = FlowConfig.from_dict(fields)
+        self.register_to_config(**config.to_dict())
+        Flow.__init__(self, config)
+        self._gradient_checkpointing_func = None
+
+    # The settings that diffusers reads from config.json and may set by keyword.
+    __init__.__signature__ = inspect.Signature(
+        [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+        + [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if f.default is dataclasses.MISSING else f.default,
+            )
+            for f in dataclasses.fields(FlowConfig)
+        ]
+    )
+
+    inverse = apply_forward_hook(Flow.inverse)
+
+    @property
+    def config(self) -> FlowConfig:
+        """Configuration of the flow."""
+        return self._flow_config
+
+    @config.setter
+    def config(self, config: FlowConfig) -> None:
+        self._flow_config = config
+
+    @classmethod
+    def from_flow(cls, flow: Flow) -> FlowModel:
+        """The same flow, sharing its weights."""
+        with torch.device("meta"):
+            model = cls(**flow.config.to_dict())
+        model.load_state_dict(flow.state_dict(), assign=True)
+        return model.train(flow.training)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *arguments, **options):
+        """A model of a config.json as a mapping, strictly."""
+        fields = {name: value for name, value in config.items() if not name.startswith("_")}
+        try:
+            FlowConfig.from_dict({**fields, **{k: v for k, v in options.items() if k in cls._get_init_keys(cls)}})
+        except ConfigError as error:
+            raise CheckpointError(f"config of the flow: {error}") from None
+        return super().from_config(config, *arguments, **options)
+
+    @classmethod
+    def from_pretrained(cls, folder, **options):
+        """Read what `save_pretrained` wrote, see `diffusers.ModelMixin.from_pretrained`."""
+        wants_info = options.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(folder, output_loading_info=True, **options)
+        except CheckpointError:
+            raise
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder}: {' '.join(str(error).split())}") from None
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info.get(problem):
+                names = ", ".join(map(str, sorted(info[problem])[:3]))
+                raise CheckpointError(f"{folder}: {problem.replace('_', ' ')} {names}: weights do not fit config.json")
+        return (model, info) if wants_info else model
