@@ -90,7 +90,7 @@ def encode(
         if len(images):
             check_images(vae, images, config.data.size)
     prompts = _distinct_captions(splits.values()) if config.text else []
-    tokenizer, text_encoder = load_text(Path(config.text), device) if config.text else (None, None)
+    tokenizer, text_encoder = load_text(config.text, device) if config.text else (None, None)
     side = config.data.size // downsampling(vae)
     manifest = Manifest(
         settings=_plain(config.identity(prompts)),
@@ -129,8 +129,9 @@ def encode(
     return EncodeReport(written, found, manifest)
 
 
-def load_text(folder: Path, device: str | torch.device = "cpu") -> tuple[Any, Any]:
+def load_text(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Any, Any]:
     """Tokenizer and T5EncoderModel of a folder with tokenizer/ and text_encoder/."""
+    folder = Path(folder)
     try:
         from transformers import AutoTokenizer, T5EncoderModel
     except ImportError:

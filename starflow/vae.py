@@ -32,7 +32,7 @@ def vae_folder(folder: Path) -> Path:
     raise CheckpointError(f"no autoencoder at {folder} ({VAE_CONFIG} is not there)")
 
 
-def load_vae(folder: Path, device: str | torch.device = "cpu"):
+def load_vae(folder: str | Path, device: str | torch.device = "cpu"):
     """float32 AutoencoderKL in eval mode of a folder in the diffusers layout, or of a pipeline's."""
     path = vae_folder(folder)
     try:
