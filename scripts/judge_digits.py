@@ -21,7 +21,7 @@ from starflow.data import DataConfig, load
 from starflow.pipelines import STARFlowPipeline
 from starflow.sampling import save_grid
 
-NAMES = "zero one two three four five six seven eight nine".split()
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = ("{}", "a photo of the digit {}")
 
 
