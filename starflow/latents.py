@@ -8,7 +8,6 @@ autoencoder's posterior, scaled, (n, C, h, w); `labels` (n,); and `captions` (n,
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -83,27 +82,32 @@ class Shards:
 
     def __init__(self, folder: Path, kind: str, count: int, shard_size: int):
         self.folder, self.kind, self.count, self.shard_size = Path(folder), kind, count, shard_size
+        self._opened: dict[tuple[int, str], Any] = {}
         for shard in range(-(-count // shard_size)):
             if not shard_path(folder, kind, shard).exists():
                 raise DataError(f"{shard_path(folder, kind, shard)} is missing: starflow encode writes it anew")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files stay in their process.
+        return {**self.__dict__, "_opened": {}}
+
     def row(self, name: str, index: int) -> torch.Tensor:
         """Row of a tensor."""
         shard, row = divmod(index, self.shard_size)
-        return _slice(shard_path(self.folder, self.kind, shard), name)[row]
+        return self._slice(shard, name)[row]
 
     def column(self, name: str) -> torch.Tensor:
         """All rows of a small tensor."""
-        shards = range(-(-self.count // self.shard_size))
-        return torch.cat([_slice(shard_path(self.folder, self.kind, shard), name)[:] for shard in shards])
+        return torch.cat([self._slice(shard, name)[:] for shard in range(-(-self.count // self.shard_size))])
 
-
-@functools.lru_cache(maxsize=1024)
-def _slice(path: Path, name: str):
-    try:
-        return safe_open(path, "pt").get_slice(name)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is damaged: {error}") from None
+    def _slice(self, shard: int, name: str):
+        if (shard, name) not in self._opened:
+            path = shard_path(self.folder, self.kind, shard)
+            try:
+                self._opened[shard, name] = safe_open(path, "pt").get_slice(name)
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{path} is damaged: {error}") from None
+        return self._opened[shard, name]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Training an autoencoder: it learns, its folder is one of diffusers, and a resumed run repeats an uninterrupted one."""
+"""Training an autoencoder: it learns, its folder is one of diffusers, a resumed run repeats an uninterrupted one."""
 
 import pytest
 import torch
@@ -36,7 +36,9 @@ def test_learns(loss, tmp_path):
     errors = [m["reconstruction"] for m in trainer.metrics]
     assert sum(errors[-5:]) < 0.7 * sum(errors[:5])
     assert (tmp_path / "samples" / "0000060.png").exists()
-    assert {"config.json", "diffusion_pytorch_model.safetensors", "settings.yaml"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"config.json", "diffusion_pytorch_model.safetensors", "settings.yaml"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
 
 
 def test_the_scaling_factor_normalises_the_latents(tmp_path):

@@ -31,10 +31,15 @@ def vae(tmp_path):
 
 def settings(vae: str, decoder=None, **training) -> DecoderRunConfig:
     small = {"vae": vae, "lpips_weight": 0.0, "gan_channels": 4, "gan_layers": 1}
-    loop = {"steps": 6, "batch_size": 8, "learning_rate": 5e-3, "sample_every": 0, "checkpoint_every": 0, "log_every": 1}
-    return DecoderRunConfig.from_dict(
-        {"decoder": {**small, **(decoder or {})}, "data": {"size": 16}, "training": {**loop, **training}}
-    )
+    loop = {
+        "steps": 6,
+        "batch_size": 8,
+        "learning_rate": 5e-3,
+        "sample_every": 0,
+        "checkpoint_every": 0,
+        "log_every": 1,
+    }
+    return DecoderRunConfig.from_dict({"decoder": {**small, **(decoder or {})}, "data": {"size": 16}, "training": loop})
 
 
 def train(config: DecoderRunConfig, folder) -> DecoderTrainer:
