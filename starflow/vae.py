@@ -57,6 +57,7 @@ def save_vae(vae: Any, folder: Path, scaling_factor: float | None = None) -> Non
             vae.save_pretrained(temporary)
             # The configuration last: a folder with one has its weights.
             for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == VAE_CONFIG):
+                path.chmod(0o644)
                 os.replace(path, folder / path.name)
     except (OSError, RuntimeError) as error:
         raise StarflowError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None

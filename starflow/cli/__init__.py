@@ -12,7 +12,7 @@ import torch
 
 from ..errors import StarflowError
 from ..files import write_text
-from . import encode, evaluate, info, sample, train, train_autoencoder, train_decoder
+from . import convert, encode, evaluate, info, sample, train, train_autoencoder, train_decoder
 from .common import Parser, positive
 
 COMMANDS = {
@@ -23,6 +23,7 @@ COMMANDS = {
     "sample": sample,
     "eval": evaluate,
     "info": info,
+    "convert": convert,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,17 +127,22 @@ def _pipeline(args: argparse.Namespace) -> dict[str, Any]:
             jobs.append(Job(label or 0, drawn.get(label, 0), label))
             drawn[label] = drawn.get(label, 0) + 1
         columns = _columns(args.label, count, classes)
-    report = generate(
-        pipe,
-        jobs,
-        Path(args.out),
-        args.seed,
-        args.batch_size or PIPELINE_BATCH,
-        {name: value for name, value in options.items() if value is not None},
-        {"checkpoint": str(Path(args.checkpoint).resolve()), "dtype": args.dtype, "variant": args.variant},
-        args.certify,
-        min(columns, len(jobs)),
-    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        report = generate(
+            pipe,
+            jobs,
+            Path(args.out),
+            args.seed,
+            args.batch_size or PIPELINE_BATCH,
+            {name: value for name, value in options.items() if value is not None},
+            {"checkpoint": str(Path(args.checkpoint).resolve()), "dtype": args.dtype, "variant": args.variant},
+            args.certify,
+            min(columns, len(jobs)),
+        )
+    except KeyboardInterrupt:
+        print(f"stopped; the same command continues in {args.out}", file=sys.stderr)
+        raise
     kept = f" ({report.kept} were there)" if report.kept else ""
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
     print(
