@@ -31,8 +31,9 @@ class FlowConfig:
     sequence_order: "R2L" reverses the tokens of the blocks 1, 3, ...; "L2R" those of the blocks 0, 2, ...
     num_classes: class embedding added to every token; text_dim, text_len: width and number of text states in front of
         the tokens; condition_blocks: which blocks they reach.
-    levels: grey levels of the data. noise_std: standard deviation of the Gaussian noise of training on the scale of
-        [-1, 1]; 0 means uniform dequantisation over `levels`.
+    levels: grey levels of the data, 0 for latents, which have none. noise_std: standard deviation of the Gaussian noise
+        of training on the scale of [-1, 1], or of the latents; 0 means uniform dequantisation over `levels`, and no
+        noise on latents.
     """
 
     image_size: int
@@ -70,7 +71,9 @@ class FlowConfig:
             self._check_number(name, 1, int)
         for name in ("last_channels", "heads", "kv_heads", "rotary_size", "num_classes", "text_dim", "text_len"):
             self._check_number(name, 0, int)
-        self._check_number("levels", 2, int)
+        self._check_number("levels", 0, int)
+        if self.levels == 1:
+            raise ConfigError("levels=1: expected at least 2 grey levels, or 0 for latents")
         for name in ("expansion", "soft_clip", "noise_std"):
             self._check_number(name, 0, (int, float))
         if not isinstance(self.layers, (list, tuple)) or not self.layers:

@@ -1,8 +1,9 @@
-"""Data sets: scikit-learn's digits, crops of its two photographs, and any folder of images."""
+"""Data sets: scikit-learn's digits, crops of its two photographs, any folder of images, and cached latents."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
 from starflow_kernels.spec import check_choice
 
 from .errors import ConfigError, DataError
+from .latents import LatentSet, load_latents
 
-Source = Literal["digits", "photos", "folder"]
+Source = Literal["digits", "photos", "folder", "latents"]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-DIGITS_HELD_OUT = 360
+METADATA = "metadata.jsonl"
+DIGITS_SIZE, DIGITS_HELD_OUT = 8, 360
 PHOTO_HELD_OUT_COLUMNS = 128
 
 
@@ -27,11 +31,15 @@ PHOTO_HELD_OUT_COLUMNS = 128
 class DataConfig:
     """Which images to train on and to hold out.
 
-    source: "digits" (1797 8x8 images, 17 levels, 10 classes; 360 held out, stratified), "photos" (crops of `size`
-        from two photographs, a class each; the right 128 columns are held out) or "folder" (path/CLASS/*.png and so
-        on, classes from folder names; a fraction `held_out` of each class is held out).
+    source: "digits" (1797 8x8 images, 17 levels, 10 classes; 360 held out, stratified; another `size` scales them
+        bilinearly, to three channels of 256 levels), "photos" (crops of `size` from two photographs, a class each; the
+        right 128 columns are held out), "folder" (path/CLASS/*.png and so on, classes from folder names; a fraction
+        `held_out` of each class is held out) or "latents" (path: what `starflow encode` wrote; `size` is theirs).
     size: side of the images in pixels; images of a folder must have it unless `resize` scales and centre-crops them.
     seed: of the choice of held-out images.
+    class_names, templates: captions. An image of class i has each of the templates with class_names[i] in place of
+        "{}"; without class_names the classes' own names. A folder with a metadata.jsonl (a line of JSON an image, with
+        file_name relative to it and text) has those captions instead.
     """
 
     source: Source = "digits"
@@ -40,28 +48,41 @@ class DataConfig:
     resize: bool = False
     held_out: float = 0.1
     seed: int = 0
+    class_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("{}",)
 
     def __post_init__(self):
         try:
             check_choice("source", self.source, Source)
         except ValueError as error:
             raise ConfigError(f"data: {error}") from None
-        if (self.source == "folder") != bool(self.path):
-            raise ConfigError(f"data: path={self.path!r} goes with source 'folder', and only with it")
-        if self.source == "digits" and self.size != 8:
-            raise ConfigError(f"data: size={self.size}, but digits are 8x8")
+        if (self.source in ("folder", "latents")) != bool(self.path):
+            raise ConfigError(f"data: path={self.path!r} goes with source 'folder' or 'latents', and only with them")
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ConfigError(f"data: size={self.size!r} is not a number of pixels")
+        for name in ("class_names", "templates"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+                raise ConfigError(f"data: {name}={value!r} is not a list of texts")
+            object.__setattr__(self, name, tuple(value))
+        if not self.templates or any(template.count("{}") != 1 for template in self.templates):
+            raise ConfigError(
+                f"data: templates={list(self.templates)}: expected texts with one {{}} for the class name"
+            )
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"data: held_out={self.held_out} is not a fraction of at least 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet(Dataset):
-    """Images by index. fetch(index) gives uint8 (C, H, W) with values below `levels`; labels is int64 (N,)."""
+    """Images by index. fetch(index) gives uint8 (C, H, W) with values below `levels`; labels is int64 (N,);
+    captions(index) gives the captions of an image, the same number for each."""
 
     fetch: Callable[[int], torch.Tensor]
     labels: torch.Tensor
     levels: int
     classes: tuple[str, ...]
+    captions: Callable[[int], tuple[str, ...]]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,8 +116,10 @@ class ShuffledBatches(Sampler):
             yield order[position * size : (position + 1) * size]
 
 
-def load(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    """Training and held-out images."""
+def load(config: DataConfig) -> tuple[ImageSet, ImageSet] | tuple[LatentSet, LatentSet]:
+    """Training and held-out images, or latents."""
+    if config.source == "latents":
+        return load_latents(Path(config.path), config.size)
     return {"digits": _digits, "photos": _photos, "folder": _folder}[config.source](config)
 
 
@@ -130,13 +153,29 @@ def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
+    images, levels = torch.from_numpy(digits.images).unsqueeze(1), 17
+    if config.size != DIGITS_SIZE:
+        images, levels = (images * (255 / 16)).expand(-1, 3, -1, -1), 256
+        images = F.interpolate(images, (config.size, config.size), mode="bilinear").round()
+    images = images.to(torch.uint8)
     labels = torch.from_numpy(digits.target.astype(np.int64))
     parts = train_test_split(
         np.arange(len(labels)), test_size=DIGITS_HELD_OUT, random_state=config.seed, stratify=labels
     )
     classes = tuple(map(str, range(10)))
-    return tuple(ImageSet(partial(_row, images[part]), labels[part], 17, classes) for part in parts)
+    return tuple(_class_set(partial(_row, images[part]), labels[part], levels, classes, config) for part in parts)
+
+
+def _class_set(fetch, labels: torch.Tensor, levels: int, classes: tuple[str, ...], config: DataConfig) -> ImageSet:
+    names = config.class_names or classes
+    if len(names) != len(classes):
+        raise ConfigError(f"data: {len(names)} class_names, the data has {len(classes)} classes")
+    captions = [tuple(template.replace("{}", name) for template in config.templates) for name in names]
+    return ImageSet(fetch, labels, levels, classes, partial(_class_captions, captions, labels))
+
+
+def _class_captions(captions: list[tuple[str, ...]], labels: torch.Tensor, index: int) -> tuple[str, ...]:
+    return captions[int(labels[index])]
 
 
 def _row(images: torch.Tensor, index: int) -> torch.Tensor:
@@ -160,7 +199,7 @@ def _photos(config: DataConfig) -> tuple[ImageSet, ImageSet]:
             for column in range(left, right - size + 1, stride)
         ]
         labels = torch.tensor([photo for photo, _, _ in corners])
-        return ImageSet(partial(_crop, photos, corners, size), labels, 256, ("china", "flower"))
+        return _class_set(partial(_crop, photos, corners, size), labels, 256, ("china", "flower"), config)
 
     return crops(0, border, max(1, size // 8)), crops(border, width, size)
 
@@ -174,10 +213,15 @@ def _folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     root = Path(config.path)
     if not root.is_dir():
         raise DataError(f"no folder of images at {root}")
-    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir()))
-    files = [[p for p in sorted((root / name).rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES] for name in classes]
+    texts = _metadata(root)
+    names = tuple(sorted(p.name for p in root.iterdir() if p.is_dir()))
+    found = {name: _images(sorted((root / name).rglob("*"))) for name in names}
+    if texts is not None and (flat := _images(sorted(root.iterdir()))):
+        # Captioned images need no classes: those beside the metadata are one class of the folder's name.
+        found[root.name] = found.get(root.name, []) + flat
+    classes, files = tuple(found), list(found.values())
     if not any(files):
-        raise DataError(f"no images in {root}: expected {root}/CLASS/*.png (or .jpg, .webp, ...)")
+        raise DataError(f"no images in {root}: expected {root}/CLASS/*.png (or .jpg, .webp, ...), or a {METADATA}")
     parts: tuple[list, list] = [], []
     for label, paths in enumerate(files):
         order = torch.randperm(len(paths), generator=generator(config.seed, label)).tolist()
@@ -188,9 +232,39 @@ def _folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     def image_set(items: list[tuple[Path, int]]) -> ImageSet:
         paths = [path for path, _ in items]
         labels = torch.tensor([label for _, label in items], dtype=torch.int64)
-        return ImageSet(partial(_read, paths, config.size, config.resize), labels, 256, classes)
+        fetch = partial(_read, paths, config.size, config.resize)
+        if texts is None:
+            return _class_set(fetch, labels, 256, classes, config)
+        if missing := [path for path in paths if path not in texts]:
+            raise DataError(f"{root / METADATA}: no line for {missing[0].relative_to(root)}")
+        captions = [(texts[path],) for path in paths]
+        return ImageSet(fetch, labels, 256, classes, captions.__getitem__)
 
     return image_set(parts[0]), image_set(parts[1])
+
+
+def _images(paths: list[Path]) -> list[Path]:
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _metadata(root: Path) -> dict[Path, str] | None:
+    """Captions by path of a folder in Hugging Face's imagefolder layout, None where it has no metadata."""
+    path = root / METADATA
+    if not path.exists():
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}") from None
+    texts = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            fields = json.loads(line)
+            name, text = fields["file_name"], fields["text"]
+            texts[root / name] = text + ""
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise DataError(f"{path}, line {number}: expected JSON with the texts file_name and text") from None
+    return texts
 
 
 def _read(paths: list[Path], size: int, resize: bool, index: int) -> torch.Tensor:

@@ -61,7 +61,11 @@ def sample(
 
     labels: int64 (count,). seed: all noise comes from it, whatever the batch size. batch_size: images at a time.
     denoise: factor of a step along the score after sampling, see Flow.denoise; 0 for none.
+
+    Raises ConfigError for a flow on latents: a pipeline, which has their autoencoder, draws from it.
     """
+    if not flow.config.levels:
+        raise ConfigError("this flow is on latents: draw from it with the pipeline that has their autoencoder")
     noise = flow.noise(count, generator(seed))
     start, parts, residual = time.perf_counter(), [], None
     for z, rows in zip(noise.split(batch_size), torch.arange(count).split(batch_size)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,9 @@ _Loader.add_implicit_resolver(
 )
 
 
-def presets() -> list[str]:
-    """Names of the presets."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+def presets(kind: str = "") -> list[str]:
+    """Names of the presets of `starflow train`, or of another kind of run: a folder in that of the presets."""
+    return sorted(path.stem for path in (PRESETS / kind).glob("*.yaml"))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -49,3 +51,30 @@ def override(settings: dict[str, Any], assignments: list[str]) -> None:
             settings[section][name] = yaml.load(value, _Loader)
         except yaml.YAMLError:
             raise ConfigError(f"override {assignment!r}: the value is not YAML") from None
+
+
+def section(kind: type) -> Callable[[dict[str, Any]], Any]:
+    """Reader of a section into a dataclass; unknown or missing settings raise a ConfigError that names them."""
+
+    def read(fields: dict[str, Any]) -> Any:
+        known = {field.name for field in dataclasses.fields(kind)}
+        if unknown := sorted(fields.keys() - known):
+            raise ConfigError(
+                f"unknown {kind.__name__} settings {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
+        try:
+            return kind(**fields)
+        except TypeError as error:
+            raise ConfigError(f"{kind.__name__}: {error}") from None
+
+    return read
+
+
+def read_sections(settings: dict[str, Any], readers: dict[str, Callable[[dict[str, Any]], Any]]) -> dict[str, Any]:
+    """Each section of nested mappings through its reader; there must be these sections and no other."""
+    if not isinstance(settings, dict) or settings.keys() != readers.keys():
+        raise ConfigError(f"settings need exactly the sections {', '.join(readers)}")
+    for name, fields in settings.items():
+        if not isinstance(fields, dict):
+            raise ConfigError(f"settings: {name} is not a mapping")
+    return {name: read(settings[name]) for name, read in readers.items()}

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from starflow import Flow
-from starflow.cli import main, parser
+from starflow.cli import COMMANDS, main, parser
 from starflow.settings import PRESETS, presets, read_settings
 
 TINY = {
@@ -121,7 +121,7 @@ def test_resume_continues(tmp_path, settings, capsys):
     assert main(["train", "--resume", folder, "--quiet"]) == 0
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "eval", "info", "convert"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])

@@ -1,4 +1,4 @@
-"""Command line: starflow train | sample | eval | info | convert."""
+"""Command line: starflow COMMAND."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ import torch
 
 from ..errors import StarflowError
 from ..files import write_text
-from . import convert, evaluate, info, sample, train
+from . import convert, encode, evaluate, info, sample, train, train_autoencoder, train_decoder
 from .common import Parser, positive
 
-COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "info": info, "convert": convert}
+COMMANDS = {
+    "train": train,
+    "train-autoencoder": train_autoencoder,
+    "train-decoder": train_decoder,
+    "encode": encode,
+    "sample": sample,
+    "eval": evaluate,
+    "info": info,
+    "convert": convert,
+}
 
 
 def parser() -> Parser:

@@ -14,8 +14,9 @@ from ..checkpoint import resolve
 from ..errors import DataError
 from ..evaluation import bayes_accuracy, likelihood, logdet_error, round_trips
 from ..flow import Flow
+from ..loop import SETTINGS
 from ..settings import read_settings
-from ..training import SETTINGS, RunConfig
+from ..training import RunConfig
 from .common import DTYPES, Parser, checkpoint_arguments, device, positive
 
 # Larger images make too many backward passes.
@@ -73,6 +74,8 @@ def _evaluation_data(args: argparse.Namespace, folder: Path, flow: Flow) -> tupl
         config = RunConfig.from_dict(read_settings(folder / SETTINGS)).data
     else:
         raise DataError(f"{folder} has no {SETTINGS} that says what it was trained on: give --data FOLDER")
+    if config.source == "latents":
+        raise DataError(f"{folder} is a flow on latents: there are no images to evaluate it on")
     train, held_out = data.load(config)
     images = train if args.data or args.split == "train" else held_out
     if not len(images):

@@ -1,0 +1,25 @@
+"""starflow train-decoder"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..decoder import DecoderTrainer
+from .common import Parser
+from .runs import run_arguments, run_loop
+
+KIND = "decoder"
+HELP = "fine-tune an autoencoder's decoder on noisy latents"
+EXAMPLE = "starflow train-decoder --preset digits --vae runs/autoencoder --out runs/decoder"
+
+
+def add_arguments(parser: Parser) -> None:
+    """The arguments of this command."""
+    run_arguments(parser, "decoder, data and training", KIND)
+    parser.add_argument("--vae", metavar="FOLDER", help="autoencoder to start from (default: the settings')")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train; interrupted, say how to continue."""
+    return run_loop(args, DecoderTrainer, [f"decoder.vae={args.vae}"] if args.vae else [], KIND)

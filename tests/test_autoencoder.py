@@ -1,0 +1,111 @@
+"""Training an autoencoder: it learns, its folder is one of diffusers, a resumed run repeats an uninterrupted one."""
+
+import pytest
+import torch
+
+from starflow import CheckpointError, ConfigError
+from starflow.autoencoder import AutoencoderRunConfig, AutoencoderTrainer
+from starflow.cli import main
+from starflow.data import DataConfig, load
+from starflow.settings import PRESETS, presets, read_settings
+from starflow.vae import decode, load_vae, posterior, scale_images
+
+TINY = {"block_channels": [4, 8], "groups": 4, "layers": 1, "latent_channels": 2}
+TRAINING = {"steps": 6, "batch_size": 8, "learning_rate": 5e-3, "sample_every": 0, "checkpoint_every": 0}
+
+
+def settings(autoencoder=None, data=None, **training) -> AutoencoderRunConfig:
+    return AutoencoderRunConfig.from_dict(
+        {
+            "autoencoder": {**TINY, **(autoencoder or {})},
+            "data": {"size": 16, **(data or {})},
+            "training": {**TRAINING, "log_every": 1, **training},
+        }
+    )
+
+
+def train(config: AutoencoderRunConfig, folder) -> AutoencoderTrainer:
+    trainer = AutoencoderTrainer(config, folder)
+    trainer.run(quiet=True)
+    return trainer
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_learns(loss, tmp_path):
+    trainer = train(settings({"loss": loss}, steps=60, sample_every=60), tmp_path)
+    errors = [m["reconstruction"] for m in trainer.metrics]
+    assert sum(errors[-5:]) < 0.7 * sum(errors[:5])
+    assert (tmp_path / "samples" / "0000060.png").exists()
+    assert {"config.json", "diffusion_pytorch_model.safetensors", "settings.yaml"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+
+
+def test_the_scaling_factor_normalises_the_latents(tmp_path):
+    train(settings(steps=20), tmp_path)
+    vae, (images, _) = load_vae(tmp_path), load(DataConfig(size=16))
+    x = scale_images(torch.stack([images[i][0] for i in range(400)]), 256, 3)
+    mean, std = (moment * vae.config.scaling_factor for moment in posterior(vae, x))
+    assert (mean + std * torch.randn(mean.shape)).std() == pytest.approx(1, abs=0.05)
+    assert torch.equal(decode(vae, mean), vae.decode(mean / vae.config.scaling_factor).sample)
+
+
+def test_resume_repeats_an_uninterrupted_run(tmp_path):
+    whole = train(settings(), tmp_path / "whole")
+    part = AutoencoderTrainer(settings(), tmp_path / "part")
+    step = part.train_step
+
+    def interrupted(*batch):
+        if part.step == 3:
+            raise KeyboardInterrupt
+        return step(*batch)
+
+    part.train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        part.run(quiet=True)
+    torch.manual_seed(1234)
+    resumed = AutoencoderTrainer.resume(tmp_path / "part")
+    assert resumed.step == 3
+    resumed.run(quiet=True)
+    assert resumed.metrics == whole.metrics
+    weights = [(tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes() for name in ("whole", "part")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "data", "message"),
+    [
+        ({"groups": 3}, {}, "groups=3"),
+        ({"loss": "l3"}, {}, "l3"),
+        ({"kl_weight": -1}, {}, "kl_weight=-1"),
+        ({"depth": 3}, {}, "unknown AutoencoderConfig settings depth"),
+        ({"channels": 4}, {}, "takes 4 channels"),
+        ({}, {"size": 15}, "size=15"),
+    ],
+)
+def test_settings_are_checked(autoencoder, data, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        AutoencoderTrainer(settings(autoencoder, data), tmp_path)
+
+
+def test_what_is_no_autoencoder(tmp_path):
+    with pytest.raises(CheckpointError, match="no autoencoder"):
+        load_vae(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not an autoencoder"):
+        load_vae(tmp_path)
+
+
+def test_command(tmp_path, capsys):
+    small = ["--set", "autoencoder.block_channels=[8, 8]", "--set", "data.size=16", "--set", "training.steps=2"]
+    arguments = ["train-autoencoder", "--out", str(tmp_path), "--quiet"]
+    assert main([*arguments, "--preset", "digits", *small, "--json", str(tmp_path / "report.json")]) == 0
+    assert load_vae(tmp_path).config.latent_channels == 4
+    assert main([*arguments, "--preset", "digits"]) == 2
+    assert "holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", presets("autoencoder"))
+def test_presets_are_complete(name):
+    config = AutoencoderRunConfig.from_dict(read_settings(PRESETS / "autoencoder" / f"{name}.yaml"))
+    config.autoencoder.build(config.data.size)

@@ -1,0 +1,295 @@
+"""Cached latents: what is stored, continuing after a kill, refusing another cache, and training from them."""
+
+import json
+import multiprocessing
+import time
+
+import components
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from starflow import CheckpointError, ConfigError, DataError, encoding
+from starflow.autoencoder import AutoencoderConfig
+from starflow.cli import main
+from starflow.data import DataConfig, generator, load
+from starflow.encoding import EncodeConfig, encode, load_text
+from starflow.latents import EMPTY_PROMPT, Manifest, draw_latents
+from starflow.text import encode_prompts
+from starflow.training import RunConfig, Trainer
+from starflow.vae import load_vae, posterior, save_vae, scale_images
+
+WORDS = ("a cat", "the dog")
+LENGTH = components.TEXT_LEN
+MODEL = {
+    "image_size": 8, "image_channels": 2, "patch_size": 2, "patch_order": "hwc", "channels": 16, "layers": [1, 1],
+    "head_dim": 8, "scale": "softplus", "soft_clip": 4.0, "start": True, "rotary": "interleaved",
+    "sequence_order": "L2R", "condition_blocks": "last", "final_norm": True, "levels": 0, "noise_std": 0.3,
+    "text_dim": components.TEXT_DIM, "text_len": LENGTH,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """An autoencoder, a text encoder with its tokenizer, and a folder of images with classes."""
+    root = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    vae = AutoencoderConfig(block_channels=(4, 8), groups=4, latent_channels=2).build(16)
+    save_vae(vae, root / "vae", 0.5)
+    components.text_encoder().save_pretrained(root / "text" / "text_encoder")
+    components.tokenizer().save_pretrained(root / "text" / "tokenizer")
+    for label, name in enumerate(("cat", "dog")):
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (16, 16), (20 * i, 255 * label, 0)).save(root / "images" / name / f"{i}.png")
+    return root
+
+
+def data_config(parts, **changes) -> DataConfig:
+    fields = {"source": "folder", "path": str(parts / "images"), "size": 16, "held_out": 0.2, "class_names": WORDS}
+    return DataConfig(**{**fields, "templates": ("{}", "small {}"), **changes})
+
+
+def encode_config(parts, **changes) -> EncodeConfig:
+    fields = {"data": data_config(parts), "vae": str(parts / "vae"), "text": str(parts / "text"), "length": LENGTH}
+    return EncodeConfig(**{**fields, "shard_size": 3, **changes})
+
+
+@pytest.fixture(scope="module")
+def cache(parts):
+    encode(encode_config(parts), parts / "cache", quiet=True)
+    return parts / "cache"
+
+
+def bytes_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_is_stored(parts, cache):
+    manifest = Manifest.load(cache)
+    assert manifest.complete and manifest.counts == {"train": 16, "held_out": 4, "text": 5}
+    assert (manifest.shape, manifest.scaling_factor, manifest.text) == ((2, 8, 8), 0.5, (LENGTH, components.TEXT_DIM))
+    vae, (tokenizer, text_encoder) = load_vae(parts / "vae"), load_text(parts / "text")
+    config = DataConfig(source="latents", path=str(cache), size=8)
+    for images, latents in zip(load(data_config(parts)), load(config)):
+        assert len(images) == len(latents) and latents.levels == 0 and latents.classes == ("cat", "dog")
+        for i in range(len(images)):
+            pixels, label = images[i]
+            moments, stored, captions = latents[i]
+            mean, std = posterior(vae, scale_images(pixels.unsqueeze(0), 256, 3))
+            torch.testing.assert_close(moments, 0.5 * torch.cat([mean, std]))
+            assert stored == label
+            states = encode_prompts(list(images.captions(i)), tokenizer, text_encoder, LENGTH)
+            torch.testing.assert_close(latents.texts.states(captions), states)
+    empty = latents.texts.states(torch.tensor([EMPTY_PROMPT]))
+    torch.testing.assert_close(empty, encode_prompts([""], tokenizer, text_encoder, LENGTH))
+
+
+def test_a_complete_cache_is_left_alone(parts, cache):
+    before = bytes_of(cache)
+    report = encode(encode_config(parts), cache, quiet=True)
+    assert report.written == 0 and report.found == 6 + 2 + 2 and bytes_of(cache) == before
+
+
+def test_a_killed_run_is_continued(parts, cache, tmp_path, monkeypatch):
+    folder, save = tmp_path / "killed", encoding._save
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "_save", lambda *arguments: (save(*arguments), time.sleep(0.3)))
+        fork = multiprocessing.get_context("fork")
+        child = fork.Process(target=encode, args=(encode_config(parts), folder), kwargs={"quiet": True})
+        child.start()
+    deadline = time.monotonic() + 60
+    while not (folder / "train-00001.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.kill()
+    child.join()
+    with pytest.raises(DataError, match="not complete"):
+        load(DataConfig(source="latents", path=str(folder), size=8))
+    report = encode(encode_config(parts), folder, quiet=True)
+    assert report.found >= 2 and report.written >= 1
+    found = {name: content for name, content in bytes_of(folder).items() if not name.startswith(".")}
+    assert found == bytes_of(cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 5}, "length=12, not 5"),
+        ({"text_dtype": "bfloat16"}, "text_dtype=float32, not bfloat16"),
+        ({"shard_size": 4}, "shard_size=3, not 4"),
+        ({"data": {"seed": 1}}, "data.seed=0, not 1"),
+        ({"vae": "other"}, "made with vae="),
+    ],
+)
+def test_a_cache_of_other_settings_is_refused(parts, cache, change, message, tmp_path):
+    if "data" in change:
+        change = {"data": data_config(parts, **change["data"])}
+    if "vae" in change:
+        save_vae(load_vae(parts / "vae"), tmp_path, 0.25)
+        change = {"vae": str(tmp_path)}
+    before = bytes_of(cache)
+    with pytest.raises(DataError, match=message):
+        encode(encode_config(parts, **change), cache, quiet=True)
+    assert bytes_of(cache) == before
+
+
+def test_what_is_no_cache(parts, tmp_path):
+    config = DataConfig(source="latents", path=str(tmp_path), size=8)
+    with pytest.raises(DataError, match="no cached latents"):
+        load(config)
+    (tmp_path / "manifest.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match="not a manifest"):
+        load(config)
+    (tmp_path / "manifest.json").unlink()
+    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(DataError, match="something else"):
+        encode(encode_config(parts), tmp_path, quiet=True)
+    with pytest.raises(CheckpointError, match="no text encoder"):
+        encode(encode_config(parts, text=str(tmp_path)), tmp_path / "new", quiet=True)
+
+
+def test_missing_and_damaged_shards(parts, tmp_path):
+    encode(encode_config(parts), tmp_path, quiet=True)
+    config = DataConfig(source="latents", path=str(tmp_path), size=8)
+    with pytest.raises(DataError, match=r"8x8 pixels, but data\.size=4"):
+        load(DataConfig(source="latents", path=str(tmp_path), size=4))
+    (tmp_path / "train-00002.safetensors").write_bytes(b"damage")
+    with pytest.raises(DataError, match=r"train-00002\.safetensors is damaged"):
+        load(config)
+    (tmp_path / "train-00002.safetensors").unlink()
+    with pytest.raises(DataError, match=r"train-00002\.safetensors is missing"):
+        load(config)
+    assert encode(encode_config(parts), tmp_path, quiet=True).written == 1
+    load(config)
+
+
+def test_draws_have_the_variance_of_posterior_and_noise():
+    moments = torch.stack([torch.full((20000, 1, 2, 2), 3.0), torch.full((20000, 1, 2, 2), 0.4)], dim=1)
+    z = draw_latents(moments, 0.3, generator(0))
+    assert z.mean() == pytest.approx(3, abs=0.01) and z.std() == pytest.approx(0.5, rel=0.01)
+
+
+def run_config(cache, model=None, **training) -> RunConfig:
+    loop = {"steps": 6, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_every": 0, "log_every": 1, **training}
+    return RunConfig.from_dict(
+        {
+            "model": {**MODEL, **(model or {})},
+            "data": {"source": "latents", "path": str(cache), "size": 8},
+            "training": loop,
+        }
+    )
+
+
+def train(config: RunConfig, folder) -> Trainer:
+    trainer = Trainer(config, folder)
+    trainer.run(quiet=True)
+    return trainer
+
+
+@pytest.mark.parametrize("model", [{}, {"text_dim": 0, "text_len": 0, "num_classes": 2, "condition_blocks": "all"}])
+def test_training_from_latents(cache, model, tmp_path):
+    trainer = train(run_config(cache, model, steps=40), tmp_path)
+    losses = [m["loss"] for m in trainer.metrics]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert not (tmp_path / "samples").exists()
+
+
+def test_resume_repeats_an_uninterrupted_run(cache, tmp_path):
+    train(run_config(cache, label_drop=0.5), tmp_path / "whole")
+    part = Trainer(run_config(cache, label_drop=0.5), tmp_path / "part")
+    step = part.train_step
+
+    def interrupted(*batch):
+        if part.step == 3:
+            raise KeyboardInterrupt
+        return step(*batch)
+
+    part.train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        part.run(quiet=True)
+    Trainer.resume(tmp_path / "part").run(quiet=True)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_dropped_captions_are_the_empty_prompt(cache, drop, tmp_path):
+    trainer = Trainer(run_config(cache, label_drop=drop), tmp_path)
+    batch = [torch.stack(column) for column in zip(*(trainer.images[i] for i in range(8)))]
+    _, labels, text = trainer._conditions(batch, generator(0))
+    empty = trainer.images.texts.states(torch.zeros(8, dtype=torch.int64))
+    own = [trainer.images.texts.states(rows) for rows in batch[2]]
+    assert labels is None
+    assert (
+        torch.equal(text, empty) if drop else all((row == states).all((1, 2)).any() for row, states in zip(text, own))
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"levels": 256}, "levels=256"),
+        ({"image_channels": 4}, "image_channels=4"),
+        ({"text_len": 5}, "text_len=5"),
+        ({"text_dim": 4}, "text_dim=4"),
+    ],
+)
+def test_model_must_fit_the_latents(cache, model, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        Trainer(run_config(cache, model), tmp_path)
+
+
+def test_text_needs_text(parts, tmp_path):
+    encode(encode_config(parts, text=""), tmp_path / "cache", quiet=True)
+    with pytest.raises(ConfigError, match="has no text"):
+        Trainer(run_config(tmp_path / "cache"), tmp_path)
+
+
+def test_commands(parts, tmp_path, capsys):
+    settings = tmp_path / "data.yaml"
+    settings.write_text(f"data: {{source: folder, path: {parts / 'images'}, size: 16}}")
+    arguments = ["encode", "--vae", str(parts / "vae"), "--config", str(settings), "--out", str(tmp_path / "cache")]
+    arguments += ["--quiet", "--text", str(parts / "text"), "--length", str(LENGTH)]
+    assert main(arguments) == 0 and "2 held-out" in capsys.readouterr().out
+    assert main(arguments) == 0 and "complete already" in capsys.readouterr().out
+    assert main([*arguments, "--set", "data.seed=3"]) == 2
+    assert "data.seed=0, not 3" in capsys.readouterr().err
+    train(run_config(tmp_path / "cache"), tmp_path / "run")
+    for command in (["sample", "--out", str(tmp_path / "drawn")], ["eval"]):
+        assert main([*command, "--checkpoint", str(tmp_path / "run")]) == 2
+        assert "latents" in capsys.readouterr().err
+
+
+def test_captions_of_a_metadata_file(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    config = DataConfig(source="folder", path=str(tmp_path), size=8, held_out=0)
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}) for i in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    images, _ = load(config)
+    assert [images.captions(i) for i in range(3)] == [(f"number {int(image[0, 0, 0])}",) for image, _ in images]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines[:2]))
+    with pytest.raises(DataError, match=r"no line for 2\.png"):
+        load(config)
+    (tmp_path / "metadata.jsonl").write_text(lines[0] + '\n{"file_name": "1.png"}')
+    with pytest.raises(DataError, match="line 2"):
+        load(config)
+
+
+def test_scaled_digits_keep_their_split_and_have_captions():
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    scaled = load(DataConfig(size=64, class_names=names, templates=("{}", "the digit {}")))
+    for small, large in zip(load(DataConfig()), scaled):
+        assert torch.equal(small.labels, large.labels) and large.levels == 256
+        image = large[0][0]
+        assert image.shape == (3, 64, 64) and image.dtype == torch.uint8
+        cells = torch.nn.functional.avg_pool2d(image[:1].float(), 8) * 16 / 255
+        correlation = torch.corrcoef(torch.stack([cells.flatten(), small[0][0].float().flatten()]))[0, 1]
+        assert correlation > 0.95
+        name = names[int(large.labels[0])]
+        assert large.captions(0) == (name, f"the digit {name}")
+    with pytest.raises(ConfigError, match="9 class_names"):
+        load(DataConfig(class_names=names[:9]))
+    with pytest.raises(ConfigError, match="templates"):
+        DataConfig(templates=("digit",))
