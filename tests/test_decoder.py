@@ -38,6 +38,7 @@ def settings(vae: str, decoder=None, **training) -> DecoderRunConfig:
         "sample_every": 0,
         "checkpoint_every": 0,
         "log_every": 1,
+        **training,
     }
     return DecoderRunConfig.from_dict({"decoder": {**small, **(decoder or {})}, "data": {"size": 16}, "training": loop})
 
