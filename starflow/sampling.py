@@ -69,18 +69,31 @@ def sample(
     return Samples(torch.cat(parts), report)
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
-    """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG, a pixel apart; a small one is enlarged by an integer."""
+def image_grid(images: torch.Tensor, columns: int) -> Image.Image:
+    """uint8 images (N, C, H, W), C 1 or 3, as one, a pixel apart; a small one is enlarged by an integer."""
     count, channels, height, width = images.shape
     rows = math.ceil(count / columns)
     canvas = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, dtype=torch.uint8)
     for i, image in enumerate(images):
         top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
         canvas[:, top : top + height, left : left + width] = image
-    save_image(canvas, path, scale=max(1, MIN_GRID_PIXELS // canvas.shape[2]))
+    return _image(canvas, max(1, MIN_GRID_PIXELS // canvas.shape[2]))
 
 
-def save_image(image: torch.Tensor, path: Path, scale: int = 1) -> None:
-    """Write a uint8 image (C, H, W), C 1 or 3, as PNG, each pixel `scale` pixels wide."""
-    pixels = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).squeeze(-1).numpy()
-    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
+def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
+    """Write the `image_grid` of images as PNG."""
+    _save(image_grid(images, columns), path)
+
+
+def save_image(image: torch.Tensor, path: Path) -> None:
+    """Write a uint8 image (C, H, W), C 1 or 3, as PNG."""
+    _save(_image(image), path)
+
+
+def _image(pixels: torch.Tensor, scale: int = 1) -> Image.Image:
+    enlarged = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return Image.fromarray(enlarged.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))

@@ -1,4 +1,4 @@
-"""Command line: starflow train | sample | eval | info."""
+"""Command line: starflow train | sample | eval | info | demo."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from ..errors import StarflowError
 from ..files import write_text
-from . import evaluate, info, sample, train
+from . import demo, evaluate, info, sample, train
 from .common import Parser, positive
 
-COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "info": info}
+COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "info": info, "demo": demo}
 
 
 def parser() -> Parser:
