@@ -16,7 +16,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 4, 64), (16, 256, 12, 128), (16, 1024, 48, 1024)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 4, 64), (16, 256, 12, 128), (16, 1024, 4, 1024), (16, 1024, 48, 1024)], ids=str
+)
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward+backward"])
 def bench_flow_head(name, shape, gradient, timed):

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from .config import FlowConfig
 from .errors import CheckpointError, ConfigError
 from .files import write_atomically, write_text
+from .shards import read_weights
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -40,7 +41,7 @@ def save_pretrained(flow: Flow, folder: Path, state: dict[str, torch.Tensor] | N
 def from_pretrained(
     kind: type[Flow], folder: str | Path, device: str | torch.device, dtype: torch.dtype | None
 ) -> Flow:
-    """Read what `save_pretrained` wrote; a folder's path, or the name of a bundled checkpoint.
+    """Read what `save_pretrained` wrote, or the same in shards; a folder's path, or the name of a bundled checkpoint.
 
     Raises CheckpointError when a file is missing or damaged, or when names, shapes or dtypes of the weights differ from
     those of the configuration.
@@ -50,10 +51,7 @@ def from_pretrained(
         config = FlowConfig.load(folder / CONFIG)
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {folder}: {error}") from None
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from None
+    state = read_weights(folder)
     with torch.device("meta"):
         flow = kind(config)
     check_state(flow, state, folder / WEIGHTS)
@@ -63,16 +61,22 @@ def from_pretrained(
 
 def check_state(flow: Flow, state: dict[str, torch.Tensor], source: Path) -> None:
     """Raise CheckpointError unless the names and shapes in `state` are those of the flow."""
-    expected = flow.state_dict()
+    check_tensors(state, {name: tuple(tensor.shape) for name, tensor in flow.state_dict().items()}, source)
+
+
+def check_tensors(
+    state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], source: Path, asking: str = f"its {CONFIG}"
+) -> None:
+    """Raise CheckpointError unless the names and shapes in `state` are the expected ones; asking: what expects them."""
     for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise CheckpointError(f"{source} {problem} weights {shown}: it does not fit its {CONFIG}")
+            raise CheckpointError(f"{source} {problem} weights {shown}: it does not fit {asking}")
     for name, tensor in state.items():
-        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+        if tuple(tensor.shape) != expected[name] or not tensor.is_floating_point():
             raise CheckpointError(
                 f"{source}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"its {CONFIG} asks for a floating {tuple(expected[name].shape)}"
+                f"{asking} asks for a floating {expected[name]}"
             )
 
 

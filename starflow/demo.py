@@ -8,26 +8,27 @@ import html
 import math
 import random
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
 
 from .data import generator
 from .errors import CheckpointError, ConfigError
-from .flow import Flow
-from .sampling import image_grid
+from .flow import Flow, Guidance
+from .sampling import METHODS, image_grid, method_of, sample
+from .text import ASPECT_RATIOS
 
 try:
     import gradio as gr
 except ModuleNotFoundError as error:
     raise ConfigError(f"the web page needs {error.name}: pip install starflow-kernels[demo]") from None
 
-from .pipelines import METHODS, FlowModel, FlowPipeline, PipelineReport, STARFlowPipeline, TarFlowPipeline
-from .text import ASPECT_RATIOS
+if TYPE_CHECKING:
+    from .pipelines import FlowPipeline
 
 INDEX = "model_index.json"
 MAX_IMAGES = 100
@@ -62,13 +63,20 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A grid of `count` images, how they were made, and seconds in all."""
+    """Images uint8 (N, C, H, W), how many to a row of their grid, and how they were made: the seconds of each stage,
+    token steps, and the certificate, None where it cannot be had."""
 
-    grid: PIL.Image.Image
-    count: int
+    images: torch.Tensor
+    columns: int
     seed: int
-    seconds: float
-    report: PipelineReport
+    method: str
+    stages: dict[str, float]
+    steps: int
+    certificate: float | None
+
+    def grid(self) -> PIL.Image.Image:
+        """The images as one."""
+        return image_grid(self.images, self.columns)
 
 
 class Artist:
@@ -80,33 +88,25 @@ class Artist:
 
     def __init__(self, checkpoint: str | Path, device: str = "cpu"):
         self.name = Path(checkpoint).resolve().name
-        self.from_pipeline = (Path(checkpoint) / INDEX).exists()
-        if self.from_pipeline:
-            self.pipe = FlowPipeline.from_pretrained(checkpoint).to(device)
-        else:
-            flow = Flow.from_pretrained(checkpoint, device)
-            if flow.config.text_dim or flow.config.image_channels not in (1, 3):
-                raise CheckpointError(f"{checkpoint}: a flow of text or latents draws as the folder of a pipeline only")
-            self.pipe = TarFlowPipeline(FlowModel.from_flow(flow))
-        self.pipe.set_progress_bar_config(disable=True)
-        self.config = self.pipe.transformer.config
-        self.parameters = sum(parameter.numel() for parameter in self.pipe.transformer.parameters())
-        self.text = isinstance(self.pipe, STARFlowPipeline)
-        if self.text:
-            # An image at a time, which bounds the memory.
-            self.pipe.vae.enable_slicing()
+        self.pipe = _pipeline(checkpoint, device) if (Path(checkpoint) / INDEX).exists() else None
+        self.flow = self.pipe.transformer if self.pipe else Flow.from_pretrained(checkpoint, device)
+        self.config = self.flow.config
+        self.text = bool(self.config.text_dim)
+        if not self.pipe and (self.text or self.config.image_channels not in (1, 3)):
+            raise CheckpointError(f"{checkpoint}: a flow of text or of latents draws as the folder of a pipeline only")
+        self.parameters = sum(parameter.numel() for parameter in self.flow.parameters())
         self._line: deque[object] = deque()
 
     @property
     def defaults(self) -> Choices:
         """What the page shows at first."""
-        tokens = math.prod(self.config.grid)
+        work = self.parameters * math.prod(self.config.grid)
         return Choices(
             condition="" if self.text else EACH if self.config.num_classes else NONE,
-            count=min(MAX_IMAGES, max(4, int(FIRST_WORK / (self.parameters * tokens)))),
+            count=min(MAX_IMAGES, max(4, int(FIRST_WORK / work))),
             guidance=3.6 if self.text else 0.0,
-            rule="starflow" if self.config.scale == "softplus" else "tarflow",
-            denoise=self.pipe.denoise_factor(None) if self.from_pipeline else 0.0,
+            rule="starflow" if self.text else "tarflow",
+            denoise=self.pipe.denoise_factor(None) if self.pipe else 0.0,
         )
 
     def draw(
@@ -118,20 +118,17 @@ class Artist:
     ) -> Drawing:
         """Check the choices, wait for the drawings before this one, draw.
 
-        progress: called as progress(done, total) with token steps. waiting: called with the number of drawings before
-        this one. Once `stop` is set the call ends with Stopped, in the middle of a flow block too. Raises ConfigError
-        with a message for the user where a choice is out of range.
+        The images are those of `starflow sample` with the same seed. progress: called as progress(done, total) with
+        token steps. waiting: called with the number of drawings before this one. Once `stop` is set the call ends with
+        Stopped, in the middle of a flow block too. Raises ConfigError with a message for the user where a choice is out
+        of range.
         """
-        count = _number("Number of images", choices.count, 1, MAX_IMAGES, whole=True)
+        count = _number("Images", choices.count, 1, MAX_IMAGES, whole=True)
         seed = _number("Seed", choices.seed, 0, MAX_SEED, whole=True)
-        options = {
-            **self._condition(choices, count, seed),
-            "guidance_scale": _number("Guidance weight", choices.guidance, 0),
-            "guidance_rule": choices.rule,
-            "method": choices.method,
-            "denoise": _number("Denoising", choices.denoise, 0),
-        }
-        if options["guidance_scale"] and not self.text and choices.condition == NONE:
+        guidance = Guidance(_number("Guidance weight", choices.guidance, 0), choices.rule)
+        method, denoise = method_of(choices.method), _number("Denoising", choices.denoise, 0)
+        condition = self._prompt(choices) if self.text else self._labels(choices, count)
+        if guidance.weight and condition is None:
             raise ConfigError("Guidance weight: there is no class to guide towards, set the weight to 0")
         stop = stop or threading.Event()
 
@@ -140,39 +137,50 @@ class Artist:
                 raise Stopped
             progress(done, total)
 
+        columns, classes = math.ceil(math.sqrt(count)), self.config.num_classes
+        if choices.condition == EACH and classes <= 20:
+            columns = min(count, classes)
         with self._turn(stop, waiting):
-            start = time.perf_counter()
-            images, report = self.pipe(**options, output_type="pt", certify=True, progress=watch, return_dict=False)
-            seconds = time.perf_counter() - start
-        classes = self.config.num_classes
-        columns = classes if choices.condition == EACH and classes <= 20 else math.ceil(math.sqrt(count))
-        pixels = (images * 255).round().to("cpu", torch.uint8)
-        return Drawing(image_grid(pixels, min(columns, count)), count, seed, seconds, report)
+            if not self.pipe:
+                labels = None if condition is None else torch.tensor(condition)
+                images, report = sample(self.flow, count, labels, guidance, seed, count, denoise, True, watch)
+                stages = {"all": report.seconds}
+            else:
+                options = self._noise_and_condition(condition, count, seed)
+                if self.text and self.config.rotary != "none":
+                    options["aspect_ratio"] = choices.aspect
+                found, report = self.pipe(
+                    **options, guidance_scale=guidance.weight, guidance_rule=guidance.rule, method=method,
+                    denoise=denoise, certify=True, progress=watch, output_type="pt", return_dict=False,
+                )  # fmt: skip
+                images, stages = (found * 255).round().to("cpu", torch.uint8), report.seconds
+        return Drawing(images, columns, seed, method, stages, report.steps, report.certificate)
 
-    def _condition(self, choices: Choices, count: int, seed: int) -> dict:
-        """Prompt or classes of a call, and its noise: that which `starflow sample` draws from the same seed."""
-        if self.text:
-            if not (prompt := (choices.condition or "").strip()):
-                raise ConfigError("Prompt: say what to draw")
-            noise = [generator(seed, 0, copy) for copy in range(count)]
-            chosen = {"prompt": prompt, "num_images_per_prompt": count, "generator": noise}
-            return chosen if self.config.rotary == "none" else {**chosen, "aspect_ratio": choices.aspect}
-        classes = self.config.num_classes
-        condition = str(choices.condition or "").strip()
-        if condition == EACH and classes:
-            labels = [i % classes for i in range(count)]
-        elif condition == NONE:
-            labels = None
-        elif condition.isdecimal() and int(condition) < classes:
-            labels = [int(condition)] * count
-        else:
+    def _prompt(self, choices: Choices) -> str:
+        if not (prompt := (choices.condition or "").strip()):
+            raise ConfigError("Prompt: say what to draw")
+        return prompt
+
+    def _labels(self, choices: Choices, count: int) -> list[int] | None:
+        """A class for each image, None for none."""
+        classes, chosen = self.config.num_classes, str(choices.condition or "").strip()
+        if chosen == EACH and classes:
+            return [i % classes for i in range(count)]
+        if chosen == NONE:
+            return None
+        if not chosen.isdecimal() or int(chosen) >= classes:
             expected = f"expected 0 to {classes - 1}, {EACH!r} or {NONE!r}" if classes else "the model has no classes"
-            raise ConfigError(f"Class {condition!r}: {expected}")
-        noise = generator(seed)
-        if self.from_pipeline:
-            numbers = labels or [0] * count
-            noise = [generator(seed, n, numbers[:i].count(n)) for i, n in enumerate(numbers)]
-        return {"class_labels": labels, "num_images_per_prompt": count if labels is None else 1, "generator": noise}
+            raise ConfigError(f"Class {chosen!r}: {expected}")
+        return [int(chosen)] * count
+
+    def _noise_and_condition(self, condition: str | list[int] | None, count: int, seed: int) -> dict[str, Any]:
+        """Arguments of a pipeline's call."""
+        numbers = condition if isinstance(condition, list) else [0] * count
+        noise = [generator(seed, n, numbers[:i].count(n)) for i, n in enumerate(numbers)]
+        if isinstance(condition, list):
+            return {"class_labels": condition, "generator": noise}
+        prompt = {"prompt": condition} if self.text else {}
+        return {**prompt, "num_images_per_prompt": count, "generator": noise}
 
     @contextlib.contextmanager
     def _turn(self, stop: threading.Event, waiting: Callable[[int], None]) -> Iterator[None]:
@@ -186,6 +194,18 @@ class Artist:
             yield
         finally:
             self._line.remove(ticket)
+
+
+def _pipeline(folder: str | Path, device: str) -> FlowPipeline:
+    from .pipelines import FlowPipeline, STARFlowPipeline, hide_loading_bars
+
+    hide_loading_bars()
+    pipe = FlowPipeline.from_pretrained(folder).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if isinstance(pipe, STARFlowPipeline):
+        # An image at a time, which bounds the memory.
+        pipe.vae.enable_slicing()
+    return pipe
 
 
 def _number(name: str, value: float | None, low: int, high: float = math.inf, whole: bool = False) -> float:
@@ -225,7 +245,7 @@ class Page:
         rows, columns = config.grid
         gr.HTML(
             f"<h1>{html.escape(artist.name)}</h1><p>{artist.parameters:,} parameters in {len(config.layers)} flow "
-            f"blocks, {rows * columns} tokens of {config.token_dim} numbers an image</p>",
+            f"blocks, {rows * columns} tokens of {config.token_dim} values</p>",
             elem_id="title",
         )
         conditional = artist.text or config.num_classes
@@ -254,11 +274,11 @@ class Page:
                         first.denoise, label="Denoising", step=0.1, min_width=100, visible=config.noise_std > 0
                     )
                 with gr.Row():
-                    other = gr.Button("Another seed", min_width=100, elem_id="other")
+                    other = gr.Button("New seed", min_width=100, elem_id="other")
                     stop = gr.Button("Stop", interactive=False, min_width=100, elem_id="stop")
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
-            with gr.Column(scale=5, min_width=320):
                 message = gr.HTML(elem_id="message")
+            with gr.Column(scale=5, min_width=320):
                 image = gr.Image(
                     format="png", label="Images", show_label=False, interactive=False, elem_id="grid",
                     buttons=["download", "fullscreen"],
@@ -299,7 +319,7 @@ class Page:
             return gr.skip(), gr.skip(), f'<p class="problem" role="alert">{html.escape(str(error))}</p>'
         except Stopped:
             return gr.skip(), gr.skip(), "<p>Stopped.</p>"
-        return drawing.grid, figures_of(drawing), ""
+        return drawing.grid(), figures_of(drawing), ""
 
     def end(self) -> tuple:
         """The buttons between drawings."""
@@ -319,14 +339,18 @@ class Page:
 
 def figures_of(drawing: Drawing) -> str:
     """Certificate, time and the rest as HTML."""
-    report = drawing.report
-    exact = "not measured" if report.certificate is None else f"{report.certificate:.1e}"
-    stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.seconds.items() if seconds >= 0.005)
+    exact = "not to be had" if drawing.certificate is None else f"{drawing.certificate:.1e}"
+    seconds = sum(drawing.stages.values())
+    stages = ", ".join(f"{name} {part:.2f}" for name, part in drawing.stages.items() if part >= 0.005)
     shown = [
         ("certificate", exact, "max |flow(x) − z|"),
-        ("seconds", f"{drawing.seconds:.2f} s", stages),
-        ("images", str(drawing.count), f"seed {drawing.seed}"),
-        ("method", report.method, f"{report.steps} steps"),
+        (
+            "time",
+            f"{seconds:.2f} s",
+            stages if len(drawing.stages) > 1 else f"{len(drawing.images) / seconds:.0f} images a second",
+        ),
+        ("images", str(len(drawing.images)), f"seed {drawing.seed}"),
+        ("method", drawing.method, f"{drawing.steps:,} steps"),
     ]
     parts = (
         f'<div><dt>{name}</dt><dd id="{name}">{html.escape(value)}</dd><small>{html.escape(note)}</small></div>'
@@ -336,12 +360,14 @@ def figures_of(drawing: Drawing) -> str:
 
 
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto; }
+.gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto; }
 #title h1 { font-size: 1.5rem; margin: 0.5rem 0 0; }
 #title p, #figures small { color: var(--body-text-color-subdued); margin: 0; }
-#grid img { image-rendering: pixelated; }
-#message .problem { border-left: 3px solid var(--error-icon-color, #b91c1c); padding: 0.25rem 0.75rem; }
-#figures dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1rem; margin: 0.5rem 0; }
+#grid { min-height: 500px; }
+#grid img { width: 100%; height: 100%; max-height: 70vh; object-fit: contain; image-rendering: pixelated; }
+#message p { margin: 0; }
+#message .problem { border-left: 3px solid #b91c1c; padding: 0.25rem 0.75rem; }
+#figures dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); gap: 1rem; margin: 0; }
 #figures dt { color: var(--body-text-color-subdued); font-size: 0.85rem; text-transform: capitalize; }
 #figures dd { font-size: 1.25rem; margin: 0; font-variant-numeric: tabular-nums; }
 """

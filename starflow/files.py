@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import StarflowError
@@ -40,3 +42,38 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+@contextlib.contextmanager
+def write_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends without an error.
+
+    With `overwrite` it takes the place of a folder that is there; the caller knows that nobody misses that. Raises
+    StarflowError where `path` is taken or the file system refuses; nothing of the new folder is left then.
+    """
+    path = Path(path).absolute()
+    if os.path.lexists(path) and not overwrite:
+        raise StarflowError(f"{path} exists already")
+    made = [parent for parent in path.parents if not parent.exists()]
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+        (temporary / "new").mkdir()
+        yield temporary / "new"
+        if path.exists():
+            os.rename(path, temporary / "old")
+        try:
+            os.rename(temporary / "new", path)
+        except OSError:
+            if (temporary / "old").exists():
+                os.rename(temporary / "old", path)
+            raise
+    except OSError as error:
+        raise StarflowError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()

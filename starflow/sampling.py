@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +14,12 @@ from PIL import Image
 
 from .certificate import certificate
 from .data import generator, quantise
+from .errors import ConfigError
 from .files import write_atomically
 from .flow import Flow, Guidance
 
 MIN_GRID_PIXELS = 512
+METHODS = ("sequential",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,13 @@ class SampleReport:
     seconds: float
     images_per_second: float
     certificate: float | None
+
+
+def method_of(name: str) -> str:
+    """The one of METHODS that a name or "auto" means. Raises ConfigError."""
+    if name not in ("auto", *METHODS):
+        raise ConfigError(f"method={name!r}: expected auto or one of {', '.join(METHODS)}")
+    return METHODS[0] if name == "auto" else name
 
 
 class Samples(NamedTuple):
@@ -47,17 +57,23 @@ def sample(
     batch_size: int = 256,
     denoise: float = 0.0,
     certify: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Samples:
     """Draw images.
 
     labels: int64 (count,). seed: all noise comes from it, whatever the batch size. batch_size: images at a time.
     denoise: factor of a step along the score after sampling, see Flow.denoise; 0 for none.
+    progress: see Flow.inverse, over all images.
     """
     noise = flow.noise(count, generator(seed))
     start, parts, residual = time.perf_counter(), [], None
     for z, rows in zip(noise.split(batch_size), torch.arange(count).split(batch_size)):
         batch_labels = None if labels is None else labels[rows].to(flow.device)
-        x = flow.inverse(z, batch_labels, guidance=guidance)
+
+        def watch(done: int, total: int, first: int = int(rows[0]), size: int = len(z)) -> None:
+            progress(first * (total // size) + done, count * (total // size))
+
+        x = flow.inverse(z, batch_labels, guidance=guidance, progress=progress and watch)
         if certify and (error := certificate(flow, x, z, batch_labels, guidance=guidance)) is not None:
             residual = max(residual or 0.0, error)
         if denoise:

@@ -121,7 +121,7 @@ def test_resume_continues(tmp_path, settings, capsys):
     assert main(["train", "--resume", folder, "--quiet"]) == 0
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "eval", "info"])
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "info", "convert"])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])

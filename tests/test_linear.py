@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import assert_within_contract, compiled, cpu_backends, strided, with_gradients
 
-from starflow_kernels import linear
+from starflow_kernels import linear, native
 
 F64 = torch.float64
 SIZES = [(1, 1, 1, 1), (3, 2, 8, 24), (1, 63, 80, 17), (2, 111, 33, 64), (0, 4, 5, 6)]
@@ -52,6 +52,19 @@ def test_writes_all_of_its_outputs(poisoned_memory, backend):
     single = inputs(dtype=torch.float32)
     found = with_gradients(lambda *t: (linear(*t, backend=backend),), single, [torch.ones(2, 5, 3)])
     assert all(t.isfinite().all() for t in found)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_bits_of_a_row_are_its_own():
+    x, weight, bias = (t.requires_grad_() for t in inputs(3, 50, 300, 70, dtype=torch.float32))
+    y = linear(x, weight, bias, backend="native")
+    alone = x[1:2, 20:21].detach().requires_grad_()
+    row = linear(alone, weight, bias, backend="native")
+    assert torch.equal(y[1:2, 20:21], row)
+    grad = torch.randn_like(y)
+    (whole,) = torch.autograd.grad(y, x, grad)
+    (part,) = torch.autograd.grad(row, alone, grad[1:2, 20:21])
+    assert torch.equal(whole[1:2, 20:21], part)
 
 
 def test_opcheck_and_fullgraph(backend):

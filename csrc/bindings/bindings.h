@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -23,6 +24,23 @@ inline Format format(const Tensor& tensor) {
     using torch::headeronly::ScalarType;
     return type == ScalarType::Float ? Format::float32 : type == ScalarType::Half ? Format::float16 : Format::bfloat16;
 }
+
+// Floats, zeros if asked for, at the start of a cache line: vectors that cross lines load at half the speed.
+class Floats {
+    struct alignas(64) Line {
+        float values[16];
+    };
+    std::unique_ptr<Line[]> lines;
+
+public:
+    enum Start { anything, zeros };
+    Floats() = default;
+    Floats(int64_t count, Start start) {
+        count = (count + 15) / 16;
+        lines.reset(start == zeros ? new Line[count]() : new Line[count]);
+    }
+    float* data() { return reinterpret_cast<float*>(lines.get()); }
+};
 
 // Log-determinants of the rows from the sums of their chunks, in order.
 inline void sum_logdets(const AffineCall& call) {

@@ -2,7 +2,6 @@
 #include "bindings.h"
 
 #include <algorithm>
-#include <memory>
 
 namespace starflow {
 
@@ -17,7 +16,7 @@ int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 // A call without outputs, and the packed weights that it points to.
 struct Head {
     HeadCall call{};
-    std::vector<float> weight, transposed, bias;
+    Floats weight, across, bias;
 
     Head(const Tensor& x, const Tensor& h, const Tensor& given, const Optional& given_bias, const Optional& norm,
          int64_t scale, double clip, bool shift, bool flip, int64_t logdet, bool gradient) {
@@ -28,24 +27,33 @@ struct Head {
         affine.x = x.data_ptr();
         int64_t C = call.C = int(h.size(2)), P = affine.P(), D = affine.D;
         affine.chunk = std::max<int64_t>(1, std::min({TOKENS, STATES / C, VALUES / D, affine.T}));
-        call.h = data(h), call.norm = data(norm);
-        weight.resize(padded(P) * C);
-        bias.resize(padded(P));
-        const float* from = data(given);
+        call.h = data(h), call.norm = norm.has_value();
+        bias = Floats(padded(P), Floats::zeros);
+        if (given_bias) std::copy_n(data(given_bias), P, bias.data());
+        call.bias = bias.data();
+        const float *given_norm = data(norm), *from = data(given);
+        auto weight_of = [=](int64_t p, int64_t c) {
+            return given_norm ? float(from[p * C + c] * (1.0 + given_norm[c])) : from[p * C + c];
+        };
+        if (!call.narrow()) {
+            weight = Floats(padded(P) * C, Floats::zeros);
+            float* to = weight.data();
+            for (int64_t p = 0; p < P; ++p)
+                for (int64_t c = 0; c < C; ++c) to[(p / 16 * C + c) * 16 + p % 16] = weight_of(p, c);
+            call.weight = weight.data();
+        }
+        if (!call.narrow() && !gradient) return;
+        int64_t outputs = call.outputs();
+        across = Floats(padded(C) * outputs, Floats::zeros);
+        float* to = across.data();
         for (int64_t p = 0; p < P; ++p)
-            for (int64_t c = 0; c < C; ++c) weight[(p / 16 * C + c) * 16 + p % 16] = from[p * C + c];
-        if (given_bias) std::copy_n(data(given_bias), P, bias.begin());
-        call.weight = weight.data(), call.bias = bias.data();
-        if (!gradient) return;
-        transposed.resize(padded(C) * P);
-        for (int64_t p = 0; p < P; ++p)
-            for (int64_t c = 0; c < C; ++c) transposed[(c / 16 * P + p) * 16 + c % 16] = from[p * C + c];
-        call.transposed = transposed.data();
+            for (int64_t c = 0; c < C; ++c) to[(c / 16 * outputs + p) * 16 + c % 16] = weight_of(p, c);
+        call.across = across.data();
     }
     int64_t chunks() const { return call.affine.B * call.affine.chunks(); }
     // Chunks that one thread should take at least.
     int64_t grain() const { return SERIAL / (call.affine.chunk * call.C * call.affine.P()) + 1; }
-    std::unique_ptr<float[]> room() const { return std::unique_ptr<float[]>(new float[call.room_floats()]); }
+    Floats room() const { return Floats(call.room_floats(), Floats::anything); }
 };
 
 void flow_head(Tensor x, Tensor h, Tensor weight, Optional bias, Optional norm, int64_t scale, double clip, bool shift,
@@ -57,8 +65,8 @@ void flow_head(Tensor x, Tensor h, Tensor weight, Optional bias, Optional norm, 
     affine.partial = partial.data();
     torch::stable::parallel_for(0, head.chunks(), head.grain(), [&](int64_t first, int64_t last) {
         HeadCall own = head.call;
-        auto room = head.room();
-        own.room = room.get();
+        Floats room = head.room();
+        own.room = room.data();
         kernels().flow_head(own, first, last);
     });
     if (!partial.empty()) sum_logdets(affine);
@@ -74,33 +82,39 @@ void flow_head_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor 
     head.call.grad_h = data(grad_h);
     int64_t C = head.call.C, P = affine.P(), wide_C = padded(C), wide_P = padded(P), chunks = head.chunks();
     // Each slab sums its chunks in order, and the slabs are added in order, whatever the number of threads.
-    int64_t slabs = std::clamp<int64_t>(chunks / TILES, 1, SLABS), size = P * wide_C + 2 * (wide_P + wide_C);
-    std::vector<float> sums(slabs * size);
+    int64_t slabs = std::clamp<int64_t>(chunks / TILES, 1, SLABS), size = wide_P * (wide_C + 2);
+    Floats found(slabs * size, Floats::zeros);
+    float* sums = found.data();
     int64_t grain = std::max<int64_t>(1, head.grain() * slabs / std::max<int64_t>(1, chunks));
     torch::stable::parallel_for(0, slabs, grain, [&](int64_t first, int64_t last) {
         HeadCall own = head.call;
-        auto room = head.room();
-        own.room = room.get();
+        Floats room = head.room();
+        own.room = room.data();
         for (int64_t slab = first; slab < last; ++slab) {
-            own.grad_weight = sums.data() + slab * size;
-            own.grad_bias = own.grad_weight + P * wide_C;
-            own.grad_norm = own.grad_bias + 2 * wide_P;
+            own.grad_weight = sums + slab * size;
+            own.grad_bias = own.grad_weight + wide_P * wide_C;
             kernels().flow_head_backward(own, chunks * slab / slabs, chunks * (slab + 1) / slabs);
         }
     });
-    auto add_slabs = [&](int64_t from, int64_t lost, int64_t n, float* to) {
-        for (int64_t i = from; i < from + n; ++i) {
-            double total = 0;
-            for (int64_t slab = 0; slab < slabs; ++slab)
-                total += sums[slab * size + i] - (lost ? double(sums[slab * size + i + lost]) : 0);
-            *to++ = float(total);
-        }
+    auto total = [&](int64_t i) {
+        double sum = 0;
+        for (int64_t slab = 0; slab < slabs; ++slab) sum += sums[slab * size + i];
+        return sum;
     };
-    torch::stable::parallel_for(0, P, SERIAL / (slabs * wide_C) + 1, [&](int64_t first, int64_t last) {
-        for (int64_t p = first; p < last; ++p) add_slabs(p * wide_C, 0, C, data(grad_weight) + p * C);
+    const float *from = data(weight), *given_norm = data(norm);
+    torch::stable::parallel_for(0, C, SERIAL / (slabs * P) + 1, [&](int64_t first, int64_t last) {
+        for (int64_t c = first; c < last; ++c) {
+            double along = 0;
+            for (int64_t p = 0; p < P; ++p) {
+                double product = total(p * wide_C + c);
+                along += product * from[p * C + c];
+                data(grad_weight)[p * C + c] = float(given_norm ? product * (1.0 + given_norm[c]) : product);
+            }
+            if (grad_norm) data(grad_norm)[c] = float(along);
+        }
     });
-    if (grad_bias) add_slabs(P * wide_C, wide_P, P, data(grad_bias));
-    if (grad_norm) add_slabs(P * wide_C + 2 * wide_P, wide_C, C, data(grad_norm));
+    if (!grad_bias) return;
+    for (int64_t p = 0; p < P; ++p) data(grad_bias)[p] = float(total(wide_P * wide_C + p) - total(wide_P * (wide_C + 1) + p));
 }
 
 }  // namespace

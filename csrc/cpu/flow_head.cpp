@@ -1,5 +1,6 @@
 // Final norm, projection and affine transform, a tile of tokens at a time: the raw parameters stay in cache.
 #include "affine_chunk.h"
+#include "narrow.h"
 #include "product.h"
 #include "rows.h"
 
@@ -7,92 +8,142 @@ namespace starflow::STARFLOW_ISA {
 
 namespace {
 
-INLINE void add(float* sum, float* lost, Vec value) {
-    LongSum both{load(sum), load(lost)};
-    both.add(value);
-    store(sum, both.sum);
-    store(lost, both.lost);
-}
-
 struct Tile {
     const HeadCall& call;
     Chunk chunk;
     int64_t C, P, wide_C, wide_P, source;  // source: first state of the tile
-    float *normed, *params, *scratch, *packed, *grad_y, *transposed;
+    // A row a token: states over their root mean squares, packed for the gradient; products of states and weights; raw
+    // parameters; 1 / root mean square, and how much of the state the gradient of the norm loses.
+    float *packed, *products, *params, *transposed, *roots, *means, *scratch;
 
     Tile(const HeadCall& call, int64_t index) : call(call), chunk(call.affine, index) {
         C = call.C, P = call.affine.P(), wide_C = padded(C), wide_P = padded(P);
         source = chunk.row * call.affine.T + chunk.first_source();
         int64_t rows = call.affine.chunk;
-        normed = call.room;
-        params = normed + rows * wide_C;
-        scratch = params + rows * wide_P;
-        packed = scratch + (rows > P ? rows : P) * SCRATCH_COLUMNS;
-        grad_y = packed + rows * wide_C;
-        transposed = grad_y + rows * wide_C;
+        packed = call.room;
+        products = packed + rows * wide_C;
+        params = products + rows * wide_P;
+        transposed = params + rows * wide_P;
+        roots = transposed + rows * P;
+        means = roots + rows;
+        scratch = means + rows;
     }
 
     const float* state(int64_t m) const { return call.h + (source + m) * C; }
-    const float* input() const { return call.norm ? normed : state(0); }
-    int64_t input_stride() const { return call.norm ? wide_C : C; }
 
     void project(Scratch& room) const {
-        if (call.norm)
-            for (int64_t m = 0; m < chunk.tokens; ++m) rms_norm(state(m), call.norm, int(C), normed + m * wide_C);
-        product(input(), input_stride(), chunk.tokens, call.weight, C, 0, wide_P / LANES, scratch,
-                [&](int64_t m, int64_t tile, Vec v) __attribute__((always_inline)) {
-                    store(params + m * wide_P + tile * LANES, v + load(call.bias + tile * LANES));
-                });
+        if (call.narrow())
+            project_narrow();
+        else
+            project_wide();
+        for (int64_t m = 0; m < chunk.tokens; ++m) {
+            // An error of the root is one of all parameters: hence double.
+            double root = call.norm ? 1 / std::sqrt(double(roots[m]) / double(C) + RMS_NORM_EPS) : 1;
+            roots[m] = float(root);
+            for (int64_t p = 0; p < P; ++p)
+                params[m * wide_P + p] = float(root * products[m * wide_P + p] + call.bias[p]);
+        }
         chunk.gather(params, Format::float32, 0, wide_P, room);
     }
 
-    // grad_weight += G^T y and grad_bias += sum of G, with G = `params` by now.
-    void add_weight_gradient() const {
+    // Both leave the sums of squares where the roots will be.
+
+    void project_narrow() const {
+        for (int64_t m = 0; m < chunk.tokens; m += 2) {
+            // An odd last row is its own partner.
+            int rows = chunk.tokens - m < 2 ? 1 : 2;
+            auto pair = narrow_product(state(m), (rows - 1) * C, call.across, C);
+            for (int i = 0; i < rows; ++i) {
+                roots[m + i] = pair.squares[i];
+                memcpy(products + (m + i) * wide_P, pair.products[i], sizeof pair.products[i]);
+            }
+        }
+    }
+
+    void project_wide() const {
+        for (int64_t m = 0; m < chunk.tokens && call.norm; ++m) roots[m] = sum_of_squares(state(m), int(C));
+        Stream next(state(chunk.tokens), chunk.tokens * C, chunk.tokens, wide_P / LANES, C);
+        product(state(0), C, chunk.tokens, call.weight, C, 0, wide_P / LANES, scratch,
+                [&](int64_t m, int64_t tile, Vec v)
+                    __attribute__((always_inline)) { store(products + m * wide_P + tile * LANES, v); },
+                &next);
+    }
+
+    // The gradients in `params`, to which those of bias, weight and states are due.
+    void differentiate() const {
+        for (int64_t m = 0; m < chunk.tokens; ++m) {
+            float* gradients = params + m * wide_P;
+            double inner = 0;
+            for (int64_t p = P; p < wide_P; ++p) gradients[p] = 0;
+            for (int64_t p = 0; p < wide_P; p += LANES) {
+                LongSum both{load(call.grad_bias + p), load(call.grad_bias + wide_P + p)};
+                both.add(load(gradients + p));
+                store(call.grad_bias + p, both.sum);
+                store(call.grad_bias + wide_P + p, both.lost);
+            }
+            for (int64_t p = 0; p < P; ++p) inner += double(gradients[p]) * products[m * wide_P + p];
+            means[m] = float(double(roots[m]) * roots[m] * inner / double(C));
+        }
+        if (call.narrow())
+            differentiate_narrow();
+        else
+            differentiate_wide();
+        // The last state of a shifted sequence has no token.
+        if (chunk.identity >= 0) memset(call.grad_h + ((chunk.row + 1) * call.affine.T - 1) * C, 0, C * sizeof(float));
+    }
+
+    // dL/dh of sixteen channels of a state, from the gradient of its products times the weight.
+    INLINE Vec through_norm(int64_t m, Vec state, Vec gradient) const {
+        return call.norm ? splat(roots[m]) * fma(-state, splat(means[m]), gradient) : gradient;
+    }
+
+    void differentiate_narrow() const {
+        each(C, [&](int64_t c, int count) __attribute__((always_inline)) {
+            for (int64_t first = 0; first < P; first += GRADIENT_OUTPUTS) {
+                Vec weight[GRADIENT_OUTPUTS], dots[GRADIENT_OUTPUTS];
+                UNROLL for (int p = 0; p < GRADIENT_OUTPUTS; ++p) {
+                    weight[p] = load(call.across + c * NARROW + (first + p) * LANES);
+                    dots[p] = splat(0.0f);
+                }
+                for (int64_t m = 0; m < chunk.tokens; ++m) {
+                    float *to = call.grad_h + (source + m) * C + c, *gradients = params + m * wide_P + first;
+                    Vec value = load(state(m) + c, count), unit = value * splat(roots[m]);
+                    Vec total = first ? load(to, count) : splat(0.0f);
+                    UNROLL for (int p = 0; p < GRADIENT_OUTPUTS; ++p) {
+                        Vec gradient = splat(gradients[p]);
+                        total = fma(gradient, weight[p], total);
+                        dots[p] = fma(gradient, unit, dots[p]);
+                    }
+                    store(to, first + GRADIENT_OUTPUTS < P ? total : through_norm(m, value, total), count);
+                }
+                UNROLL for (int p = 0; p < GRADIENT_OUTPUTS; ++p) {
+                    float* to = call.grad_weight + (first + p) * wide_C + c;
+                    store(to, load(to) + dots[p]);
+                }
+            }
+        });
+    }
+
+    void differentiate_wide() const {
         int64_t n = chunk.tokens;
         for (int64_t m = 0; m < n; ++m) {
-            for (int64_t p = 0; p < wide_P; p += LANES)
-                add(call.grad_bias + p, call.grad_bias + wide_P + p, load(params + m * wide_P + p));
             for (int64_t p = 0; p < P; ++p) transposed[p * n + m] = params[m * wide_P + p];
-            for (int64_t c = 0; c < C; c += LANES)
-                store(packed + (c * n + m * LANES), load(input() + m * input_stride() + c, int(C - c)));
+            each(C, [&](int64_t c, int count) __attribute__((always_inline)) {
+                store(packed + c * n + m * LANES, load(state(m) + c, count) * splat(roots[m]));
+            });
         }
         product(transposed, n, P, packed, n, 0, wide_C / LANES, scratch,
                 [&](int64_t p, int64_t tile, Vec v) __attribute__((always_inline)) {
                     float* sum = call.grad_weight + p * wide_C + tile * LANES;
                     store(sum, load(sum) + v);
                 });
-    }
-
-    // grad_h of one state from dL/dy, and what it adds to grad_norm.
-    void through_norm(const float* h, const float* grad, float* grad_h) const {
-        Vec square = splat(0.0f), inner = splat(0.0f), one = splat(1.0f);
-        each(C, [&](int64_t c, int count) __attribute__((always_inline)) {
-            Vec value = load(h + c, count);
-            square = fma(value, value, square);
-            inner = fma(load(grad + c, count) * (one + load(call.norm + c, count)), value, inner);
-        });
-        float r = inverse_root(sum(square) / float(C) + RMS_NORM_EPS);
-        Vec scale = splat(r), mean = splat(r * r * r * (sum(inner) / float(C)));
-        each(C, [&](int64_t c, int count) __attribute__((always_inline)) {
-            Vec value = load(h + c, count), g = load(grad + c, count);
-            add(call.grad_norm + c, call.grad_norm + wide_C + c, g * value * scale);
-            store(grad_h + c, fma(-value, mean, scale * g * (one + load(call.norm + c, count))), count);
-        });
-    }
-
-    void add_state_gradient() const {
-        float* grad_h = call.grad_h + source * C;
-        product(params, wide_P, chunk.tokens, call.transposed, P, 0, wide_C / LANES, scratch,
+        product(params, wide_P, n, call.across, P, 0, wide_C / LANES, scratch,
                 [&](int64_t m, int64_t tile, Vec v) __attribute__((always_inline)) {
-                    if (call.norm)
-                        store(grad_y + m * wide_C + tile * LANES, v);
-                    else
-                        store(grad_h + m * C + tile * LANES, v, int(C - tile * LANES));
+                    int64_t c = tile * LANES;
+                    int count = int(C - c);
+                    Vec value = load(state(m) + c, count);
+                    store(call.grad_h + (source + m) * C + c, through_norm(m, value, v), count);
                 });
-        if (call.norm)
-            for (int64_t m = 0; m < chunk.tokens; ++m) through_norm(state(m), grad_y + m * wide_C, grad_h + m * C);
-        // The last state of a shifted sequence has no token.
-        if (chunk.identity >= 0) memset(call.grad_h + ((chunk.row + 1) * call.affine.T - 1) * C, 0, C * sizeof(float));
     }
 };
 
@@ -116,10 +167,7 @@ void flow_head_backward(const HeadCall& call, int64_t first_chunk, int64_t last_
         tile.project(room);
         tile.chunk.gradient(room, nothing);
         tile.chunk.scatter(room, tile.params, Format::float32, 0, tile.wide_P);
-        for (int64_t m = 0; m < tile.chunk.tokens; ++m)
-            for (int64_t p = tile.P; p < tile.wide_P; ++p) tile.params[m * tile.wide_P + p] = 0;
-        tile.add_weight_gradient();
-        tile.add_state_gradient();
+        tile.differentiate();
     }
 }
 

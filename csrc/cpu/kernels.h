@@ -104,22 +104,39 @@ struct AffineCall {
     int64_t chunks() const { return (T + chunk - 1) / chunk; }
 };
 
+// Most parameters of a token for which products go along the channels.
+constexpr int64_t NARROW_HEAD = 8;
+
 // Norm, projection and the affine transform of h (B, T, C), float32; `affine` has no parameters of its own.
 struct HeadCall {
     AffineCall affine;
     int C;
-    const float *h, *norm;       // (B, T, C); (C,) or null
-    const float *weight, *bias;  // packed as product.h says, (P, C); padded
-    float* room;                 // room_floats() a thread
-    // The gradient's alone. The last three are sums over tokens, zero at first: (P, padded C), and (2, padded P) and
-    // (2, padded C) with what the additions rounded away behind them.
-    const float* transposed;  // packed, (C, P)
-    float *grad_h, *grad_weight, *grad_bias, *grad_norm;
+    const float* h;  // (B, T, C)
+    bool norm;       // the weights have the factor 1 + norm weight in them
+    // Packed as product.h says, (P, C), or as narrow.h says, (outputs(), C); weight is null in a narrow head. Padded.
+    const float *weight, *across, *bias;
+    float* room;  // room_floats() a thread
+    // The gradient's alone. The last two are sums over tokens, zero at first: (padded P, padded C) of gradients times
+    // states over their root mean square, and (2, padded P) with what the additions rounded away behind the sums.
+    float *grad_h, *grad_weight, *grad_bias;
 
+    bool narrow() const { return affine.P() <= NARROW_HEAD; }
+    int64_t outputs() const { return narrow() ? (affine.P() + 7) / 8 * 8 : affine.P(); }
     int64_t room_floats() const {
         int64_t rows = affine.chunk, P = affine.P(), wide_C = (C + 15) / 16 * 16, wide_P = (P + 15) / 16 * 16;
-        return 3 * rows * wide_C + rows * (wide_P + P) + (rows > P ? rows : P) * 64;
+        return rows * (wide_C + 2 * wide_P + P + 2) + (rows > P ? rows : P) * 64;
     }
+};
+
+// y (M, N) = x (M, K) weight^T + bias, float32.
+struct LinearCall {
+    int64_t M, N, K;
+    const float *x, *weight;  // weight (N, K), or (K, N) if `across`
+    bool across;
+    float* packed;      // the weight as product.h says
+    const float* bias;  // (N,) or null
+    float* y;           // in the gradient dL/dy
+    float* grad_weight;  // (N, K)
 };
 
 // The inverse transform of B sequences of n tokens; parameters of rows without the condition follow those with it.
@@ -183,6 +200,12 @@ struct Kernels {
     void (*cached_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
     void (*causal_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
     void (*causal_attention_backward)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
+    // The weight to `packed`, tiles of 16 outputs.
+    void (*pack)(const LinearCall& call, int64_t first_tile, int64_t last_tile);
+    // Rows first .. last - 1; scratch: 64 floats a row.
+    void (*linear)(const LinearCall& call, int64_t first_row, int64_t last_row, float* scratch);
+    // The sums over all rows, for outputs first .. last - 1.
+    void (*linear_weight_gradient)(const LinearCall& call, int64_t first, int64_t last);
     void (*elementary)(Elementary which, const float* x, float* y, int64_t n);
 };
 

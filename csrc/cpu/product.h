@@ -40,6 +40,20 @@ struct Ahead {
     }
 };
 
+// What the caller needs next, in place of weights that the cache holds anyway: `bytes` more with every tile.
+struct Stream {
+    const char* at;
+    int64_t bytes;
+
+    // `count` floats, shared out over a product of M rows, `tiles` of columns and sums of K.
+    Stream(const float* next, int64_t count, int64_t M, int64_t tiles, int64_t K)
+        : at(reinterpret_cast<const char*>(next)) {
+        int64_t parts = ((M + MAX_ROWS - 1) / MAX_ROWS) * ((tiles + MAX_TILES - 1) / MAX_TILES);
+        parts *= (K + K_BLOCK - 1) / K_BLOCK;
+        bytes = parts ? count * int64_t(sizeof(float)) / parts : 0;
+    }
+};
+
 template <int ROWS, int TILES>
 INLINE void multiply(const float* x, int64_t ldx, const float* w, int64_t stride, int64_t K, Ahead ahead,
                      Vec (&sum)[ROWS][TILES]) {
@@ -115,7 +129,7 @@ constexpr TileFunction<W> TILES_OF[6][4] = {TILE_ROW(W, 1), TILE_ROW(W, 2), TILE
 // y (M, 16 tiles) = x (M, K) times `tiles` tiles of packed weights.
 template <class W>
 void product_tiles(const float* x, int64_t ldx, int64_t M, const W* w, int64_t stride, int64_t K, int tiles, float* y,
-                   int64_t ldy) {
+                   int64_t ldy, Stream* stream = nullptr) {
     for (int64_t k = 0; k < K || k == 0; k += K_BLOCK) {
         int64_t width = K - k < K_BLOCK ? K - k : K_BLOCK;
         int64_t passes = (M + MAX_ROWS - 1) / MAX_ROWS, line = LANES * sizeof(W);
@@ -128,7 +142,10 @@ void product_tiles(const float* x, int64_t ldx, int64_t M, const W* w, int64_t s
                 int count = tiles - t < tiles_for(rows) ? tiles - t : tiles_for(rows);
                 Ahead ahead{reinterpret_cast<const char*>(next + t * stride) + pass * width * line / passes,
                             line / passes, stride * int64_t(sizeof(W))};
-                if (passes == 1) ahead = {reinterpret_cast<const char*>(x), 0, 0};
+                if (stream)
+                    ahead = {stream->at, stream->bytes / width, 0}, stream->at += stream->bytes;
+                else if (passes == 1)
+                    ahead = {reinterpret_cast<const char*>(x), 0, 0};
                 TILES_OF<W>[rows - 1][count - 1](x + m * ldx + k, ldx, w + t * stride + k * LANES, stride, width,
                                                  ahead, y + m * ldy + t * LANES, ldy, k > 0);
                 t += count;
@@ -141,12 +158,12 @@ void product_tiles(const float* x, int64_t ldx, int64_t M, const W* w, int64_t s
 // scratch: M rows of GROUP * LANES floats.
 template <class W, class Done>
 INLINE void product(const float* x, int64_t ldx, int64_t M, const W* w, int64_t K, int64_t first, int64_t last,
-                    float* scratch, Done done) {
+                    float* scratch, Done done, Stream* stream = nullptr) {
     int64_t stride = tile_stride<W>(K);
     constexpr int64_t width = GROUP * LANES;
     for (int64_t tile = first; tile < last; tile += GROUP) {
         int count = int(last - tile < GROUP ? last - tile : GROUP);
-        product_tiles(x, ldx, M, w + tile * stride, stride, K, count, scratch, width);
+        product_tiles(x, ldx, M, w + tile * stride, stride, K, count, scratch, width, stream);
         for (int64_t m = 0; m < M; ++m)
             for (int t = 0; t < count; ++t) done(m, tile + t, load(scratch + m * width + t * LANES));
     }

@@ -12,6 +12,9 @@ void flow_head_backward(const HeadCall&, int64_t, int64_t);
 void cached_attention(const AttentionCall&, int64_t, int64_t, float*);
 void causal_attention(const AttentionCall&, int64_t, int64_t, float*);
 void causal_attention_backward(const AttentionCall&, int64_t, int64_t, float*);
+void pack(const LinearCall&, int64_t, int64_t);
+void linear(const LinearCall&, int64_t, int64_t, float*);
+void linear_weight_gradient(const LinearCall&, int64_t, int64_t);
 void run_elementary(Elementary, const float*, float*, int64_t);
 
 extern const Kernels kernels;
@@ -26,6 +29,9 @@ const Kernels kernels{
     .cached_attention = cached_attention,
     .causal_attention = causal_attention,
     .causal_attention_backward = causal_attention_backward,
+    .pack = pack,
+    .linear = linear,
+    .linear_weight_gradient = linear_weight_gradient,
     .elementary = run_elementary,
 };
 

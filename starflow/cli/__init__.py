@@ -1,4 +1,4 @@
-"""Command line: starflow train | sample | eval | info | demo."""
+"""Command line: starflow train | sample | eval | info | convert | demo."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from ..errors import StarflowError
 from ..files import write_text
-from . import demo, evaluate, info, sample, train
+from . import convert, demo, evaluate, info, sample, train
 from .common import Parser, positive
 
-COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "info": info, "demo": demo}
+COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "info": info, "convert": convert, "demo": demo}
 
 
 def parser() -> Parser:

@@ -19,12 +19,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def checkpoint_arguments(parser: Parser) -> None:
-    """Arguments of a command that runs a checkpoint."""
+def checkpoint_arguments(parser: Parser, batch_size: str = "256") -> None:
+    """Arguments of a command that runs a checkpoint; batch_size: the default, in words where it has no number."""
     parser.add_argument("--checkpoint", default="digits", help="folder, or the bundled 'digits' (default)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
     parser.add_argument("--seed", type=non_negative, default=0, help="of all random numbers (default 0)")
-    parser.add_argument("--batch-size", type=positive, default=256, help="images at a time (default 256)")
+    number = int(batch_size) if batch_size.isdecimal() else None
+    help = f"images at a time (default {batch_size})"
+    parser.add_argument("--batch-size", type=positive, default=number, help=help)
 
 
 def positive(text: str) -> int:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..flow import Flow, Guidance
-from ..sampling import sample, save_grid, save_image
-from .common import DTYPES, Parser, checkpoint_arguments, device, positive
+from ..generation import Job, generate
+from ..sampling import METHODS, method_of, sample, save_grid, save_image
+from .common import DTYPES, Parser, checkpoint_arguments, device, non_negative, positive
+
+INDEX = "model_index.json"
+FLOW_BATCH, PIPELINE_BATCH = 256, 8
+# Arguments that only a pipeline has, by the name that the parser gives them.
+PIPELINE_ONLY = ("prompt", "prompt_file", "negative_prompt", "aspect", "height", "width", "variant")
 
 HELP = "draw images"
 EXAMPLE = "starflow sample --num 100 --label all --out samples"
@@ -20,45 +28,158 @@ EXAMPLE = "starflow sample --num 100 --label all --out samples"
 
 def add_arguments(parser: Parser) -> None:
     """The arguments of this command."""
-    checkpoint_arguments(parser)
-    parser.add_argument("--num", type=positive, default=100, help="number of images (default 100)")
-    parser.add_argument("--label", default="all", help="class number, 'all' for each in turn (default), or 'none'")
-    parser.add_argument("--guidance", type=float, default=0.0, help="guidance weight (default 0)")
-    parser.add_argument("--guidance-rule", choices=("tarflow", "starflow"), default="tarflow")
+    checkpoint_arguments(parser, batch_size=f"{FLOW_BATCH}; {PIPELINE_BATCH} of a pipeline")
+    parser.add_argument("--num", type=positive, help="images in all, or of each prompt (default 100, or 1)")
+    condition = parser.add_mutually_exclusive_group()
+    condition.add_argument("--label", default="all", help="class number, 'all' for each in turn (default), or 'none'")
+    condition.add_argument("--prompt", help="text to draw, of a text-to-image pipeline")
+    condition.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; empty lines do not count")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance moves away from (default: nothing)")
+    parser.add_argument("--aspect", metavar="W:H", help="shape of the images at the area of training, 3:2 say")
+    parser.add_argument("--height", type=positive, help="in pixels (default: that of training)")
+    parser.add_argument("--width", type=positive, help="in pixels (default: that of training)")
+    parser.add_argument("--guidance", "--cfg", type=float, help="guidance weight (default 0, or 3.6 for prompts)")
+    parser.add_argument(
+        "--guidance-rule", choices=("tarflow", "starflow"), help="(default tarflow, or starflow for prompts)"
+    )
     parser.add_argument("--annealed", action="store_true", help="let guidance grow over the tokens of a block")
-    parser.add_argument("--attention-temperature", type=float, default=1.0, help="of the branch without a condition")
-    parser.add_argument("--denoise", type=float, default=0.0, help="factor of the score step, about 1 (default: none)")
-    parser.add_argument("--certify", action="store_true", help="report max |flow(x) - z| over the samples")
-    parser.add_argument("--out", default="samples", help="folder for grid.png (default samples)")
-    parser.add_argument("--images", action="store_true", help="write each image as a PNG too")
+    parser.add_argument(
+        "--attention-temperature", "--attn_temp", type=float, default=1.0, help="of the branch without a condition"
+    )
+    parser.add_argument("--method", default="auto", help=f"auto (default) or {', '.join(METHODS)}")
+    parser.add_argument(
+        "--denoise", type=float, help="factor of the score step, about 1, 0 for none (default: none, or the pipeline's)"
+    )
+    parser.add_argument("--certify", action="store_true", help="report how far the images' noise is from what they got")
+    parser.add_argument("--variant", help="of the weights in a pipeline's folder, fp16 say")
+    parser.add_argument("--out", default="samples", help="folder for the images and grid.png (default samples)")
+    parser.add_argument("--images", action="store_true", help="write each image as a PNG too; a pipeline always does")
+    released = parser.add_argument_group(
+        "flags of the released code", "accepted and without effect: images are drawn without its approximation"
+    )
+    released.add_argument("--jacobi", type=non_negative, default=0, metavar="0|1")
+    released.add_argument("--jacobi_th", type=float, metavar="X")
+    released.add_argument("--jacobi_block_size", type=positive, metavar="N")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Draw a grid of images."""
+    """Draw images, of a flow or of a pipeline."""
+    if args.jacobi:
+        print("starflow sample: --jacobi has no effect, the method is sequential", file=sys.stderr)
+    method_of(args.method)
+    return _pipeline(args) if (Path(args.checkpoint) / INDEX).exists() else _flow(args)
+
+
+def _flow(args: argparse.Namespace) -> dict[str, Any]:
+    for name in PIPELINE_ONLY:
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag}: {args.checkpoint} is not the folder of a pipeline, it has no {INDEX}")
     flow = Flow.from_pretrained(args.checkpoint, device(args.device), DTYPES[args.dtype])
-    classes = flow.config.num_classes
-    labels = _labels(args.label, args.num, classes)
-    guidance = Guidance(args.guidance, args.guidance_rule, args.annealed, args.attention_temperature)
+    classes, count = flow.config.num_classes, args.num or 100
+    numbers = _labels(args.label, count, classes)
+    labels = None if numbers[0] is None else torch.tensor(numbers)
+    guidance = Guidance(
+        args.guidance or 0.0, args.guidance_rule or "tarflow", args.annealed, args.attention_temperature
+    )
     images, report = sample(
-        flow, args.num, labels, guidance, args.seed, args.batch_size, args.denoise, certify=args.certify
+        flow, count, labels, guidance, args.seed, args.batch_size or FLOW_BATCH, args.denoise or 0.0, args.certify
     )
     out = Path(args.out)
-    columns = classes if labels is not None and args.label == "all" and classes <= 20 else min(args.num, 10)
-    save_grid(images, out / "grid.png", columns)
+    save_grid(images, out / "grid.png", _columns(args.label, count, classes))
     if args.images:
         for i, image in enumerate(images):
             save_image(image, out / f"{i:06d}.png")
-    print(f"{out / 'grid.png'}: {report.count} images in {report.seconds:.2f} s", end="")
-    print("" if report.certificate is None else f", max |flow(x) - z| = {report.certificate:.1e}")
+    print(f"{out / 'grid.png'}: {report.count} images in {report.seconds:.2f} s{_exactness(report.certificate)}")
     return {"grid": str(out / "grid.png"), "guidance": dataclasses.asdict(guidance), **dataclasses.asdict(report)}
 
 
-def _labels(label: str, count: int, classes: int) -> torch.Tensor | None:
+def _pipeline(args: argparse.Namespace) -> dict[str, Any]:
+    from ..pipelines import FlowPipeline, STARFlowPipeline, hide_loading_bars
+
+    hide_loading_bars()
+    pipe = FlowPipeline.from_pretrained(args.checkpoint, dtype=DTYPES[args.dtype], variant=args.variant)
+    pipe.to(device(args.device))
+    options = {
+        "guidance_scale": args.guidance,
+        "guidance_rule": args.guidance_rule,
+        "annealed": args.annealed,
+        "attention_temperature": args.attention_temperature,
+        "method": method_of(args.method),
+        "denoise": args.denoise,
+        "aspect_ratio": args.aspect,
+        "height": args.height,
+        "width": args.width,
+        "negative_prompt": args.negative_prompt,
+    }
+    if isinstance(pipe, STARFlowPipeline):
+        # An image at a time: its bits then do not depend on the batch, and memory is bounded.
+        pipe.vae.enable_slicing()
+        prompts, copies = _prompts(args), args.num or 1
+        jobs = [Job(i, copy, prompt) for i, prompt in enumerate(prompts) for copy in range(copies)]
+        columns = min(copies, 10) if copies > 1 else 10
+    else:
+        if given := [name for name in ("prompt", "prompt_file", "negative_prompt") if getattr(args, name) is not None]:
+            raise ConfigError(f"--{given[0].replace('_', '-')}: this pipeline takes no text, use --label")
+        classes, count = pipe.transformer.config.num_classes, args.num or 100
+        jobs, drawn = [], {}
+        for label in _labels(args.label, count, classes):
+            jobs.append(Job(label or 0, drawn.get(label, 0), label))
+            drawn[label] = drawn.get(label, 0) + 1
+        columns = _columns(args.label, count, classes)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        report = generate(
+            pipe,
+            jobs,
+            Path(args.out),
+            args.seed,
+            args.batch_size or PIPELINE_BATCH,
+            {name: value for name, value in options.items() if value is not None},
+            {"checkpoint": str(Path(args.checkpoint).resolve()), "dtype": args.dtype, "variant": args.variant},
+            args.certify,
+            min(columns, len(jobs)),
+        )
+    except KeyboardInterrupt:
+        print(f"stopped; the same command continues in {args.out}", file=sys.stderr)
+        raise
+    kept = f" ({report.kept} were there)" if report.kept else ""
+    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
+    print(
+        f"{args.out}: {report.count} images{kept} in {report.seconds:.2f} s"
+        f"{f': {stages}' if stages else ''}{_exactness(report.certificate)}"
+    )
+    return {"out": args.out, **dataclasses.asdict(report)}
+
+
+def _exactness(certificate: float | None) -> str:
+    return "" if certificate is None else f", max |flow(x) - z| = {certificate:.1e}"
+
+
+def _columns(label: str, count: int, classes: int) -> int:
+    return classes if label == "all" and 0 < classes <= 20 else min(count, 10)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompt is not None:
+        return [args.prompt]
+    if args.prompt_file is None:
+        raise ConfigError("--prompt or --prompt-file: this pipeline draws text")
+    try:
+        lines = Path(args.prompt_file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompt-file {args.prompt_file}: {getattr(error, 'strerror', None) or error}") from None
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise DataError(f"--prompt-file {args.prompt_file}: no prompts in it")
+    return prompts
+
+
+def _labels(label: str, count: int, classes: int) -> list[int | None]:
     if label == "none" or (label == "all" and not classes):
-        return None
+        return [None] * count
     if label == "all":
-        return torch.arange(count) % classes
+        return [i % classes for i in range(count)]
     if not label.isdecimal() or int(label) >= classes:
         allowed = f"0 .. {classes - 1}, 'all' or 'none'" if classes else "'none': the model has no classes"
         raise ConfigError(f"--label {label}: expected {allowed}")
-    return torch.full((count,), int(label))
+    return [int(label)] * count

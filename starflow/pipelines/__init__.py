@@ -3,18 +3,28 @@
 from ..errors import ConfigError
 
 try:
-    import diffusers  # noqa: F401
-    import transformers  # noqa: F401
+    import diffusers
+    import transformers
 except ModuleNotFoundError as error:
-    raise ConfigError(f"pipelines need {error.name}: pip install starflow-kernels[models]") from None
+    raise ConfigError(
+        f"pipelines need {error.name}: pip install starflow-kernels[models], on Python 3.11 or newer"
+    ) from None
 
 # diffusers looks for the base class beside FlowModel when it loads one.
 from diffusers import ModelMixin  # noqa: F401
 
-from .base import METHODS, FlowPipeline, FlowPipelineOutput, PipelineReport
+from ..sampling import METHODS
+from .base import FlowPipeline, FlowPipelineOutput, PipelineReport
 from .model import FlowModel
 from .pixels import TarFlowPipeline
 from .text_to_image import STARFlowPipeline
+
+
+def hide_loading_bars() -> None:
+    """Load components without the progress bars of diffusers and transformers."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
 
 __all__ = [
     "METHODS",
@@ -24,4 +34,5 @@ __all__ = [
     "PipelineReport",
     "STARFlowPipeline",
     "TarFlowPipeline",
+    "hide_loading_bars",
 ]

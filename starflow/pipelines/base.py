@@ -16,16 +16,18 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
+from safetensors import SafetensorError
 
 from ..certificate import certificate
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, StarflowError
 from ..files import write_text
 from ..flow import Flow, Guidance
+from ..sampling import method_of
 from ..text import image_size
 from .card import model_card
 from .model import FlowModel
 
-METHODS = ("sequential",)
+INDEX = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STAGES = ("text", "flow", "certify", "denoise", "decode")
 # Floats that the backward pass of denoising keeps for each layer, token and channel, as measured; it is split to fit.
@@ -75,10 +77,7 @@ class Options:
             raise ConfigError(f"num_images_per_prompt={self.copies}: expected an integer of at least 1")
         if self.output_type not in OUTPUT_TYPES:
             raise ConfigError(f"output_type={self.output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        if self.method not in ("auto", *METHODS):
-            raise ConfigError(f"method={self.method!r}: expected auto or one of {', '.join(METHODS)}")
-        if self.method == "auto":
-            self.method = METHODS[0]
+        self.method = method_of(self.method)
 
 
 class FlowPipeline(DiffusionPipeline):
@@ -91,7 +90,12 @@ class FlowPipeline(DiffusionPipeline):
     def from_pretrained(cls, folder, **options):
         """Read a folder, see `diffusers.DiffusionPipeline.from_pretrained`."""
         if cls is not FlowPipeline:
-            return super().from_pretrained(folder, **options)
+            try:
+                return super().from_pretrained(folder, **options)
+            except StarflowError:
+                raise
+            except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
+                raise CheckpointError(f"{folder}: {' '.join(str(error).split())}") from error
         name = pipeline_class(folder)
         kinds = {kind.__name__: kind for kind in cls.__subclasses__()}
         if name not in kinds:
@@ -220,12 +224,12 @@ class Clock:
 
     def _wait(self) -> None:
         if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+            torch.accelerator.synchronize(self.device)
 
 
 def pipeline_class(folder) -> str:
     """Name of the class in a folder's model_index.json. Raises CheckpointError where there is none."""
-    index = Path(folder) / "model_index.json"
+    index = Path(folder) / INDEX
     try:
         return str(json.loads(index.read_text())["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:

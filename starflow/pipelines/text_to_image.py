@@ -87,7 +87,7 @@ class STARFlowPipeline(FlowPipeline):
             callback_on_step_end: called as callback(pipe, step, block, {"latents": x}) after every flow block; may
                 return a mapping with other latents.
             progress: called as progress(done, total) with token steps.
-            method: how the flow is inverted, "auto" or one of METHODS.
+            method: how the flow is inverted, "auto" or one of `starflow.sampling.METHODS`.
             guidance_rule: "starflow" or "tarflow". annealed: the weight grows over the tokens. attention_temperature:
                 of the branch without the prompt.
             denoise: factor of the score step, 0 for none; the pipeline's own by default.

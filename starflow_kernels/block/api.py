@@ -13,7 +13,6 @@ from ..affine_flow.api import empty_logdet
 from ..checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
 from ..dispatch import register
 from ..library import call, define
-from ..linear import onednn
 from ..progress import reporting_to
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
 from . import cpu, reference
@@ -151,7 +150,7 @@ def block_inverse(
 def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
     """torch's linear layer, which autocast acts on, or ours where that is faster."""
     plain = backend is not None or weight.device.type != "cpu" or weight.dtype != torch.float32
-    if plain or onednn.missing() or torch.is_autocast_enabled("cpu"):
+    if plain or native.missing() or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear
     return functools.partial(call, "linear", backend=None)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from .. import native
 from ..checks import check_tensor
 from ..dispatch import register
 from ..library import call, define, differentiable
-from . import onednn, reference
+from . import cpu, reference
 
 ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias"
 
@@ -19,8 +20,8 @@ define(
     reference=reference.linear,
 )
 differentiable("linear", ARGUMENTS, 3, reference.linear_backward, keep_outputs=False)
-register("linear", "onednn", onednn.linear, onednn.refuse, onednn.missing)
-register("linear_backward", "onednn", onednn.linear_backward, onednn.refuse_backward, onednn.missing)
+register("linear", "native", cpu.linear, cpu.refuse, native.missing)
+register("linear_backward", "native", cpu.linear_backward, cpu.refuse_backward, native.missing)
 
 
 def linear(

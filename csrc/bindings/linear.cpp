@@ -1,0 +1,56 @@
+// Ops of the linear layer.
+#include "bindings.h"
+
+#include <algorithm>
+
+namespace starflow {
+
+namespace {
+
+// Rows of one product; multiply-adds below which threads cost more than they bring; rows of a weight gradient that a
+// thread takes at a time.
+constexpr int64_t ROWS = 48, SERIAL = 1 << 20, OUTPUTS = 48;
+
+int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// y (M, N) = x (M, K) w^T + bias; w is (N, K), or (K, N) if `across`.
+void multiply(const float* x, const float* weight, bool across, const float* bias, int64_t M, int64_t N, int64_t K,
+              float* y) {
+    Floats packed(parts(N, 16) * 16 * K, Floats::anything);
+    LinearCall call{M, N, K, x, weight, across, packed.data(), bias, y, nullptr};
+    torch::stable::parallel_for(0, parts(N, 16), SERIAL / (32 * K) + 1,
+                                [&](int64_t first, int64_t last) { kernels().pack(call, first, last); });
+    torch::stable::parallel_for(0, parts(M, ROWS), SERIAL / (ROWS * N * K) + 1, [&](int64_t first, int64_t last) {
+        Floats scratch(ROWS * 64, Floats::anything);
+        for (int64_t part = first; part < last; ++part)
+            kernels().linear(call, part * ROWS, std::min(M, (part + 1) * ROWS), scratch.data());
+    });
+}
+
+void linear(Tensor x, Tensor weight, Optional bias, Tensor y) {
+    multiply(data(x), data(weight), false, data(bias), x.size(0), weight.size(0), x.size(1), data(y));
+}
+
+void linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor grad_x, Tensor grad_weight) {
+    int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+    multiply(data(grad), data(weight), true, nullptr, M, K, N, data(grad_x));
+    LinearCall call{M, N, K, data(x), nullptr, false, nullptr, nullptr, data(grad), data(grad_weight)};
+    torch::stable::parallel_for(0, parts(N, OUTPUTS), SERIAL / (OUTPUTS * M * K) + 1, [&](int64_t first, int64_t last) {
+        kernels().linear_weight_gradient(call, first * OUTPUTS, std::min(N, last * OUTPUTS));
+    });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
+    m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()");
+    m.def(
+        "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!) grad_x, Tensor(b!) grad_weight) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(starflow_native, CPU, m) {
+    m.impl("linear", TORCH_BOX(&linear));
+    m.impl("linear_backward", TORCH_BOX(&linear_backward));
+}
+
+}  // namespace starflow

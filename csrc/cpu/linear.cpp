@@ -1,0 +1,102 @@
+// The products of a linear layer and of its gradient, for many rows.
+#include "lanes.h"
+#include "product.h"
+
+namespace starflow::STARFLOW_ISA {
+
+namespace {
+
+// Rows and tiles of columns of a weight gradient whose sums the registers hold.
+constexpr int GRADIENT_TILES = ACCUMULATORS >= 24 ? 4 : ACCUMULATORS >= 6 ? 2 : 1;
+constexpr int GRADIENT_ROWS = ACCUMULATORS / GRADIENT_TILES;
+// Samples of one sum; sums are added in order.
+constexpr int64_t SAMPLES = 128;
+
+// out (ROWS, 16 TILES) = or += the sum over samples of grad (ROWS,) times x (16 TILES,); `count` columns of the last tile.
+template <int ROWS, int TILES>
+void add_outer(const float* grad, int64_t N, const float* x, int64_t K, int64_t samples, int count, bool first,
+               float* out) {
+    Vec sum[ROWS][TILES];
+    UNROLL for (int n = 0; n < ROWS; ++n)
+        UNROLL for (int t = 0; t < TILES; ++t) sum[n][t] = splat(0.0f);
+    for (int64_t m = 0; m < samples; ++m) {
+        Vec columns[TILES];
+        UNROLL for (int t = 0; t < TILES; ++t)
+            columns[t] = TILES == 1 ? load(x + m * K, count) : load(x + m * K + t * LANES);
+        UNROLL for (int n = 0; n < ROWS; ++n) {
+            Vec scale = splat(grad[m * N + n]);
+            UNROLL for (int t = 0; t < TILES; ++t) sum[n][t] = fma(scale, columns[t], sum[n][t]);
+        }
+    }
+    UNROLL for (int n = 0; n < ROWS; ++n)
+        UNROLL for (int t = 0; t < TILES; ++t) {
+            float* to = out + n * K + t * LANES;
+            int lanes = TILES == 1 ? count : LANES;
+            store(to, first ? sum[n][t] : load(to, lanes) + sum[n][t], lanes);
+        }
+}
+
+template <int TILES, int ROWS = GRADIENT_ROWS>
+void add_rows(int rows, const float* grad, int64_t N, const float* x, int64_t K, int64_t samples, int count,
+              bool first, float* out) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return add_rows<TILES, ROWS - 1>(rows, grad, N, x, K, samples, count, first, out);
+    add_outer<ROWS, TILES>(grad, N, x, K, samples, count, first, out);
+}
+
+}  // namespace
+
+void pack(const LinearCall& call, int64_t first_tile, int64_t last_tile) {
+    for (int64_t n = first_tile * LANES; n < last_tile * LANES; n += LANES)
+        for (int64_t k = 0; k < call.K; k += LANES) {
+            int64_t rows = call.K - k < LANES ? call.K - k : LANES, columns = call.N - n < LANES ? call.N - n : LANES;
+            float* to = call.packed + n * call.K + k * LANES;
+            if (call.across)
+                for (int64_t i = 0; i < rows; ++i)
+                    store(to + i * LANES, load(call.weight + (k + i) * call.N + n, int(columns)));
+            else if (rows == LANES && columns == LANES)
+                transpose(call.weight + n * call.K + k, call.K, to, LANES);
+            else
+                for (int64_t i = 0; i < rows; ++i)
+                    for (int64_t j = 0; j < LANES; ++j)
+                        to[i * LANES + j] = j < columns ? call.weight[(n + j) * call.K + k + i] : 0;
+        }
+}
+
+void linear(const LinearCall& call, int64_t first_row, int64_t last_row, float* scratch) {
+    int64_t N = call.N, M = last_row - first_row, tiles = (N + 15) / 16;
+    // Outputs to come: they are written once, and fetched for that.
+    Stream next(call.y + last_row * N, M * N, M, tiles, call.K);
+    product(call.x + first_row * call.K, call.K, M, call.packed, call.K, 0, tiles, scratch,
+            [&](int64_t m, int64_t tile, Vec v) __attribute__((always_inline)) {
+                int64_t n = tile * LANES;
+                int count = int(N - n);
+                Vec bias = call.bias ? load(call.bias + n, count) : splat(0.0f);
+                store(call.y + (first_row + m) * N + n, v + bias, count);
+            },
+            &next);
+}
+
+// grad_weight (N, K) from rows first .. last - 1 of it.
+void linear_weight_gradient(const LinearCall& call, int64_t first, int64_t last) {
+    int64_t N = call.N, K = call.K;
+    constexpr int64_t WIDE = GRADIENT_TILES * LANES;
+    for (int64_t m = 0; m < call.M; m += SAMPLES) {
+        int64_t samples = call.M - m < SAMPLES ? call.M - m : SAMPLES;
+        for (int64_t k = 0; k < K;) {
+            bool wide = K - k >= WIDE;
+            for (int64_t n = first; n < last; n += GRADIENT_ROWS) {
+                int rows = int(last - n < GRADIENT_ROWS ? last - n : GRADIENT_ROWS);
+                const float *grad = call.y + m * N + n, *x = call.x + m * K + k;
+                float* out = call.grad_weight + n * K + k;
+                if (wide)
+                    add_rows<GRADIENT_TILES>(rows, grad, N, x, K, samples, LANES, m == 0, out);
+                else
+                    add_rows<1>(rows, grad, N, x, K, samples, int(K - k), m == 0, out);
+            }
+            k += wide ? WIDE : LANES;
+        }
+    }
+}
+
+}  // namespace starflow::STARFLOW_ISA

@@ -1,0 +1,93 @@
+"""Names and shapes of weights: ours and those of the released code."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Literal
+
+import torch
+
+from ..config import FlowConfig
+from ..flow import Flow
+
+Family = Literal["tarflow", "starflow"]
+DENOISER = "learnable_self_denoiser."
+LAYER = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(\w+)\.(weight|bias)")
+BLOCK = {"proj_text.weight": "proj_txt.weight", "proj_text.bias": "proj_txt.bias", "start": "sos_embed"}
+MODULES = {
+    "attn_norm": "attention.norm",
+    "qkv": "attention.qkv",
+    "q_norm": "attention.query_norm",
+    "k_norm": "attention.key_norm",
+    "proj": "attention.proj",
+    "attn_post_norm": "attention.post_norm",
+    "mlp_norm": "mlp.norm",
+    "mlp_post_norm": "mlp.post_norm",
+    "gate": "mlp.gate_proj",
+}
+LINEAR = {"gelu": {"up": "mlp.main.0", "down": "mlp.main.2"}, "swiglu": {"up": "mlp.up_proj", "down": "mlp.down_proj"}}
+
+
+def family(config: FlowConfig) -> Family:
+    """Whose code a flow is written for: STARFlow's where it has rotary positions or text."""
+    return "starflow" if config.rotary != "none" or config.text_dim else "tarflow"
+
+
+def our_shapes(config: FlowConfig) -> dict[str, tuple[int, ...]]:
+    """Our name -> shape of every weight of a flow."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Flow(config).state_dict().items()}
+
+
+def released_names(config: FlowConfig) -> dict[str, str]:
+    """Our name -> released name of every weight of a flow."""
+    return {name: _released_name(name, config) for name in our_shapes(config)}
+
+
+def _released_name(name: str, config: FlowConfig) -> str:
+    if name == "prior_variance":
+        return "var"
+    if match := LAYER.fullmatch(name):
+        block, layer, module, leaf = match.groups()
+        return f"blocks.{block}.attn_blocks.{layer}.{(MODULES | LINEAR[config.mlp])[module]}.{leaf}"
+    block, _, leaf = name.removeprefix("blocks.").partition(".")
+    return f"blocks.{block}.{BLOCK.get(leaf, leaf)}"
+
+
+def released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a weight of ours, by its name, in the released code."""
+    if name.endswith(".start"):
+        return (1, 1, *shape)
+    if name.endswith(".class_embed"):
+        return (shape[0], 1, shape[1])
+    return shape
+
+
+def positions(config: FlowConfig) -> int:
+    """Side in tokens for which the released code makes its buffers."""
+    return config.rotary_size or config.grid[0]
+
+
+def dead_buffers(config: FlowConfig) -> dict[str, tuple[int, ...]]:
+    """Released name -> shape of the buffers on which no output of the released code depends."""
+    tokens = positions(config) ** 2
+    length = tokens + config.text_len
+    buffers = {f"blocks.{i}.attn_mask": (length, length) for i in range(len(config.layers))}
+    if config.scale != "unit":
+        buffers["var"] = (tokens, config.token_dim)
+    if config.rotary != "none":
+        buffers |= {f"feat_rope.freqs_{function}": (length, config.head_dim) for function in ("cos", "sin")}
+    return buffers
+
+
+def make_buffer(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A dead buffer as the released code initialises it."""
+    if name.endswith("attn_mask"):
+        return torch.ones(shape).tril()
+    return torch.ones(shape) if name == "var" else torch.zeros(shape)
+
+
+def count(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Number of parameters."""
+    return sum(math.prod(shape) for name, shape in shapes.items() if name != "prior_variance")

@@ -1,0 +1,43 @@
+"""Linear layer on the CPU by the kernels of csrc/cpu/linear.cpp; torch's own BLAS lacks AVX-512 on some machines."""
+
+from __future__ import annotations
+
+import torch
+
+from ..native import empty
+
+
+def refuse(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """Why the kernel cannot run, or None."""
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, x is on {x.device}"
+    if x.dtype != torch.float32:
+        return f"x is {x.dtype}, it takes float32"
+    return None if x.numel() and weight.numel() else "there is nothing to multiply"
+
+
+def refuse_backward(grads, outputs, *args) -> str | None:
+    """The same for the gradient."""
+    return refuse(*args)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(0, 1).contiguous()
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """See reference.linear."""
+    y = empty(*x.shape[:-1], weight.shape[0])
+    bias = None if bias is None else bias.contiguous()
+    torch.ops.starflow_native.linear(_rows(x), weight.contiguous(), bias, y.flatten(0, 1))
+    return y
+
+
+def linear_backward(grads, outputs, x, weight, bias) -> list[torch.Tensor]:
+    """See reference.linear_backward."""
+    (grad,) = grads
+    grad_x, grad_weight = empty(*x.shape), empty(*weight.shape)
+    torch.ops.starflow_native.linear_backward(
+        _rows(grad), _rows(x), weight.contiguous(), grad_x.flatten(0, 1), grad_weight
+    )
+    return [grad_x, grad_weight] if bias is None else [grad_x, grad_weight, grad.sum((0, 1))]
