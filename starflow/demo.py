@@ -364,7 +364,8 @@ CSS = """
 #title h1 { font-size: 1.5rem; margin: 0.5rem 0 0; }
 #title p, #figures small { color: var(--body-text-color-subdued); margin: 0; }
 #grid { min-height: 500px; }
-#grid img { width: 100%; height: 100%; max-height: 70vh; object-fit: contain; min-height: 490px; image-rendering: pixelated; }
+#grid img { width: 100%; height: 100%; max-height: 70vh; min-height: 490px; object-fit: contain;
+  image-rendering: pixelated; }
 #message p { margin: 0; }
 #message .problem { border-left: 3px solid #b91c1c; padding: 0.25rem 0.75rem; }
 #figures dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); gap: 1rem; margin: 0; }
