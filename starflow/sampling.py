@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,11 +57,13 @@ def sample(
     batch_size: int = 256,
     denoise: float = 0.0,
     certify: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Samples:
     """Draw images.
 
     labels: int64 (count,). seed: all noise comes from it, whatever the batch size. batch_size: images at a time.
     denoise: factor of a step along the score after sampling, see Flow.denoise; 0 for none.
+    progress: see Flow.inverse, over all images.
 
     Raises ConfigError for a flow on latents: a pipeline, which has their autoencoder, draws from it.
     """
@@ -70,7 +73,11 @@ def sample(
     start, parts, residual = time.perf_counter(), [], None
     for z, rows in zip(noise.split(batch_size), torch.arange(count).split(batch_size)):
         batch_labels = None if labels is None else labels[rows].to(flow.device)
-        x = flow.inverse(z, batch_labels, guidance=guidance)
+
+        def watch(done: int, total: int, first: int = int(rows[0]), size: int = len(z)) -> None:
+            progress(first * (total // size) + done, count * (total // size))
+
+        x = flow.inverse(z, batch_labels, guidance=guidance, progress=progress and watch)
         if certify and (error := certificate(flow, x, z, batch_labels, guidance=guidance)) is not None:
             residual = max(residual or 0.0, error)
         if denoise:
@@ -82,18 +89,31 @@ def sample(
     return Samples(torch.cat(parts), report)
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
-    """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG, a pixel apart; a small one is enlarged by an integer."""
+def image_grid(images: torch.Tensor, columns: int) -> Image.Image:
+    """uint8 images (N, C, H, W), C 1 or 3, as one, a pixel apart; a small one is enlarged by an integer."""
     count, channels, height, width = images.shape
     rows = math.ceil(count / columns)
     canvas = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, dtype=torch.uint8)
     for i, image in enumerate(images):
         top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
         canvas[:, top : top + height, left : left + width] = image
-    save_image(canvas, path, scale=max(1, MIN_GRID_PIXELS // canvas.shape[2]))
+    return _image(canvas, max(1, MIN_GRID_PIXELS // canvas.shape[2]))
 
 
-def save_image(image: torch.Tensor, path: Path, scale: int = 1) -> None:
-    """Write a uint8 image (C, H, W), C 1 or 3, as PNG, each pixel `scale` pixels wide."""
-    pixels = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).squeeze(-1).numpy()
-    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
+def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
+    """Write the `image_grid` of images as PNG."""
+    _save(image_grid(images, columns), path)
+
+
+def save_image(image: torch.Tensor, path: Path) -> None:
+    """Write a uint8 image (C, H, W), C 1 or 3, as PNG."""
+    _save(_image(image), path)
+
+
+def _image(pixels: torch.Tensor, scale: int = 1) -> Image.Image:
+    enlarged = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return Image.fromarray(enlarged.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))

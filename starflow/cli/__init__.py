@@ -12,7 +12,7 @@ import torch
 
 from ..errors import StarflowError
 from ..files import write_text
-from . import convert, encode, evaluate, info, sample, train, train_autoencoder, train_decoder
+from . import convert, demo, encode, evaluate, info, sample, train, train_autoencoder, train_decoder
 from .common import Parser, positive
 
 COMMANDS = {
@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": evaluate,
     "info": info,
     "convert": convert,
+    "demo": demo,
 }
 
 
