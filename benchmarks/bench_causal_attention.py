@@ -20,7 +20,10 @@ def ours(backend):
     return lambda q, k, v, cos, sin: causal_attention(q, k, v, cos=cos, sin=sin, rotary="interleaved", backend=backend)
 
 
-RUNS = {"separate": separate, **{name: ours(name) for name, state in backends()["causal_attention"].items() if state == "available"}}
+RUNS = {
+    "separate": separate,
+    **{name: ours(name) for name, state in backends()["causal_attention"].items() if state == "available"},
+}
 
 
 @pytest.mark.parametrize("shape", [(64, 16, 4, 16), (16, 256, 2, 64), (2, 1152, 12, 64)], ids=str)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+PIPELINE_INDEX = "model_index.json"  # of a folder that holds a whole pipeline
 BUNDLED = Path(__file__).parent / "checkpoints"
 
 

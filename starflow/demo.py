@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 import torch
 
+from .checkpoint import PIPELINE_INDEX
 from .data import generator
 from .errors import CheckpointError, ConfigError
 from .flow import Flow, Guidance
@@ -30,7 +31,6 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from .pipelines import FlowPipeline
 
-INDEX = "model_index.json"
 MAX_IMAGES = 100
 # The largest integer that a browser keeps exact.
 MAX_SEED = 2**53 - 1
@@ -88,7 +88,7 @@ class Artist:
 
     def __init__(self, checkpoint: str | Path, device: str = "cpu"):
         self.name = Path(checkpoint).resolve().name
-        self.pipe = _pipeline(checkpoint, device) if (Path(checkpoint) / INDEX).exists() else None
+        self.pipe = _pipeline(checkpoint, device) if (Path(checkpoint) / PIPELINE_INDEX).exists() else None
         self.flow = self.pipe.transformer if self.pipe else Flow.from_pretrained(checkpoint, device)
         self.config = self.flow.config
         self.text = bool(self.config.text_dim)

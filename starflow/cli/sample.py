@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import PIPELINE_INDEX
 from ..errors import ConfigError, DataError
 from ..flow import Flow, Guidance
 from ..generation import Job, generate
 from ..sampling import METHODS, method_of, sample, save_grid, save_image
 from .common import DTYPES, Parser, checkpoint_arguments, device, non_negative, positive
 
-INDEX = "model_index.json"
 FLOW_BATCH, PIPELINE_BATCH = 256, 8
 # Arguments that only a pipeline has, by the name that the parser gives them.
 PIPELINE_ONLY = ("prompt", "prompt_file", "negative_prompt", "aspect", "height", "width", "variant")
@@ -67,14 +67,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.jacobi:
         print("starflow sample: --jacobi has no effect, the method is sequential", file=sys.stderr)
     method_of(args.method)
-    return _pipeline(args) if (Path(args.checkpoint) / INDEX).exists() else _flow(args)
+    return _pipeline(args) if (Path(args.checkpoint) / PIPELINE_INDEX).exists() else _flow(args)
 
 
 def _flow(args: argparse.Namespace) -> dict[str, Any]:
     for name in PIPELINE_ONLY:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag}: {args.checkpoint} is not the folder of a pipeline, it has no {INDEX}")
+            raise ConfigError(f"{flag}: {args.checkpoint} is not the folder of a pipeline, it has no {PIPELINE_INDEX}")
     flow = Flow.from_pretrained(args.checkpoint, device(args.device), DTYPES[args.dtype])
     classes, count = flow.config.num_classes, args.num or 100
     numbers = _labels(args.label, count, classes)

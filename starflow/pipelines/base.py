@@ -19,6 +19,7 @@ from diffusers.utils import BaseOutput
 from safetensors import SafetensorError
 
 from ..certificate import certificate
+from ..checkpoint import PIPELINE_INDEX
 from ..errors import CheckpointError, ConfigError, StarflowError
 from ..files import write_text
 from ..flow import Flow, Guidance
@@ -27,7 +28,6 @@ from ..text import image_size
 from .card import model_card
 from .model import FlowModel
 
-INDEX = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STAGES = ("text", "flow", "certify", "denoise", "decode")
 # Floats that the backward pass of denoising keeps for each layer, token and channel, as measured; it is split to fit.
@@ -229,7 +229,7 @@ class Clock:
 
 def pipeline_class(folder) -> str:
     """Name of the class in a folder's model_index.json. Raises CheckpointError where there is none."""
-    index = Path(folder) / INDEX
+    index = Path(folder) / PIPELINE_INDEX
     try:
         return str(json.loads(index.read_text())["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
