@@ -34,7 +34,7 @@ def images() -> ImageSet:
     pixels = torch.randint(0, 2, (40, 1, 4, 4), dtype=torch.uint8)
     labels = torch.arange(40) % 2
     pixels[labels == 1] += 2
-    return ImageSet(pixels.__getitem__, labels, 4, ("dark", "bright"))
+    return ImageSet(pixels.__getitem__, labels, 4, ("dark", "bright"), lambda index: ())
 
 
 def test_likelihood_of_a_gaussian():
