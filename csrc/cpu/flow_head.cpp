@@ -46,8 +46,7 @@ struct Tile {
         chunk.gather(params, Format::float32, 0, wide_P, room);
     }
 
-    // Both leave the sums of squares where the roots will be.
-
+    // This one and the next leave the sums of squares where the roots will be.
     void project_narrow() const {
         for (int64_t m = 0; m < chunk.tokens; m += 2) {
             // An odd last row is its own partner.
