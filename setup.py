@@ -22,7 +22,7 @@ KERNELS = [
     f"csrc/cpu/{name}.cpp"
     for name in (
         *("affine_flow", "affine_flow_inverse", "block", "cached_attention", "causal_attention", "elementary"),
-        *("flow_head", "linear", "table"),
+        *("flow_head", "jacobi", "linear", "table"),
     )
 ]
 COMMON = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "model", "team")]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from starflow import Flow, FlowConfig
 from starflow_kernels import BlockSpec
 
 RENAMED = {
@@ -40,14 +41,40 @@ def convert(block, index: int) -> tuple[BlockSpec, dict[str, torch.Tensor]]:
         token_dim=block.proj_in.in_features, channels=channels, layers=len(block.attn_blocks), heads=heads,
         head_dim=channels // heads, kv_heads=heads, mlp_dim=4 * channels, positions=tokens, flip=index % 2 == 1,
     )  # fmt: skip
-    weights = {}
-    for name, weight in block.named_parameters():
-        name = name.replace("attn_blocks", "layers")
-        for theirs, own in RENAMED.items():
-            name = name.replace(theirs, own)
-        if name in spec.weight_shapes:
-            weights[name] = weight.detach()
-    return spec, weights
+    weights = {own_name(name): weight.detach() for name, weight in block.named_parameters()}
+    return spec, {name: weight for name, weight in weights.items() if name in spec.weight_shapes}
+
+
+def own_name(name: str) -> str:
+    """Our name of a weight of a released block."""
+    name = name.replace("attn_blocks", "layers")
+    for theirs, own in RENAMED.items():
+        name = name.replace(theirs, own)
+    return name
+
+
+@torch.no_grad()
+def released_model(peer, flow: Flow):
+    """The released model with the weights of a flow, None where it has no such shape."""
+    config = flow.config
+    if config.channels % 64:
+        return None
+    shape = FlowConfig(
+        image_size=config.image_size, image_channels=config.image_channels, patch_size=config.patch_size,
+        channels=config.channels, layers=config.layers[:1] * len(config.layers), num_classes=config.num_classes,
+        levels=config.levels, noise_std=config.noise_std,
+    )  # fmt: skip
+    if config != shape:
+        return None
+    model = peer.Model(
+        config.image_channels, config.image_size, config.patch_size, config.channels, len(config.layers),
+        config.layers[0], num_classes=config.num_classes,
+    ).eval()  # fmt: skip
+    for theirs, block in zip(model.blocks, flow.blocks, strict=True):
+        weights = {**block.weights(), "class_embed": block.class_embed}
+        for name, weight in theirs.named_parameters():
+            weight.copy_(weights[own_name(name)].reshape(weight.shape))
+    return model
 
 
 def timed(run) -> tuple[object, float]:

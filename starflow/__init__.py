@@ -1,7 +1,7 @@
 """TarFlow and STARFlow models on starflow_kernels: train, sample, evaluate."""
 
 from .config import FlowConfig
-from .errors import CheckpointError, ConfigError, DataError, StarflowError
+from .errors import CheckpointError, ConfigError, DataError, InverseError, StarflowError
 from .flow import Flow, FlowOutput, Guidance
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "FlowConfig",
     "FlowOutput",
     "Guidance",
+    "InverseError",
     "StarflowError",
 ]

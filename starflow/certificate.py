@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
 from .flow import Flow, Guidance
+
+
+class Certificate(NamedTuple):
+    """Largest and mean |map(x) - z| over the values of a batch, map the inverse of how x was made of z."""
+
+    max: float
+    mean: float
 
 
 @torch.no_grad()
@@ -16,10 +26,10 @@ def certificate(
     text: torch.Tensor | None = None,
     guidance: Guidance = Guidance(),
     empty_text: torch.Tensor | None = None,
-) -> float | None:
-    """max |map(x) - z| over a batch, map the inverse of how `Flow.inverse` made x of z with the same arguments.
+) -> Certificate | None:
+    """Certificate of x = flow.inverse(z) with the same arguments.
 
-    Under guidance that is not flow(x): every block is evaluated on x with and without the condition, and z follows
+    Under guidance the map is not flow(x): every block is evaluated on x with and without the condition, and z follows
     from the guided mean and standard deviation. None where a temperature acts, of which there is no parallel pass.
     """
     if guidance.weight and guidance.temperature != 1:
@@ -39,7 +49,16 @@ def certificate(
             weight = weight.flip(0)
         mu, sigma = _guided(twice - sigma * noise, sigma, weight, guidance.rule, block.spec.affine.scale)
         tokens = (tokens - mu) / sigma
-    return (flow.images(tokens, grid) - z).abs().max().item()
+    error = (flow.images(tokens, grid) - z).abs()
+    return Certificate(error.max().item(), error.mean().item())
+
+
+def combine(found: Sequence[tuple[Certificate, int]]) -> tuple[float, float] | tuple[None, None]:
+    """Largest and mean error over batches of (certificate, rows); Nones of no batch."""
+    if not found:
+        return None, None
+    rows = sum(count for _, count in found)
+    return max(each.max for each, _ in found), sum(each.mean * count for each, count in found) / rows
 
 
 def _guided(mu, sigma, weight, rule: str, scale: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from .config import FlowConfig
 from .errors import CheckpointError, ConfigError
 from .files import write_atomically, write_text
 from .shards import read_weights
+from .solver_files import read_calibration, save_calibration
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -25,7 +26,8 @@ BUNDLED = Path(__file__).parent / "checkpoints"
 
 
 def save_pretrained(flow: Flow, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write config.json and model.safetensors, each atomically; `state` in place of the flow's own weights."""
+    """Write config.json and model.safetensors, each atomically, and the calibration; `state` in place of the flow's own
+    weights."""
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or flow.state_dict()).items()}
 
@@ -37,6 +39,7 @@ def save_pretrained(flow: Flow, folder: Path, state: dict[str, torch.Tensor] | N
 
     write_atomically(folder / WEIGHTS, write)
     write_text(folder / CONFIG, json.dumps(flow.config.to_dict(), indent=2) + "\n")
+    save_calibration(flow.calibration, folder)
 
 
 def from_pretrained(
@@ -57,6 +60,7 @@ def from_pretrained(
         flow = kind(config)
     check_state(flow, state, folder / WEIGHTS)
     flow.load_state_dict(state, assign=True)
+    flow.calibration = read_calibration(folder, config)
     return flow.to(device=device, dtype=dtype).eval()
 
 

@@ -18,9 +18,10 @@ import torch
 
 from .checkpoint import PIPELINE_INDEX
 from .data import generator
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, StarflowError
 from .flow import Flow, Guidance
-from .sampling import METHODS, image_grid, method_of, sample
+from .sampling import image_grid, sample
+from .solvers import METHODS, Inversion
 from .text import ASPECT_RATIOS
 
 try:
@@ -56,7 +57,7 @@ class Choices:
     seed: float | None = 0
     guidance: float | None = 0.0
     rule: str = RULES[0]
-    method: str = METHODS[0]
+    method: str = "auto"
     denoise: float | None = 0.0
     aspect: str = ASPECT_RATIOS[0]
 
@@ -64,7 +65,7 @@ class Choices:
 @dataclasses.dataclass(frozen=True)
 class Drawing:
     """Images uint8 (N, C, H, W), how many to a row of their grid, and how they were made: the seconds of each stage,
-    token steps, and the certificate, None where it cannot be had."""
+    network passes, and the largest and mean error of the certificate, None where it cannot be had."""
 
     images: torch.Tensor
     columns: int
@@ -73,6 +74,7 @@ class Drawing:
     stages: dict[str, float]
     steps: int
     certificate: float | None
+    certificate_mean: float | None
 
     def grid(self) -> PIL.Image.Image:
         """The images as one."""
@@ -126,7 +128,7 @@ class Artist:
         count = _number("Images", choices.count, 1, MAX_IMAGES, whole=True)
         seed = _number("Seed", choices.seed, 0, MAX_SEED, whole=True)
         guidance = Guidance(_number("Guidance weight", choices.guidance, 0), choices.rule)
-        method, denoise = method_of(choices.method), _number("Denoising", choices.denoise, 0)
+        inversion, denoise = Inversion(choices.method), _number("Denoising", choices.denoise, 0)
         condition = self._prompt(choices) if self.text else self._labels(choices, count)
         if guidance.weight and condition is None:
             raise ConfigError("Guidance weight: there is no class to guide towards, set the weight to 0")
@@ -143,18 +145,21 @@ class Artist:
         with self._turn(stop, waiting):
             if not self.pipe:
                 labels = None if condition is None else torch.tensor(condition)
-                images, report = sample(self.flow, count, labels, guidance, seed, count, denoise, True, watch)
+                images, report = sample(
+                    self.flow, count, labels, guidance, seed, count, denoise, True, watch, inversion
+                )
                 stages = {"all": report.seconds}
             else:
                 options = self._noise_and_condition(condition, count, seed)
                 if self.text and self.config.rotary != "none":
                     options["aspect_ratio"] = choices.aspect
                 found, report = self.pipe(
-                    **options, guidance_scale=guidance.weight, guidance_rule=guidance.rule, method=method,
+                    **options, guidance_scale=guidance.weight, guidance_rule=guidance.rule, method=choices.method,
                     denoise=denoise, certify=True, progress=watch, output_type="pt", return_dict=False,
                 )  # fmt: skip
                 images, stages = (found * 255).round().to("cpu", torch.uint8), report.seconds
-        return Drawing(images, columns, seed, method, stages, report.steps, report.certificate)
+        exact = report.certificate, report.certificate_mean
+        return Drawing(images, columns, seed, report.method, stages, report.steps, *exact)
 
     def _prompt(self, choices: Choices) -> str:
         if not (prompt := (choices.condition or "").strip()):
@@ -269,7 +274,7 @@ class Page:
                     guidance = gr.Number(first.guidance, label="Guidance weight", step=0.1, min_width=100)
                     rule = gr.Dropdown(list(RULES), value=first.rule, label="Guidance rule", min_width=100)
                 with gr.Row():
-                    method = gr.Dropdown(list(METHODS), label="Method", min_width=100)
+                    method = gr.Dropdown(["auto", *METHODS], value=first.method, label="Method", min_width=100)
                     denoise = gr.Number(
                         first.denoise, label="Denoising", step=0.1, min_width=100, visible=config.noise_std > 0
                     )
@@ -315,7 +320,7 @@ class Page:
 
         try:
             drawing = self.artist.draw(choices, steps, waiting, self._stops[request.session_hash])
-        except ConfigError as error:
+        except StarflowError as error:
             return gr.skip(), gr.skip(), f'<p class="problem" role="alert">{html.escape(str(error))}</p>'
         except Stopped:
             return gr.skip(), gr.skip(), "<p>Stopped.</p>"
@@ -339,18 +344,20 @@ class Page:
 
 def figures_of(drawing: Drawing) -> str:
     """Certificate, time and the rest as HTML."""
-    exact = "not to be had" if drawing.certificate is None else f"{drawing.certificate:.1e}"
+    exact, mean = "not to be had", ""
+    if drawing.certificate is not None:
+        exact, mean = f"{drawing.certificate:.1e}", f", mean {drawing.certificate_mean:.1e}"
     seconds = sum(drawing.stages.values())
     stages = ", ".join(f"{name} {part:.2f}" for name, part in drawing.stages.items() if part >= 0.005)
     shown = [
-        ("certificate", exact, "max |flow(x) − z|"),
+        ("certificate", exact, f"max |flow(x) − z|{mean}"),
         (
             "time",
             f"{seconds:.2f} s",
             stages if len(drawing.stages) > 1 else f"{len(drawing.images) / seconds:.0f} images a second",
         ),
         ("images", str(len(drawing.images)), f"seed {drawing.seed}"),
-        ("method", drawing.method, f"{drawing.steps:,} steps"),
+        ("method", drawing.method, f"{drawing.steps:,} passes"),
     ]
     parts = (
         f'<div><dt>{name}</dt><dd id="{name}">{html.escape(value)}</dd><small>{html.escape(note)}</small></div>'

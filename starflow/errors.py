@@ -15,3 +15,7 @@ class CheckpointError(StarflowError):
 
 class DataError(StarflowError):
     """A data set that is missing, unreadable, or of the wrong size."""
+
+
+class InverseError(StarflowError):
+    """Noise that a flow cannot map to finite data; says which block, token and sample."""

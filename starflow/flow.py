@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from starflow_kernels.solver import Solver, SolveReport
 from starflow_kernels.spec import GuidanceRule, check_choice
 
 from .block import FlowBlock
 from .checkpoint import from_pretrained, save_pretrained
 from .config import FlowConfig
-from .errors import ConfigError
+from .errors import ConfigError, InverseError
 from .tokens import patchify, rotary_angles, unpatchify
+
+if TYPE_CHECKING:
+    from .solvers import Calibration
 
 PRIOR_RATE = 0.1
 LOG_TWO_PI = math.log(2 * math.pi)
@@ -61,17 +65,25 @@ class Guidance:
         ramp = steps.double() / max(int(steps[-1]), 1) if self.annealed else torch.ones(tokens, dtype=torch.float64)
         return (self.weight * ramp).to(device)
 
+    def options(self, tokens: int, start: bool, device: torch.device) -> dict[str, Any]:
+        """What `FlowBlock.inverse` takes of it."""
+        weights = self.weights(tokens, start, device)
+        return {"guidance": weights, "rule": self.rule, "temperature": self.temperature}
+
 
 class Flow(nn.Module):
     """Normalizing flow on images (B, C, H, W) scaled to [-1, 1], or on latents of an autoencoder.
 
     Both directions keep the layout of the images. Labels are int64 (B,), -1 for no class; text is (B, L, text_dim)
     states of a text encoder with padding set to zero.
+
+    calibration: what was measured of its solvers (`starflow calibrate`), None for nothing; saved with the weights.
     """
 
     def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
+        self.calibration: Calibration | None = None
         self.blocks = nn.ModuleList(
             FlowBlock(config.block_spec(i), config.num_classes if config.conditioned(i) else 0)
             for i in range(len(config.layers))
@@ -93,7 +105,7 @@ class Flow(nn.Module):
         return from_pretrained(cls, folder, device, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json into a folder, each file whole or not at all."""
+        """Write model.safetensors and config.json into a folder, each file whole or not at all, and the calibration."""
         save_pretrained(self, folder)
 
     @property
@@ -171,33 +183,60 @@ class Flow(nn.Module):
         backend: str | None = None,
         progress: Callable[[int, int], None] | None = None,
         after_block: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Noise (B, C, H, W) to data.
+        solvers: Solver | Sequence[Solver] = Solver(),
+        return_reports: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[SolveReport]]:
+        """Noise (B, C, H, W) to data, or (data, what each block took) with return_reports, the reports in the order
+        of `blocks`.
 
         empty_text: (B or 1, L, text_dim) states of the prompt that guidance moves away from, the empty one usually.
         progress: called now and then as progress(done, total) with the tokens of all blocks; what it raises ends the
         call. after_block: called as after_block(block, x) with what a block made, as images; returns what goes on.
-        Raises ConfigError when guidance is asked for and there is nothing to tell its two branches apart.
+        solvers: one for all blocks, or one a block in the order of `blocks`; see `starflow.solvers.Inversion`.
+        Raises ConfigError when guidance is asked for and there is nothing to tell its two branches apart, InverseError,
+        which names the block, where its noise or its data is not finite.
         """
         self._check_context(labels, text, len(z))
         grid, tokens = self.grid(z), self.tokens(z)
         contexts = self.contexts(labels, text, z, guidance, empty_text)
         count, each = len(self.blocks), tokens.shape[0] * tokens.shape[1]
+        solvers = [solvers] * count if isinstance(solvers, Solver) else list(solvers)
+        if len(solvers) != count:
+            raise ValueError(f"solvers: {len(solvers)} of them for {count} blocks")
+        reports: list[SolveReport | None] = []
         for i in reversed(range(count)):
             block, (context, guided) = self.blocks[i], contexts[i]
-            options = {"backend": backend}
-            if guided:
-                options["guidance"] = guidance.weights(tokens.shape[1], block.spec.start, z.device)
-                options.update(rule=guidance.rule, temperature=guidance.temperature)
+            options = guidance.options(tokens.shape[1], block.spec.start, z.device) if guided else {}
             if progress:
                 before = (count - 1 - i) * each
                 options["progress"] = lambda done, _, before=before: progress(before + done, count * each)
-            tokens = block.inverse(tokens, *context, self.rotary(i, grid, tokens), **options)
+            options.update(solver=solvers[i], return_report=return_reports, backend=backend)
+            try:
+                made = block.inverse(tokens, *context, self.rotary(i, grid, tokens), **options)
+            except ValueError as error:
+                # Its subclasses are those of a callback.
+                if type(error) is not ValueError:
+                    raise
+                if i + 1 < count:
+                    self._check_finite(i + 1, tokens)
+                raise InverseError(f"block {i}: {error}") from error
+            tokens, report = made if return_reports else (made, None)
+            reports.insert(0, report)
             if progress:
                 progress((count - i) * each, count * each)
             if after_block:
                 tokens = self.tokens(after_block(i, self.images(tokens, grid)))
-        return self.images(tokens, grid)
+        self._check_finite(0, tokens)
+        x = self.images(tokens, grid)
+        return (x, reports) if return_reports else x
+
+    def _check_finite(self, block: int, tokens: torch.Tensor) -> None:
+        """Raise InverseError where what a block made is not finite."""
+        if not tokens.numel() or math.isfinite(torch.linalg.vector_norm(tokens, math.inf).item()):
+            return
+        own = tokens.flip(1) if self.blocks[block].spec.flip else tokens
+        sample, token, _ = own.isfinite().logical_not().nonzero()[0].tolist()
+        raise InverseError(f"block {block}: values are not finite at token {token} of sample {sample}")
 
     def contexts(
         self,

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .certificate import Certificate, combine
 from .data import generator
-from .errors import ConfigError, StarflowError
+from .errors import ConfigError, InverseError, StarflowError
 from .files import write_atomically, write_text
 from .sampling import save_grid
+from .solvers import TOLERANCE, BlockReport, add_reports, method_of
 
 if TYPE_CHECKING:
     from .pipelines import FlowPipeline
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.jsonl"
 GRID = "grid.png"
 GRID_IMAGES = 100
+# Settings that change an image by no more than the tolerance.
+FREE = ("method", "window")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +51,18 @@ class Job:
 @dataclasses.dataclass(frozen=True)
 class GenerationReport:
     """count images written in `seconds` and kept ones that were there; stages: seconds of each stage of the pipeline;
-    steps, certificate: as in PipelineReport, the largest of all batches."""
+    the rest as in PipelineReport, over all batches: the most passes, the largest certificate, its mean."""
 
     count: int
     kept: int
     seconds: float
     images_per_second: float
     stages: dict[str, float]
+    method: str
     steps: int
     certificate: float | None
+    certificate_mean: float | None
+    blocks: list[BlockReport]
 
 
 def generate(
@@ -72,31 +79,44 @@ def generate(
     """Write the images of the jobs and a manifest, but for those that are there; a grid of them where they are few.
 
     options: arguments of the pipeline's call. settings: what else decides the images, the checkpoint say. Where images
-    are there, these, the seed and the images' conditions must be those that the folder was begun with: ConfigError
-    otherwise. StarflowError where a file cannot be written.
+    are there, these, the seed and the images' conditions must be those that the folder was begun with, ConfigError
+    otherwise; but for how the flow is inverted, to the same tolerance. StarflowError where a file cannot be written.
     """
     settings = {**settings, "seed": seed, **options}
     kept = _begin(out, jobs, json.loads(json.dumps(settings)))
     todo = [job for job in jobs if job.file not in kept]
     stages: dict[str, float] = {}
-    steps, errors, start = 0, [], time.perf_counter()
+    blocks, errors, start = [], [], time.perf_counter()
     for first in range(0, len(todo), batch_size):
         batch = todo[first : first + batch_size]
         pipe.set_progress_bar_config(
             desc=f"{first + len(batch)} of {len(todo)} images", leave=False, disable=not sys.stderr.isatty()
         )
-        output = _draw(pipe, batch, seed, {**options, "certify": certify})
+        try:
+            output = _draw(pipe, batch, seed, {**options, "certify": certify})
+        except InverseError as error:
+            raise InverseError(f"{batch[0].file} to {batch[-1].file}: {error}") from None
         for job, image in zip(batch, output.images):
             write_atomically(out / job.file, lambda path, image=image: image.save(path, format="PNG"))
         _record(out, batch)
         stages = {name: stages.get(name, 0.0) + seconds for name, seconds in output.report.seconds.items()}
-        steps = output.report.steps
-        errors += [] if output.report.certificate is None else [output.report.certificate]
+        blocks = add_reports(blocks, output.report.blocks)
+        if output.report.certificate is not None:
+            errors.append((Certificate(output.report.certificate, output.report.certificate_mean), len(batch)))
     seconds = time.perf_counter() - start
     if len(jobs) <= GRID_IMAGES:
         save_grid(_read(out, jobs), out / GRID, columns)
-    rate = len(todo) / seconds if todo else 0.0
-    return GenerationReport(len(todo), len(jobs) - len(todo), seconds, rate, stages, steps, max(errors, default=None))
+    return GenerationReport(
+        len(todo),
+        len(jobs) - len(todo),
+        seconds,
+        len(todo) / seconds if todo else 0.0,
+        stages,
+        method_of(blocks),
+        sum(block.passes for block in blocks),
+        *combine(errors),
+        blocks,
+    )
 
 
 def _draw(pipe: FlowPipeline, batch: list[Job], seed: int, options: dict[str, Any]):
@@ -113,8 +133,8 @@ def _draw(pipe: FlowPipeline, batch: list[Job], seed: int, options: dict[str, An
 def _begin(out: Path, jobs: list[Job], settings: dict[str, Any]) -> set[str]:
     """Names of the images that are there; the manifest then lists them and no others."""
     begun, lines = _manifest(out) if any(out.glob("[0-9]*.png")) else (settings, {})
-    if begun != settings:
-        names = sorted(name for name in begun.keys() | settings if begun.get(name) != settings.get(name))
+    old, new = ({"tol": TOLERANCE, **{k: v for k, v in each.items() if k not in FREE}} for each in (begun, settings))
+    if names := sorted(name for name in old.keys() | new if old.get(name) != new.get(name)):
         raise ConfigError(f"{out} was begun with another {', '.join(names)}: give the same or choose another folder")
     for job in jobs:
         if lines.setdefault(job.file, job.condition) != job.condition:

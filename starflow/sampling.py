@@ -12,33 +12,33 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from .certificate import certificate
+from .certificate import certificate, combine
 from .data import generator, quantise
-from .errors import ConfigError
+from .errors import ConfigError, InverseError
 from .files import write_atomically
 from .flow import Flow, Guidance
+from .solvers import BlockReport, Inversion, add_reports, block_reports, method_of
 
 MIN_GRID_PIXELS = 512
-METHODS = ("sequential",)
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleReport:
-    """count images in `seconds`, `steps` token steps a batch; certificate: see `starflow.certificate`, over the samples
-    before denoising, None where it was not asked for or cannot be had."""
+    """count images in `seconds`.
+
+    method: that was used. steps: network passes, one after the other, in all blocks together. certificate,
+    certificate_mean: see `starflow.certificate`, over the samples before denoising, None where it was not asked for or
+    cannot be had. blocks: what each block took.
+    """
 
     count: int
+    method: str
     steps: int
     seconds: float
     images_per_second: float
     certificate: float | None
-
-
-def method_of(name: str) -> str:
-    """The one of METHODS that a name or "auto" means. Raises ConfigError."""
-    if name not in ("auto", *METHODS):
-        raise ConfigError(f"method={name!r}: expected auto or one of {', '.join(METHODS)}")
-    return METHODS[0] if name == "auto" else name
+    certificate_mean: float | None
+    blocks: list[BlockReport]
 
 
 class Samples(NamedTuple):
@@ -58,34 +58,55 @@ def sample(
     denoise: float = 0.0,
     certify: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    inversion: Inversion = Inversion(),
 ) -> Samples:
     """Draw images.
 
     labels: int64 (count,). seed: all noise comes from it, whatever the batch size. batch_size: images at a time.
     denoise: factor of a step along the score after sampling, see Flow.denoise; 0 for none.
-    progress: see Flow.inverse, over all images.
+    progress: see Flow.inverse, over all images. inversion: how the flow is inverted.
 
-    Raises ConfigError for a flow on latents: a pipeline, which has their autoencoder, draws from it.
+    Raises ConfigError for a flow on latents: a pipeline, which has their autoencoder, draws from it. InverseError where
+    images are not finite.
     """
     if not flow.config.levels:
         raise ConfigError("this flow is on latents: draw from it with the pipeline that has their autoencoder")
     noise = flow.noise(count, generator(seed))
-    start, parts, residual = time.perf_counter(), [], None
+    start, parts, errors, blocks = time.perf_counter(), [], [], []
     for z, rows in zip(noise.split(batch_size), torch.arange(count).split(batch_size)):
         batch_labels = None if labels is None else labels[rows].to(flow.device)
 
         def watch(done: int, total: int, first: int = int(rows[0]), size: int = len(z)) -> None:
             progress(first * (total // size) + done, count * (total // size))
 
-        x = flow.inverse(z, batch_labels, guidance=guidance, progress=progress and watch)
+        solvers = inversion.solvers(flow, z, guidance)
+        try:
+            x, reports = flow.inverse(
+                z,
+                batch_labels,
+                guidance=guidance,
+                progress=progress and watch,
+                solvers=solvers,
+                return_reports=True,
+            )
+        except InverseError as error:
+            raise InverseError(f"images {rows[0]} to {rows[-1]}: {error}") from None
+        blocks = add_reports(blocks, block_reports(solvers, reports))
         if certify and (error := certificate(flow, x, z, batch_labels, guidance=guidance)) is not None:
-            residual = max(residual or 0.0, error)
+            errors.append((error, len(z)))
         if denoise:
             x = flow.denoise(x, batch_labels, factor=denoise)
         parts.append(quantise(x, flow.config.levels, flow.config.noise_std))
     seconds = time.perf_counter() - start
-    tokens = math.prod(flow.config.grid) - (0 if flow.config.start else 1)
-    report = SampleReport(count, tokens * len(flow.blocks), seconds, count / seconds, residual)
+    report = SampleReport(
+        count,
+        method_of(blocks),
+        sum(block.passes for block in blocks),
+        seconds,
+        count / seconds,
+        *combine(errors),
+        blocks,
+    )
     return Samples(torch.cat(parts), report)
 
 

@@ -11,7 +11,8 @@ from .dispatch import backends
 from .flow_head.api import flow_head
 from .linear.api import linear
 from .residual_norm.api import residual_norm
-from .solve_inverse.api import SolveReport, solve_inverse
+from .solve_inverse.api import solve_inverse
+from .solver import Solver, SolveReport
 from .spec import AffineSpec, BlockSpec
 from .triton_runtime import warmup
 
@@ -19,6 +20,7 @@ __all__ = [
     "AffineSpec",
     "BlockSpec",
     "SolveReport",
+    "Solver",
     "affine_flow",
     "affine_flow_inverse",
     "attention_flow",

@@ -13,6 +13,7 @@ from PIL import Image
 from starflow import Flow
 from starflow.cli import COMMANDS, main, parser
 from starflow.settings import PRESETS, presets, read_settings
+from starflow.solvers import TOLERANCE
 
 TINY = {
     "model": {
@@ -78,12 +79,44 @@ def test_sample(tmp_path, run, capsys):
     out = tmp_path / "drawn"
     arguments = ["sample", "--checkpoint", run, "--out", str(out), "--num", "20", "--batch-size", "7", "--certify"]
     assert main([*arguments, "--images", "--json", "-"]) == 0
-    report = json.loads(capsys.readouterr().out.split("\n", 1)[1])
-    assert report["results"]["certificate"] < 1e-4 and report["results"]["count"] == 20
+    printed = capsys.readouterr().out
+    results = json.loads(printed[printed.index("{\n") :])["results"]
+    assert 0 <= results["certificate_mean"] <= results["certificate"] < 1e-4 and results["count"] == 20
+    assert "max |flow(x) - z| = " in printed and ", mean " in printed
+    assert "block 1: sequential: 3 passes for 4 tokens" in printed
+    assert [block["samples"] for block in results["blocks"]] == [20, 20] and results["steps"] == 6
     assert len(list(out.glob("0*.png"))) == 20
     assert Image.open(out / "000019.png").size == (8, 8)
     assert main(["sample", "--checkpoint", run, "--out", str(out), "--label", "3", "--guidance", "1.5"]) == 0
     assert main(["sample", "--checkpoint", run, "--out", str(out), "--label", "none", "--dtype", "bfloat16"]) == 0
+
+
+def test_methods(tmp_path, run, capsys):
+    base = ["sample", "--checkpoint", run, "--num", "10", "--out", str(tmp_path), "--json"]
+    drawn = {}
+    for method in (["auto"], ["sequential"], ["jacobi", "--window", "2", "--tol", "1e-6"], ["jacobi", "--tol", "0"]):
+        report = tmp_path / "report.json"
+        assert main([*base, str(report), "--certify", "--method", *method]) == 0
+        results = json.loads(report.read_text())["results"]
+        assert results["method"] == ("jacobi" if "jacobi" in method else "sequential")
+        assert {block["window"] for block in results["blocks"]} == {2 if "--window" in method else 0}
+        assert results["certificate"] < 1e-4
+        drawn[tuple(method)] = digest(tmp_path / "grid.png")
+    assert drawn["auto",] == drawn["sequential",] == drawn["jacobi", "--tol", "0"]
+    assert "block 0: jacobi, window 2, neighbours: " in capsys.readouterr().out
+
+
+def test_flags_of_the_released_code(tmp_path, run, capsys):
+    base = ["sample", "--checkpoint", run, "--num", "4", "--out", str(tmp_path)]
+    report = tmp_path / "report.json"
+    assert main([*base, "--jacobi", "1", "--jacobi_block_size", "2", "--json", str(report)]) == 0
+    results = json.loads(report.read_text())["results"]
+    assert results["method"] == "jacobi" and results["blocks"][0]["window"] == 2 and not capsys.readouterr().err
+    for threshold, tol in (("0.001", f"{TOLERANCE:g}"), ("1e-14", "1e-07")):
+        assert main([*base, "--jacobi", "1", "--jacobi_th", threshold, "--jacobi_max_iter", "32"]) == 0
+        assert f"sweeps go on to --tol {tol}, not to the released threshold" in capsys.readouterr().err
+    assert main([*base, "--jacobi", "0", "--jacobi_th", "0.001", "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["results"]["method"] == "sequential"
 
 
 def test_sample_of_the_bundled_digits(tmp_path):
@@ -152,6 +185,16 @@ def test_presets_are_complete(name):
         (["sample", "--guidance", "-2"], "weight=-2.0"),
         (["sample", "--guidance", "1", "--label", "none"], "attention temperature"),
         (["sample", "--num", "2", "--out", "/dev/full/x"], "/dev/full"),
+        (["sample", "--method", "guess"], "method='guess': expected auto or one of sequential, jacobi"),
+        (["sample", "--window", "8"], "window=8: for method='jacobi', not 'auto'"),
+        (["sample", "--method", "jacobi", "--tol", "-1"], "tol=-1.0"),
+        (["sample", "--method", "jacobi", "--tol", "nan"], "tol=nan"),
+        (["sample", "--method", "sequential", "--jacobi", "1"], "--jacobi 1 and --method sequential"),
+        (["sample", "--jacobi", "1", "--jacobi_th", "-1"], "--jacobi_th -1.0"),
+        (["calibrate"], "--out FOLDER: digits comes with the package"),
+        (["calibrate", "--out", "."], "--out . exists already"),
+        (["calibrate", "--out", "x", "--tol", "-1"], "tol=-1.0"),
+        (["calibrate", "--checkpoint", "nowhere"], "nowhere"),
         (["info", "--json", "/dev/full/x.json"], "/dev/full"),
         (["eval", "--data", "nowhere"], "nowhere"),
         (["train", "--preset", "mnist"], "mnist"),

@@ -56,6 +56,15 @@ def test_a_seed_draws_the_images_of_the_command(digits):
     assert not torch.equal(drawn, digits.draw(Choices(condition="3", count=5, seed=8, guidance=1.5)).images)
 
 
+def test_methods(digits):
+    drawn = {method: digits.draw(Choices(count=4, method=method)) for method in ("auto", "sequential", "jacobi")}
+    assert digits.defaults.method == "auto" and torch.equal(drawn["auto"].images, drawn["sequential"].images)
+    assert [drawing.method for drawing in drawn.values()] == ["sequential", "sequential", "jacobi"]
+    assert (drawn["jacobi"].images.int() - drawn["sequential"].images.int()).abs().max() <= 1
+    shown = figures_of(drawn["jacobi"])
+    assert f"mean {drawn['jacobi'].certificate_mean:.1e}" in shown and f"{drawn['jacobi'].steps:,} passes" in shown
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

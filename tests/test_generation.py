@@ -17,6 +17,7 @@ import components
 from starflow import Flow
 from starflow.cli import main
 from starflow.pipelines import FlowModel, TarFlowPipeline
+from starflow.solvers import TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,16 @@ def test_a_killed_run_continues(folder, tmp_path, capsys):
     assert np.array_equal(images(out)["000000-0003.png"], images(whole)["000000-0003.png"])
 
 
+def test_another_method_continues_a_run_and_another_tolerance_does_not(folder, tmp_path, capsys):
+    base = ["--checkpoint", folder, "--prompt", "a red cat", "--out", str(tmp_path), "--num"]
+    assert main(["sample", *base, "1"]) == 0
+    assert main(["sample", *base, "2", "--method", "jacobi", "--window", "16", "--tol", str(TOLERANCE)]) == 0
+    assert "1 images (1 were there)" in capsys.readouterr().out
+    assert "begun with another tol" in fails(capsys, *base, "3", "--method", "jacobi", "--tol", "0.1")
+    assert main(["sample", *base, "3", "--method", "sequential"]) == 0
+    assert len(images(tmp_path)) == 3
+
+
 def test_a_folder_of_another_run_is_left_alone(folder, tmp_path, capsys):
     base = ["--checkpoint", folder, "--num", "1", "--out", str(tmp_path / "out")]
     assert main(["sample", *base, "--prompt", "a red cat"]) == 0
@@ -139,8 +150,8 @@ def test_flags_of_the_released_code(folder, tmp_path, capsys):
     base = ["sample", "--checkpoint", folder, "--prompt", "a cat", "--num", "1", "--seed", "999"]
     released = ["--cfg", "2.5", "--attn_temp", "1.5", "--jacobi", "1", "--jacobi_th", "0.001"]
     assert main([*base, *released, "--jacobi_block_size", "16", "--out", str(tmp_path / "a")]) == 0
-    assert "--jacobi has no effect, the method is sequential" in capsys.readouterr().err
-    ours = ["--guidance", "2.5", "--attention-temperature", "1.5", "--method", "sequential"]
+    assert f"sweeps go on to --tol {TOLERANCE:g}" in capsys.readouterr().err
+    ours = ["--guidance", "2.5", "--attention-temperature", "1.5", "--method", "jacobi", "--window", "16"]
     assert main([*base, *ours, "--out", str(tmp_path / "b")]) == 0
     one, other = (list(files(tmp_path / name).values()) for name in "ab")
     assert [content for _, content in one] == [content for _, content in other]

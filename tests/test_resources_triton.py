@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 
 import pytest
 
@@ -24,8 +23,7 @@ AMD = """amdhsa.kernels:
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+def tool():
     return importlib.import_module("benchmarks.triton_resources")
 
 

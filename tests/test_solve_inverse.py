@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import naive_affine, naive_raw, strided
 
-from starflow_kernels import AffineSpec, SolveReport, affine_flow, solve_inverse
+from starflow_kernels import AffineSpec, Solver, SolveReport, affine_flow, solve_inverse
 
 F64 = torch.float64
 SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=[f"{s.scale}{'-clip' if s.soft_clip else ''}" for s in SPECS])
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 every_order = pytest.mark.parametrize("order", ["ascending", "descending", "random"])
 
 
@@ -48,7 +49,8 @@ def test_density_of_the_result_is_the_noise(spec, order, T, D):
     x, report = solve_inverse(conditioner, z, spec, order=order)
     torch.testing.assert_close(naive_affine(x, conditioner(x), spec)[0], z, rtol=0, atol=1e-9)
     assert (report.method, report.passes, report.tokens) == ("sequential", T, 4 * T * T)
-    assert report.certificate is None and report.seconds > 0
+    assert torch.equal(report.sweeps, torch.ones(4, T, dtype=torch.int32))
+    assert report.certificate is None and report.seconds > 0 and report.residual == report.fallbacks == 0
 
 
 @every_spec
@@ -83,7 +85,7 @@ def test_sizes(T):
     torch.testing.assert_close(naive_affine(x, conditioner(x), spec)[0], z, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@every_dtype
 def test_certificate_is_the_residual(dtype):
     conditioner, z = Conditioner(6, 3, 6, dtype=dtype), torch.randn(2, 6, 3, dtype=dtype)
     x, report = solve_inverse(conditioner, z, certify=True)
@@ -116,7 +118,15 @@ def test_module_with_gradients_and_inputs_are_left_alone():
         ({"z": torch.zeros(4, 2)}, ValueError, r"z: expected shape \(B, T, D\)"),
         ({"z": torch.full((1, 4, 2), math.nan)}, ValueError, "z: 8 of 8 values are not finite"),
         ({"z": torch.tensor([[[0.0, math.inf]]])}, ValueError, "z: 1 of 2 values are not finite"),
-        ({"method": "newton"}, ValueError, "method='newton': expected"),
+        ({"solver": "jacobi"}, TypeError, "solver: expected a Solver, got str"),
+        ({"solver": Solver("jacobi", window=2)}, ValueError, "solver: window=2, expected 0"),
+        ({"guess": "noise"}, TypeError, "guess: expected a tensor"),
+        ({"guess": torch.zeros(1, 3, 2)}, ValueError, "guess: expected shape"),
+        ({"guess": torch.full((1, 4, 2), math.nan)}, ValueError, "guess: 8 of 8 values are not finite"),
+        ({"context": torch.zeros(1)}, TypeError, "context: expected a tuple of tensors, got Tensor"),
+        ({"context": (None,)}, TypeError, r"context\[0\]: expected a tensor, got NoneType"),
+        ({"context": (torch.zeros(1), torch.zeros(()))}, ValueError, r"context\[1\]: shape \(\), expected 1 rows"),
+        ({"context": (torch.zeros(2),)}, ValueError, r"context\[0\]: shape \(2,\), expected 1 rows"),
         ({"order": [0, 1, 2, 3]}, TypeError, "order: expected an integer tensor, got list"),
         ({"order": torch.arange(4.0)}, TypeError, "order: expected an integer tensor, got torch.float32"),
         (
@@ -129,10 +139,201 @@ def test_module_with_gradients_and_inputs_are_left_alone():
         ({"conditioner": lambda x: x}, ValueError, r"output of the conditioner: expected shape \(1, 4, 4\)"),
         ({"conditioner": lambda x: None}, TypeError, "output of the conditioner: expected a tensor"),
         ({"spec": AffineSpec("unit")}, ValueError, r"output of the conditioner: expected shape \(1, 4, 2\)"),
-        ({"conditioner": lambda x: x.repeat(1, 1, 2) + 1e3}, ValueError, "x, the result: .* values are not finite"),
+        ({"conditioner": lambda x: x.repeat(1, 1, 2) + 1e3}, ValueError, "not finite at token 0 of sample 0"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):
     arguments = {"conditioner": lambda x: torch.zeros(1, 4, 4), "z": torch.ones(1, 4, 2)}
     with pytest.raises(error, match=message):
         solve_inverse(**{**arguments, **change})
+
+
+def row_by_row(conditioner):
+    """The same function of one row after another: its bits do not depend on the batch."""
+    return lambda x, *context: torch.cat(
+        [conditioner(x[i : i + 1], *(c[i : i + 1] for c in context)) for i in range(len(x))]
+    )
+
+
+def sheared(maps, offsets=(1,), order=None):
+    """A conditioner linear in its neighbours: mu_t = sum_k M_k x_{t-k}, log sigma constant at 0.3."""
+
+    def conditioner(x):
+        places = torch.arange(x.shape[1]) if order is None else order
+        ordered, mu = x[:, places], torch.zeros_like(x)
+        for t in range(len(places)):
+            for offset, by in zip(offsets, maps):
+                if offset <= t:
+                    mu[:, places[t]] += ordered[:, t - offset] @ by.T
+        return torch.cat([torch.full_like(mu, 0.3), mu], -1)
+
+    return conditioner
+
+
+def random_maps(count, D, dtype=F64):
+    """Derivatives of norm 0.9 over all neighbours."""
+    return (0.9 / count * torch.linalg.qr(torch.randn(count, D, D, dtype=F64)).Q).to(dtype)
+
+
+solvers = pytest.mark.parametrize("offsets", [(), (1, 4), (2, 30)], ids=["jacobi", "newton", "newton-far"])
+
+
+@every_order
+@every_dtype
+@solvers
+@pytest.mark.parametrize("T, D", [(1, 3), (2, 1), (17, 1), (17, 3)])
+@pytest.mark.parametrize("guess", ["noise", "zero", "tensor"])
+def test_the_fixed_point_has_the_bits_of_sequential(order, dtype, offsets, T, D, guess):
+    """Neighbours need not fit the conditioner: they change the way, not the result."""
+    spec, order = AffineSpec("softplus", 4.0), permutation(order, T)
+    conditioner = row_by_row(Conditioner(T, D, 2 * D, order, dtype=dtype))
+    z = strided(torch.randn(5, T, D, dtype=dtype))
+    solver = Solver("jacobi", guess="zero" if guess == "zero" else "noise", tol=0, neighbours=offsets)
+    first = torch.randn(5, T, D, dtype=dtype) if guess == "tensor" else None
+    x, report = solve_inverse(conditioner, z, spec, order=order, solver=solver, guess=first)
+    assert torch.equal(x, solve_inverse(conditioner, z, spec, order=order)[0])
+    assert report.method == "jacobi" and report.residual == report.fallbacks == 0
+    assert report.sweeps.shape == (5, T) and report.sweeps.dtype == torch.int32
+    assert report.passes == report.sweeps.max() <= T and report.tokens == report.sweeps.sum()
+    assert (report.sweeps == report.sweeps[:, :1]).all()
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-6])
+@solvers
+def test_a_sweep_changed_no_value_of_the_result_by_more_than_the_tolerance(tol, offsets):
+    """The residual is the last change: of a solution that is not at its fixed point yet, it is not zero."""
+    conditioner, z = Conditioner(32, 3, 6), torch.randn(6, 32, 3, dtype=F64)
+    conditioner.mix = [mix / 3 for mix in conditioner.mix]
+    spec = AffineSpec("softplus", 4.0)
+    x, report = solve_inverse(conditioner, z, spec, solver=Solver("jacobi", tol=tol, neighbours=offsets))
+    assert 0 < report.residual <= tol and report.passes < 32
+    mu, sigma = naive_raw(conditioner(x), spec)
+    assert (mu + sigma * z - x).abs().max() < 4 * tol
+
+
+def test_no_residual_after_as_many_sweeps_as_tokens():
+    """A chain in which the change of a sweep stays large to the end: every token then follows from exact ones."""
+    chain, z = sheared(torch.full((1, 1, 1), -1.0, dtype=F64)), torch.randn(2, 9, 1, dtype=F64)
+    x, report = solve_inverse(chain, z, solver=Solver("jacobi", tol=1e-9))
+    assert report.passes == 9 and report.residual == 0
+    torch.testing.assert_close(x, solve_inverse(chain, z)[0], rtol=0, atol=1e-12)
+
+
+def test_context_leaves_the_batch_with_its_samples():
+    scale, conditioner, z = torch.logspace(-3, 0, 4, dtype=F64), Conditioner(17, 3, 6), torch.randn(4, 17, 3, dtype=F64)
+    arguments = {"spec": AffineSpec("softplus", 4.0), "solver": Solver("jacobi")}
+
+    def scaled(x, c):
+        return conditioner(x) * c[:, None, None]
+
+    x, report = solve_inverse(scaled, z, context=(scale,), **arguments)
+    assert report.sweeps[0, 0] < report.sweeps[3, 0]
+    for i in range(4):
+        one, alone = solve_inverse(scaled, z[i : i + 1], context=(scale[i : i + 1],), **arguments)
+        assert torch.equal(alone.sweeps, report.sweeps[i : i + 1])
+        torch.testing.assert_close(one[0], x[i], rtol=0, atol=1e-12)
+
+
+def squares(order, most=math.inf):
+    """log sigma_t = x_{t-1}^2, -10 at the first token: noise may overflow where the solution is small."""
+
+    def conditioner(x):
+        before = x[:, order].square().clamp(max=most)[:, :-1]
+        log_sigma = torch.nn.functional.pad(before, (0, 0, 1, 0)) - 10 * (torch.arange(x.shape[1]) == 0)[:, None].to(x)
+        return torch.cat([log_sigma, 0 * x], -1)[:, order.argsort()]
+
+    return row_by_row(conditioner)
+
+
+@every_order
+@every_dtype
+@pytest.mark.parametrize(
+    "start, most", [(50.0, math.inf), (2.5, math.inf), (50.0, 30.0)], ids=["infinite", "infinite-later", "finite"]
+)
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_samples_that_diverge_fall_back_alone(order, dtype, start, most, neighbours):
+    """One of three samples leaves the finite numbers, or the reasonable ones, from its own noise: the others keep the
+    bits and sweeps that they have without it."""
+    order = permutation(order, 6)
+    order = torch.arange(6) if order is None else order
+    z = torch.randn(3, 6, 1, dtype=dtype) * 0.1
+    z[1] = 0.1
+    z[1, order[0]] = start
+    conditioner, arguments = squares(order, most), {"order": order, "solver": Solver("jacobi", tol=0)}
+    if neighbours:
+        arguments["solver"] = Solver("jacobi", tol=0, neighbours=(1,))
+    x, report = solve_inverse(conditioner, z, **arguments)
+    assert torch.equal(x, solve_inverse(conditioner, z, order=order)[0]) and x.abs().max() < 1
+    assert report.fallbacks == 1 and report.residual == 0 and report.passes == report.sweeps[1, 0] == 7
+    others, calm = solve_inverse(conditioner, z[::2], **arguments)
+    assert torch.equal(others, x[::2]) and torch.equal(calm.sweeps, report.sweeps[::2]) and calm.fallbacks == 0
+
+
+def test_a_guess_that_overflows_falls_back():
+    z, guess = torch.full((2, 4, 1), 0.1, dtype=F64), torch.tensor([300.0, 1.0], dtype=F64)[:, None, None]
+    x, report = solve_inverse(squares(torch.arange(4)), z, guess=guess.expand(2, 4, 1), solver=Solver("jacobi", tol=0))
+    assert torch.equal(x, solve_inverse(squares(torch.arange(4)), z)[0]) and report.fallbacks == 1
+
+
+@pytest.mark.parametrize("solver", [Solver(), Solver("jacobi"), Solver("jacobi", tol=0)], ids=str)
+@every_order
+def test_error_names_token_and_sample(order, solver):
+    order = permutation(order, 6)
+    order = torch.arange(6) if order is None else order
+    z = torch.randn(3, 6, 1) * 0.1
+    z[1, order[2]] = 40.0
+    with pytest.raises(ValueError, match=f"not finite at token {order[3]} of sample 1"):
+        solve_inverse(squares(order), z, order=order, solver=solver)
+
+
+@every_dtype
+def test_an_empty_batch(dtype):
+    conditioner = Conditioner(4, 2, 4, dtype=dtype)
+    for solver in (Solver(), Solver("jacobi", neighbours=(1,))):
+        x, report = solve_inverse(conditioner, torch.zeros(0, 4, 2, dtype=dtype), solver=solver, certify=True)
+        assert x.shape == (0, 4, 2) and report.tokens == 0 and report.sweeps.shape == (0, 4)
+
+
+@every_order
+@every_dtype
+@pytest.mark.parametrize("D", [1, 3])
+def test_the_model_of_a_linear_conditioner_is_found(order, dtype, D):
+    """What the first two sweeps did tells all there is to know, but for the ridge."""
+    order, z = permutation(order, 48), torch.randn(4, 48, D, dtype=dtype)
+    conditioner = sheared(random_maps(2, D, dtype), (1, 5), order)
+    expected, _ = solve_inverse(conditioner, z, order=order)
+    tol = 2e-5 if dtype == torch.float32 else 1e-9
+    x, report = solve_inverse(conditioner, z, order=order, solver=Solver("jacobi", tol=tol, neighbours=(1, 5)))
+    assert (x - expected).abs().max() < 5 * tol * max(1, expected.abs().max())
+    _, plain = solve_inverse(conditioner, z, order=order, solver=Solver("jacobi", tol=tol))
+    assert report.passes <= plain.passes / 2
+
+
+def test_the_model_lowers_the_passes_of_a_nonlinear_chain():
+    """The derivatives of mu and log sigma differ from place to place; what they have in common is worth having."""
+    by_mu, by_log_sigma = random_maps(2, 2) * 1.6
+
+    def conditioner(x):
+        before = torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+        return torch.cat([0.2 * (before @ by_log_sigma.T).tanh(), before @ by_mu.T + 0.2 * before.sin()], -1)
+
+    z = torch.randn(8, 80, 2, dtype=F64)
+    exact, _ = solve_inverse(conditioner, z)
+    plain, newton = (solve_inverse(conditioner, z, solver=Solver("jacobi", tol=1e-8, neighbours=k)) for k in ((), (1,)))
+    assert newton[1].passes <= 0.6 * plain[1].passes
+    for x, _ in (plain, newton):
+        torch.testing.assert_close(x, exact, rtol=0, atol=1e-6)
+
+
+def test_an_unstable_model_does_not_lead_away():
+    """The largest change bounds what the model may add, so that its values cannot grow from token to token."""
+    z = torch.randn(3, 200, 1, dtype=F64)
+    chain = sheared(torch.full((1, 1, 1), 1.5, dtype=F64))
+
+    def conditioner(x):
+        return chain(x.tanh())
+
+    solver = Solver("jacobi", tol=1e-9, neighbours=(1,))
+    x, report = solve_inverse(conditioner, z, solver=solver)
+    assert report.fallbacks == 0 and report.passes < 200
+    torch.testing.assert_close(x, solve_inverse(conditioner, z)[0], rtol=0, atol=1e-6)

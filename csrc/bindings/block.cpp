@@ -18,20 +18,16 @@ std::vector<int64_t> block_sizes(std::vector<int64_t> spec, int64_t passed, int6
     return {cache_floats(read, cached), workspace_floats(read, passed, cached)};
 }
 
-// `tokens` is the data of the density direction, or with params null the state of sampling.
-void block_run(Tensor tokens, Optional params, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
-               double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance, int64_t rule,
-               double temperature, Tensor cache, Tensor workspace, std::vector<int64_t> plan) {
-    Spec read = read_spec(spec, clip);
-    Model model(read, data(packed), offsets);
+// What both directions take beside tokens, weights and plan.
+BlockCall call_of(const Model& model, const Tensor& tokens, const Optional& cond, const Optional& prefix,
+                  const Optional& cos, const Optional& sin, const Optional& guidance, int64_t rule, double temperature,
+                  const Tensor& cache) {
     BlockCall call{};
     call.block = &model.block;
     call.B = tokens.size(0);
     call.T = tokens.size(1);
     call.L = prefix ? prefix->size(1) : 0;
     call.copies = guidance ? 2 : 1;
-    call.params = data(params);
-    (params ? const_cast<float*&>(call.input) : call.state) = data(tokens);
     call.cond = data(cond);
     call.prefix = data(prefix);
     call.cos = data(cos);
@@ -40,11 +36,57 @@ void block_run(Tensor tokens, Optional params, Tensor packed, std::vector<int64_
     call.rule = Rule(rule);
     call.temperature = float(temperature);
     call.cache = data(cache);
+    return call;
+}
+
+// `tokens` is the data of the density direction, or with params null the state of sampling.
+void block_run(Tensor tokens, Optional params, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
+               double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance, int64_t rule,
+               double temperature, Tensor cache, Tensor workspace, std::vector<int64_t> plan) {
+    Model model(read_spec(spec, clip), data(packed), offsets);
+    BlockCall call = call_of(model, tokens, cond, prefix, cos, sin, guidance, rule, temperature, cache);
+    call.params = data(params);
+    (params ? const_cast<float*&>(call.input) : call.state) = data(tokens);
     call.first = plan.at(0);
     call.last = plan.at(1);
     call.group = plan.at(2);
     call.chunk = plan.at(3);
     int64_t threads = plan.at(4), floats = workspace.numel() / threads;
+    run_groups(parallel_for, int(threads), call, data(workspace), floats);
+}
+
+static_assert(sizeof(Place) == 7 * sizeof(int64_t), "a row of the tensor `places`");
+
+// Floats of memory of a sequence of `tokens` tokens, see Jacobi.
+int64_t jacobi_floats(int64_t tokens, int64_t token_dim, int64_t neighbours) {
+    Jacobi solver{};
+    solver.neighbours = neighbours;
+    return solver.memory_floats(tokens, token_dim);
+}
+
+// `tokens` are the values so far of the solution for `noise`; places, sweeps and residual say where it stands.
+void block_jacobi(Tensor tokens, Tensor noise, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
+                  double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance, int64_t rule,
+                  double temperature, std::vector<int64_t> neighbours, double tol, Tensor places, Tensor sweeps,
+                  Tensor residual, Tensor memory, Tensor cache, Tensor workspace, std::vector<int64_t> plan) {
+    Model model(read_spec(spec, clip), data(packed), offsets);
+    BlockCall call = call_of(model, tokens, cond, prefix, cos, sin, guidance, rule, temperature, cache);
+    Jacobi solver{};
+    solver.noise = data(noise);
+    solver.tol = float(tol);
+    solver.neighbours = int64_t(neighbours.size());
+    solver.offsets = neighbours.data();
+    solver.memory = data(memory);
+    solver.places = static_cast<Place*>(places.data_ptr());
+    solver.sweeps = static_cast<int32_t*>(sweeps.data_ptr());
+    solver.residual = data(residual);
+    solver.window = plan.at(0);
+    solver.slide = plan.at(1);
+    solver.passes = plan.at(2);
+    call.jacobi = &solver;
+    call.state = data(tokens);
+    call.group = 1;
+    int64_t threads = plan.at(3), floats = workspace.numel() / threads;
     run_groups(parallel_for, int(threads), call, data(workspace), floats);
 }
 
@@ -56,14 +98,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
         "block_run(Tensor(a!) tokens, Tensor(b!)? params, Tensor packed, int[] offsets, int[] spec, float clip, "
         "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin, Tensor? guidance, int rule, float temperature, "
         "Tensor(c!) cache, Tensor(d!) workspace, int[] plan) -> ()");
+    m.def(
+        "block_jacobi(Tensor(a!) tokens, Tensor noise, Tensor packed, int[] offsets, int[] spec, float clip, "
+        "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin, Tensor? guidance, int rule, float temperature, "
+        "int[] neighbours, float tol, Tensor(b!) places, Tensor(c!) sweeps, Tensor(d!) residual, Tensor(e!) memory, "
+        "Tensor(f!) cache, Tensor(g!) workspace, int[] plan) -> ()");
+    m.def("jacobi_floats(int tokens, int token_dim, int neighbours) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(starflow_native, CompositeExplicitAutograd, m) {
     m.impl("block_sizes", TORCH_BOX(&block_sizes));
+    m.impl("jacobi_floats", TORCH_BOX(&jacobi_floats));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(starflow_native, CPU, m) {
     m.impl("block_run", TORCH_BOX(&block_run));
+    m.impl("block_jacobi", TORCH_BOX(&block_jacobi));
 }
 
 }  // namespace starflow

@@ -55,13 +55,19 @@ INLINE Gaussian guided(Raw with, Raw without, float weight, Rule rule, Scale sca
     return {((splat(1.0f) + w) * with.b - ws * without.b) / precision, sigma / root(precision)};
 }
 
-// x = mu + sigma z for one token; `without` is null without guidance; x == z allowed.
+// Lanes i .. of mean and scale of one token; `without` is null without guidance.
+INLINE Gaussian gaussian_at(const float* params, const float* without, float weight, int i, int D, Rule rule,
+                            const Affine& affine) {
+    Raw raw = raw_at(params, i, D, affine);
+    return without ? guided(raw, raw_at(without, i, D, affine), weight, rule, affine.scale)
+                   : Gaussian{raw.b, sigma_of(raw.a, affine.scale)};
+}
+
+// x = mu + sigma z for one token; x == z allowed.
 inline void affine_inverse(const float* z, const float* params, const float* without, float weight, int D, Rule rule,
                            const Affine& affine, float* x) {
     for (int i = 0; i < D; i += LANES) {
-        Raw raw = raw_at(params, i, D, affine);
-        Gaussian g = without ? guided(raw, raw_at(without, i, D, affine), weight, rule, affine.scale)
-                             : Gaussian{raw.b, sigma_of(raw.a, affine.scale)};
+        Gaussian g = gaussian_at(params, without, weight, i, D, rule, affine);
         store(x + i, fma(g.sigma, load(z + i, D - i), g.mu), D - i);
     }
 }

@@ -1,252 +1,31 @@
-// A flow block on groups of sequences: the causal transformer over a KV cache, one slot or many a pass. The density
-// direction passes over its tokens in chunks, sampling token by token, both through the same code on the same cache.
-#include "affine.h"
-#include "attention.h"
-#include "kernels.h"
-#include "workspace.h"
+// A flow block on groups of sequences. The density direction passes over its tokens in chunks, sampling token by token,
+// both through the same code on the same cache.
+#include "pass.h"
 
 namespace starflow::STARFLOW_ISA {
 
 namespace {
 
-struct Pass {
-    const BlockCall& call;
-    const Spec& spec;
-    const Team& team;
-    Workspace& ws;
-    float* cache;
-    int64_t first_sequence, sequences, slot, n;
-
-    int64_t rows() const { return sequences * call.copies; }
-    int64_t values() const { return rows() * n; }
-    // Row of the call's tensors of row r of this group: those with the condition come first.
-    int64_t global_row(int64_t r) const {
-        return r / sequences * call.B + first_sequence + r % sequences;
+// Every thread transforms the token for itself, which saves a barrier.
+void transform(const Pass& pass) {
+    const BlockCall& call = pass.call;
+    int D = pass.spec.token_dim;
+    int64_t P = padded(pass.spec.params_dim()), t = pass.target();
+    for (int64_t b = 0; b < pass.sequences; ++b) {
+        const float* without = call.guidance ? pass.ws.params + (pass.sequences + b) * P : nullptr;
+        float weight = call.guidance ? call.guidance[(pass.first_sequence + b) * call.T + t] : 0.0f;
+        affine_inverse(pass.at(call.state, b, t), pass.ws.params + b * P, without, weight, D, call.rule, pass.spec.affine,
+                       pass.ws.fresh + b * padded(D));
     }
-    int64_t order(int64_t token) const { return spec.flip ? call.T - 1 - token : token; }
-    bool sampling() const { return call.state; }
+}
 
-    template <class Done>
-    void multiply(const Linear& linear, const float* x, int64_t ldx, int64_t M, Done done) const {
-        int64_t tiles = padded(linear.out) / LANES, first = team.begin(tiles), last = team.end(tiles);
-        auto with_bias = [&](int64_t m, int64_t tile, Vec v) __attribute__((always_inline)) {
-            done(m, tile * LANES, v + load(linear.bias + tile * LANES));
-        };
-        if (spec.bf16)
-            product(x, ldx, M, static_cast<const Bf16*>(linear.weight), linear.in, first, last, ws.scratch, with_bias);
-        else
-            product(x, ldx, M, static_cast<const float*>(linear.weight), linear.in, first, last, ws.scratch, with_bias);
-    }
-
-    template <class Done>
-    void multiply(const Linear& linear, const float* x, Done done) const {
-        multiply(linear, x, padded(linear.in), values(), done);
-    }
-
-    void embed_prefix() const {
-        int64_t C = padded(spec.channels), width = spec.text_dim;
-        for (int64_t r = 0; r < rows(); ++r) {
-            const float* states = call.prefix + (global_row(r) * call.L + call.L + slot) * width;
-            float* h = ws.h + r * n * C;
-            multiply(call.block->proj_text, states, width, n, [&](int64_t m, int64_t c, Vec v) { store(h + m * C + c, v); });
-        }
-    }
-
-    // The token that slot s takes in.
-    const float* token(int64_t sequence, int64_t s) const {
-        int64_t t = spec.start ? s - 1 : s;
-        if (t < 0) return call.block->start;
-        if (sampling() && s > call.first && s > 0) return ws.fresh + sequence * padded(spec.token_dim);
-        const float* source = sampling() ? call.state : call.input;
-        return source + ((first_sequence + sequence) * call.T + order(t)) * spec.token_dim;
-    }
-
-    void embed_tokens() const {
-        int64_t C = padded(spec.channels), D = spec.token_dim;
-        for (int64_t m = 0; m < values(); ++m)
-            memcpy(ws.tokens + m * padded(D), token(m / n % sequences, slot + m % n), D * sizeof(float));
-        multiply(call.block->proj_in, ws.tokens, [&](int64_t m, int64_t c, Vec v) {
-            if (call.block->positions) v = v + load(call.block->positions + (slot + m % n) * C + c);
-            if (call.cond) v = v + load(call.cond + global_row(m / n) * spec.channels + c, spec.channels - int(c));
-            store(ws.h + m * C + c, v);
-        });
-    }
-
-    const float* normalized(const NormWeights& weights) const {
-        if (spec.norm == Norm::none) return ws.h;
-        int64_t C = padded(spec.channels);
-        for (int64_t m = 0; m < values(); ++m) {
-            if (spec.norm == Norm::layer_norm)
-                layer_norm(ws.h + m * C, weights.weight, weights.bias, spec.channels, ws.normed + m * C);
-            else
-                rms_norm(ws.h + m * C, weights.weight, spec.channels, ws.normed + m * C);
-        }
-        return ws.normed;
-    }
-
-    // h += x W^T + b, with the norm of the branch in between where the block has one. Ends the phase.
-    void add_branch(const Linear& linear, const float* x, const float* post_norm) const {
-        int64_t C = padded(spec.channels);
-        float* to = spec.post_norm ? ws.branch : ws.h;
-        multiply(linear, x, [&](int64_t m, int64_t c, Vec v) {
-            float* at = to + m * C + c;
-            store(at, spec.post_norm ? v : load(at) + v);
-        });
-        team.wait();
-        if (!spec.post_norm) return;
-        for (int64_t m = team.begin(values()); m < team.end(values()); ++m) {
-            rms_norm(to + m * C, post_norm, spec.channels, to + m * C);
-            for (int64_t c = 0; c < C; c += LANES) store(ws.h + m * C + c, load(ws.h + m * C + c) + load(to + m * C + c));
-        }
-        team.wait();
-    }
-
-    KeyValues cached(int64_t r, int64_t layer, int64_t head) const {
-        int64_t S = padded(call.L + call.T), d = spec.head_dim, size = S * (d + padded(d));
-        int64_t row = sampling() ? global_row(r) : r;
-        float* at = cache + row * cache_floats(spec, call.L + call.T) + (layer * spec.kv_heads + head) * size;
-        return {at, at + S * d, S};
-    }
-
-    void prepare(float* x, const float* norm, int64_t position) const {
-        int d = spec.head_dim;
-        if (spec.qk_norm) rms_norm(x, norm, d, x);
-        if (spec.rotary == Rotary::none) return;
-        rotate(x, call.cos + position * (d / 2), call.sin + position * (d / 2), d, spec.rotary == Rotary::half);
-    }
-
-    // Norm and rotate the queries and the key of one row's head, and append key and value to the cache.
-    void append_head(const Layer& layer, int64_t index, int64_t r, int head) const {
-        int d = spec.head_dim, group = spec.heads / spec.kv_heads;
-        for (int64_t i = 0; i < n; ++i) {
-            float* q = ws.qkv + (r * n + i) * padded(spec.qkv_dim());
-            float* k = q + (spec.heads + head) * d;
-            int64_t position = call.L + slot + i;
-            for (int j = head * group; j < (head + 1) * group; ++j) prepare(q + j * d, layer.q_norm, position);
-            prepare(k, layer.k_norm, position);
-            append(cached(r, index, head), position, k, k + spec.kv_heads * d, d);
-        }
-    }
-
-    float attention_scale(int64_t r) const {
-        return 1.0f / (__builtin_sqrtf(float(spec.head_dim)) * (r < sequences ? 1.0f : call.temperature));
-    }
-
-    // One token a row: a key and value head goes to the thread that appends to it.
-    void attend_token(const Layer& layer, int64_t index) const {
-        int d = spec.head_dim, group = spec.heads / spec.kv_heads, waiting = 0;
-        int64_t ldq = padded(spec.qkv_dim()), ldo = padded(int64_t(spec.heads) * d), room = padded(call.L + call.T);
-        Query queries[MOST_QUERIES];
-        auto attend_waiting = [&] {
-            attend_each(queries, waiting, call.L + slot, d, ws.sums);
-            waiting = 0;
-        };
-        for (int64_t item = team.rank; item < rows() * spec.kv_heads; item += team.size) {
-            int64_t r = item / spec.kv_heads;
-            int head = int(item % spec.kv_heads);
-            append_head(layer, index, r, head);
-            for (int j = head * group; j < (head + 1) * group; ++j) {
-                if (waiting == MOST_QUERIES) attend_waiting();
-                queries[waiting] = {ws.qkv + r * ldq + j * d, cached(r, index, head), attention_scale(r),
-                                    ws.scores + waiting * room, ws.attended + r * ldo + j * d};
-                ++waiting;
-            }
-        }
-        if (waiting) attend_waiting();
-        team.wait();
-    }
-
-    void attend_tokens(const Layer& layer, int64_t index) const {
-        int d = spec.head_dim;
-        int64_t ldq = padded(spec.qkv_dim()), ldo = padded(int64_t(spec.heads) * d);
-        for (int64_t item = team.rank; item < rows() * spec.kv_heads; item += team.size)
-            append_head(layer, index, item / spec.kv_heads, int(item % spec.kv_heads));
-        team.wait();
-        int64_t tiles = (n + MAX_ROWS - 1) / MAX_ROWS;
-        for (int64_t item = team.rank; item < rows() * spec.heads * tiles; item += team.size) {
-            int64_t i = item % tiles * MAX_ROWS, r = item / tiles / spec.heads, m = r * n + i;
-            int head = int(item / tiles % spec.heads), count = int(n - i < MAX_ROWS ? n - i : MAX_ROWS);
-            attend(ws.qkv + m * ldq + head * d, ldq, count, cached(r, index, head / (spec.heads / spec.kv_heads)),
-                   call.L + slot + i, d, attention_scale(r), ws.scores, ws.sums, ws.attended + m * ldo + head * d, ldo);
-        }
-        team.wait();
-    }
-
-    void feed_forward(const Layer& layer) const {
-        const float* x = normalized(layer.mlp_norm);
-        int64_t width = padded(spec.mlp_dim);
-        if (spec.mlp == Mlp::gelu) {
-            multiply(layer.up, x, [&](int64_t m, int64_t c, Vec v) { store(ws.hidden + m * width + c, gelu(v)); });
-        } else {
-            multiply(layer.gate, x, [&](int64_t m, int64_t c, Vec v) { store(ws.hidden + m * width + c, gelu_tanh(v)); });
-            multiply(layer.up, x, [&](int64_t m, int64_t c, Vec v) {
-                float* at = ws.hidden + m * width + c;
-                store(at, load(at) * v);
-            });
-        }
-        team.wait();
-        add_branch(layer.down, ws.hidden, layer.mlp_post_norm);
-    }
-
-    void network() const {
-        if (slot < 0)
-            embed_prefix();
-        else
-            embed_tokens();
-        team.wait();
-        for (int i = 0; i < spec.layers; ++i) {
-            const Layer& layer = call.block->layers[i];
-            const float* x = normalized(layer.attn_norm);
-            int64_t width = padded(spec.qkv_dim());
-            multiply(layer.qkv, x, [&](int64_t m, int64_t c, Vec v) { store(ws.qkv + m * width + c, v); });
-            team.wait();
-            n == 1 ? attend_token(layer, i) : attend_tokens(layer, i);
-            add_branch(layer.proj, ws.attended, layer.attn_post_norm);
-            feed_forward(layer);
-        }
-    }
-
-    // Raw parameters of the slots: to the output in the density direction, to the workspace in sampling.
-    void head() const {
-        int64_t C = padded(spec.channels), P = spec.params_dim(), width = sampling() ? padded(P) : P;
-        const float* x = ws.h;
-        if (spec.final_norm) {
-            for (int64_t m = 0; m < values(); ++m)
-                rms_norm(ws.h + m * C, call.block->final_norm, spec.channels, ws.normed + m * C);
-            x = ws.normed;
-        }
-        multiply(call.block->proj_out, x, [&](int64_t m, int64_t c, Vec v) {
-            float* to = sampling() ? ws.params : call.params + (first_sequence * call.T + slot) * P;
-            int64_t row = sampling() ? m : m / n * call.T + m % n;
-            store(to + row * width + c, v, int(width - c));
-        });
-        team.wait();
-    }
-
-    // The token that this slot's parameters belong to.
-    int64_t target() const { return spec.start ? slot : slot + 1; }
-
-    // Every thread transforms the token for itself, which saves a barrier.
-    void transform() const {
-        int D = spec.token_dim;
-        int64_t P = padded(spec.params_dim()), t = target();
-        for (int64_t b = 0; b < sequences; ++b) {
-            float* state = call.state + ((first_sequence + b) * call.T + order(t)) * D;
-            float* fresh = ws.fresh + b * padded(D);
-            const float* without = call.guidance ? ws.params + (sequences + b) * P : nullptr;
-            float weight = call.guidance ? call.guidance[(first_sequence + b) * call.T + t] : 0.0f;
-            affine_inverse(state, ws.params + b * P, without, weight, D, call.rule, spec.affine, fresh);
-        }
-    }
-
-    // Write out the token that the slot before gave; all threads have read their noise by now.
-    void write_token(int64_t t) const {
-        if (team.rank) return;
-        int D = spec.token_dim;
-        for (int64_t b = 0; b < sequences; ++b)
-            memcpy(call.state + ((first_sequence + b) * call.T + order(t)) * D, ws.fresh + b * padded(D), D * sizeof *call.state);
-    }
-};
+// Write out the token that the slot before gave; all threads have read their noise by now.
+void write_token(const Pass& pass, int64_t t) {
+    if (pass.team.rank) return;
+    int D = pass.spec.token_dim;
+    for (int64_t b = 0; b < pass.sequences; ++b)
+        memcpy(pass.at(pass.call.state, b, t), pass.ws.fresh + b * padded(D), D * sizeof *pass.call.state);
+}
 
 }  // namespace
 
@@ -260,14 +39,14 @@ void run_block(const BlockCall& call, int64_t group, float* cache, float* shared
         Pass pass{call, spec, team, ws, cache, first, sequences, slot, n};
         pass.network();
         if (slot >= 0) {
-            if (call.state && slot > call.first && slot > 0) pass.write_token(pass.target() - 1);
+            if (call.state && slot > call.first && slot > 0) write_token(pass, pass.target() - 1);
             pass.head();
-            if (call.state) pass.transform();
+            if (call.state) transform(pass);
         }
         slot += n;
         if (slot < call.last || !call.state || slot <= 0) continue;
         team.wait();
-        pass.write_token(pass.target());
+        write_token(pass, pass.target());
     }
     team.wait();
 }

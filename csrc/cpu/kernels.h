@@ -56,6 +56,33 @@ struct Block {
     const Layer* layers;
 };
 
+// Where a sequence stands: its first `done` tokens are final, up to `single` it goes token by token; passes so far,
+// windows that fell back to that, 1 + the first token without a finite value or 0, and the window of the last sweep.
+struct Place {
+    int64_t done, single, passes, fallbacks, failed, last_first, last_end;
+};
+
+// Jacobi sweeps over windows of tokens, see block/jacobi.py; every sequence is a group of its own.
+struct Jacobi {
+    const float* noise;  // (B, T, D); the call's state is the values so far
+    int64_t window;
+    bool slide;
+    float tol;
+    int64_t neighbours;      // 0: plain sweeps
+    const int64_t* offsets;  // of the neighbours, ascending
+    float* memory;           // (B, memory_floats()): of the quasi-Newton model, zeros at first
+    int64_t passes;          // most passes of this call
+    Place* places;           // (B,)
+    int32_t* sweeps;         // (B, T): passes that a token took part in
+    float* residual;         // (B,): largest change in the pass that a token was accepted in, see Solver
+
+    // A model of D values a token: see quasi_newton.h.
+    int64_t memory_floats(int64_t T, int64_t D) const {
+        int64_t inputs = neighbours * D, width = (D + 15) / 16 * 16, columns = (inputs + 15) / 16 * 16;
+        return 3 * T * width + inputs * (2 * columns + 4 * width) + columns + 2 * width;
+    }
+};
+
 // One call on B sequences of T tokens with L states in front. Sampling has rows b (with the condition) and B + b
 // (without) where guidance is given.
 struct BlockCall {
@@ -71,6 +98,7 @@ struct BlockCall {
     const float* guidance;  // (B, T) or null
     Rule rule;
     float temperature;
+    const Jacobi* jacobi;  // sampling by Jacobi, else null
     float* cache;         // cache_floats(spec, L + T) a row: (copies B) rows in sampling, else `group` rows a thread
     int64_t first, last;  // slots to run, the prefix being slots -L .. -1
     int64_t group;        // sequences that go together
@@ -188,6 +216,8 @@ struct Kernels {
     // Run one group of sequences; every member of the team calls it. cache: that of the call's row 0 in sampling, else
     // of the group's. shared: workspace of the team's first thread; own: that of the member.
     void (*run_block)(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, const Team& team);
+    // The same for one sequence by Jacobi.
+    void (*run_jacobi)(const BlockCall& call, int64_t sequence, float* cache, float* shared, float* own, const Team& team);
     // Chunks first .. last - 1 of the B chunks() that there are.
     void (*affine_flow)(const AffineCall& call, int64_t first, int64_t last);
     void (*affine_flow_backward)(const AffineCall& call, int64_t first, int64_t last);

@@ -82,10 +82,11 @@ void run_groups(ParallelFor parallel_for, int threads, const BlockCall& call, fl
         int first = leader(mine);
         Team team{thread - first, leader(mine + 1) - first, &work.barriers[mine]};
         const BlockCall& call = work.call;
+        auto run = call.jacobi ? kernels().run_jacobi : kernels().run_block;
         int64_t cache = call.state ? 0 : call.group * cache_floats(call.block->spec, call.L + call.T);
         for (int group = mine; group < groups; group += teams)
-            kernels().run_block(call, group, call.cache + first * cache, work.workspace + first * work.floats,
-                                work.workspace + thread * work.floats, team);
+            run(call, group, call.cache + first * cache, work.workspace + first * work.floats,
+                work.workspace + thread * work.floats, team);
     };
     run_together(parallel_for, threads, member, &work);
 }

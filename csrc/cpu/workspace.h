@@ -19,7 +19,7 @@ inline int64_t cache_floats(const Spec& spec, int64_t tokens) {
 
 struct Workspace {
     float *h, *qkv, *attended, *hidden, *branch, *params;                // of the team
-    float *normed, *tokens, *fresh, *scratch, *scores, *sums, *end;  // of the thread
+    float *normed, *tokens, *fresh, *spread, *outputs, *scratch, *scores, *sums, *end;  // of the thread
 
     // `passed`: rows of values, tokens of a pass over all rows of a team. `cached`: its length.
     Workspace(const Spec& spec, int64_t passed, int64_t cached, float* shared, float* own) {
@@ -39,6 +39,8 @@ struct Workspace {
         normed = take(own, spec.channels, passed);
         tokens = take(own, spec.token_dim, passed);
         fresh = take(own, spec.token_dim, passed);
+        spread = take(own, spec.token_dim, passed);
+        outputs = take(own, 2 * padded(spec.token_dim), passed);
         scratch = take(own, SCRATCH_COLUMNS, passed);
         scores = take(own, cached, MOST_QUERIES);
         sums = take(own, spec.head_dim, MOST_QUERIES);

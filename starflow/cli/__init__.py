@@ -12,7 +12,7 @@ import torch
 
 from ..errors import StarflowError
 from ..files import write_text
-from . import convert, demo, encode, evaluate, info, sample, train, train_autoencoder, train_decoder
+from . import calibrate, convert, demo, encode, evaluate, info, sample, train, train_autoencoder, train_decoder
 from .common import Parser, positive
 
 COMMANDS = {
@@ -22,6 +22,7 @@ COMMANDS = {
     "encode": encode,
     "sample": sample,
     "eval": evaluate,
+    "calibrate": calibrate,
     "info": info,
     "convert": convert,
     "demo": demo,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ from starflow_kernels import backends
 
 from ..checkpoint import resolve
 from ..flow import Flow
+from ..solvers import Measurement
 from .common import Parser, device
 
 HELP = "describe a checkpoint and this machine"
@@ -25,14 +27,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print what the checkpoint is and what this machine runs."""
     flow = Flow.from_pretrained(args.checkpoint, device(args.device))
     rows, columns = flow.config.grid
+    measurements = flow.calibration.measurements if flow.calibration else ()
     results = {
         "checkpoint": str(resolve(args.checkpoint)),
         "parameters": sum(p.numel() for p in flow.parameters()),
         "tokens": rows * columns,
         "token_dim": flow.config.token_dim,
         "config": flow.config.to_dict(),
+        "calibration": [_measured(measurement) for measurement in measurements],
         "backends": backends(),
     }
     for name, value in results.items():
-        print(f"{name}: {json.dumps(value) if isinstance(value, dict) else value}")
+        print(f"{name}: {json.dumps(value) if isinstance(value, (dict, list)) else value}")
     return results
+
+
+def _measured(measurement: Measurement) -> dict[str, Any]:
+    times = {"sequential_seconds": measurement.sequential_seconds, "seconds": measurement.seconds}
+    solvers = [str(block.choice) for block in measurement.blocks]
+    return {**dataclasses.asdict(measurement.conditions), "machine": measurement.machine, **times, "solvers": solvers}

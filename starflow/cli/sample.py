@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import signal
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from ..checkpoint import PIPELINE_INDEX
 from ..errors import ConfigError, DataError
 from ..flow import Flow, Guidance
-from ..generation import Job, generate
-from ..sampling import METHODS, method_of, sample, save_grid, save_image
+from ..generation import GenerationReport, Job, generate
+from ..sampling import SampleReport, sample, save_grid, save_image
+from ..solvers import METHODS, TOLERANCE, BlockReport, Inversion
 from .common import DTYPES, Parser, checkpoint_arguments, device, non_negative, positive
 
 FLOW_BATCH, PIPELINE_BATCH = 256, 8
@@ -46,7 +48,14 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--attention-temperature", "--attn_temp", type=float, default=1.0, help="of the branch without a condition"
     )
-    parser.add_argument("--method", default="auto", help=f"auto (default) or {', '.join(METHODS)}")
+    parser.add_argument(
+        "--method",
+        help=f"{' or '.join(METHODS)}; auto (default): the fastest as `starflow calibrate` found it, or sequential",
+    )
+    parser.add_argument("--window", type=positive, metavar="N", help="tokens at a time of jacobi (default: all)")
+    parser.add_argument(
+        "--tol", type=float, metavar="X", help=f"largest change of a token that jacobi accepts (default {TOLERANCE:g})"
+    )
     parser.add_argument(
         "--denoise", type=float, help="factor of the score step, about 1, 0 for none (default: none, or the pipeline's)"
     )
@@ -55,22 +64,41 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", default="samples", help="folder for the images and grid.png (default samples)")
     parser.add_argument("--images", action="store_true", help="write each image as a PNG too; a pipeline always does")
     released = parser.add_argument_group(
-        "flags of the released code", "accepted and without effect: images are drawn without its approximation"
+        "flags of the released code", "its approximation is not: images are exact to --tol whatever these say"
     )
-    released.add_argument("--jacobi", type=non_negative, default=0, metavar="0|1")
-    released.add_argument("--jacobi_th", type=float, metavar="X")
-    released.add_argument("--jacobi_block_size", type=positive, metavar="N")
+    released.add_argument("--jacobi", type=non_negative, default=0, metavar="0|1", help="1: --method jacobi")
+    released.add_argument("--jacobi_block_size", type=positive, metavar="N", help="--window N")
+    released.add_argument(
+        "--jacobi_th", type=float, metavar="X", help=f"--tol sqrt(X), where that is below {TOLERANCE:g}"
+    )
+    released.add_argument("--jacobi_max_iter", type=positive, metavar="N", help="no effect: sweeps go on to --tol")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Draw images, of a flow or of a pipeline."""
-    if args.jacobi:
-        print("starflow sample: --jacobi has no effect, the method is sequential", file=sys.stderr)
-    method_of(args.method)
-    return _pipeline(args) if (Path(args.checkpoint) / PIPELINE_INDEX).exists() else _flow(args)
+    inversion = _inversion(args)
+    return (_pipeline if (Path(args.checkpoint) / PIPELINE_INDEX).exists() else _flow)(args, inversion)
 
 
-def _flow(args: argparse.Namespace) -> dict[str, Any]:
+def _inversion(args: argparse.Namespace) -> Inversion:
+    """Method, window and tolerance of our flags, or of the released ones."""
+    if not args.jacobi:
+        return Inversion(args.method or "auto", args.window, args.tol)
+    if args.method not in (None, "jacobi"):
+        raise ConfigError(f"--jacobi {args.jacobi} and --method {args.method}: give one of them")
+    tol = args.tol
+    if tol is None and args.jacobi_th is not None:
+        # The released rule, mean dx^2 < X mean x^2, holds where no |dx| of values around 1 exceeds the root.
+        if not args.jacobi_th >= 0:
+            raise ConfigError(f"--jacobi_th {args.jacobi_th}: expected a number of at least 0")
+        tol = min(TOLERANCE, math.sqrt(args.jacobi_th))
+    if args.jacobi_th is not None or args.jacobi_max_iter is not None:
+        exact = TOLERANCE if tol is None else tol
+        print(f"starflow sample: sweeps go on to --tol {exact:g}, not to the released threshold", file=sys.stderr)
+    return Inversion("jacobi", args.window or args.jacobi_block_size, tol)
+
+
+def _flow(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
     for name in PIPELINE_ONLY:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
@@ -83,18 +111,27 @@ def _flow(args: argparse.Namespace) -> dict[str, Any]:
         args.guidance or 0.0, args.guidance_rule or "tarflow", args.annealed, args.attention_temperature
     )
     images, report = sample(
-        flow, count, labels, guidance, args.seed, args.batch_size or FLOW_BATCH, args.denoise or 0.0, args.certify
+        flow,
+        count,
+        labels,
+        guidance,
+        args.seed,
+        args.batch_size or FLOW_BATCH,
+        args.denoise or 0.0,
+        args.certify,
+        inversion=inversion,
     )
     out = Path(args.out)
     save_grid(images, out / "grid.png", _columns(args.label, count, classes))
     if args.images:
         for i, image in enumerate(images):
             save_image(image, out / f"{i:06d}.png")
-    print(f"{out / 'grid.png'}: {report.count} images in {report.seconds:.2f} s{_exactness(report.certificate)}")
+    print(f"{out / 'grid.png'}: {report.count} images in {report.seconds:.2f} s{_exactness(report)}")
+    _print_blocks(report.blocks)
     return {"grid": str(out / "grid.png"), "guidance": dataclasses.asdict(guidance), **dataclasses.asdict(report)}
 
 
-def _pipeline(args: argparse.Namespace) -> dict[str, Any]:
+def _pipeline(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
     from ..pipelines import FlowPipeline, STARFlowPipeline, hide_loading_bars
 
     hide_loading_bars()
@@ -105,7 +142,7 @@ def _pipeline(args: argparse.Namespace) -> dict[str, Any]:
         "guidance_rule": args.guidance_rule,
         "annealed": args.annealed,
         "attention_temperature": args.attention_temperature,
-        "method": method_of(args.method),
+        **dataclasses.asdict(inversion),
         "denoise": args.denoise,
         "aspect_ratio": args.aspect,
         "height": args.height,
@@ -147,13 +184,21 @@ def _pipeline(args: argparse.Namespace) -> dict[str, Any]:
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
     print(
         f"{args.out}: {report.count} images{kept} in {report.seconds:.2f} s"
-        f"{f': {stages}' if stages else ''}{_exactness(report.certificate)}"
+        f"{f': {stages}' if stages else ''}{_exactness(report)}"
     )
+    _print_blocks(report.blocks)
     return {"out": args.out, **dataclasses.asdict(report)}
 
 
-def _exactness(certificate: float | None) -> str:
-    return "" if certificate is None else f", max |flow(x) - z| = {certificate:.1e}"
+def _exactness(report: SampleReport | GenerationReport) -> str:
+    if report.certificate is None:
+        return ""
+    return f", max |flow(x) - z| = {report.certificate:.1e}, mean {report.certificate_mean:.1e}"
+
+
+def _print_blocks(blocks: list[BlockReport]) -> None:
+    for i, block in reversed(list(enumerate(blocks))):
+        print(f"block {i}: {block}")
 
 
 def _columns(label: str, count: int, classes: int) -> int:

@@ -18,12 +18,12 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from safetensors import SafetensorError
 
-from ..certificate import certificate
+from ..certificate import certificate, combine
 from ..checkpoint import PIPELINE_INDEX
 from ..errors import CheckpointError, ConfigError, StarflowError
 from ..files import write_text
 from ..flow import Flow, Guidance
-from ..sampling import method_of
+from ..solvers import BlockReport, Inversion, block_reports, method_of
 from ..text import image_size
 from .card import model_card
 from .model import FlowModel
@@ -39,15 +39,17 @@ DENOISE_BYTES = 4 * 2**30
 class PipelineReport:
     """How images were made.
 
-    method: that was used. steps: token steps of the flow, for the whole batch at once. seconds: by stage, "text",
-    "flow", "certify", "denoise", "decode". certificate: see `starflow.certificate`, before denoising; None where it was
-    not asked for or cannot be had.
+    method: that was used. steps: network passes of the flow, one after the other, for the whole batch at once. seconds:
+    by stage, "text", "flow", "certify", "denoise", "decode". certificate, certificate_mean: see `starflow.certificate`,
+    before denoising; None where it was not asked for or cannot be had. blocks: what each block of the flow took.
     """
 
     method: str
     steps: int
     seconds: dict[str, float]
     certificate: float | None
+    certificate_mean: float | None
+    blocks: list[BlockReport]
 
 
 @dataclasses.dataclass
@@ -65,7 +67,7 @@ class Options:
     copies: int
     output_type: str
     guidance: Guidance
-    method: str
+    inversion: Inversion
     denoise: float | None
     denoise_batch_size: int | None
     certify: bool
@@ -77,7 +79,6 @@ class Options:
             raise ConfigError(f"num_images_per_prompt={self.copies}: expected an integer of at least 1")
         if self.output_type not in OUTPUT_TYPES:
             raise ConfigError(f"output_type={self.output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        self.method = method_of(self.method)
 
 
 class FlowPipeline(DiffusionPipeline):
@@ -162,27 +163,32 @@ class FlowPipeline(DiffusionPipeline):
         flow, guidance = self.transformer, options.guidance
         factor = self.denoise_factor(options.denoise)
         with clock("flow"), self.progress_bar(total=len(flow.blocks) * len(z) * math.prod(flow.grid(z))) as bar:
-            x = flow.inverse(
+            solvers = options.inversion.solvers(flow, z, guidance)
+            x, reports = flow.inverse(
                 z,
                 labels,
                 text,
                 guidance,
                 empty_text,
+                solvers=solvers,
+                return_reports=True,
                 progress=lambda done, total: self._report(bar, done, total, options.progress),
                 after_block=lambda block, x: self._step_end(block, x, options.callback_on_step_end),
             )
-        error = None
+        errors = []
         if options.certify:
             with clock("certify"):
-                error = certificate(flow, x, z, labels, text, guidance, empty_text)
+                found = certificate(flow, x, z, labels, text, guidance, empty_text)
+                errors = [] if found is None else [(found, len(z))]
         if factor:
             with clock("denoise"):
                 rows = options.denoise_batch_size or denoise_rows(flow, math.prod(flow.grid(z)))
                 parts = (None if part is None else part.split(rows) for part in (labels, text))
                 labels_of, text_of = (part or [None] * len(x) for part in parts)
                 x = torch.cat([flow.denoise(*batch, factor=factor) for batch in zip(x.split(rows), labels_of, text_of)])
-        tokens = math.prod(flow.grid(z)) - (0 if flow.config.start else 1)
-        return x, PipelineReport(options.method, tokens * len(flow.blocks), clock.seconds, error)
+        blocks = block_reports(solvers, reports)
+        steps = sum(block.passes for block in blocks)
+        return x, PipelineReport(method_of(blocks), steps, clock.seconds, *combine(errors), blocks)
 
     def denoise_factor(self, factor: float | None) -> float:
         """Factor of the score step: as asked for, or the pipeline's own, 0 for a model without noise."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +15,15 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from ..config import FlowConfig
 from ..errors import CheckpointError, ConfigError
 from ..flow import Flow
+from ..solver_files import read_calibration, save_calibration
 
 
 class FlowModel(ModelMixin, Flow, ConfigMixin):
     """A `Flow` that diffusers saves and loads: the same weights by the same names, the fields of FlowConfig as config.
 
     `save_pretrained` and `from_pretrained` are those of diffusers: shards (max_shard_size), variants, dtype,
-    device_map. Weights or settings that do not fit raise CheckpointError. `config` is the FlowConfig.
+    device_map; the calibration comes along. Weights or settings that do not fit raise CheckpointError. `config` is the
+    FlowConfig.
     """
 
     # What model_index.json names, so that files inside this package can move.
@@ -63,6 +67,7 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
         with torch.device("meta"):
             model = cls(**flow.config.to_dict())
         model.load_state_dict(flow.state_dict(), assign=True)
+        model.calibration = flow.calibration
         return model.train(flow.training)
 
     @classmethod
@@ -89,4 +94,11 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
             if info.get(problem):
                 names = ", ".join(map(str, sorted(info[problem])[:3]))
                 raise CheckpointError(f"{folder}: {problem.replace('_', ' ')} {names}: weights do not fit config.json")
+        model.calibration = read_calibration(Path(folder, options.get("subfolder") or ""), model.config)
         return (model, info) if wants_info else model
+
+    # Pipelines look at the signature for the options that they pass on.
+    @functools.wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, folder, *arguments, **options):
+        super().save_pretrained(folder, *arguments, **options)
+        save_calibration(self.calibration, folder)

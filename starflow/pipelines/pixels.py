@@ -11,6 +11,7 @@ from starflow_kernels.spec import GuidanceRule
 from ..data import quantise
 from ..errors import ConfigError
 from ..flow import Guidance
+from ..solvers import Inversion
 from .base import Clock, FlowPipeline, FlowPipelineOutput, Options, PipelineReport, as_output
 from .model import FlowModel
 
@@ -45,6 +46,8 @@ class TarFlowPipeline(FlowPipeline):
         callback_on_step_end: Callable[[FlowPipeline, int, int, dict], dict | None] | None = None,
         progress: Callable[[int, int], None] | None = None,
         method: str = "auto",
+        window: int | None = None,
+        tol: float | None = None,
         guidance_rule: GuidanceRule = "tarflow",
         annealed: bool = False,
         attention_temperature: float = 1.0,
@@ -68,7 +71,7 @@ class TarFlowPipeline(FlowPipeline):
             num_images_per_prompt,
             output_type,
             Guidance(guidance_scale, guidance_rule, annealed, attention_temperature),
-            method,
+            Inversion(method, window, tol),
             denoise,
             denoise_batch_size,
             certify,

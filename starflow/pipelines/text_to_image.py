@@ -12,6 +12,7 @@ from starflow_kernels.spec import GuidanceRule
 
 from ..errors import ConfigError
 from ..flow import Guidance
+from ..solvers import Inversion
 from ..text import encode_prompts, nearest_ratio, with_aspect_ratio
 from .base import Clock, FlowPipeline, FlowPipelineOutput, Options, PipelineReport, as_output
 from .model import FlowModel
@@ -62,6 +63,8 @@ class STARFlowPipeline(FlowPipeline):
         callback_on_step_end: Callable[[FlowPipeline, int, int, dict], dict | None] | None = None,
         progress: Callable[[int, int], None] | None = None,
         method: str = "auto",
+        window: int | None = None,
+        tol: float | None = None,
         guidance_rule: GuidanceRule = "starflow",
         annealed: bool = False,
         attention_temperature: float = 1.0,
@@ -87,7 +90,8 @@ class STARFlowPipeline(FlowPipeline):
             callback_on_step_end: called as callback(pipe, step, block, {"latents": x}) after every flow block; may
                 return a mapping with other latents.
             progress: called as progress(done, total) with token steps.
-            method: how the flow is inverted, "auto" or one of `starflow.sampling.METHODS`.
+            method, window, tol: how the flow is inverted, "auto", "sequential" or "jacobi", see
+                `starflow.solvers.Inversion`.
             guidance_rule: "starflow" or "tarflow". annealed: the weight grows over the tokens. attention_temperature:
                 of the branch without the prompt.
             denoise: factor of the score step, 0 for none; the pipeline's own by default.
@@ -101,7 +105,7 @@ class STARFlowPipeline(FlowPipeline):
             num_images_per_prompt,
             output_type,
             Guidance(guidance_scale, guidance_rule, annealed, attention_temperature),
-            method,
+            Inversion(method, window, tol),
             denoise,
             denoise_batch_size,
             certify,

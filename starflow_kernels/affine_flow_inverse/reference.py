@@ -26,15 +26,21 @@ def guided(
     return ((1 + w) * mu_c - w * s * mu_u) / precision, sigma_c / precision.sqrt()
 
 
+def gaussian(
+    params: torch.Tensor, guidance: torch.Tensor | None, scale: str, soft_clip: float, rule: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """mu and sigma, guided where there is a weight."""
+    if guidance is not None:
+        return guided(params, guidance, scale, soft_clip, rule)
+    a, mu = raw_outputs(params, scale, soft_clip)
+    return mu, sigma_of(a, mu, scale)[0]
+
+
 def affine_flow_inverse(
     z: torch.Tensor, params: torch.Tensor, guidance: torch.Tensor | None, scale: str, soft_clip: float, rule: str
 ) -> torch.Tensor:
     """x = mu + sigma z."""
-    if guidance is None:
-        a, mu = raw_outputs(params, scale, soft_clip)
-        sigma = sigma_of(a, mu, scale)[0]
-    else:
-        mu, sigma = guided(params, guidance, scale, soft_clip, rule)
+    mu, sigma = gaussian(params, guidance, scale, soft_clip, rule)
     return (mu + sigma * z).to(z.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -15,8 +16,9 @@ from ..dispatch import register
 from ..library import call, define
 from ..progress import reporting_to
 from ..residual_norm.api import EPS
+from ..solver import Solver, SolveReport
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
-from . import cpu, reference
+from . import cpu, jacobi, reference
 
 CONTEXT = "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin"
 
@@ -34,8 +36,22 @@ define(
     fake=lambda z, *args: z.new_empty(z.shape),
     reference=reference.block_inverse,
 )
+define(
+    "block_jacobi",
+    f"Tensor z, Tensor guess, Tensor[] weights, {CONTEXT}, Tensor? guidance, int[] neighbours, "
+    "str spec, str rule, float temperature, int window, bool slide, float tol",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda z, *args: (
+        z.new_empty(z.shape),
+        z.new_empty(z.shape[:2], dtype=torch.int32),
+        z.new_empty(len(z), 3, dtype=torch.int64),
+        z.new_empty(len(z)),
+    ),
+    reference=jacobi.block_jacobi,
+)
 register("block_forward", "native", cpu.block_forward, cpu.refuse, native.missing)
 register("block_inverse", "native", cpu.block_inverse, cpu.refuse, native.missing)
+register("block_jacobi", "native", cpu.block_jacobi, cpu.refuse_jacobi, native.missing)
 
 
 def block_forward(
@@ -107,10 +123,13 @@ def block_inverse(
     guidance: float | torch.Tensor | None = None,
     rule: GuidanceRule = "tarflow",
     temperature: float = 1.0,
+    solver: Solver = Solver(),
+    guess: torch.Tensor | None = None,
+    return_report: bool = False,
     progress: Callable[[int, int], None] | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
-    """Noise to data through one flow block: T sequential steps over a KV cache.
+) -> torch.Tensor | tuple[torch.Tensor, SolveReport]:
+    """Noise to data through one flow block over a KV cache: T sequential steps, or fewer passes over many tokens each.
 
     Args:
         z: (B, T, D) finite noise in the order of the data; float32 (float64) is the dtype of a sampled state.
@@ -121,6 +140,9 @@ def block_inverse(
             for no guidance.
         rule: "tarflow" or "starflow", as in `affine_flow_inverse`.
         temperature: attention temperature of the rows without a condition.
+        solver: sequential, or Jacobi sweeps over windows of tokens, each sample in its own number of passes.
+        guess: (B, T, D) finite first values of Jacobi in the order of the data, in place of the solver's.
+        return_report: return a SolveReport beside x.
         progress: called as progress(done, B T) with the tokens that are done, now and then; what it raises ends the
             call.
 
@@ -128,7 +150,8 @@ def block_inverse(
         x (B, T, D) in the dtype of z: block_forward(x) = z. Not differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, device or value; z, cond or prefix not finite.
+        TypeError, ValueError: an argument of the wrong kind, shape, device or value; z, cond or prefix not finite; by
+            Jacobi a result that is not finite, with its sample and token.
     """
     check_choice("rule", rule, GuidanceRule)
     check_range("temperature", temperature, 0)
@@ -144,10 +167,44 @@ def block_inverse(
     for name, value in (("cond", cond), ("prefix", prefix)):
         if value is not None:
             check_finite(name, value)
+    if guess is not None and solver.method != "jacobi":
+        raise ValueError("guess: given, but the sequential solver needs none")
+    context = cond, prefix, cos, sin, guidance
     with torch.no_grad(), reporting_to(progress) if progress else contextlib.nullcontext():
-        return torch.ops.starflow.block_inverse(
-            z, tensors, cond, prefix, cos, sin, guidance, spec.to_json(), rule, temperature, backend=backend
-        )
+        if solver.method == "jacobi":
+            x, report = _jacobi(z, guess, tensors, context, spec, rule, temperature, solver, backend)
+            return (x, report) if return_report else x
+        start = time.perf_counter() if return_report else 0.0
+        x = torch.ops.starflow.block_inverse(z, tensors, *context, spec.to_json(), rule, temperature, backend=backend)
+    if not return_report:
+        return x
+    steps = T if spec.start else T - 1
+    sweeps = torch.ones(B, T, dtype=torch.int32)
+    sweeps[:, : T - steps] = 0
+    return x, SolveReport("sequential", steps, B * steps, time.perf_counter() - start, sweeps)
+
+
+def _jacobi(z, guess, tensors, context, spec: BlockSpec, rule, temperature, solver: Solver, backend):
+    start, (B, T, D) = time.perf_counter(), z.shape
+    if guess is not None:
+        check_tensor("guess", guess, (B, T, D), like=z)
+        check_finite("guess", guess)
+        guess = guess.to(z.dtype)
+    else:
+        guess = z if solver.guess == "noise" else torch.zeros_like(z)
+    window = min(solver.window or T, T)
+    x, sweeps, counts, residual = torch.ops.starflow.block_jacobi(
+        z, guess, tensors, *context, list(solver.neighbours), spec.to_json(), rule, temperature,
+        window, solver.slide, solver.tol, backend=backend,
+    )  # fmt: skip
+    passes, fallbacks, failed = counts.cpu().unbind(1)
+    if failed.any():
+        sample = int(failed.nonzero()[0])
+        raise ValueError(f"x, the result: values are not finite at token {failed[sample] - 1} of sample {sample}")
+    residual = residual.max().item() if B else 0.0
+    passes = int(passes.max()) if B else 0
+    seconds, fallbacks = time.perf_counter() - start, int((fallbacks > 0).sum())
+    return x, SolveReport("jacobi", passes, int(sweeps.sum()), seconds, sweeps, residual, fallbacks)
 
 
 def _linear(weight: torch.Tensor, backend: str | None) -> Callable:

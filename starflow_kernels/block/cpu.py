@@ -6,6 +6,7 @@ import functools
 import operator
 import os
 import weakref
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -233,42 +234,103 @@ def plan_sampling(
     return SamplingPlan(part, group, threads, step, chunk, part * row, threads * workspace)
 
 
+class _Parts:
+    """A batch of the sampling direction in parts whose cache fits `cache_bytes`."""
+
+    def __init__(self, z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature: float):
+        self.spec, self.model = BlockSpec.from_json(text), packed(text, weights)
+        (self.B, self.T, _), self.L = z.shape, 0 if prefix is None else prefix.shape[1]
+        self.copies = 1 if guidance is None else 2
+        self.threads = torch.get_num_threads()
+        cached = self.L + self.T
+        floats = self.model.buffer.numel()
+        self.plan = plan_sampling(
+            self.model.fields, floats, self.B, self.copies, cached, self.L, self.threads, cache_bytes()
+        )
+        self.cache = empty(self.plan.cache)
+        self._context = tuple(map(_plain, (cond, prefix, cos, sin, guidance)))
+        self._rule = ("tarflow", "starflow").index(rule), temperature
+
+    def __iter__(self) -> Iterator[slice]:
+        """The rows of each part."""
+        return (slice(b, b + self.plan.part) for b in range(0, self.B, self.plan.part))
+
+    def arguments(self, rows: slice) -> tuple:
+        """Model, context and rule of a part, in the order of the native ops."""
+        model, (cond, prefix, cos, sin, guidance) = self.model, self._context
+        given = (self._both_kinds(cond, rows), self._both_kinds(prefix, rows), cos, sin)
+        weights = None if guidance is None else guidance[rows]
+        return (model.buffer, model.offsets, model.fields, self.spec.affine.soft_clip, *given, weights, *self._rule)
+
+    def _both_kinds(self, value: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+        """Those rows of (copies B, ...), with and without the condition."""
+        if value is None or self.plan.part == self.B:
+            return value
+        return value.unflatten(0, (self.copies, self.B))[:, rows].flatten(0, 1).contiguous()
+
+
 def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature: float):
     """Data of noise, token after token over the cache; a batch whose cache passes `cache_bytes` goes in parts."""
-    spec = BlockSpec.from_json(text)
-    model, threads = packed(text, weights), torch.get_num_threads()
-    (B, T, _), L = z.shape, 0 if prefix is None else prefix.shape[1]
-    copies = 1 if guidance is None else 2
-    cond, prefix, cos, sin, guidance = map(_plain, (cond, prefix, cos, sin, guidance))
-    x = z.clone(memory_format=torch.contiguous_format)
-    plan = plan_sampling(model.fields, model.buffer.numel(), B, copies, L + T, L, threads, cache_bytes())
-    cache, workspace = empty(plan.cache), empty(plan.workspace)
-    part, last = plan.part, T if spec.start else T - 1
-
-    def both_kinds(value: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-        """Those rows of (copies B, ...), with and without the condition."""
-        if value is None or part == B:
-            return value
-        return value.unflatten(0, (copies, B))[:, rows].flatten(0, 1).contiguous()
-
-    for b in range(0, B, part):
-        rows = slice(b, b + part)
-        given = both_kinds(cond, rows), both_kinds(prefix, rows), cos, sin, None if guidance is None else guidance[rows]
-        for first in range(-L, last, plan.step):
+    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, text, rule, temperature)
+    plan, B, T = parts.plan, parts.B, parts.T
+    x, workspace = z.clone(memory_format=torch.contiguous_format), empty(plan.workspace)
+    last = T if parts.spec.start else T - 1
+    for rows in parts:
+        arguments = parts.arguments(rows)
+        for first in range(-parts.L, last, plan.step):
             end = min(first + plan.step, last)
-            torch.ops.starflow_native.block_run(
-                x[rows],
-                None,
-                model.buffer,
-                model.offsets,
-                model.fields,
-                spec.affine.soft_clip,
-                *given,
-                ("tarflow", "starflow").index(rule),
-                temperature,
-                cache,
-                workspace,
-                [first, end, plan.group, plan.chunk, plan.threads],
-            )
-            report(b * T + max(0, end + T - last) * len(x[rows]), B * T)
+            steps = [first, end, plan.group, plan.chunk, plan.threads]
+            torch.ops.starflow_native.block_run(x[rows], None, *arguments, parts.cache, workspace, steps)
+            report(rows.start * T + max(0, end + T - last) * len(x[rows]), B * T)
     return x
+
+
+def refuse_jacobi(z, guess, weights, *others) -> str | None:
+    """Why the kernels cannot sample from a block by Jacobi, or None."""
+    return refuse(z, weights)
+
+
+def block_jacobi(
+    z,
+    guess,
+    weights,
+    cond,
+    prefix,
+    cos,
+    sin,
+    guidance,
+    neighbours: list[int],
+    text: str,
+    rule: str,
+    temperature: float,
+    window: int,
+    slide: bool,
+    tol: float,
+):
+    """Data of noise by sweeps over windows of tokens, see block/jacobi.py; every sequence by itself."""
+    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, text, rule, temperature)
+    plan, model, (B, T, D) = parts.plan, parts.model, z.shape
+    z, x = z.contiguous(), guess.clone(memory_format=torch.contiguous_format)
+    places, sweeps = torch.zeros(B, 7, dtype=torch.int64), torch.zeros(B, T, dtype=torch.int32)
+    residual = torch.zeros(B)
+    memory = torch.zeros(B, torch.ops.starflow_native.jacobi_floats(T, D, len(neighbours)))
+    if not parts.spec.start:
+        first = T - 1 if parts.spec.flip else 0
+        x[:, first], places[:, 0] = z[:, first], 1
+    passed = parts.copies * window
+    threads = _useful_threads(parts.threads, plan.part, model.buffer.numel(), passed)
+    floats = threads * torch.ops.starflow_native.block_sizes(model.fields, passed, parts.L + T)[1]
+    workspace = empty(max(floats, plan.workspace))
+    for rows in parts:
+        arguments, done, failed = parts.arguments(rows), places[rows, 0], places[rows, 4]
+        if parts.L:
+            chunks = [-parts.L, 0, plan.group, plan.chunk, plan.threads]
+            torch.ops.starflow_native.block_run(x[rows], None, *arguments, parts.cache, workspace, chunks)
+        passes = _call_tokens(model.buffer.numel(), passed * -(-len(done) // threads))
+        while ((done < T) & (failed == 0)).any():
+            torch.ops.starflow_native.block_jacobi(
+                x[rows], z[rows], *arguments, neighbours, tol, places[rows], sweeps[rows], residual[rows], memory[rows],
+                parts.cache, workspace, [window, slide, passes, threads],
+            )  # fmt: skip
+            report(int(places[:, 0].sum()), B * T)
+    return x, sweeps, places[:, 2:5].clone(), residual

@@ -165,6 +165,48 @@ def block_forward(x, weights, cond, prefix, cos, sin, spec: str, logdet: str) ->
     return compose(x, weights, cond, prefix, cos, sin, BlockSpec.from_json(spec), logdet)
 
 
+class CachedNetwork:
+    """The network of the sampling direction over a preallocated KV cache; guided rows are one batch of 2B."""
+
+    def __init__(self, z, weights, cond, prefix, cos, sin, guidance, spec: str, temperature: float):
+        self.spec = BlockSpec.from_json(spec)
+        self.w = dict(zip(self.spec.weight_shapes, weights))
+        self.B, T, _ = z.shape
+        self.copies = 1 if guidance is None else 2
+        self.cond, self.cos, self.sin = cond, cos, sin
+        self.rows, self.L = self.B * self.copies, 0 if prefix is None else prefix.shape[1]
+        cache_shape = (self.spec.layers, self.rows, self.L + T, self.spec.kv_heads, self.spec.head_dim)
+        self.k_cache, self.v_cache = self.w["proj_in.weight"].new_zeros((2, *cache_shape))
+        # Dividing the queries divides the scores: only the rows without a condition are tempered.
+        self.tempering = torch.ones(self.rows, 1, 1, 1, dtype=self.k_cache.dtype, device=z.device)
+        self.tempering[self.B :] /= temperature
+        self.positions = positions(self.w, self.spec)
+        if prefix is not None:
+            self._step(project(prefix.to(self.w["proj_text.weight"].dtype), self.w, "proj_text"), 0)
+
+    def _step(self, h: torch.Tensor, start: int) -> torch.Tensor:
+        lengths = torch.full((self.rows,), start, dtype=torch.int32, device=h.device)
+
+        def attention(i, q, k, v):
+            cache = self.k_cache[i], self.v_cache[i], lengths, self.cos, self.sin
+            return cached_attention(q * self.tempering, k, v, *cache, self.spec.rotary, 0, 1.0)
+
+        return network(h, self.w, self.spec, attention)
+
+    def params(self, x: torch.Tensor, first: int, count: int = 1) -> torch.Tensor:
+        """Raw parameters (copies B, count, P) of the tokens from `first` on, in the block's own order; x (B, T, D) are
+        its tokens so far. Keys and values of all tokens before those that these see must be in the cache."""
+        slot = first if self.spec.start else first - 1
+        tokens = x[:, max(first - 1, 0) : first + count - 1]
+        if first == 0:
+            tokens = torch.cat([self.w["start"].to(x.dtype).expand(self.B, 1, -1), tokens], dim=1)
+        position = None if self.positions is None else self.positions[slot : slot + count]
+        h = self._step(embed(tokens.repeat(self.copies, 1, 1), self.w, self.cond, position), self.L + slot)
+        if self.spec.final_norm:
+            h = rms_norm(h, self.w["final_norm.weight"])
+        return project(h, self.w, "proj_out")
+
+
 def block_inverse(
     z: torch.Tensor,
     weights: list[torch.Tensor],
@@ -177,43 +219,18 @@ def block_inverse(
     rule: str,
     temperature: float,
 ) -> torch.Tensor:
-    """Data of noise, token after token over a preallocated KV cache; guided rows are one batch of 2B."""
-    spec = BlockSpec.from_json(spec)
-    w = dict(zip(spec.weight_shapes, weights))
-    B, T, _ = z.shape
-    copies = 1 if guidance is None else 2
-    rows, L = B * copies, 0 if prefix is None else prefix.shape[1]
-    cache_shape = (spec.layers, rows, L + T, spec.kv_heads, spec.head_dim)
-    k_cache, v_cache = w["proj_in.weight"].new_zeros((2, *cache_shape))
-    # Dividing the queries divides the scores: only the rows without a condition are tempered.
-    tempering = torch.ones(rows, 1, 1, 1, dtype=k_cache.dtype, device=z.device)
-    tempering[B:] /= temperature
-
-    def step(h: torch.Tensor, start: int) -> torch.Tensor:
-        lengths = torch.full((rows,), start, dtype=torch.int32, device=z.device)
-
-        def attention(i, q, k, v):
-            q = q if temperature == 1 else q * tempering
-            return cached_attention(q, k, v, k_cache[i], v_cache[i], lengths, cos, sin, spec.rotary, 0, 1.0)
-
-        return network(h, w, spec, attention)
-
-    if prefix is not None:
-        step(project(prefix.to(w["proj_text.weight"].dtype), w, "proj_text"), 0)
+    """Data of noise, token after token."""
+    network = CachedNetwork(z, weights, cond, prefix, cos, sin, guidance, spec, temperature)
+    spec, (B, T, _) = network.spec, z.shape
     x = z.flip(1) if spec.flip else z.clone()
-    position = positions(w, spec)
     for t in range(0 if spec.start else 1, T):
-        if spec.start and t == 0:
-            token, slot = w["start"].expand(B, 1, -1), 0
-        else:
-            token, slot = x[:, t - 1 : t], t if spec.start else t - 1
-        row = None if position is None else position[slot : slot + 1]
-        h = step(embed(token.repeat(copies, 1, 1), w, cond, row), L + slot)
-        if spec.final_norm:
-            h = rms_norm(h, w["final_norm.weight"])
-        weight = None if guidance is None else guidance[:, t : t + 1]
         x[:, t : t + 1] = affine_flow_inverse(
-            x[:, t : t + 1], project(h, w, "proj_out"), weight, spec.affine.scale, spec.affine.soft_clip, rule
+            x[:, t : t + 1],
+            network.params(x, t),
+            None if guidance is None else guidance[:, t : t + 1],
+            spec.affine.scale,
+            spec.affine.soft_clip,
+            rule,
         )
         report(B * (t + 1), B * T)
     return x.flip(1) if spec.flip else x

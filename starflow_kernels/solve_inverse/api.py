@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 
@@ -10,42 +9,36 @@ import torch
 
 from ..affine_flow.reference import affine_flow
 from ..checks import check_finite, check_tensor
+from ..solver import Solver, SolveReport
 from ..spec import AffineSpec
 from . import reference
-
-
-@dataclasses.dataclass(frozen=True)
-class SolveReport:
-    """What a solver did: network passes, tokens evaluated (over all passes and rows), wall time in seconds, and on
-    request the certificate, max |forward(x) - z| of one density pass over the result."""
-
-    method: str
-    passes: int
-    tokens: int
-    seconds: float
-    certificate: float | None = None
+from .jacobi import jacobi
 
 
 @torch.no_grad()
 def solve_inverse(
-    conditioner: Callable[[torch.Tensor], torch.Tensor],
+    conditioner: Callable[..., torch.Tensor],
     z: torch.Tensor,
     spec: AffineSpec = AffineSpec(),
     *,
     order: torch.Tensor | None = None,
-    method: str = "sequential",
+    solver: Solver = Solver(),
+    context: tuple[torch.Tensor, ...] = (),
+    guess: torch.Tensor | None = None,
     certify: bool = False,
 ) -> tuple[torch.Tensor, SolveReport]:
     """Solve x_t = mu_t(x) + sigma_t(x) z_t for x, where token t's parameters depend on earlier tokens alone.
 
     Args:
         conditioner: maps x (B, T, D) to raw parameters (B, T, 2D) [a | b] (D wide where spec.scale is "unit");
-            those of token t may depend only on the tokens before it in `order`. A MADE over n scalars is
-            T = n, D = 1.
+            those of token t may depend only on the tokens before it in `order`, and those of a row on that row. A
+            MADE over n scalars is T = n, D = 1.
         z: (B, T, D) finite noise.
         spec: how a and b become sigma and mu.
         order: permutation of 0 .. T - 1, the order in which tokens are generated; None: ascending.
-        method: "sequential", one pass of the conditioner a token.
+        solver: sequential or Jacobi, see `Solver`. Every pass evaluates all tokens, so window must be 0.
+        context: tensors of B rows, passed as conditioner(x, *context); rows of samples that are done leave them too.
+        guess: (B, T, D) finite, where Jacobi starts in place of solver.guess.
         certify: run one density pass over the result and report its residual.
 
     Returns:
@@ -53,31 +46,68 @@ def solve_inverse(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or value; a conditioner whose output has the
-            wrong shape; z or the result not finite.
+            wrong shape; z not finite; a result that is not, naming token and sample.
     """
     check_tensor("z", z, ("B", "T", "D"))
     check_finite("z", z)
-    if method != "sequential":
-        raise ValueError(f"method={method!r}: expected 'sequential'")
     B, T, D = z.shape
-    if order is not None and (not isinstance(order, torch.Tensor) or order.is_floating_point()):
-        given = order.dtype if isinstance(order, torch.Tensor) else type(order).__name__
-        raise TypeError(f"order: expected an integer tensor, got {given}")
-    order = torch.arange(T) if order is None else order.cpu()
-    if not torch.equal(order.sort().values, torch.arange(T)):
-        raise ValueError(f"order: expected a permutation of 0 .. {T - 1}, got {order.tolist()}")
+    _check_solver(solver)
+    if guess is not None:
+        check_tensor("guess", guess, (B, T, D), like=z)
+        check_finite("guess", guess)
+    _check_context(context, B)
+    order = _checked_order(order, T)
 
-    def checked(x: torch.Tensor) -> torch.Tensor:
-        params = conditioner(x)
-        check_tensor("output of the conditioner", params, (B, T, spec.params_dim(D)), like=z)
+    def checked(x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        params = conditioner(x, *(c if rows is None else c[rows] for c in context))
+        check_tensor("output of the conditioner", params, (len(x), T, spec.params_dim(D)), like=z)
         return params
 
     start = time.perf_counter()
-    x, passes = reference.sequential(checked, z, order, spec.scale, spec.soft_clip)
+    if solver.method == "jacobi":
+        if guess is None:
+            guess = z if solver.guess == "noise" else torch.zeros_like(z)
+        solved = jacobi(checked, z, guess.to(z.dtype), order, spec.scale, spec.soft_clip, solver.tol, solver.neighbours)
+        x, passes, sweeps = solved.x, solved.passes, solved.sweeps
+        residual, fallbacks = solved.residual, solved.fallbacks
+    else:
+        x = reference.sequential(checked, z, order, spec.scale, spec.soft_clip)
+        passes, sweeps = T, torch.ones(B, dtype=torch.int32)
+        residual, fallbacks = 0.0, 0
     seconds = time.perf_counter() - start
-    check_finite("x, the result", x)
+    tokens = T * (B * T if solver.method == "sequential" else int(sweeps.sum()))
     certificate = None
     if certify:
         again, _ = affine_flow(x, checked(x), spec.scale, spec.soft_clip, False, False, "sum")
-        certificate = (again - z).abs().max().item()
-    return x, SolveReport(method, passes, passes * B * T, seconds, certificate)
+        certificate = (again - z).abs().max().item() if B else 0.0
+    sweeps = sweeps[:, None].repeat(1, T)
+    return x, SolveReport(solver.method, passes, tokens, seconds, sweeps, residual, fallbacks, certificate)
+
+
+def _check_solver(solver: Solver) -> None:
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver: expected a Solver, got {type(solver).__name__}")
+    if solver.window:
+        raise ValueError(f"solver: window={solver.window}, expected 0, every pass evaluates all tokens")
+
+
+def _check_context(context: tuple[torch.Tensor, ...], B: int) -> None:
+    if not isinstance(context, (tuple, list)):
+        raise TypeError(f"context: expected a tuple of tensors, got {type(context).__name__}")
+    for i, tensor in enumerate(context):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"context[{i}]: expected a tensor, got {type(tensor).__name__}")
+        if tensor.shape[:1] != (B,):
+            raise ValueError(f"context[{i}]: shape {tuple(tensor.shape)}, expected {B} rows")
+
+
+def _checked_order(order: torch.Tensor | None, T: int) -> torch.Tensor:
+    if order is None:
+        return torch.arange(T)
+    if not isinstance(order, torch.Tensor) or order.is_floating_point():
+        given = order.dtype if isinstance(order, torch.Tensor) else type(order).__name__
+        raise TypeError(f"order: expected an integer tensor, got {given}")
+    order = order.cpu().long()
+    if not torch.equal(order.sort().values, torch.arange(T)):
+        raise ValueError(f"order: expected a permutation of 0 .. {T - 1}, got {order.tolist()}")
+    return order

@@ -11,9 +11,18 @@ from ..affine_flow_inverse.reference import affine_flow_inverse
 
 def sequential(
     conditioner: Callable, z: torch.Tensor, order: torch.Tensor, scale: str, soft_clip: float
-) -> tuple[torch.Tensor, int]:
-    """One pass a token: x_t = mu_t(x_<t) + sigma_t(x_<t) z_t; returns x and the number of passes."""
+) -> torch.Tensor:
+    """One pass a token: x_t = mu_t(x_<t) + sigma_t(x_<t) z_t."""
     x = torch.zeros_like(z)
     for t in order.tolist():
-        x[:, t] = affine_flow_inverse(z[:, t], conditioner(x)[:, t], None, scale, soft_clip, "tarflow")
-    return x, len(order)
+        x[:, t] = affine_flow_inverse(z, conditioner(x), None, scale, soft_clip, "tarflow")[:, t]
+    check_solution(x, order)
+    return x
+
+
+def check_solution(x: torch.Tensor, order: torch.Tensor) -> None:
+    """Raise ValueError naming the first token of `order`, and a sample, where x is not finite."""
+    bad = ~x.isfinite().all(-1)[:, order]
+    if bad.any():
+        token, sample = bad.T.nonzero()[0].tolist()
+        raise ValueError(f"x, the result: values are not finite at token {order[token]} of sample {sample}")

@@ -1,0 +1,196 @@
+"""`starflow calibrate`: which solver is fastest for each block of a flow, measured on a few draws on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from starflow_kernels import Solver, SolveReport
+
+from .data import generator
+from .errors import ConfigError
+from .flow import Flow, Guidance
+from .solvers import TOLERANCE, BlockMeasurement, Conditions, Measurement, Trial, neighbours
+
+# Multiples of the rows that a matrix product of the CPU kernels takes at a time.
+WINDOWS = (6, 12, 24, 48, 0)
+DRAWS, FINALISTS = 3, 3
+# A parallel solver must take at most this part of the sequential time, and is given up beyond that one; a window whose
+# best takes this much longer than a smaller one's is the last to be tried.
+WORTH, HOPELESS, SLOWER = 0.95, 3.0, 1.5
+# Calls of less seconds are timed several at a time, those of more in fewer rounds.
+SHORTEST, LONG = 5e-3, 0.1
+ROUNDS, ROUNDS_OF_LONG = 5, 3
+
+
+class Draw(NamedTuple):
+    """Tokens (B, T, D) that go into each block when the flow samples, and what the blocks are told."""
+
+    inputs: list[torch.Tensor]
+    contexts: list
+
+
+class GivenUp(Exception):
+    """A solver takes too long."""
+
+
+@torch.no_grad()
+def calibrate(
+    flow: Flow,
+    batch_size: int,
+    guidance: Guidance = Guidance(),
+    tol: float = TOLERANCE,
+    windows: Sequence[int] = WINDOWS,
+    text: torch.Tensor | None = None,
+    empty_text: torch.Tensor | None = None,
+    seed: int = 0,
+    tell: Callable[[int, BlockMeasurement], None] = lambda block, measured: None,
+) -> Measurement:
+    """Measure the sequential solver and Jacobi sweeps, with neighbours and without, in windows on every block.
+
+    windows: tokens that iterate together, 0 for all, tried from the smallest on until they get slower. text: (N, L,
+    text_dim) states to draw from in turn, empty_text (1, L, text_dim) what guidance moves away from. seed: of draws.
+    tell: called with what was measured of a block, the last block first. Parallel solvers are chosen where they win by
+    5 % over draws and repetitions, and give the sequential result to ten times the tolerance. Raises ConfigError.
+    """
+    if guidance.weight and guidance.temperature != 1:
+        raise ConfigError("an attention temperature has no calibration: such guidance is sampled one token at a time")
+    if flow.config.text_dim and text is None:
+        raise ConfigError("a flow of text is calibrated on states of prompts: calibrate the folder of its pipeline")
+    conditions = Conditions.of(flow, batch_size, guidance, tol)
+    grid = flow.config.grid
+    tokens = math.prod(grid)
+    windows = sorted({window for window in windows if 0 < window < tokens}) + [0] * (0 in windows)
+    draws = [_draw(flow, batch_size, guidance, text, empty_text, seed, number) for number in range(DRAWS)]
+    blocks: list[BlockMeasurement] = []
+    for i in reversed(range(len(flow.blocks))):
+        race = _Race(flow, i, guidance, draws)
+        rivals = [
+            [Solver("jacobi", window, tol=tol, neighbours=near) for near in ((), neighbours(grid, window))]
+            for window in windows
+        ]
+        blocks.insert(0, BlockMeasurement(*race.run(Solver(tol=tol), rivals)))
+        tell(i, blocks[0])
+    return Measurement(conditions, _machine(flow.device), tuple(blocks))
+
+
+def _draw(flow: Flow, count: int, guidance: Guidance, text, empty_text, seed: int, number: int) -> Draw:
+    z, classes = flow.noise(count, generator(seed, number)), flow.config.num_classes
+    turns = torch.arange(count) + number
+    labels = (turns % classes).to(flow.device) if classes else None
+    text = None if text is None else text[turns % len(text)].to(flow.device)
+    made: dict[int, torch.Tensor] = {}
+
+    def keep(block: int, x: torch.Tensor) -> torch.Tensor:
+        made[block] = flow.tokens(x)
+        return x
+
+    flow.inverse(z, labels, text, guidance, empty_text, after_block=keep)
+    inputs = [made[i] for i in range(1, len(flow.blocks))] + [flow.tokens(z)]
+    return Draw(inputs, flow.contexts(labels, text, z, guidance, empty_text))
+
+
+class _Race:
+    """Solvers of one block against each other."""
+
+    def __init__(self, flow: Flow, block: int, guidance: Guidance, draws: list[Draw]):
+        self.block, self.draws, self.device = flow.blocks[block], [], flow.device
+        for draw in draws:
+            z, (context, guided) = draw.inputs[block], draw.contexts[block]
+            options = guidance.options(z.shape[1], self.block.spec.start, z.device) if guided else {}
+            rotary = flow.rotary(block, flow.config.grid, z)
+            self.draws.append((z, (*context, rotary), {**options, "return_report": True}))
+        self.eps = torch.finfo(next(flow.parameters()).dtype).eps
+
+    def run(self, sequential: Solver, rivals: list[list[Solver]]) -> tuple[tuple[Trial, ...], int]:
+        """What each solver took, the sequential one first, and the index of the one to use.
+
+        rivals: solvers of each window; those from some window on are not tried where they only get slower.
+        """
+        self._time(sequential, 0)
+        base, expected, report = self._time(sequential, 0)
+        self.repeat = max(1, min(50, round(SHORTEST / base)))
+        self.rounds = ROUNDS if base < LONG else ROUNDS_OF_LONG
+        allowed = 10 * max(sequential.tol, 10 * self.eps) * max(1.0, expected.abs().max().item())
+        solvers, trials = [sequential], [_trial(sequential, base, report, 0.0)]
+        best = math.inf
+        for window in rivals:
+            tried = [self._try(solver, HOPELESS * max(base, SHORTEST), expected) for solver in window]
+            solvers += window
+            trials += tried
+            fastest = min((trial.seconds for trial in tried if trial.seconds is not None), default=math.inf)
+            if fastest > SLOWER * best:
+                break
+            best = min(best, fastest)
+        exact = [n for n, trial in enumerate(trials) if n and trial.seconds is not None and trial.error <= allowed]
+        finalists = sorted(exact, key=lambda n: trials[n].seconds)[:FINALISTS]
+        chosen = self._winner(solvers, trials, finalists) if finalists else 0
+        if chosen:
+            # The best of several was lucky: it must win once more, alone against the sequential one.
+            chosen = self._winner(solvers, trials, [chosen])
+        return tuple(trials), chosen
+
+    def _try(self, solver: Solver, limit: float, expected: torch.Tensor) -> Trial:
+        try:
+            first, x, report = self._time(solver, 0, limit)
+        except GivenUp:
+            return _trial(solver)
+        again = [self._time(solver, 0)[0] for _ in range(min(3, self.repeat) - 1)]
+        return _trial(solver, statistics.median([first, *again]), report, (x - expected).abs().max().item())
+
+    def _winner(self, solvers: list[Solver], trials: list[Trial], finalists: list[int]) -> int:
+        """Index of the finalist that is worth it, 0 for none; median times go into `trials`."""
+        numbers = [0, *finalists]
+        rounds = [self._round([solvers[n] for n in numbers], number) for number in range(self.rounds)]
+        for n, seconds in zip(numbers, zip(*rounds)):
+            trials[n] = dataclasses.replace(trials[n], seconds=statistics.median(seconds))
+        ratios = {n: sorted(times[k] / times[0] for times in rounds) for k, n in enumerate(numbers) if n}
+        # Well ahead in the middle, and ahead in all rounds but one.
+        worth = {n: statistics.median(r) for n, r in ratios.items() if statistics.median(r) <= WORTH and r[-2] < 1}
+        return min(worth, key=worth.get, default=0)
+
+    def _round(self, solvers: list[Solver], number: int) -> list[float]:
+        """Median seconds of each solver on a draw, the solvers in turn call by call."""
+        times: list[list[float]] = [[] for _ in solvers]
+        for turn in range(self.repeat):
+            for k in range(len(solvers)):
+                k = (k + turn + number) % len(solvers)
+                times[k].append(self._time(solvers[k], number % len(self.draws))[0])
+        return [statistics.median(seconds) for seconds in times]
+
+    def _time(self, solver: Solver, draw: int, limit: float = math.inf) -> tuple[float, torch.Tensor, SolveReport]:
+        z, context, options = self.draws[draw]
+
+        def watch(done: int, total: int) -> None:
+            if time.perf_counter() - start > limit:
+                raise GivenUp
+
+        if limit < math.inf:
+            options = {**options, "progress": watch}
+        self._wait()
+        start = time.perf_counter()
+        x, report = self.block.inverse(z, *context, solver=solver, **options)
+        self._wait()
+        return time.perf_counter() - start, x, report
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+
+def _trial(solver: Solver, seconds=None, report: SolveReport | None = None, error=None) -> Trial:
+    found = (None, None) if report is None else (report.passes, report.tokens)
+    return Trial(solver.method, solver.window, solver.neighbours, seconds, *found, error)
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

@@ -1,0 +1,106 @@
+"""Noise to data through one block by Jacobi sweeps over windows of tokens: the specification in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from ..affine_flow_inverse.reference import gaussian
+from ..progress import report
+from ..quasi_newton import QuasiNewton
+from .reference import CachedNetwork
+
+# A window that leaves this many times the size of its noise is given up.
+DIVERGED = 1e6
+
+
+def block_jacobi(
+    z: torch.Tensor,
+    guess: torch.Tensor,
+    weights: list[torch.Tensor],
+    cond: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    guidance: torch.Tensor | None,
+    neighbours: list[int],
+    spec: str,
+    rule: str,
+    temperature: float,
+    window: int,
+    slide: bool,
+    tol: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Data x (B, T, D), sample after sample.
+
+    Also returns sweeps (B, T) int32, in how many passes a token
+    took part; counts (B, 3) int64, passes, windows that fell back to single tokens, and 1 + the first token without a
+    finite value, 0 for none; and residual (B,), the largest change in the pass that a token was accepted in.
+    """
+    (B, T, _), copies = z.shape, 1 if guidance is None else 2
+    x = guess.clone()
+    sweeps = torch.zeros(B, T, dtype=torch.int32, device=z.device)
+    counts = torch.zeros(B, 3, dtype=torch.int64, device=z.device)
+    residual = z.new_zeros(B)
+    for b in range(B):
+        given = (None if c is None else c.unflatten(0, (copies, B))[:, b] for c in (cond, prefix))
+        weight = None if guidance is None else guidance[b : b + 1]
+        network = CachedNetwork(z[b : b + 1], weights, *given, cos, sin, weight, spec, temperature)
+        sample = Sample(network, z[b], x[b], weight, rule, neighbours, tol)
+        while sample.done < T and not sample.failed:
+            sample.sweep(window, slide)
+            report(b * T + sample.done, B * T)
+        x[b] = sample.x.flip(0) if network.spec.flip else sample.x
+        sweeps[b], residual[b] = sample.sweeps, sample.residual
+        counts[b] = torch.tensor([sample.passes, sample.fallbacks, sample.failed])
+    return x, sweeps, counts, residual
+
+
+class Sample:
+    """One sample in the block's own order: its first `done` tokens are final."""
+
+    def __init__(self, network: CachedNetwork, z, x, weight, rule, neighbours, tol):
+        spec = network.spec
+        self.network, self.rule, self.tol = network, rule, tol
+        self.z, self.x = (t.flip(0) if spec.flip else t.clone() for t in (z, x))
+        self.weight = weight
+        self.model = QuasiNewton(tuple(neighbours), self.z[None]) if neighbours else None
+        self.done = self.single = 0
+        if not spec.start:
+            self.x[0], self.done = self.z[0], 1
+        self.passes = self.fallbacks = self.failed = 0
+        self.sweeps = torch.zeros(len(z), dtype=torch.int32)
+        self.residual = 0.0
+        self.bound = DIVERGED * max(1.0, z.abs().max().item())
+
+    def sweep(self, window: int, slide: bool) -> None:
+        """One pass of the network over a window."""
+        first, T = self.done, len(self.x)
+        # Where `slide` is false windows begin at multiples of their size.
+        end = first + window if slide else (first // window + 1) * window
+        count = 1 if first < self.single else min(end, T) - first
+        tokens, spec = slice(first, first + count), self.network.spec.affine
+        params = self.network.params(self.x[None], first, count)
+        weight = None if self.weight is None else self.weight[:, tokens]
+        mu, sigma = gaussian(params, weight, spec.scale, spec.soft_clip, self.rule)
+        y = (mu + sigma * self.z[tokens])[0].to(self.x.dtype)
+        self.passes += 1
+        self.sweeps[tokens] += 1
+        if not (y.abs() <= self.bound).all():
+            if count == 1 and not y.isfinite().all():
+                self.failed = first + 1
+            if count > 1:
+                self.single, self.fallbacks = first + count, self.fallbacks + 1
+                if self.model:
+                    self.model.forget()
+                return
+        change = ((y - self.x[tokens]).abs() / y.abs().clamp(min=1)).amax(1)
+        # A token is final where all before it are: it follows from values that stood still.
+        accepted = min(count, 1 + int((change <= self.tol).long().cumprod(0).sum()))
+        self.residual = max(self.residual, change[: accepted - 1].max().item() if accepted > 1 else 0.0)
+        self.x[tokens] = y if self.model is None else self._newton(tokens, y, mu, sigma)
+        self.done += accepted
+
+    def _newton(self, tokens: slice, y, mu, sigma) -> torch.Tensor:
+        spread, x, rows = (sigma * self.z[tokens]).to(y.dtype), self.x[None, tokens], torch.arange(1)
+        log_sigma = sigma.to(y.dtype).log()
+        return self.model.step(rows, tokens, x, y[None], log_sigma, spread)[0]
