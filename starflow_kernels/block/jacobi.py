@@ -32,9 +32,9 @@ def block_jacobi(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Data x (B, T, D), sample after sample.
 
-    Also returns sweeps (B, T) int32, in how many passes a token
-    took part; counts (B, 3) int64, passes, windows that fell back to single tokens, and 1 + the first token without a
-    finite value, 0 for none; and residual (B,), the largest change in the pass that a token was accepted in.
+    Also returns sweeps (B, T) int32, in how many passes a token took part; counts (B, 3) int64, passes, windows that
+    fell back to single tokens, and 1 + the first token without a finite value, 0 for none; and residual (B,), the
+    largest change in the pass that a token was accepted in.
     """
     (B, T, _), copies = z.shape, 1 if guidance is None else 2
     x = guess.clone()
