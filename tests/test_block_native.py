@@ -16,6 +16,7 @@ from conftest import angles, assert_within_contract, run_on_isa, strided
 
 from starflow_kernels import AffineSpec, BlockSpec, affine_flow_inverse, block_forward, block_inverse, native
 from starflow_kernels.block import cpu
+from starflow_kernels.packing import spec_fields
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
@@ -195,9 +196,9 @@ def test_packed_weights_are_dropped_with_the_weights():
     text = SPECS["tarflow"].to_json()
     key = id(w["proj_in.weight"]), text
     cpu.packed(text, list(w.values()))
-    assert key in cpu._packed
+    assert key in cpu.packed.kept
     del w
-    assert key not in cpu._packed
+    assert key not in cpu.packed.kept
 
 
 @pytest.mark.parametrize("guidance", [None, 0.8])
@@ -208,7 +209,7 @@ def test_batches_larger_than_the_memory_bound_are_split(guidance, monkeypatch):
     options = {"guidance": guidance, "progress": lambda done, total: calls.append((done, total))}
     whole = block_inverse(z, w, spec, **context, **options, backend="native")
     assert calls == [(63, 63)]
-    row = 4 * sum(torch.ops.starflow_native.block_sizes(cpu.spec_fields(spec, torch.float32), 1, 12)[:1])
+    row = 4 * sum(torch.ops.starflow_native.block_sizes(spec_fields(spec, torch.float32), 1, 12)[:1])
     monkeypatch.setenv("STARFLOW_CACHE_GB", str((2 if guidance is None else 4) * row / 2**30 + 1e-9))
     assert torch.equal(block_inverse(z, w, spec, **context, **options, backend="native"), whole)
     assert calls[1:] == [(18, 63), (36, 63), (54, 63), (63, 63)]

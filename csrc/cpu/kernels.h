@@ -4,33 +4,10 @@
 
 #include <cstdint>
 
+#include "../spec.h"
 #include "team.h"
 
 namespace starflow {
-
-enum class Scale { exp, softplus, unit };
-enum class Rule { tarflow, starflow };
-enum class Norm { layer_norm, rms_norm, none };
-enum class Mlp { gelu, swiglu };
-enum class Rotary { none, interleaved, half };
-
-struct Affine {
-    Scale scale;
-    float clip;  // 0: no soft clip
-};
-
-// Sizes and options of a flow block, see BlockSpec.
-struct Spec {
-    int token_dim, channels, layers, heads, head_dim, kv_heads, mlp_dim, positions, text_dim;
-    bool start, flip, bias, qk_norm, post_norm, final_norm, bf16;
-    Mlp mlp;
-    Norm norm;
-    Rotary rotary;
-    Affine affine;
-
-    int params_dim() const { return affine.scale == Scale::unit ? token_dim : 2 * token_dim; }
-    int qkv_dim() const { return (heads + 2 * kv_heads) * head_dim; }
-};
 
 // Packed weight, (out, in), and padded bias, null for none.
 struct Linear {

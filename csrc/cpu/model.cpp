@@ -6,23 +6,6 @@
 
 namespace starflow {
 
-Spec read_spec(const std::vector<int64_t>& fields, double clip) {
-    if (fields.size() != 20) throw std::invalid_argument("block spec: expected 20 fields");
-    auto field = fields.begin();
-    auto number = [&] { return int(*field++); };
-    Spec spec;
-    for (int* size : {&spec.token_dim, &spec.channels, &spec.layers, &spec.heads, &spec.head_dim, &spec.kv_heads,
-                      &spec.mlp_dim, &spec.positions, &spec.text_dim})
-        *size = number();
-    for (bool* flag : {&spec.start, &spec.flip, &spec.bias, &spec.qk_norm, &spec.post_norm, &spec.final_norm, &spec.bf16})
-        *flag = number();
-    spec.mlp = Mlp(number());
-    spec.norm = Norm(number());
-    spec.rotary = Rotary(number());
-    spec.affine = {Scale(number()), float(clip)};
-    return spec;
-}
-
 Model::Model(const Spec& spec, const float* packed, const std::vector<int64_t>& offsets) : layers_(spec.layers) {
     auto offset = offsets.begin();
     auto next = [&]() -> const float* {

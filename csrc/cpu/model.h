@@ -3,12 +3,10 @@
 
 #include <vector>
 
+#include "../read_spec.h"
 #include "kernels.h"
 
 namespace starflow {
-
-// Reads `fields` in the order of Spec's members (see block/cpu.py). Throws std::invalid_argument on a wrong length.
-Spec read_spec(const std::vector<int64_t>& fields, double clip);
 
 // A block and the layers that it points to. offsets: place of each weight in `packed`, in the order of block/cpu.py.
 class Model {

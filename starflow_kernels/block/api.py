@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .. import native
+from .. import compiled_cuda, native
 from ..affine_flow.api import empty_logdet
 from ..checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
 from ..dispatch import register
@@ -18,7 +18,7 @@ from ..progress import reporting_to
 from ..residual_norm.api import EPS
 from ..solver import Solver, SolveReport
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
-from . import cpu, jacobi, reference
+from . import cpu, cuda, jacobi, reference
 
 CONTEXT = "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin"
 
@@ -52,6 +52,7 @@ define(
 register("block_forward", "native", cpu.block_forward, cpu.refuse, native.missing)
 register("block_inverse", "native", cpu.block_inverse, cpu.refuse, native.missing)
 register("block_jacobi", "native", cpu.block_jacobi, cpu.refuse_jacobi, native.missing)
+register("block_inverse", "cuda", cuda.block_inverse, cuda.refuse, compiled_cuda.missing)
 
 
 def block_forward(

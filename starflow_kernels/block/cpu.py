@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 import os
-import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import torch
 
 from ..affine_flow.cpu import affine_flow
 from ..native import empty
+from ..packing import Packer, spec_fields
 from ..progress import report
 from ..spec import BlockSpec
 
@@ -47,19 +47,6 @@ def _vector(weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(weight.float(), (0, -weight.shape[-1] % 16)).flatten()
 
 
-def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
-    """The spec as csrc/cpu/model.cpp reads it."""
-    sizes = (spec.token_dim, spec.channels, spec.layers, spec.heads, spec.head_dim, spec.kv_heads, spec.mlp_dim)
-    flags = (spec.start, spec.flip, spec.bias, spec.qk_norm, spec.post_norm, spec.final_norm, dtype == torch.bfloat16)
-    kinds = (
-        ("gelu", "swiglu").index(spec.mlp),
-        ("layer_norm", "rms_norm", "none").index(spec.norm),
-        ("none", "interleaved", "half").index(spec.rotary),
-        ("exp", "softplus", "unit").index(spec.affine.scale),
-    )
-    return [*sizes, spec.positions, spec.text_dim, *map(int, flags), *kinds]
-
-
 def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
     """Copy of the weights for the kernel. A product without bias gets zeros."""
     pieces = []
@@ -81,25 +68,7 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
     return Packed(buffer, offsets, tuple(spec_fields(spec, weights[0].dtype)))
 
 
-_packed: dict[tuple[int, str], tuple[list[int], Packed, list[weakref.ref]]] = {}
-_version, _dtype = operator.attrgetter("_version"), operator.attrgetter("dtype")
-
-
-def packed(text: str, weights: list[torch.Tensor]) -> Packed:
-    """`pack` for the spec of `text`, remembered while torch's version counters say that the weights are unchanged.
-
-    Writes through `.data` do not count up a version; tensors of inference mode have none and are packed every time.
-    """
-    if any(map(torch.Tensor.is_inference, weights)):
-        return pack(BlockSpec.from_json(text), weights)
-    key = id(weights[0]), text
-    state = [*map(id, weights), *map(_version, weights), *map(torch.Tensor.data_ptr, weights)]
-    if (found := _packed.get(key)) and found[0] == state:
-        return found[1]
-    result = pack(BlockSpec.from_json(text), weights)
-    # An id is that of a weight only while the weight lives.
-    _packed[key] = state, result, [weakref.ref(weight, lambda _: _packed.pop(key, None)) for weight in weights]
-    return result
+packed, _dtype = Packer(pack), operator.attrgetter("dtype")
 
 
 def refuse(x, weights, *others) -> str | None:

@@ -1,0 +1,49 @@
+// The functions between the products of a block, in float32.
+#pragma once
+
+#include "../spec.h"
+#include "device.h"
+
+namespace starflow::cuda {
+
+STARFLOW_DEVICE float gelu(float x) { return 0.5f * x * erfcf(x * -0.70710678f); }
+
+STARFLOW_DEVICE float gelu_tanh(float x) {
+    return 0.5f * x * (1.0f + tanhf(0.79788456f * fmaf(0.044715f * x * x, x, x)));
+}
+
+// softplus(a + 0.5413): 1 at a = 0.
+STARFLOW_DEVICE float softplus_one(float a) {
+    float x = a + 0.541324854612918f;
+    return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
+}
+
+STARFLOW_DEVICE float soft_clip(float r, float clip) { return clip == 0 ? r : clip * tanhf(r / clip); }
+
+STARFLOW_DEVICE float sigma_of(float a, Scale scale) {
+    return scale == Scale::exp ? expf(a) : scale == Scale::softplus ? softplus_one(a) : 1.0f;
+}
+
+struct Gaussian {
+    float mu, sigma;
+};
+
+// Mean and scale of dimension i of a token from its parameters; `without` is null without guidance. The rules are those
+// of affine_flow_inverse.
+STARFLOW_DEVICE Gaussian gaussian(const float* params, const float* without, float weight, int i, int D, Rule rule,
+                                  const Affine& affine) {
+    bool unit = affine.scale == Scale::unit;
+    auto raw = [&](const float* from, bool scale) {
+        return scale && unit ? 0.0f : soft_clip(from[scale || unit ? i : D + i], affine.clip);
+    };
+    float a = raw(params, true), b = raw(params, false);
+    if (!without) return {b, sigma_of(a, affine.scale)};
+    float other_a = raw(without, true), other_b = raw(without, false);
+    if (rule == Rule::tarflow)
+        return {fmaf(weight, b - other_b, b), sigma_of(fmaf(weight, a - other_a, a), affine.scale)};
+    float sigma = sigma_of(a, affine.scale), ratio = fminf(sigma / sigma_of(other_a, affine.scale), 1.0f);
+    float ws = weight * ratio * ratio, precision = 1.0f + weight - ws;
+    return {((1.0f + weight) * b - ws * other_b) / precision, sigma / sqrtf(precision)};
+}
+
+}  // namespace starflow::cuda

@@ -1,0 +1,29 @@
+// The call of the on-chip kernel, for those who know nothing of CUDA.
+#pragma once
+
+#include "plan.h"
+
+namespace starflow::cuda {
+
+// The inverse of one flow block for B sequences of T tokens. Rows b have the condition, rows B + b, where guidance is
+// given, are those without it. Pointers are to device memory.
+struct OnchipCall {
+    Spec spec;
+    Plan plan;
+    int64_t B, T;
+    float* state;            // (B, T, D) noise that becomes data
+    const void* weights;     // plan.weight_bytes, as they lie in shared memory; 16-byte aligned
+    void* cache;             // blocks x plan.group x copies rows, of the dtype of the weights, or null if on chip
+    const float* positions;  // (T, C) in the block's own order, or null
+    const float* cond;       // (copies B, C) or null
+    const float *cos, *sin;  // (T, head_dim / 2) or null
+    const float* guidance;   // (B, T) or null
+    Rule rule;
+    float temperature;
+    int blocks;  // of the grid; a block takes one group after the other
+};
+
+// Start the kernel on a stream. Throws std::runtime_error with CUDA's reason.
+void launch_onchip(const OnchipCall& call, int64_t stream);
+
+}  // namespace starflow::cuda

@@ -1,0 +1,359 @@
+// The whole inverse of a flow block by one thread block: weights, activations and, if it fits, the KV cache stay in its
+// shared memory for all steps. float32 weights take float32 multiply-adds, bfloat16 weights the tensor cores,
+// activations rounded for them; every sum is float32 and has one order, whatever the group.
+#pragma once
+
+#include "elementary.h"
+#include "launch.h"
+
+namespace starflow::cuda {
+
+struct alignas(8) Pair {
+    float one, two;
+};
+
+// The steps of one group of samples. Weight: float or Bf16, also that of the KV cache. The place of the cache is known
+// at compile time, so that accesses are those of one kind of memory.
+template <class Weight, bool CACHED_ON_CHIP>
+struct Onchip {
+    const OnchipCall& call;
+    char* shared;
+    int64_t first;      // sample of the group
+    int samples, rows;  // those with the condition come first
+
+    STARFLOW_DEVICE const Spec& spec() const { return call.spec; }
+    STARFLOW_DEVICE const Plan& plan() const { return call.plan; }
+    STARFLOW_DEVICE float* floats(int offset) const { return reinterpret_cast<float*>(shared + offset); }
+    STARFLOW_DEVICE float* h(int row) const { return floats(plan().h) + row * plan().h_row; }
+    STARFLOW_DEVICE float* mid(int row) const { return floats(plan().mid) + row * plan().mid_row; }
+    STARFLOW_DEVICE float* wide(int row) const { return floats(plan().wide) + row * plan().wide_row; }
+    STARFLOW_DEVICE float* token(int row) const { return floats(plan().tokens) + row * plan().token_row; }
+    STARFLOW_DEVICE static int lane() { return thread_index() % WARP; }
+    STARFLOW_DEVICE static int warp() { return thread_index() / WARP; }
+
+    STARFLOW_DEVICE Weight* cache() const {
+        if constexpr (CACHED_ON_CHIP) return reinterpret_cast<Weight*>(shared + plan().cache);
+        int64_t rows_before = int64_t(block_index()) * plan().group * plan().copies;
+        return static_cast<Weight*>(call.cache) + rows_before * plan().cache_row;
+    }
+
+    // Token t in the block's own order.
+    STARFLOW_DEVICE float* at(int sample, int64_t t) const {
+        int64_t place = spec().flip ? call.T - 1 - t : t;
+        return call.state + ((first + sample) * call.T + place) * spec().token_dim;
+    }
+
+    // done(row, n, (x W^T + b)[row, n]): a thread takes column n of TILE rows. Four partial sums each, of k mod 4.
+    template <int TILE, class Done>
+    STARFLOW_DEVICE void multiply_tiles(const Dense& dense, int layer, const float* x, int x_row, Done done) const {
+        auto weights = reinterpret_cast<const Quad<float>*>(shared + layer + dense.weight);
+        int tiles = (rows + TILE - 1) / TILE, depth = (dense.in + 3) / 4;
+        for (int item = thread_index(); item < tiles * dense.out; item += THREADS) {
+            int n = item % dense.out, top = item / dense.out * TILE;
+            const float* from[TILE];
+            float sums[TILE][4];
+            STARFLOW_UNROLL
+            for (int m = 0; m < TILE; ++m) {
+                from[m] = x + (top + m < rows ? top + m : rows - 1) * x_row;
+                for (int j = 0; j < 4; ++j) sums[m][j] = 0;
+            }
+            for (int k = 0; k < depth; ++k) {
+                Quad<float> quad = weights[k * dense.out + n];
+            STARFLOW_UNROLL
+                for (int m = 0; m < TILE; ++m) {
+                    Quad<float> values = reinterpret_cast<const Quad<float>*>(from[m])[k];
+            STARFLOW_UNROLL
+                    for (int j = 0; j < 4; ++j) sums[m][j] = fmaf(values.values[j], quad.values[j], sums[m][j]);
+                }
+            }
+            float bias = dense.bias < 0 ? 0.0f : floats(layer + dense.bias)[n];
+            STARFLOW_UNROLL
+            for (int m = 0; m < TILE; ++m)
+                if (top + m < rows) done(top + m, n, (sums[m][0] + sums[m][1]) + (sums[m][2] + sums[m][3]) + bias);
+        }
+    }
+
+    // The same on the tensor cores: a warp takes 16 columns n of TILE times 8 rows.
+    template <int TILE, class Done>
+    STARFLOW_DEVICE void multiply_fragments(const Dense& dense, int layer, const float* x, int x_row, Done done) const {
+        struct alignas(16) Fragment {
+            uint32_t values[4];
+        };
+        auto weights = reinterpret_cast<const Fragment*>(shared + layer + dense.weight);
+        int columns = (dense.out + 15) / 16, depth = (dense.in + 15) / 16, tiles = (rows + 8 * TILE - 1) / (8 * TILE);
+        int g = lane() / 4, t = lane() % 4 * 2;
+        for (int item = warp(); item < tiles * columns; item += WARPS) {
+            int n = item % columns, top = item / columns * 8 * TILE;
+            const float* from[TILE];
+            float sums[TILE][4];
+            STARFLOW_UNROLL
+            for (int m = 0; m < TILE; ++m) {
+                int row = top + 8 * m + g;
+                from[m] = x + (row < rows ? row : rows - 1) * x_row + t;
+                for (int j = 0; j < 4; ++j) sums[m][j] = 0;
+            }
+            for (int k = 0; k < depth; ++k) {
+                Fragment fragment = weights[(n * depth + k) * WARP + lane()];
+                STARFLOW_UNROLL
+                for (int m = 0; m < TILE; ++m) {
+                    auto low = *reinterpret_cast<const Pair*>(from[m] + 16 * k);
+                    auto high = *reinterpret_cast<const Pair*>(from[m] + 16 * k + 8);
+                    uint32_t b[2] = {bf16_pair(low.one, low.two), bf16_pair(high.one, high.two)};
+                    multiply_add(fragment.values, b, sums[m]);
+                }
+            }
+            STARFLOW_UNROLL
+            for (int m = 0; m < TILE; ++m)
+                for (int j = 0; j < 4; ++j) {
+                    int row = top + 8 * m + t + j % 2, column = 16 * n + g + j / 2 * 8;
+                    if (row >= rows || column >= dense.out) continue;
+                    done(row, column, sums[m][j] + (dense.bias < 0 ? 0.0f : floats(layer + dense.bias)[column]));
+                }
+        }
+    }
+
+    // As many rows a thread, or warp, as leave every one work.
+    template <class Done>
+    STARFLOW_DEVICE void multiply(const Dense& dense, int layer, const float* x, int x_row, Done done) const {
+        if constexpr (sizeof(Weight) == sizeof(Bf16)) {
+            if (rows > 16 && rows * dense.out >= 32 * 16 * WARPS)
+                multiply_fragments<4>(dense, layer, x, x_row, done);
+            else
+                multiply_fragments<1>(dense, layer, x, x_row, done);
+        } else {
+            int work = rows * dense.out;
+            if (work >= 8 * THREADS)
+                multiply_tiles<8>(dense, layer, x, x_row, done);
+            else if (work >= 2 * THREADS)
+                multiply_tiles<2>(dense, layer, x, x_row, done);
+            else
+                multiply_tiles<1>(dense, layer, x, x_row, done);
+        }
+    }
+
+    // The lanes of a warp: to = x / sqrt(mean x^2 + 1e-6) (1 + weight); x == to allowed.
+    STARFLOW_DEVICE static void rms_norm(const float* x, const float* weight, int n, float* to) {
+        float squares = 0;
+        for (int i = lane(); i < n; i += WARP) squares = fmaf(x[i], x[i], squares);
+        float scale = 1.0f / sqrtf(warp_sum(squares) / float(n) + 1e-6f);
+        for (int i = lane(); i < n; i += WARP) to[i] = x[i] * scale * (1.0f + weight[i]);
+    }
+
+    STARFLOW_DEVICE static void layer_norm(const float* x, const float* weight, const float* bias, int n, float* to) {
+        float sum = 0, squares = 0;
+        for (int i = lane(); i < n; i += WARP) sum += x[i];
+        float mean = warp_sum(sum) / float(n);
+        for (int i = lane(); i < n; i += WARP) squares = fmaf(x[i] - mean, x[i] - mean, squares);
+        float scale = 1.0f / sqrtf(warp_sum(squares) / float(n) + 1e-5f);
+        for (int i = lane(); i < n; i += WARP) to[i] = fmaf((x[i] - mean) * scale, weight[i], bias[i]);
+    }
+
+    // The norm of h, a warp a row, for the product that comes next.
+    STARFLOW_DEVICE const float* normalized(const NormPlaces& places, int layer) const {
+        if (spec().norm == Norm::none) return h(0);
+        for (int row = warp(); row < rows; row += WARPS) {
+            const float* weight = floats(layer + places.weight);
+            if (spec().norm == Norm::layer_norm)
+                layer_norm(h(row), weight, floats(layer + places.bias), spec().channels, mid(row));
+            else
+                rms_norm(h(row), weight, spec().channels, mid(row));
+        }
+        block_barrier();
+        return mid(0);
+    }
+
+    STARFLOW_DEVICE int normalized_row() const { return spec().norm == Norm::none ? plan().h_row : plan().mid_row; }
+
+    // h += x W^T + b, with the norm of the branch in between, in `branch`, where the block has one.
+    STARFLOW_DEVICE void add_branch(const Dense& dense, int layer, const float* x, int x_row, int post_norm,
+                                    float* branch, int branch_row) const {
+        bool post = spec().post_norm;
+        multiply(dense, layer, x, x_row, [&](int row, int n, float value) {
+            if (post)
+                branch[row * branch_row + n] = value;
+            else
+                h(row)[n] += value;
+        });
+        block_barrier();
+        if (!post) return;
+        for (int row = warp(); row < rows; row += WARPS) {
+            float* update = branch + row * branch_row;
+            rms_norm(update, floats(layer + post_norm), spec().channels, update);
+            for (int i = lane(); i < spec().channels; i += WARP) h(row)[i] += update[i];
+        }
+        block_barrier();
+    }
+
+    // Norm and rotate one head's query or key, by the lanes of a warp.
+    STARFLOW_DEVICE void prepare(float* x, int norm, int slot) const {
+        int d = spec().head_dim;
+        if (spec().qk_norm) {
+            rms_norm(x, floats(norm), d, x);
+            warp_barrier();
+        }
+        if (spec().rotary == Rotary::none) return;
+        bool half = spec().rotary == Rotary::half;
+        for (int i = lane(); i < d / 2; i += WARP) {
+            float c = call.cos[int64_t(slot) * (d / 2) + i], s = call.sin[int64_t(slot) * (d / 2) + i];
+            float &one = x[half ? i : 2 * i], &two = x[half ? i + d / 2 : 2 * i + 1], a = one, b = two;
+            one = fmaf(a, c, -(b * s));
+            two = fmaf(b, c, a * s);
+        }
+        warp_barrier();
+    }
+
+    // One query over slots 0 .. slot; keys [d][slots], values [slots][d].
+    STARFLOW_DEVICE void attend(const float* q, const Weight* keys, const Weight* values, int slot, float scale,
+                                float* out) const {
+        int d = spec().head_dim, slots = plan().slots;
+        float *scores = floats(plan().scores) + warp() * slots, most = -INFINITY, total = 0;
+        for (int s = lane(); s <= slot; s += WARP) {
+            float score = 0;
+            for (int i = 0; i < d; ++i) score = fmaf(q[i], widen(keys[i * slots + s]), score);
+            scores[s] = score * scale;
+            most = fmaxf(most, scores[s]);
+        }
+        most = warp_max(most);
+        for (int s = lane(); s <= slot; s += WARP) {
+            scores[s] = expf(scores[s] - most);
+            total += scores[s];
+        }
+        total = warp_sum(total);
+        warp_barrier();
+        for (int i = lane(); i < d; i += WARP) {
+            float sum = 0;
+            for (int s = 0; s <= slot; ++s) sum = fmaf(scores[s], widen(values[s * d + i]), sum);
+            out[i] = sum / total;
+        }
+        warp_barrier();
+    }
+
+    // A warp takes a head of keys and values of one row, and its queries: q k v in `wide`, the result in `mid`.
+    STARFLOW_DEVICE void attention(int index, int layer, int slot) const {
+        int d = spec().head_dim, kv_heads = spec().kv_heads, group = spec().heads / kv_heads, slots = plan().slots;
+        for (int item = warp(); item < rows * kv_heads; item += WARPS) {
+            int row = item / kv_heads, head = item % kv_heads;
+            float *q = wide(row) + head * group * d, *key = wide(row) + (spec().heads + head) * d;
+            const float* value = key + kv_heads * d;
+            Weight* keys = cache() + int64_t(row) * plan().cache_row + (index * kv_heads + head) * 2 * d * slots;
+            Weight* values = keys + d * slots;
+            for (int j = 0; j < group; ++j) prepare(q + j * d, layer + plan().layer.q_norm, slot);
+            prepare(key, layer + plan().layer.k_norm, slot);
+            for (int i = lane(); i < d; i += WARP) {
+                narrow(key[i], keys[i * slots + slot]);
+                narrow(value[i], values[slot * d + i]);
+            }
+            warp_barrier();
+            float scale = 1.0f / (sqrtf(float(d)) * (row < samples ? 1.0f : call.temperature));
+            for (int j = 0; j < group; ++j)
+                attend(q + j * d, keys, values, slot, scale, mid(row) + (head * group + j) * d);
+        }
+        block_barrier();
+    }
+
+    STARFLOW_DEVICE void feed_forward(int layer) const {
+        const LayerPlaces& places = plan().layer;
+        const float* x = normalized(places.mlp_norm, layer);
+        int x_row = normalized_row();
+        if (spec().mlp == Mlp::gelu) {
+            multiply(places.up, layer, x, x_row, [&](int row, int n, float value) { wide(row)[n] = gelu(value); });
+        } else {
+            multiply(places.gate, layer, x, x_row,
+                     [&](int row, int n, float value) { wide(row)[n] = gelu_tanh(value); });
+            // A thread has the same elements in both products.
+            multiply(places.up, layer, x, x_row, [&](int row, int n, float value) { wide(row)[n] *= value; });
+        }
+        block_barrier();
+        add_branch(places.down, layer, wide(0), plan().wide_row, places.mlp_post_norm, mid(0), plan().mid_row);
+    }
+
+    STARFLOW_DEVICE void network(int slot) const {
+        int C = spec().channels;
+        multiply(plan().proj_in, 0, token(0), plan().token_row, [&](int row, int n, float value) {
+            if (call.positions) value += call.positions[int64_t(slot) * C + n];
+            int64_t global_row = row / samples * call.B + first + row % samples;
+            if (call.cond) value += call.cond[global_row * C + n];
+            h(row)[n] = value;
+        });
+        block_barrier();
+        for (int i = 0; i < spec().layers; ++i) {
+            int layer = plan().layers + i * plan().layer_bytes;
+            const LayerPlaces& places = plan().layer;
+            const float* x = normalized(places.attn_norm, layer);
+            multiply(places.qkv, layer, x, normalized_row(),
+                     [&](int row, int n, float value) { wide(row)[n] = value; });
+            block_barrier();
+            attention(i, layer, slot);
+            add_branch(places.proj, layer, mid(0), plan().mid_row, places.attn_post_norm, wide(0), plan().wide_row);
+            feed_forward(layer);
+        }
+    }
+
+    // Parameters of the slot, to `wide`.
+    STARFLOW_DEVICE void head() const {
+        const float* x = h(0);
+        int x_row = plan().h_row;
+        if (spec().final_norm) {
+            for (int row = warp(); row < rows; row += WARPS)
+                rms_norm(h(row), floats(plan().final_norm), spec().channels, mid(row));
+            block_barrier();
+            x = mid(0), x_row = plan().mid_row;
+        }
+        multiply(plan().proj_out, 0, x, x_row, [&](int row, int n, float value) { wide(row)[n] = value; });
+        block_barrier();
+    }
+
+    // x_t = mu + sigma z_t, which is what the next slot takes in.
+    STARFLOW_DEVICE void transform(int64_t t) const {
+        int D = spec().token_dim;
+        for (int item = thread_index(); item < samples * D; item += THREADS) {
+            int sample = item / D, i = item % D;
+            const float* without = call.guidance ? wide(samples + sample) : nullptr;
+            float weight = call.guidance ? call.guidance[(first + sample) * call.T + t] : 0.0f;
+            Gaussian g = gaussian(wide(sample), without, weight, i, D, call.rule, spec().affine);
+            float* to = at(sample, t) + i;
+            float x = fmaf(g.sigma, *to, g.mu);
+            *to = x;
+            for (int row = sample; row < rows; row += samples) token(row)[i] = x;
+        }
+        block_barrier();
+    }
+
+    STARFLOW_DEVICE void first_token() const {
+        int D = spec().token_dim;
+        for (int item = thread_index(); item < rows * D; item += THREADS) {
+            int row = item / D, i = item % D;
+            token(row)[i] = spec().start ? floats(plan().start)[i] : at(row % samples, 0)[i];
+        }
+        block_barrier();
+    }
+
+    STARFLOW_DEVICE void run() const {
+        first_token();
+        for (int slot = 0; slot < plan().slots; ++slot) {
+            network(slot);
+            head();
+            transform(spec().start ? slot : slot + 1);
+        }
+    }
+};
+
+// A thread block of the kernel: the weights once, then one group after the other.
+template <class Weight, bool CACHED_ON_CHIP>
+STARFLOW_DEVICE void run_onchip(const OnchipCall& call, char* shared) {
+    const Plan& plan = call.plan;
+    auto from = static_cast<const Quad<float>*>(call.weights);
+    auto to = reinterpret_cast<Quad<float>*>(shared);
+    for (int i = thread_index(); i < plan.weight_bytes / 16; i += THREADS) to[i] = from[i];
+    // What pads a row is multiplied by zero weights: it must be finite.
+    for (int i = thread_index() + plan.activations / 4; i < plan.bytes / 4; i += THREADS)
+        reinterpret_cast<float*>(shared)[i] = 0;
+    block_barrier();
+    for (int64_t first = int64_t(block_index()) * plan.group; first < call.B;
+         first += int64_t(block_count()) * plan.group) {
+        int samples = call.B - first < plan.group ? int(call.B - first) : plan.group;
+        Onchip<Weight, CACHED_ON_CHIP>{call, shared, first, samples, samples * plan.copies}.run();
+    }
+}
+
+}  // namespace starflow::cuda

@@ -1,0 +1,144 @@
+// Where a flow block's weights, KV cache and activations lie in the shared memory of a thread block.
+#pragma once
+
+#include <cstdint>
+
+#include "../spec.h"
+
+namespace starflow::cuda {
+
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int MOST_ROWS = 64;  // of a thread block
+
+// Offsets below are bytes from the start of shared memory; those of a layer, from the start of the layer.
+struct Dense {
+    // float32: weight [in / 4][out][4]; bfloat16: the fragments of multiply_add, [out / 16][in / 16][32 lanes][8].
+    // Padded with zeros. bias -1 for none.
+    int weight, bias, in, out;
+};
+
+struct NormPlaces {
+    int weight, bias;
+};
+
+struct LayerPlaces {
+    NormPlaces attn_norm, mlp_norm;
+    Dense qkv, proj, gate, up, down;
+    int q_norm, k_norm, attn_post_norm, mlp_post_norm;
+};
+
+struct Plan {
+    Dense proj_in, proj_out;
+    int start, final_norm, layers, layer_bytes, weight_bytes;
+    LayerPlaces layer;
+    int slots;            // of the KV cache
+    int cache_row;        // values of it a row
+    bool cached_on_chip;  // else in device memory, which no other thread block reads
+    // Rows of activations: the state h, of C; what a norm or attention leaves; the widest, of q k v, the MLP and the
+    // parameters; the tokens. Rows are as many floats apart as the other numbers say.
+    int cache, h, mid, wide, tokens, scores, activations;
+    int h_row, mid_row, wide_row, token_row;
+    int group, copies;  // samples of a thread block, rows of each
+    int bytes;          // at most TOO_LARGE
+};
+
+constexpr int TOO_LARGE = 1 << 30;
+
+constexpr int64_t padded(int64_t n, int to) { return (n + to - 1) / to * to; }
+
+// Floats of a row of n activations: whole fragments, and 8 or 24 modulo the 32 banks, where eight rows do not collide.
+constexpr int row_floats(int n) { return int(padded(n, 16)) + 8; }
+
+class Taker {
+public:
+    int at = 0;
+    int take(int64_t bytes) {
+        int taken = at;
+        int64_t end = at + (bytes + 15) / 16 * 16;
+        at = int(end < TOO_LARGE ? end : TOO_LARGE);
+        return taken;
+    }
+    int vector(int64_t floats) { return take(4 * floats); }
+};
+
+// The weights in the order of BlockSpec.weight_shapes, less the position table, which stays in device memory.
+inline void place_weights(const Spec& spec, Plan& plan) {
+    Taker taker;
+    int C = spec.channels;
+    auto dense = [&](int out, int in, bool bias) {
+        int weight = taker.take(spec.bf16 ? 2 * padded(out, 16) * padded(in, 16) : 4 * padded(in, 4) * out);
+        return Dense{weight, bias ? taker.vector(out) : -1, in, out};
+    };
+    auto norm = [&] {
+        NormPlaces places{-1, -1};
+        if (spec.norm != Norm::none) places.weight = taker.vector(C);
+        if (spec.norm == Norm::layer_norm) places.bias = taker.vector(C);
+        return places;
+    };
+    plan.proj_in = dense(C, spec.token_dim, true);
+    plan.start = spec.start ? taker.vector(spec.token_dim) : -1;
+    plan.layers = taker.at;
+    LayerPlaces layer{};
+    taker.at = 0;
+    layer.attn_norm = norm();
+    layer.qkv = dense(spec.qkv_dim(), C, spec.bias);
+    if (spec.qk_norm) layer.q_norm = taker.vector(spec.head_dim), layer.k_norm = taker.vector(spec.head_dim);
+    layer.proj = dense(C, spec.heads * spec.head_dim, spec.bias);
+    if (spec.post_norm) layer.attn_post_norm = taker.vector(C);
+    layer.mlp_norm = norm();
+    if (spec.mlp == Mlp::swiglu) layer.gate = dense(spec.mlp_dim, C, spec.bias);
+    layer.up = dense(spec.mlp_dim, C, spec.bias);
+    layer.down = dense(C, spec.mlp_dim, spec.bias);
+    if (spec.post_norm) layer.mlp_post_norm = taker.vector(C);
+    plan.layer = layer;
+    plan.layer_bytes = taker.at;
+    taker.at = plan.layers;
+    taker.take(int64_t(spec.layers) * plan.layer_bytes);
+    plan.final_norm = spec.final_norm ? taker.vector(C) : -1;
+    plan.proj_out = dense(spec.params_dim(), C, true);
+    plan.weight_bytes = taker.at;
+}
+
+// `group` samples of T tokens, `copies` rows of each.
+inline Plan make_plan(const Spec& spec, int64_t T, int copies, int group, bool cached_on_chip) {
+    auto most = [](int a, int b) { return a > b ? a : b; };
+    Plan plan{};
+    place_weights(spec, plan);
+    Taker taker;
+    taker.at = plan.weight_bytes;
+    int64_t rows = int64_t(group) * copies, slots = spec.start ? T : T - 1;
+    int64_t values = slots * spec.layers * spec.kv_heads * 2 * spec.head_dim;
+    plan.group = group;
+    plan.copies = copies;
+    plan.slots = int(slots < TOO_LARGE ? slots : TOO_LARGE);
+    plan.cache_row = int(values < TOO_LARGE ? values : TOO_LARGE);
+    plan.h_row = row_floats(spec.channels);
+    plan.mid_row = row_floats(most(spec.channels, spec.heads * spec.head_dim));
+    plan.wide_row = row_floats(most(most(spec.channels, spec.params_dim()), most(spec.qkv_dim(), spec.mlp_dim)));
+    plan.token_row = row_floats(spec.token_dim);
+    plan.cached_on_chip = cached_on_chip;
+    plan.cache = taker.take(cached_on_chip ? rows * plan.cache_row * (spec.bf16 ? 2 : 4) : 0);
+    plan.activations = taker.at;
+    plan.h = taker.vector(rows * plan.h_row);
+    plan.mid = taker.vector(rows * plan.mid_row);
+    plan.wide = taker.vector(rows * plan.wide_row);
+    plan.tokens = taker.vector(rows * plan.token_row);
+    plan.scores = taker.vector(slots * WARPS);
+    plan.bytes = taker.at;
+    return plan;
+}
+
+// The most samples that a thread block of `limit` bytes of shared memory takes of B, spread over the processors, with
+// their KV cache if one fits with it, else without; a group of 0 where not even one fits.
+inline Plan choose_plan(const Spec& spec, int64_t T, int copies, int64_t B, int64_t limit, int64_t processors) {
+    int64_t share = (B + processors - 1) / processors, most = MOST_ROWS / copies;
+    most = share < 1 ? 1 : share < most ? share : most;
+    for (bool cached_on_chip : {true, false})
+        for (int group = int(most); group > 0; --group) {
+            Plan plan = make_plan(spec, T, copies, group, cached_on_chip);
+            if (plan.bytes <= limit) return plan;
+        }
+    return make_plan(spec, T, copies, 0, false);
+}
+
+}  // namespace starflow::cuda

@@ -1,0 +1,144 @@
+"""The inverse of a small block on a GPU, all steps in one launch: plans for the kernel of csrc/cuda/onchip.h."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ..packing import Packer, spec_fields
+from ..progress import report
+from ..spec import BlockSpec
+
+OPS = torch.ops.starflow_cuda
+
+
+class Packed(NamedTuple):
+    """Weights as they lie in shared memory, see csrc/cuda/plan.h, in one float32 buffer; the position table stays in
+    device memory."""
+
+    buffer: torch.Tensor
+    positions: torch.Tensor | None
+    fields: tuple[int, ...]
+
+
+def _matrix(weight: torch.Tensor) -> torch.Tensor:
+    """(N, K) as [K / 4][N][4]; in bfloat16 as [N / 16][K / 16][32][8], the fragments of a warp's lanes, see
+    csrc/cuda/device.h. Padded with zeros."""
+    N, K = weight.shape
+    if weight.dtype == torch.float32:
+        return torch.nn.functional.pad(weight, (0, -K % 4)).view(N, -1, 4).transpose(0, 1)
+    weight = torch.nn.functional.pad(weight, (0, -K % 16, 0, -N % 16))
+    tiles = weight.view(-(-N // 16), 2, 8, -(-K // 16), 2, 4, 2)
+    return tiles.permute(0, 3, 2, 5, 4, 1, 6)
+
+
+def _bits(piece: torch.Tensor) -> torch.Tensor:
+    """Flat float32 bits, padded to 16 bytes."""
+    piece = piece.flatten()
+    return torch.nn.functional.pad(piece, (0, -len(piece) % (16 // piece.element_size()))).view(torch.float32)
+
+
+def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
+    """Copy of the weights for the kernel."""
+    pieces, positions = [], None
+    for name, weight in zip(spec.weight_shapes, weights):
+        weight = weight.detach()
+        if name == "pos_embed":
+            positions = (weight.flip(0) if spec.flip else weight).float().contiguous()
+        elif not name.startswith("proj_text"):
+            pieces.append(_bits(_matrix(weight) if weight.ndim == 2 else weight.float()))
+    return Packed(torch.cat(pieces), positions, tuple(spec_fields(spec, weights[0].dtype)))
+
+
+packed, _dtype = Packer(pack), operator.attrgetter("dtype")
+
+
+class Plan(NamedTuple):
+    """Samples of a thread block, 0 where none fits; whether their KV cache is on chip; bytes of the weights; values of
+    cache of a sample; bytes of shared memory with one sample."""
+
+    group: int
+    on_chip: bool
+    weights: int
+    cache: int
+    one: int
+
+
+@functools.lru_cache(maxsize=256)
+def plan(fields: tuple[int, ...], T: int, copies: int, B: int, limit: int, processors: int) -> Plan:
+    """Plan for B samples of T tokens, of 1 or 2 rows each, on a device of so many processors, whose thread blocks may
+    have `limit` bytes of shared memory."""
+    return Plan(*OPS.onchip_plan(fields, T, copies, B, limit, processors))
+
+
+def does_not_fit(plan: Plan, limit: int) -> str | None:
+    """Why not one sample fits in the shared memory of a thread block, or None."""
+    if plan.group:
+        return None
+    return (
+        f"a thread block has {limit} bytes of shared memory, one sample needs {plan.one} without its KV cache: "
+        f"{plan.weights} of weights and {plan.one - plan.weights} of activations"
+    )
+
+
+def device_sizes(device: torch.device) -> tuple[int, int]:
+    """Bytes of shared memory that a thread block may have, and the number of processors."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin, properties.multi_processor_count
+
+
+@contextlib.contextmanager
+def _stream(device: torch.device) -> Iterator[int]:
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+def refuse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature: float) -> str | None:
+    """Why the kernel cannot run a block, or None."""
+    if z.device.type != "cuda":
+        return f"it runs on a GPU, tokens are on {z.device}"
+    return refuse_block(z, weights, prefix, guidance, text, *device_sizes(z.device))
+
+
+def refuse_block(z, weights, prefix, guidance, text: str, limit: int, processors: int) -> str | None:
+    """The same for a device of those sizes."""
+    if z.dtype != torch.float32:
+        return f"tokens are {z.dtype}, it takes float32"
+    dtype = weights[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"weights are {dtype}, it takes float32 and bfloat16"
+    if set(map(_dtype, weights)) != {dtype}:
+        return "weights are of different dtypes"
+    if prefix is not None:
+        return "there are states in front of the tokens, it takes tokens alone"
+    B, T, _ = z.shape
+    fields, copies = tuple(spec_fields(BlockSpec.from_json(text), dtype)), 1 if guidance is None else 2
+    return does_not_fit(plan(fields, T, copies, B, limit, processors), limit)
+
+
+def _plain(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else value.to(torch.float32).contiguous()
+
+
+def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature: float):
+    """Data of noise in one launch."""
+    spec, model, (B, T, _) = BlockSpec.from_json(text), packed(text, weights), z.shape
+    x = z.clone(memory_format=torch.contiguous_format)
+    limit, processors = device_sizes(z.device)
+    chosen = plan(model.fields, T, 1 if guidance is None else 2, B, limit, processors)
+    if B and T:
+        context = map(_plain, (cond, cos, sin, guidance))
+        which = ("tarflow", "starflow").index(rule), temperature
+        blocks, cache = min(-(-B // chosen.group), processors), None
+        if not chosen.on_chip:
+            cache = weights[0].new_empty(blocks * chosen.group * chosen.cache)
+        given = model.buffer, model.fields, spec.affine.soft_clip, cache, model.positions
+        with _stream(z.device) as stream:
+            OPS.onchip_inverse(x, *given, *context, *which, [chosen.group, blocks, stream])
+    report(B * T, B * T)
+    return x

@@ -1,0 +1,250 @@
+"""The on-chip inverse of csrc/cuda, its threads executed on the CPU: forward and in reverse order, see
+csrc/emulation/fibers.h. STARFLOW_SANITIZE=address builds it with a sanitizer, whose library must be preloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import angles, assert_within_contract, strided
+
+from starflow_kernels import AffineSpec, BlockSpec, block_inverse, compiled_cuda
+from starflow_kernels.block import cuda
+from starflow_kernels.packing import spec_fields
+
+ROOT = Path(__file__).parents[1]
+HOPPER = 232448, 132  # bytes of shared memory of a thread block, processors
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="it needs g++")
+
+SIZES = {"token_dim": 5, "channels": 24, "layers": 2, "heads": 2, "head_dim": 12, "kv_heads": 2, "mlp_dim": 50}
+STARFLOW = {"affine": AffineSpec("softplus", 4.0), "rotary": "interleaved", "start": True, "final_norm": True}
+EVERYTHING = {"qk_norm": True, "post_norm": True, "norm": "rms_norm", "mlp": "swiglu", "kv_heads": 1, "bias": False}
+SPECS = {
+    "tarflow": BlockSpec(**SIZES, flip=True),
+    "starflow": BlockSpec(**SIZES, **STARFLOW),
+    "everything": BlockSpec(**{**SIZES, **STARFLOW, **EVERYTHING, "rotary": "half", "flip": True}),
+    "unit": BlockSpec(**{**SIZES, "channels": 13, "token_dim": 1, "norm": "none", "affine": AffineSpec("unit", 2.0)}),
+    "wide": BlockSpec(**{**SIZES, "layers": 1, "channels": 51, "token_dim": 12, "head_dim": 36}),
+    "post": BlockSpec(**SIZES, norm="none", post_norm=True, start=True),
+}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The kernel built for the CPU, with the binding that it has on a GPU."""
+    from torch.utils import cpp_extension
+
+    target = tmp_path_factory.mktemp("emulated") / "emulated.so"
+    sanitize = os.environ.get("STARFLOW_SANITIZE")
+    flags = [f"-fsanitize={sanitize}", "-O1", "-g"] if sanitize else ["-O2"]
+    defines = ["STARFLOW_LIBRARY=starflow_emulated", "STARFLOW_DEVICES=CPU", "TORCH_TARGET_VERSION=0x020a000000000000"]
+    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-shared", *flags]
+    command += [*includes, *(f"-D{define}" for define in defines), "-o", str(target)]
+    command += [str(ROOT / "csrc" / name) for name in ("bindings/onchip.cpp", "emulation/onchip.cpp")]
+    done = subprocess.run([*command, *libraries, "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.ops.load_library(target)
+
+
+@pytest.fixture
+def emulated(library, monkeypatch):
+    """Makes cuda.block_inverse run on the CPU: emulated(reverse, sizes of the device)."""
+
+    def choose(reverse=False, sizes=HOPPER):
+        monkeypatch.setattr(cuda, "_stream", lambda device: contextlib.nullcontext(int(reverse)))
+        monkeypatch.setattr(cuda, "device_sizes", lambda device: sizes)
+
+    monkeypatch.setattr(cuda, "OPS", torch.ops.starflow_emulated)
+    cuda.plan.cache_clear()
+    choose()
+    yield choose
+    cuda.plan.cache_clear()
+
+
+def make(spec, B, T, dtype=torch.float32, copies=1):
+    """Noise, weights and context of a block whose tokens neither grow nor shrink much."""
+    weights = {}
+    for name, shape in spec.weight_shapes.items():
+        scale = shape[1] ** -0.5 if len(shape) == 2 and name != "pos_embed" else 0.2
+        weights[name] = (torch.randn(shape) * scale * (0.1 if name == "proj_out.weight" else 1)).to(dtype)
+        if name.endswith("norm.weight") and spec.norm == "layer_norm":
+            weights[name] += 1
+    context = {"cond": torch.randn(copies * B, spec.channels).to(dtype)}
+    if spec.rotary != "none":
+        context |= angles(T, spec.head_dim, torch.float32)
+    return torch.randn(B, T, spec.token_dim), weights, context
+
+
+def fields(spec, dtype=torch.float32):
+    return tuple(spec_fields(spec, dtype))
+
+
+def run(z, w, spec, context, guidance=None, rule="tarflow", temperature=1.0):
+    """The kernel on the CPU."""
+    given = [context.get(name) for name in ("cond", "prefix", "cos", "sin")]
+    assert cuda.refuse_block(z, list(w.values()), None, guidance, spec.to_json(), *cuda.device_sizes(z.device)) is None
+    return cuda.block_inverse(z, list(w.values()), *given, guidance, spec.to_json(), rule, temperature)
+
+
+def assert_contract(x, z, w, spec, context, **options):
+    w64, context64 = ({n: t.double() for n, t in given.items()} for given in (w, context))
+    exact = block_inverse(z.double(), w64, spec, **context64, **options, backend="reference")
+    assert_within_contract(x, block_inverse(z, w, spec, **context, **options, backend="reference"), exact)
+
+
+@every_spec
+@dtypes
+@pytest.mark.parametrize("T", [1, 2, 17])
+@pytest.mark.parametrize("positions", [False, True])
+def test_error_contract(spec, dtype, T, positions, emulated):
+    spec = dataclasses.replace(spec, positions=T if positions else 0)
+    z, w, context = make(spec, 3, T, dtype)
+    before = z.clone()
+    x = run(z, w, spec, context)
+    assert torch.equal(z, before)
+    assert_contract(x, z, w, spec, context)
+    emulated(reverse=True)
+    assert torch.equal(run(z, w, spec, context), x)
+
+
+@pytest.mark.parametrize("D", [1, 2, 3, 4, 7, 12])
+@pytest.mark.parametrize("C", [4, 16, 30])
+def test_token_sizes(D, C, emulated):
+    spec = dataclasses.replace(SPECS["starflow"], token_dim=D, channels=C)
+    z, w, context = make(spec, 2, 6)
+    assert_contract(run(z, w, spec, context), z, w, spec, context)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_more_tokens_than_a_warp_has_lanes(reverse, emulated):
+    emulated(reverse)
+    z, w, context = make(SPECS["everything"], 2, 64)
+    assert_contract(run(z, w, SPECS["everything"], context), z, w, SPECS["everything"], context)
+
+
+@pytest.mark.parametrize("name", ["tarflow", "starflow", "unit"])
+@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_guided_inverse(name, rule, temperature, emulated):
+    spec = SPECS[name]
+    z, w, context = make(spec, 5, 9, copies=2)
+    guidance = torch.rand(5, 9) * 2
+    emulated(sizes=(HOPPER[0], 2))
+    x = run(z, w, spec, context, guidance, rule, temperature)
+    assert_contract(x, z, w, spec, context, guidance=guidance, rule=rule, temperature=temperature)
+    emulated(True, sizes=(HOPPER[0], 2))
+    assert torch.equal(run(z, w, spec, context, guidance, rule, temperature), x)
+
+
+@dtypes
+def test_a_row_has_the_same_bits_in_any_batch_and_group(dtype, emulated):
+    spec = dataclasses.replace(SPECS["everything"], mlp_dim=80)
+    z, w, context = make(spec, 67, 3, dtype)
+    emulated(sizes=(HOPPER[0], 1))
+    assert cuda.plan(fields(spec, dtype), 3, 1, 67, HOPPER[0], 1).group > 32
+    x = run(z, w, spec, context)
+    assert_contract(x, z, w, spec, context)
+    for which in (slice(5, 6), slice(60, 67)):
+        part = {n: t if n in ("cos", "sin") else t[which] for n, t in context.items()}
+        assert torch.equal(run(z[which], w, spec, part), x[which])
+    for processors in (4, 20):
+        emulated(sizes=(HOPPER[0], processors))
+        assert torch.equal(run(z, w, spec, context), x)
+
+
+@pytest.mark.parametrize("name", ["tarflow", "everything"])
+@dtypes
+def test_a_cache_in_device_memory_gives_the_same_bits(name, dtype, emulated):
+    z, w, context = make(SPECS[name], 7, 5, dtype, copies=2)
+    guidance = torch.rand(7, 5)
+    one = cuda.plan(fields(SPECS[name], dtype), 5, 2, 7, *HOPPER)
+    x = run(z, w, SPECS[name], context, guidance)
+    for processors, reverse in ((2, False), (7, True)):
+        emulated(reverse, sizes=(one.one - 1, processors))
+        assert not cuda.plan(fields(SPECS[name], dtype), 5, 2, 7, one.one - 1, processors).on_chip
+        assert torch.equal(run(z, w, SPECS[name], context, guidance), x)
+
+
+def test_strided_inputs(emulated):
+    spec = SPECS["everything"]
+    z, w, context = make(spec, 2, 5)
+    x = run(z, w, spec, context)
+    w, context = ({n: strided(t) for n, t in given.items()} for given in (w, context))
+    assert torch.equal(run(strided(z), w, spec, context), x)
+
+
+def test_an_empty_batch(emulated):
+    z, w, context = make(SPECS["tarflow"], 0, 4)
+    assert run(z, w, SPECS["tarflow"], context).shape == (0, 4, 5)
+
+
+@every_spec
+@dtypes
+def test_a_plan_takes_what_fits(spec, dtype, emulated):
+    packed = cuda.pack(spec, [torch.zeros(shape, dtype=dtype) for shape in spec.weight_shapes.values()])
+    for T, copies in ((1, 1), (40, 1), (40, 2)):
+        one = cuda.plan(packed.fields, T, copies, 1, HOPPER[0], HOPPER[1])
+        assert one.group == 1 and one.on_chip and one.weights == 4 * len(packed.buffer)
+        slots = T if spec.start else T - 1
+        values = 2 * slots * spec.layers * spec.kv_heads * spec.head_dim * copies
+        assert one.cache == values
+        assert cuda.plan(packed.fields, T, copies, 1, one.one, 1).on_chip
+        less = cuda.plan(packed.fields, T, copies, 1, one.one - 1, 1)
+        assert not less.on_chip and less.group == (1 if values else 0)
+        assert less.one == one.one - -(-values * dtype.itemsize // 16) * 16
+        assert cuda.plan(packed.fields, T, copies, 1, less.one, 1).group == 1
+        assert cuda.plan(packed.fields, T, copies, 1, less.one - 1, 1).group == 0
+        # Groups are no larger than the processors make them, than 64 rows, and than memory allows.
+        assert cuda.plan(packed.fields, T, copies, 7, 2**29, 3).group == 3
+        assert cuda.plan(packed.fields, T, copies, 1000, 2**29, 1).group == 64 // copies
+        limited = cuda.plan(packed.fields, T, copies, 1000, one.one + 30000, 1).group
+        assert 1 <= limited <= 64 // copies
+
+
+def test_what_does_not_fit_is_refused_with_the_bytes(emulated):
+    spec = BlockSpec(token_dim=4, channels=128, layers=4, heads=2, head_dim=64, kv_heads=2, mlp_dim=512)
+    reason = cuda.does_not_fit(cuda.plan(fields(spec), 16, 1, 8, *HOPPER), HOPPER[0])
+    one = cuda.plan(fields(spec), 16, 1, 8, *HOPPER)
+    assert f"one sample needs {one.one} without its KV cache: {one.weights} of weights" in reason
+    huge = dataclasses.replace(spec, channels=2**16, mlp_dim=2**18, layers=100)
+    assert cuda.plan(fields(huge), 2**20, 1, 8, *HOPPER).group == 0
+
+
+def test_what_it_does_not_take_is_refused_with_the_reason(emulated):
+    spec = SPECS["tarflow"]
+    z, w, _ = make(spec, 2, 4)
+
+    def reason(z=z, dtype=torch.float32, prefix=None):
+        weights = [t.to(dtype) for t in w.values()]
+        return cuda.refuse_block(z, weights, prefix, None, spec.to_json(), *HOPPER)
+
+    assert reason() is None
+    assert "tokens are torch.float64" in reason(z=z.double())
+    assert "weights are torch.float16" in reason(dtype=torch.float16)
+    assert "states in front of the tokens" in reason(prefix=torch.zeros(2, 1, 3))
+    mixed = [t.bfloat16() if i else t for i, t in enumerate(w.values())]
+    assert "different dtypes" in cuda.refuse_block(z, mixed, None, None, spec.to_json(), *HOPPER)
+
+
+def test_tokens_on_the_cpu_are_refused():
+    z, w, _ = make(SPECS["tarflow"], 2, 4)
+    with pytest.raises(ValueError, match="backend='cuda' cannot run block_inverse"):
+        block_inverse(z, w, SPECS["tarflow"], backend="cuda")
+    assert cuda.refuse(z, *[None] * 9) == "it runs on a GPU, tokens are on cpu"
+
+
+def test_the_built_library_loads_without_a_gpu():
+    if reason := compiled_cuda.unbuilt():
+        pytest.skip(reason)
+    spec = SPECS["tarflow"]
+    assert cuda.Plan(*torch.ops.starflow_cuda.onchip_plan(fields(spec), 16, 1, 8, *HOPPER)).group == 1
