@@ -32,6 +32,8 @@ from starflow_kernels import triton_rotary
 from starflow_kernels.affine_flow import triton as affine_flow
 from starflow_kernels.attention_flow import triton as attention_flow
 from starflow_kernels.bias_gelu import triton as bias_gelu
+from starflow_kernels.block import triton as block
+from starflow_kernels.block import triton_head, triton_step
 from starflow_kernels.causal_attention import triton as causal_attention
 from starflow_kernels.flow_head import triton as flow_head
 from starflow_kernels.residual_norm import triton as residual_norm
@@ -145,6 +147,54 @@ def _glue() -> dict[str, Launch]:
     return launches
 
 
+def step(kernel: str, dtype: str, d: int, D: int, options: dict) -> Launch:
+    """A kernel of a sampling step, heads of d and tokens of D values."""
+    weights = (
+        "weight",
+        "bias",
+        "norm_weight",
+        "norm_bias",
+        "post",
+        "head_norms",
+        "gate",
+        "gate_bias",
+        "table",
+        "start",
+    )
+    stored = (*weights, "in_weight", "in_bias", "k_cache", "v_cache", "hidden")
+    states = ("h", "total", "update", "cos", "sin", "scale", "q", "part", "peak", "mass", "cond", "z", "x", "guidance")
+    types = dict.fromkeys(stored, f"*{dtype}") | dict.fromkeys((*states, "next_h"), "*fp32") | {"position": "*i32"}
+    sizes = ("rows", "n", "C", "D", "slots", "splits", "width", "samples", "stride", "T", "prefix")
+    types |= dict.fromkeys(sizes, "i32") | {"clip": "fp32"}
+    if kernel == "down":
+        types["x"] = f"*{dtype}"
+    constants = {"H": 16, "KV": 4, "HEAD": d, "BLOCK_S": block.BLOCK_S, "SPLIT": block.SPLIT, "BLOCK_M": block.BLOCK_M}
+    constants |= {"BLOCK_N": 32, "BLOCK_D": block.tile(D if kernel in ("head", "embed") else d), **options}
+    constants |= dict.fromkeys(("BIAS", "QK_NORM", "ROTARY", "CLIPPED", "START", "TABLE", "COND"), True)
+    constants |= {"COPIES": 2, "RULE": "starflow", "SCALE": "softplus", "PAIRS": triton_rotary.half_tile(d)}
+    constants |= block.config(kernel, 2 if dtype == "bf16" else 4, D)
+    module = triton_head if kernel in ("head", "embed") else triton_step
+    aligned = ("C", "D", "slots", "width", "stride")
+    return Launch(getattr(module, f"{kernel}_kernel"), types, constants, aligned)
+
+
+def _step() -> dict[str, Launch]:
+    launches, plain = {}, {"NORM": "layer_norm", "POST": False, "FIRST": True, "GATED": False}
+    normed = {"NORM": "rms_norm", "POST": True, "FIRST": False, "GATED": True}
+    for dtype, kernel, (label, options) in itertools.product(
+        ("bf16", "fp32"), ("qkv", "up", "down", "project"), (("plain", plain), ("post-norms, gated", normed))
+    ):
+        for d in (64,) if kernel in ("up", "down") else (64, 128, 256):
+            launches[f"block {kernel}, {dtype}, d = {d}, {label}"] = step(kernel, dtype, d, 64, options)
+    for dtype in ("bf16", "fp32"):
+        for d in (64, 128, 256):
+            launches[f"block attend, {dtype}, d = {d}"] = step("attend", dtype, d, 64, plain)
+        for D in (12, 64, 128):
+            launches[f"block embed, {dtype}, D = {D}"] = step("embed", dtype, 64, D, plain)
+            launches[f"block head, {dtype}, D = {D}"] = step("head", dtype, 64, D, normed)
+    return launches
+
+
 HEADS = {"T", "H", "group", "window", *STRIDES}
 # Sizes of heads -> without a window, with one: each tile of heads both ways, and heads that leave some of it empty.
 WINDOWED = {16: (True,), 32: (False,), 64: (False, True), 80: (True,), 128: (False,), 256: (False, True)}
@@ -209,7 +259,7 @@ def _attention_flow() -> dict[str, dict[str, Launch]]:
     }
 
 
-LAUNCHES = {**_affine_flow(), **_flow_head(), **_glue(), **_causal_attention(), **_attention_flow()}
+LAUNCHES = {**_affine_flow(), **_flow_head(), **_glue(), **_step(), **_causal_attention(), **_attention_flow()}
 
 
 def compiled(launch: Launch, target: GPUTarget):

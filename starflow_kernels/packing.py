@@ -27,25 +27,23 @@ def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
 _version = operator.attrgetter("_version")
 
 
-class Packer:
-    """`pack(spec, weights)` for the spec of a text, remembered while torch's version counters say that the weights are
-    unchanged.
+class Remembered:
+    """`make(spec, weights)`, remembered while torch's version counters say that the weights are unchanged.
 
     Writes through `.data` do not count up a version; tensors of inference mode have none and are packed every time.
     """
 
-    def __init__(self, pack: Callable):
-        self.pack = pack
-        self.kept: dict[tuple[int, str], tuple] = {}
+    def __init__(self, make: Callable):
+        self.make, self.kept = make, {}
 
     def __call__(self, text: str, weights: list[torch.Tensor]):
         if any(map(torch.Tensor.is_inference, weights)):
-            return self.pack(BlockSpec.from_json(text), weights)
+            return self.make(BlockSpec.from_json(text), weights)
         key = id(weights[0]), text
         state = [*map(id, weights), *map(_version, weights), *map(torch.Tensor.data_ptr, weights)]
         if (found := self.kept.get(key)) and found[0] == state:
             return found[1]
-        result = self.pack(BlockSpec.from_json(text), weights)
+        result = self.make(BlockSpec.from_json(text), weights)
         # An id is that of a weight only while the weight lives.
         self.kept[key] = state, result, [weakref.ref(w, lambda _: self.kept.pop(key, None)) for w in weights]
         return result

@@ -23,3 +23,8 @@ def report(done: int, total: int) -> None:
     """Tell the callback, if there is one, that `done` of `total` are done. What it raises ends the op."""
     if callback := _callback.get():
         callback(done, total)
+
+
+def reporting() -> bool:
+    """Whether there is a callback: what is not reported need not be waited for."""
+    return _callback.get() is not None

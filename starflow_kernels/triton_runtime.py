@@ -35,10 +35,10 @@ def missing() -> str | None:
 
 
 @functools.cache
-def _module(op: str):
-    """starflow_kernels/<op>/triton.py, or why it cannot be imported."""
+def _module(folder: str):
+    """starflow_kernels/<folder>/triton.py, or why it cannot be imported."""
     try:
-        return importlib.import_module(f"starflow_kernels.{op}.triton")
+        return importlib.import_module(f"starflow_kernels.{folder}.triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
 
@@ -60,9 +60,9 @@ def refuse_tensors(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
-def _deferred(op: str, function: str, refuse: str) -> tuple[Callable, Callable]:
+def _deferred(folder: str, function: str, refuse: str) -> tuple[Callable, Callable]:
     def run_later(*args):
-        run = getattr(_module(op), function)
+        run = getattr(_module(folder), function)
         if interpreted():
             return run(*args)
         with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
@@ -71,19 +71,22 @@ def _deferred(op: str, function: str, refuse: str) -> tuple[Callable, Callable]:
     def refuse_later(*args) -> str | None:
         if reason := _refuse_devices(args):
             return reason
-        module = _module(op)
+        module = _module(folder)
         return module if isinstance(module, str) else getattr(module, refuse)(*args)
 
     return run_later, refuse_later
 
 
-def register(op: str) -> None:
-    """Register the functions `op` and `op_backward` of <op>/triton.py, which `refuse` and `refuse_backward` guard.
+def register(op: str, folder: str | None = None, backward: bool = True) -> None:
+    """Register the functions `op` and, with a gradient, `op_backward` of <folder>/triton.py, by default the op's, which
+    `refuse` and `refuse_backward` guard.
 
     The guards see arguments on a device that Triton runs on, and launches happen on that device.
     """
-    dispatch.register(op, "triton", *_deferred(op, op, "refuse"), missing)
-    dispatch.register(f"{op}_backward", "triton", *_deferred(op, f"{op}_backward", "refuse_backward"), missing)
+    folder = folder or op
+    dispatch.register(op, "triton", *_deferred(folder, op, "refuse"), missing)
+    if backward:
+        dispatch.register(f"{op}_backward", "triton", *_deferred(folder, f"{op}_backward", "refuse_backward"), missing)
 
 
 def warmup(op: Callable, *args, **options) -> None:

@@ -142,9 +142,9 @@ GRAPH = {name: imported(path) for name, path in MODULES.items()}
 
 
 def backend(name: str) -> str | None:
-    """Name of the backend that a module of an op folder implements."""
+    """Name of the backend that a module of an op folder implements: triton_step.py is a part of triton."""
     parts = name.split(".")
-    return parts[2] if len(parts) == 3 and parts[2] != "api" else None
+    return parts[2].partition("_")[0] if len(parts) == 3 and parts[2] != "api" else None
 
 
 def test_the_reader_of_imports_sees_them():

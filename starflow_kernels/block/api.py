@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .. import compiled_cuda, native
+from .. import compiled_cuda, native, triton_runtime
 from ..affine_flow.api import empty_logdet
 from ..checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
 from ..dispatch import register
@@ -53,6 +53,7 @@ register("block_forward", "native", cpu.block_forward, cpu.refuse, native.missin
 register("block_inverse", "native", cpu.block_inverse, cpu.refuse, native.missing)
 register("block_jacobi", "native", cpu.block_jacobi, cpu.refuse_jacobi, native.missing)
 register("block_inverse", "cuda", cuda.block_inverse, cuda.refuse, compiled_cuda.missing)
+triton_runtime.register("block_inverse", "block", backward=False)
 
 
 def block_forward(

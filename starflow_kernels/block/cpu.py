@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import operator
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from ..affine_flow.cpu import affine_flow
+from ..memory import cache_bytes
 from ..native import empty
-from ..packing import Packer, spec_fields
+from ..packing import Remembered, spec_fields
 from ..progress import report
 from ..spec import BlockSpec
 
@@ -68,7 +68,7 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
     return Packed(buffer, offsets, tuple(spec_fields(spec, weights[0].dtype)))
 
 
-packed, _dtype = Packer(pack), operator.attrgetter("dtype")
+packed, _dtype = Remembered(pack), operator.attrgetter("dtype")
 
 
 def refuse(x, weights, *others) -> str | None:
@@ -155,17 +155,6 @@ def block_forward(x, weights, cond, prefix, cos, sin, text: str, logdet: str):
     spec = BlockSpec.from_json(text)
     params = block_params(x, weights, cond, prefix, cos, sin, text)
     return affine_flow(x, params, spec.affine.scale, spec.affine.soft_clip, not spec.start, spec.flip, logdet)
-
-
-@functools.cache
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def cache_bytes() -> int:
-    """Bytes that the KV cache of a call may take: STARFLOW_CACHE_GB, by default a quarter of the machine's memory."""
-    gigabytes = float(os.environ.get("STARFLOW_CACHE_GB", 0))
-    return int(gigabytes * 2**30) or _machine_bytes() // 4
 
 
 class SamplingPlan(NamedTuple):

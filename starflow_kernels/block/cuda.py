@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..packing import Packer, spec_fields
+from ..packing import Remembered, spec_fields
 from ..progress import report
 from ..spec import BlockSpec
 
@@ -55,7 +55,7 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
     return Packed(torch.cat(pieces), positions, tuple(spec_fields(spec, weights[0].dtype)))
 
 
-packed, _dtype = Packer(pack), operator.attrgetter("dtype")
+packed, _dtype = Remembered(pack), operator.attrgetter("dtype")
 
 
 class Plan(NamedTuple):

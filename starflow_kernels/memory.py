@@ -1,0 +1,17 @@
+"""How many bytes the caches of a sampler may take."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+
+@functools.cache
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cache_bytes(memory: int | None = None) -> int:
+    """Bytes that the KV cache of a call may take: STARFLOW_CACHE_GB, by default a quarter of the device's memory."""
+    gigabytes = float(os.environ.get("STARFLOW_CACHE_GB", 0))
+    return int(gigabytes * 2**30) or (memory or _machine_bytes()) // 4

@@ -1,0 +1,128 @@
+"""The sampling direction of a block in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_block_triton.py."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_within_contract, interpreted
+from test_block import BLOCKS, block
+
+from starflow_kernels import block_inverse
+
+pytestmark = interpreted
+F32, F64 = torch.float32, torch.float64
+
+
+def doubled(z, w, context):
+    return z.double(), {n: t.double() for n, t in w.items()}, {n: t.double() for n, t in context.items()}
+
+
+def assert_inverse(case, guided=False, rule="tarflow", **sizes):
+    """The error contract of the whole inverse, against the reference in float64."""
+    z, w, spec, context = block(case, copies=2 if guided else 1, **sizes)
+    options = {"guidance": torch.rand(z.shape[:2]) * 2, "rule": rule, "temperature": 0.7} if guided else {}
+    found, plain = (block_inverse(z, w, spec, **context, **options, backend=b) for b in ("triton", "reference"))
+    z, w, context = doubled(z, w, context)
+    assert_within_contract(found, plain, block_inverse(z, w, spec, **context, **options, backend="reference"))
+
+
+@pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
+def test_every_block_at_odd_sizes(case):
+    assert_inverse(case, dtype=F32, B=3, tokens=3, token_dim=7, channels=35, mlp_dim=37)
+
+
+@pytest.mark.parametrize("name", ["tarflow-flip", "tarflow-swiglu", "starflow-text", "starflow-all-norms"])
+@pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
+def test_error_contract(name, dtype):
+    assert_inverse(BLOCKS[name], dtype=dtype, B=4, tokens=6, token_dim=8, channels=48, mlp_dim=64)
+
+
+@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("name", ["tarflow-unit", "tarflow-flip", "starflow-text"])
+def test_guidance_and_temperature(name, rule):
+    assert_inverse(BLOCKS[name], guided=True, rule=rule, dtype=F32, B=3)
+
+
+@pytest.mark.parametrize("name", ["tarflow", "starflow", "starflow-text-flip-cond"])
+def test_one_token(name):
+    assert_inverse(BLOCKS[name], dtype=F32, tokens=1)
+
+
+@pytest.mark.parametrize("name", ["starflow", "starflow-text"])
+def test_more_keys_than_a_split(name, monkeypatch):
+    from starflow_kernels.block import triton
+
+    monkeypatch.setattr(triton, "SPLIT", 4)
+    monkeypatch.setattr(triton, "BLOCK_S", 2)
+    monkeypatch.setattr(triton, "TEXT_ROWS", 6)
+    monkeypatch.setattr(triton, "_sessions", triton.Sessions())
+    assert_inverse(BLOCKS[name], dtype=F32, tokens=11)
+
+
+@pytest.fixture
+def matmul_by_rows(monkeypatch):
+    """The interpreter's products are numpy's, whose bits depend on the place of a row in its tile: each row alone."""
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: (a[:, :, None] * b[None]).sum(1, dtype=dtype))
+
+
+@pytest.mark.parametrize("name, guided", [("tarflow-flip", True), ("starflow-text", False)])
+@pytest.mark.usefixtures("matmul_by_rows")
+def test_rows_have_the_same_bits_in_any_batch(name, guided, monkeypatch):
+    B, T = 17, 2
+    z, w, spec, context = block(BLOCKS[name], B=B, copies=1 + guided, dtype=F32, tokens=T, layers=1)
+    guidance = torch.rand(B, T) if guided else None
+
+    def run(rows):
+        given = {
+            n: t if n in ("cos", "sin") else t.unflatten(0, (-1, B))[:, rows].flatten(0, 1) for n, t in context.items()
+        }
+        weight = {"guidance": guidance[rows]} if guided else {}
+        return block_inverse(z[rows], w, spec, **given, **weight, backend="triton")
+
+    whole = run(slice(None))
+    for rows in (slice(0, 1), slice(14, 17)):
+        assert torch.equal(run(rows), whole[rows])
+    monkeypatch.setenv("STARFLOW_CACHE_GB", "2e-4")
+    assert torch.equal(run(slice(None)), whole)
+
+
+def test_sessions_are_used_again_and_end_with_their_model():
+    from starflow_kernels.block import triton
+
+    gc.collect()
+    before = len(triton._sessions)
+    z, w, spec, context = block(BLOCKS["tarflow-flip"], dtype=F32, B=4)
+    first = block_inverse(z, w, spec, **context, backend="triton")
+    cond = {"cond": context["cond"][:3]}
+    assert torch.equal(block_inverse(z[:3], w, spec, **cond, backend="triton"), first[:3])
+    assert len(triton._sessions) == before + 1
+    w["proj_in.weight"].mul_(2)
+    assert not torch.equal(block_inverse(z, w, spec, **context, backend="triton"), first)
+    assert len(triton._sessions) == before + 1
+    del w
+    gc.collect()
+    assert len(triton._sessions) == before
+
+
+def test_progress():
+    z, w, spec, context = block(BLOCKS["starflow"], dtype=F32, tokens=18, layers=1)
+    seen = []
+    block_inverse(z, w, spec, **context, progress=lambda *at: seen.append(at), backend="triton")
+    assert len(seen) <= 16 and seen == sorted(seen) and seen[-1] == (36, 36)
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"token_dim": 129}, "tokens of 129"),
+        ({"head_dim": 264}, "heads of 264"),
+        ({"dtype": torch.bfloat16}, "bfloat16"),
+    ],
+)
+def test_refuses_with_the_reason(changes, why):
+    z, w, spec, context = block(BLOCKS["starflow"], **{"dtype": F32, **changes})
+    with pytest.raises(ValueError, match=f"backend='triton' cannot run block_inverse: .*{why}"):
+        block_inverse(z, w, spec, **context, backend="triton")
