@@ -1,8 +1,9 @@
-"""Many images of a pipeline into a folder: a run that was killed goes on where it stopped."""
+"""Many images of a pipeline into a folder, by one or more processes: a run that was killed goes on where it stopped."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from .certificate import Certificate, combine
 from .data import generator
 from .errors import ConfigError, InverseError, StarflowError
 from .files import write_atomically, write_text
+from .processes import Processes
 from .sampling import save_grid
 from .solvers import TOLERANCE, BlockReport, add_reports, method_of
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from .pipelines import FlowPipeline
 
 MANIFEST = "manifest.jsonl"
+# What processes other than the first have drawn since the run was begun, each its own.
+PART = "manifest.{}.jsonl"
 GRID = "grid.png"
 GRID_IMAGES = 100
 # Settings that change an image by no more than the tolerance.
@@ -50,8 +54,9 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationReport:
-    """count images written in `seconds` and kept ones that were there; stages: seconds of each stage of the pipeline;
-    the rest as in PipelineReport, over all batches: the most passes, the largest certificate, its mean."""
+    """count images written in `seconds` and kept ones that were there; stages: seconds of each stage of the pipeline,
+    these two of the slowest process; the rest as in PipelineReport, over all batches: the most passes, the largest
+    certificate, its mean."""
 
     count: int
     kept: int
@@ -81,36 +86,63 @@ def generate(
     options: arguments of the pipeline's call. settings: what else decides the images, the checkpoint say. Where images
     are there, these, the seed and the images' conditions must be those that the folder was begun with, ConfigError
     otherwise; but for how the flow is inverted, to the same tolerance. StarflowError where a file cannot be written.
+
+    Under torchrun every process calls this and draws its share of what is left, in batches of batch_size but the last;
+    the report is that of all.
     """
-    settings = {**settings, "seed": seed, **options}
-    kept = _begin(out, jobs, json.loads(json.dumps(settings)))
-    todo = [job for job in jobs if job.file not in kept]
+    processes = Processes()
+    settings = json.loads(json.dumps({**settings, "seed": seed, **options}))
+    kept = processes.first(lambda: _begin(out, jobs, settings))
+    todo = [job for job in jobs if job.file not in kept][processes.rank :: processes.count]
+    try:
+        drawn = _draw_all(pipe, todo, out, seed, batch_size, {**options, "certify": certify}, processes.rank)
+    except StarflowError as error:
+        where = f"process {processes.rank} of {processes.count}: " if processes.count > 1 else ""
+        raise type(error)(f"{where}{error}") from None
+    parts = processes.gather(drawn)
+    if processes.count > 1:
+        processes.first(lambda: _begin(out, jobs, settings))
+    if len(jobs) <= GRID_IMAGES and processes.rank == 0:
+        save_grid(_read(out, jobs), out / GRID, columns)
+    return _report(parts, len(jobs) - len(kept & {job.file for job in jobs}), len(jobs))
+
+
+def _draw_all(
+    pipe: FlowPipeline, todo: list[Job], out: Path, seed: int, batch_size: int, options: dict[str, Any], rank: int
+) -> tuple[float, dict[str, float], list[BlockReport], list[tuple[Certificate, int]]]:
+    """Draw and write what is to do; seconds, those of the stages, reports of the blocks, certificates."""
     stages: dict[str, float] = {}
     blocks, errors, start = [], [], time.perf_counter()
     for first in range(0, len(todo), batch_size):
         batch = todo[first : first + batch_size]
         pipe.set_progress_bar_config(
-            desc=f"{first + len(batch)} of {len(todo)} images", leave=False, disable=not sys.stderr.isatty()
+            desc=f"{first + len(batch)} of {len(todo)} images", leave=False, disable=rank > 0 or not sys.stderr.isatty()
         )
         try:
-            output = _draw(pipe, batch, seed, {**options, "certify": certify})
+            output = _draw(pipe, batch, seed, options)
         except InverseError as error:
             raise InverseError(f"{batch[0].file} to {batch[-1].file}: {error}") from None
         for job, image in zip(batch, output.images):
             write_atomically(out / job.file, lambda path, image=image: image.save(path, format="PNG"))
-        _record(out, batch)
+        _record(out / (PART.format(rank) if rank else MANIFEST), batch)
         stages = {name: stages.get(name, 0.0) + seconds for name, seconds in output.report.seconds.items()}
         blocks = add_reports(blocks, output.report.blocks)
         if output.report.certificate is not None:
             errors.append((Certificate(output.report.certificate, output.report.certificate_mean), len(batch)))
-    seconds = time.perf_counter() - start
-    if len(jobs) <= GRID_IMAGES:
-        save_grid(_read(out, jobs), out / GRID, columns)
+    return time.perf_counter() - start, stages, blocks, errors
+
+
+def _report(parts: list[tuple], count: int, total: int) -> GenerationReport:
+    """Of all processes together."""
+    seconds = max(part[0] for part in parts)
+    stages = {name: max(part[1].get(name, 0.0) for part in parts) for part in parts for name in part[1]}
+    blocks = functools.reduce(add_reports, (part[2] for part in parts if part[2]), [])
+    errors = [error for part in parts for error in part[3]]
     return GenerationReport(
-        len(todo),
-        len(jobs) - len(todo),
+        count,
+        total - count,
         seconds,
-        len(todo) / seconds if todo else 0.0,
+        count / seconds if count else 0.0,
         stages,
         method_of(blocks),
         sum(block.passes for block in blocks),
@@ -127,7 +159,10 @@ def _draw(pipe: FlowPipeline, batch: list[Job], seed: int, options: dict[str, An
         given = {"class_labels": [-1 if number is None else number for number in conditions]}
     else:
         given = {"num_images_per_prompt": len(batch)}
-    return pipe(**given, **options, generator=[generator(seed, job.index, job.copy) for job in batch])
+    # Backward passes of denoising have bits that depend on their batch.
+    return pipe(
+        **given, **options, denoise_batch_size=1, generator=[generator(seed, job.index, job.copy) for job in batch]
+    )
 
 
 def _begin(out: Path, jobs: list[Job], settings: dict[str, Any]) -> set[str]:
@@ -144,29 +179,41 @@ def _begin(out: Path, jobs: list[Job], settings: dict[str, Any]) -> set[str]:
     for path in out.glob(".*.part"):
         path.unlink(missing_ok=True)
     write_text(out / MANIFEST, _line({"settings": settings}) + "".join(_line(_entry(*item)) for item in there.items()))
+    # Only now that the manifest has their lines.
+    for path in out.glob(PART.format("*")):
+        path.unlink(missing_ok=True)
     return set(there)
 
 
 def _manifest(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings, and conditions by file name. A last line may be cut short."""
+    """Settings, and conditions by file name, of all processes. The last line of each may be cut short."""
+    path = out / MANIFEST
     try:
-        entries = [json.loads(line) for line in (out / MANIFEST).read_text().split("\n")[:-1]]
-        return entries[0]["settings"], {entry["file"]: entry["condition"] for entry in entries[1:]}
+        first, *entries = _lines(path)
+        settings = first["settings"].copy()
+        lines = {entry["file"]: entry["condition"] for entry in entries}
+        for path in sorted(out.glob(PART.format("*"))):
+            lines |= {entry["file"]: entry["condition"] for entry in _lines(path)}
+        return settings, lines
     except FileNotFoundError:
         raise ConfigError(f"{out} holds images but no {MANIFEST}: choose another folder") from None
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or "not the manifest of a run"
-        raise ConfigError(f"{out / MANIFEST}: {reason}") from None
+        raise ConfigError(f"{path}: {reason}") from None
 
 
-def _record(out: Path, batch: list[Job]) -> None:
+def _lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def _record(path: Path, batch: list[Job]) -> None:
     try:
-        with open(out / MANIFEST, "a") as file:
+        with open(path, "a") as file:
             file.write("".join(_line(_entry(job.file, job.condition)) for job in batch))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise StarflowError(f"cannot write {out / MANIFEST}: {error.strerror}") from None
+        raise StarflowError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _entry(file: str, condition: str | int | None) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def encode_prompts(
             warnings.warn(f"a prompt of {len(ids)} tokens is cut to {length}: {prompt!r}", stacklevel=2)
     tokens = tokenizer(different, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     ids, mask = (tokens[name].to(text_encoder.device) for name in ("input_ids", "attention_mask"))
-    states = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+    # One at a time: the bits of a prompt's states then do not depend on its neighbours.
+    rows = zip(ids.split(1), mask.split(1))
+    states = torch.cat([text_encoder(input_ids=i, attention_mask=m).last_hidden_state.float() for i, m in rows])
     states = states * mask.to(states.device).unsqueeze(-1)
     return states[[different.index(prompt) for prompt in prompts]]
 

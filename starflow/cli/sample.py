@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,11 +16,17 @@ from ..checkpoint import PIPELINE_INDEX
 from ..errors import ConfigError, DataError
 from ..flow import Flow, Guidance
 from ..generation import GenerationReport, Job, generate
+from ..memory import denoise_bytes, fitting_batch, image_bytes, weight_bytes
+from ..processes import Processes
 from ..sampling import SampleReport, sample, save_grid, save_image
 from ..solvers import METHODS, TOLERANCE, BlockReport, Inversion
-from .common import DTYPES, Parser, checkpoint_arguments, device, non_negative, positive
+from .common import DTYPES, Parser, byte_count, checkpoint_arguments, device, non_negative, positive
+
+if TYPE_CHECKING:
+    from ..pipelines import FlowPipeline
 
 FLOW_BATCH, PIPELINE_BATCH = 256, 8
+MEMORY = 2_000_000_000
 # Arguments that only a pipeline has, by the name that the parser gives them.
 PIPELINE_ONLY = ("prompt", "prompt_file", "negative_prompt", "aspect", "height", "width", "variant")
 
@@ -30,8 +36,18 @@ EXAMPLE = "starflow sample --num 100 --label all --out samples"
 
 def add_arguments(parser: Parser) -> None:
     """The arguments of this command."""
-    checkpoint_arguments(parser, batch_size=f"{FLOW_BATCH}; {PIPELINE_BATCH} of a pipeline")
-    parser.add_argument("--num", type=positive, help="images in all, or of each prompt (default 100, or 1)")
+    checkpoint_arguments(
+        parser, batch_size=f"{FLOW_BATCH}; {PIPELINE_BATCH} of a pipeline; auto fits --memory", auto=True
+    )
+    parser.add_argument(
+        "--memory", type=byte_count, metavar="SIZE", help="of weights and a batch, in each process, 8GB say (auto: 2GB)"
+    )
+    parser.add_argument(
+        "--num",
+        "--count",
+        type=positive,
+        help="images in all, or of each prompt (default 100, or 1); torchrun: --count",
+    )
     condition = parser.add_mutually_exclusive_group()
     condition.add_argument("--label", default="all", help="class number, 'all' for each in turn (default), or 'none'")
     condition.add_argument("--prompt", help="text to draw, of a text-to-image pipeline")
@@ -103,6 +119,8 @@ def _flow(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag}: {args.checkpoint} is not the folder of a pipeline, it has no {PIPELINE_INDEX}")
+    if Processes().count > 1:
+        raise ConfigError(f"{args.checkpoint}: several processes draw from the folder of a pipeline, this is a flow")
     flow = Flow.from_pretrained(args.checkpoint, device(args.device), DTYPES[args.dtype])
     classes, count = flow.config.num_classes, args.num or 100
     numbers = _labels(args.label, count, classes)
@@ -110,13 +128,19 @@ def _flow(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
     guidance = Guidance(
         args.guidance or 0.0, args.guidance_rule or "tarflow", args.annealed, args.attention_temperature
     )
+    each = image_bytes(flow, guidance, inversion, certify=args.certify)
+    if args.denoise:
+        each = max(each, denoise_bytes(flow, math.prod(flow.config.grid)))
+    # All noise and all images are held, whatever the batch: a float and a byte of each value.
+    held = 5 * count * math.prod(flow.config.grid) * flow.config.token_dim
+    batch_size = _batch_size(args, FLOW_BATCH, weight_bytes([flow]) + held, each)
     images, report = sample(
         flow,
         count,
         labels,
         guidance,
         args.seed,
-        args.batch_size or FLOW_BATCH,
+        batch_size,
         args.denoise or 0.0,
         args.certify,
         inversion=inversion,
@@ -136,7 +160,8 @@ def _pipeline(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
 
     hide_loading_bars()
     pipe = FlowPipeline.from_pretrained(args.checkpoint, dtype=DTYPES[args.dtype], variant=args.variant)
-    pipe.to(device(args.device))
+    processes, name = Processes(), device(args.device)
+    pipe.to(f"cuda:{processes.local_rank}" if name == "cuda" and processes.count > 1 else name)
     options = {
         "guidance_scale": args.guidance,
         "guidance_rule": args.guidance_rule,
@@ -164,6 +189,7 @@ def _pipeline(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
             jobs.append(Job(label or 0, drawn.get(label, 0), label))
             drawn[label] = drawn.get(label, 0) + 1
         columns = _columns(args.label, count, classes)
+    batch_size = _batch_size(args, PIPELINE_BATCH, *_pipeline_bytes(args, pipe, inversion))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = generate(
@@ -171,7 +197,7 @@ def _pipeline(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
             jobs,
             Path(args.out),
             args.seed,
-            args.batch_size or PIPELINE_BATCH,
+            batch_size,
             {name: value for name, value in options.items() if value is not None},
             {"checkpoint": str(Path(args.checkpoint).resolve()), "dtype": args.dtype, "variant": args.variant},
             args.certify,
@@ -180,6 +206,9 @@ def _pipeline(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
     except KeyboardInterrupt:
         print(f"stopped; the same command continues in {args.out}", file=sys.stderr)
         raise
+    if processes.rank:
+        args.json = None
+        return {}
     kept = f" ({report.kept} were there)" if report.kept else ""
     stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
     print(
@@ -188,6 +217,28 @@ def _pipeline(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
     )
     _print_blocks(report.blocks)
     return {"out": args.out, **dataclasses.asdict(report)}
+
+
+def _batch_size(args: argparse.Namespace, default: int, fixed: int, each: int) -> int:
+    """As asked for, or what fits beside `fixed` bytes with `each` an image."""
+    if args.memory is None and args.batch_size != "auto":
+        return args.batch_size or default
+    if isinstance(args.batch_size, int):
+        raise ConfigError(f"--memory and --batch-size {args.batch_size}: give one of them")
+    return fitting_batch(args.memory or MEMORY, fixed, each)
+
+
+def _pipeline_bytes(args: argparse.Namespace, pipe: FlowPipeline, inversion: Inversion) -> tuple[int, int]:
+    """Bytes of the weights and of denoising, which takes an image at a time, and bytes of each image of a batch."""
+    flow, size = pipe.transformer, pipe.size(args.height, args.width, args.aspect)
+    multiple = flow.config.patch_size * pipe.pixels_a_latent
+    grid = size[0] // multiple, size[1] // multiple
+    # Prompts are guided unless that is turned off.
+    weight = float(flow.config.text_dim > 0) if args.guidance is None else args.guidance
+    fixed = weight_bytes(part for part in pipe.components.values() if isinstance(part, torch.nn.Module))
+    if pipe.denoise_factor(args.denoise):
+        fixed += denoise_bytes(flow, math.prod(grid))
+    return fixed, image_bytes(flow, Guidance(weight), inversion, grid, args.certify, 3 * math.prod(size))
 
 
 def _exactness(report: SampleReport | GenerationReport) -> str:

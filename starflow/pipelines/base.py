@@ -23,6 +23,7 @@ from ..checkpoint import PIPELINE_INDEX
 from ..errors import CheckpointError, ConfigError, StarflowError
 from ..files import write_text
 from ..flow import Flow, Guidance
+from ..memory import denoise_bytes
 from ..solvers import BlockReport, Inversion, block_reports, method_of
 from ..text import image_size
 from .card import model_card
@@ -30,8 +31,7 @@ from .model import FlowModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STAGES = ("text", "flow", "certify", "denoise", "decode")
-# Floats that the backward pass of denoising keeps for each layer, token and channel, as measured; it is split to fit.
-FLOATS_A_UNIT = 17
+# The backward pass of denoising is split to fit.
 DENOISE_BYTES = 4 * 2**30
 
 
@@ -249,6 +249,4 @@ def as_output(images: torch.Tensor, output_type: str):
 
 def denoise_rows(flow: Flow, tokens: int) -> int:
     """Images whose backward pass fits into DENOISE_BYTES, at least one."""
-    widths = sum(flow.config.block_channels(i) * layers for i, layers in enumerate(flow.config.layers))
-    each = 4 * FLOATS_A_UNIT * widths * (tokens + flow.config.text_len)
-    return max(1, DENOISE_BYTES // each)
+    return max(1, DENOISE_BYTES // denoise_bytes(flow, tokens))

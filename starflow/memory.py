@@ -1,0 +1,76 @@
+"""How many images at a time fit into a budget of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .errors import ConfigError
+from .solvers import Inversion
+
+if TYPE_CHECKING:
+    from .flow import Flow, Guidance
+
+# Larger batches are no faster, and an interruption loses more of them.
+MOST = 1024
+# Copies of noise, tokens and result that live at once, and of the pixels on their way into a file.
+STATE_COPIES, PIXEL_COPIES = 5, 4
+# Floats of a token in a sweep, in widths of the network, beside its MLP.
+SWEEP_WIDTHS = 8
+# Floats that the backward pass of denoising keeps for each layer, token and channel, as measured.
+FLOATS_A_UNIT = 17
+
+
+def image_bytes(
+    flow: Flow,
+    guidance: Guidance,
+    inversion: Inversion,
+    grid: tuple[int, int] | None = None,
+    certify: bool = False,
+    pixels: int = 0,
+) -> int:
+    """Bytes that one more image in a batch takes, at the most expensive block.
+
+    They are the KV cache, the activations of the positions evaluated together, both twice under guidance, and copies of
+    the tokens, the text states and the finished image of `pixels` values. grid: (rows, columns) of tokens, by default
+    those of training. Kernels keep no matrix of attention weights; the reference backend does, and takes more.
+    """
+    config = flow.config
+    rows, columns = grid or config.grid
+    tokens, rounds = rows * columns, 2 if guidance.weight else 1
+    # Sweeps may be taken by auto, over all tokens; certify passes over all of them.
+    at_once = (
+        tokens if certify or (inversion.method != "sequential" and not inversion.window) else inversion.window or 1
+    )
+    if inversion.method == "auto" and not flow.calibration and not certify:
+        at_once = 1
+    size = max(4, next(flow.parameters()).element_size())
+    most = 0
+    for block in flow.blocks:
+        spec = block.spec
+        prefix = config.text_len if spec.text_dim else 0
+        cache = 2 * spec.layers * spec.kv_heads * spec.head_dim * (tokens + prefix)
+        sweep = (min(at_once, tokens) + prefix) * (SWEEP_WIDTHS * spec.channels + 2 * spec.mlp_dim)
+        most = max(most, cache + sweep)
+    text = 3 * config.text_len * config.text_dim
+    return size * (rounds * (most + text) + STATE_COPIES * tokens * config.token_dim + PIXEL_COPIES * pixels)
+
+
+def denoise_bytes(flow: Flow, tokens: int) -> int:
+    """Bytes of the backward pass of denoising, of one image."""
+    widths = sum(flow.config.block_channels(i) * layers for i, layers in enumerate(flow.config.layers))
+    return 4 * FLOATS_A_UNIT * widths * (tokens + flow.config.text_len)
+
+
+def weight_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the parameters and buffers of modules."""
+    return sum(part.numel() * part.element_size() for each in modules for part in (*each.parameters(), *each.buffers()))
+
+
+def fitting_batch(budget: int, fixed: int, each: int) -> int:
+    """Images, at most MOST, of `each` bytes in a budget of which `fixed` are taken. Raises ConfigError for none."""
+    if budget < fixed + each:
+        raise ConfigError(f"--memory: {budget} bytes do not hold {fixed} of weights and work and {each} of an image")
+    return min(MOST, (budget - fixed) // each)
