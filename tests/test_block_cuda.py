@@ -19,7 +19,7 @@ from starflow_kernels.block import cuda
 from starflow_kernels.packing import spec_fields
 
 ROOT = Path(__file__).parents[1]
-HOPPER = 232448, 132  # bytes of shared memory of a thread block, processors
+HOPPER = cuda.Device(limit=232448, processors=132, cluster=8)
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="it needs g++")
 
 SIZES = {"token_dim": 5, "channels": 24, "layers": 2, "heads": 2, "head_dim": 12, "kv_heads": 2, "mlp_dim": 50}
@@ -44,7 +44,7 @@ def library(tmp_path_factory):
 
     target = tmp_path_factory.mktemp("emulated") / "emulated.so"
     sanitize = os.environ.get("STARFLOW_SANITIZE")
-    flags = [f"-fsanitize={sanitize}", "-O1", "-g"] if sanitize else ["-O2"]
+    flags = [f"-fsanitize={sanitize}", "-O0", "-g"] if sanitize else ["-O2"]
     defines = ["STARFLOW_LIBRARY=starflow_emulated", "STARFLOW_DEVICES=CPU", "TORCH_TARGET_VERSION=0x020a000000000000"]
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
@@ -58,17 +58,19 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def emulated(library, monkeypatch):
-    """Makes cuda.block_inverse run on the CPU: emulated(reverse, sizes of the device)."""
+    """Makes cuda.block_inverse run on the CPU: emulated(reverse, sizes of the device, what to change of its plans)."""
+    planner = cuda.plan
 
-    def choose(reverse=False, sizes=HOPPER):
+    def choose(reverse=False, sizes=HOPPER, **changes):
         monkeypatch.setattr(cuda, "_stream", lambda device: contextlib.nullcontext(int(reverse)))
         monkeypatch.setattr(cuda, "device_sizes", lambda device: sizes)
+        monkeypatch.setattr(cuda, "plan", lambda *of: planner(*of)._replace(**changes) if changes else planner(*of))
 
     monkeypatch.setattr(cuda, "OPS", torch.ops.starflow_emulated)
-    cuda.plan.cache_clear()
+    planner.cache_clear()
     choose()
     yield choose
-    cuda.plan.cache_clear()
+    planner.cache_clear()
 
 
 def make(spec, B, T, dtype=torch.float32, copies=1):
@@ -85,6 +87,11 @@ def make(spec, B, T, dtype=torch.float32, copies=1):
     return torch.randn(B, T, spec.token_dim), weights, context
 
 
+def cluster_of(size, processors, **changes):
+    """For `emulated`: a device of no memory, whose plans are for its largest clusters, and what to change of them."""
+    return {"sizes": cuda.Device(0, processors, size), "on_chip": True, **changes}
+
+
 def fields(spec, dtype=torch.float32):
     return tuple(spec_fields(spec, dtype))
 
@@ -92,7 +99,7 @@ def fields(spec, dtype=torch.float32):
 def run(z, w, spec, context, guidance=None, rule="tarflow", temperature=1.0):
     """The kernel on the CPU."""
     given = [context.get(name) for name in ("cond", "prefix", "cos", "sin")]
-    assert cuda.refuse_block(z, list(w.values()), None, guidance, spec.to_json(), *cuda.device_sizes(z.device)) is None
+    assert cuda.refuse_block(z, list(w.values()), None, guidance, spec.to_json(), cuda.device_sizes(z.device)) is None
     return cuda.block_inverse(z, list(w.values()), *given, guidance, spec.to_json(), rule, temperature)
 
 
@@ -104,8 +111,7 @@ def assert_contract(x, z, w, spec, context, **options):
 
 @every_spec
 @dtypes
-@pytest.mark.parametrize("T", [1, 2, 17])
-@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("positions, T", [(False, 1), (False, 2), (True, 2), (True, 17)])
 def test_error_contract(spec, dtype, T, positions, emulated):
     spec = dataclasses.replace(spec, positions=T if positions else 0)
     z, w, context = make(spec, 3, T, dtype)
@@ -139,10 +145,10 @@ def test_guided_inverse(name, rule, temperature, emulated):
     spec = SPECS[name]
     z, w, context = make(spec, 5, 9, copies=2)
     guidance = torch.rand(5, 9) * 2
-    emulated(sizes=(HOPPER[0], 2))
+    emulated(sizes=HOPPER._replace(processors=2))
     x = run(z, w, spec, context, guidance, rule, temperature)
     assert_contract(x, z, w, spec, context, guidance=guidance, rule=rule, temperature=temperature)
-    emulated(True, sizes=(HOPPER[0], 2))
+    emulated(True, sizes=HOPPER._replace(processors=2))
     assert torch.equal(run(z, w, spec, context, guidance, rule, temperature), x)
 
 
@@ -150,15 +156,15 @@ def test_guided_inverse(name, rule, temperature, emulated):
 def test_a_row_has_the_same_bits_in_any_batch_and_group(dtype, emulated):
     spec = dataclasses.replace(SPECS["everything"], mlp_dim=80)
     z, w, context = make(spec, 67, 3, dtype)
-    emulated(sizes=(HOPPER[0], 1))
-    assert cuda.plan(fields(spec, dtype), 3, 1, 67, HOPPER[0], 1).group > 32
+    emulated(sizes=HOPPER._replace(processors=1))
+    assert cuda.plan(fields(spec, dtype), 3, 1, 67, HOPPER.limit, 1, 1).group > 32
     x = run(z, w, spec, context)
     assert_contract(x, z, w, spec, context)
     for which in (slice(5, 6), slice(60, 67)):
         part = {n: t if n in ("cos", "sin") else t[which] for n, t in context.items()}
         assert torch.equal(run(z[which], w, spec, part), x[which])
     for processors in (4, 20):
-        emulated(sizes=(HOPPER[0], processors))
+        emulated(sizes=HOPPER._replace(processors=processors))
         assert torch.equal(run(z, w, spec, context), x)
 
 
@@ -170,9 +176,53 @@ def test_a_cache_in_device_memory_gives_the_same_bits(name, dtype, emulated):
     one = cuda.plan(fields(SPECS[name], dtype), 5, 2, 7, *HOPPER)
     x = run(z, w, SPECS[name], context, guidance)
     for processors, reverse in ((2, False), (7, True)):
-        emulated(reverse, sizes=(one.one - 1, processors))
-        assert not cuda.plan(fields(SPECS[name], dtype), 5, 2, 7, one.one - 1, processors).on_chip
+        emulated(reverse, sizes=cuda.Device(one.one - 1, processors, 1))
+        assert not cuda.plan(fields(SPECS[name], dtype), 5, 2, 7, one.one - 1, processors, 1).on_chip
         assert torch.equal(run(z, w, SPECS[name], context, guidance), x)
+
+
+@pytest.mark.parametrize("which", ["tarflow-2", "starflow-4", "everything-8", "unit-8", "wide-4", "post-2"])
+@dtypes
+def test_a_cluster_gives_the_bits_of_one_thread_block(which, dtype, emulated):
+    name, size = which.split("-")
+    spec, size = SPECS[name], int(size)
+    z, w, context = make(spec, 3, 3, dtype)
+    x = run(z, w, spec, context)
+    assert_contract(x, z, w, spec, context)
+    for reverse in (False, True):
+        emulated(reverse, **cluster_of(size, size, group=2))
+        assert torch.equal(run(z, w, spec, context), x)
+
+
+@pytest.mark.parametrize("name, size, group", [("tarflow", 4, 1), ("starflow", 2, 3), ("unit", 8, 2)])
+@pytest.mark.parametrize("rule, on_chip", [("tarflow", False), ("starflow", True)])
+def test_guided_inverse_by_clusters(name, size, group, rule, on_chip, emulated):
+    spec = SPECS[name]
+    z, w, context = make(spec, 4, 3, copies=2)
+    guidance = torch.rand(4, 3) * 2
+    emulated(on_chip, **cluster_of(size, 2 * size + 1, group=group, on_chip=on_chip))
+    x = run(z, w, spec, context, guidance, rule, 0.7)
+    assert_contract(x, z, w, spec, context, guidance=guidance, rule=rule, temperature=0.7)
+    emulated()
+    assert torch.equal(run(z, w, spec, context, guidance, rule, 0.7), x)
+
+
+@dtypes
+def test_clusters_take_large_groups_many_tokens_and_one(dtype, emulated):
+    spec = dataclasses.replace(SPECS["unit"], layers=1)
+    for B, T, size in ((40, 2, 2), (1, 67, 2), (2, 11, 8), (2, 1, 4)):
+        z, w, context = make(spec, B, T, dtype)
+        x = run(z, w, spec, context)
+        emulated(**cluster_of(size, size, group=B))
+        assert torch.equal(run(z, w, spec, context), x)
+        emulated()
+
+
+def test_weights_that_fill_the_memory_of_a_cluster(emulated):
+    spec = BlockSpec(token_dim=4, channels=128, layers=4, heads=2, head_dim=64, kv_heads=2, mlp_dim=512)
+    z, w, context = make(spec, 2, 3, torch.bfloat16)
+    assert cuda.plan(fields(spec, torch.bfloat16), 3, 1, 2, *HOPPER).cluster == 8
+    assert_contract(run(z, w, spec, context), z, w, spec, context)
 
 
 def test_strided_inputs(emulated):
@@ -193,29 +243,72 @@ def test_an_empty_batch(emulated):
 def test_a_plan_takes_what_fits(spec, dtype, emulated):
     packed = cuda.pack(spec, [torch.zeros(shape, dtype=dtype) for shape in spec.weight_shapes.values()])
     for T, copies in ((1, 1), (40, 1), (40, 2)):
-        one = cuda.plan(packed.fields, T, copies, 1, HOPPER[0], HOPPER[1])
+        one = cuda.plan(fields(spec, dtype), T, copies, 1, *HOPPER)
         assert one.group == 1 and one.on_chip and one.weights == 4 * len(packed.buffer)
         slots = T if spec.start else T - 1
         values = 2 * slots * spec.layers * spec.kv_heads * spec.head_dim * copies
         assert one.cache == values
-        assert cuda.plan(packed.fields, T, copies, 1, one.one, 1).on_chip
-        less = cuda.plan(packed.fields, T, copies, 1, one.one - 1, 1)
+        assert cuda.plan(fields(spec, dtype), T, copies, 1, one.one, 1, 1).on_chip
+        less = cuda.plan(fields(spec, dtype), T, copies, 1, one.one - 1, 1, 1)
         assert not less.on_chip and less.group == (1 if values else 0)
         assert less.one == one.one - -(-values * dtype.itemsize // 16) * 16
-        assert cuda.plan(packed.fields, T, copies, 1, less.one, 1).group == 1
-        assert cuda.plan(packed.fields, T, copies, 1, less.one - 1, 1).group == 0
+        assert cuda.plan(fields(spec, dtype), T, copies, 1, less.one, 1, 1).group == 1
+        assert cuda.plan(fields(spec, dtype), T, copies, 1, less.one - 1, 1, 1).group == 0
         # Groups are no larger than the processors make them, than 64 rows, and than memory allows.
-        assert cuda.plan(packed.fields, T, copies, 7, 2**29, 3).group == 3
-        assert cuda.plan(packed.fields, T, copies, 1000, 2**29, 1).group == 64 // copies
-        limited = cuda.plan(packed.fields, T, copies, 1000, one.one + 30000, 1).group
+        assert cuda.plan(fields(spec, dtype), T, copies, 7, 2**29, 3, 1).group == 3
+        assert cuda.plan(fields(spec, dtype), T, copies, 1000, 2**29, 1, 1).group == 64 // copies
+        limited = cuda.plan(fields(spec, dtype), T, copies, 1000, one.one + 30000, 1, 1).group
         assert 1 <= limited <= 64 // copies
+
+
+@every_spec
+@dtypes
+def test_clusters_share_the_weights_and_the_cache(spec, dtype, emulated):
+    weights = [torch.zeros(shape, dtype=dtype) for shape in spec.weight_shapes.values()]
+    slots = 40 if spec.start else 39
+    for size in (2, 4, 8):
+        least = cuda.plan(fields(spec, dtype), 40, 1, 1, 1, size, size)
+        assert (least.cluster, least.group) == (size, 0)
+        assert 4 * len(cuda.pack(spec, weights, size).buffer) == size * least.weights
+        held = -(-slots // size) * spec.head_dim + slots * -(-spec.head_dim // size)
+        assert least.cache == spec.layers * spec.kv_heads * held
+        whole = least.one + -(-least.cache * dtype.itemsize // 16) * 16
+        for limit, group, on_chip in ((least.one - 1, 0, 0), (least.one, 1, 0), (whole - 1, 1, 0), (whole, 1, 1)):
+            found = cuda.plan(fields(spec, dtype), 40, 1, 1, limit, size, size)
+            # A smaller cluster that takes a sample is preferred.
+            assert found[:3] == (size, group, on_chip) or (found.cluster < size and found.group)
+        for processors in range(1, size):
+            assert cuda.plan(fields(spec, dtype), 40, 1, 1, 1, processors, 8).cluster <= processors
+
+
+@pytest.mark.parametrize(
+    "C, layers, dtype, T, cluster, least",
+    [
+        (64, 2, torch.bfloat16, 256, 1, 8),
+        (64, 4, torch.bfloat16, 256, 2, 8),
+        (128, 2, torch.bfloat16, 256, 4, 4),
+        (128, 4, torch.bfloat16, 256, 8, 3),
+        (128, 2, torch.float32, 256, 8, 4),
+    ],
+)
+def test_clusters_of_a_hopper(C, layers, dtype, T, cluster, least, emulated):
+    heads = C // 64
+    spec = BlockSpec(token_dim=4, channels=C, layers=layers, heads=heads, head_dim=64, kv_heads=heads, mlp_dim=4 * C)
+    plan = cuda.plan(fields(spec, dtype), T, 1, 10000, *HOPPER)
+    assert plan.cluster == cluster and plan.group >= least and plan.one <= HOPPER.limit
+    # Fewer samples than clusters: one each.
+    assert cuda.plan(fields(spec, dtype), T, 1, HOPPER.processors // cluster, *HOPPER).group == 1
+    if cluster > 1:
+        assert not cuda.plan(fields(spec, dtype), T, 1, 1, HOPPER.limit, HOPPER.processors, cluster // 2).group
 
 
 def test_what_does_not_fit_is_refused_with_the_bytes(emulated):
     spec = BlockSpec(token_dim=4, channels=128, layers=4, heads=2, head_dim=64, kv_heads=2, mlp_dim=512)
-    reason = cuda.does_not_fit(cuda.plan(fields(spec), 16, 1, 8, *HOPPER), HOPPER[0])
-    one = cuda.plan(fields(spec), 16, 1, 8, *HOPPER)
-    assert f"one sample needs {one.one} without its KV cache: {one.weights} of weights" in reason
+    for most, tried in ((1, "1"), (8, "1, 2, 4, 8")):
+        one = cuda.plan(fields(spec), 16, 1, 8, HOPPER.limit, 132, most)
+        reason = cuda.does_not_fit(one, HOPPER.limit)
+        needs = f"one sample needs {one.one} of each without its KV cache: {one.weights} of weights"
+        assert f"in a cluster of {most} (tried: {tried}) {needs}" in reason
     huge = dataclasses.replace(spec, channels=2**16, mlp_dim=2**18, layers=100)
     assert cuda.plan(fields(huge), 2**20, 1, 8, *HOPPER).group == 0
 
@@ -226,14 +319,14 @@ def test_what_it_does_not_take_is_refused_with_the_reason(emulated):
 
     def reason(z=z, dtype=torch.float32, prefix=None):
         weights = [t.to(dtype) for t in w.values()]
-        return cuda.refuse_block(z, weights, prefix, None, spec.to_json(), *HOPPER)
+        return cuda.refuse_block(z, weights, prefix, None, spec.to_json(), HOPPER)
 
     assert reason() is None
     assert "tokens are torch.float64" in reason(z=z.double())
     assert "weights are torch.float16" in reason(dtype=torch.float16)
     assert "states in front of the tokens" in reason(prefix=torch.zeros(2, 1, 3))
     mixed = [t.bfloat16() if i else t for i, t in enumerate(w.values())]
-    assert "different dtypes" in cuda.refuse_block(z, mixed, None, None, spec.to_json(), *HOPPER)
+    assert "different dtypes" in cuda.refuse_block(z, mixed, None, None, spec.to_json(), HOPPER)
 
 
 def test_tokens_on_the_cpu_are_refused():

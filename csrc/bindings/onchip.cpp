@@ -18,17 +18,17 @@ using Optional = std::optional<Tensor>;
 
 const float* data(const Optional& tensor) { return tensor ? static_cast<const float*>(tensor->data_ptr()) : nullptr; }
 
-// [samples of a thread block, 0 where none fits; 1 with the KV cache on chip; bytes of the weights; values of cache of
-// a sample; bytes of shared memory with one sample].
+// [thread blocks of a cluster; samples of it, 0 where none fits; 1 with the KV cache on chip; then of a thread block:
+// bytes of the weights; values of cache of a sample; bytes of shared memory with one sample].
 std::vector<int64_t> onchip_plan(std::vector<int64_t> fields, int64_t T, int64_t copies, int64_t B, int64_t limit,
-                                 int64_t processors) {
+                                 int64_t processors, int64_t most_cluster) {
     Spec spec = read_spec(fields, 0);
-    Plan plan = choose_plan(spec, T, int(copies), B, limit, processors);
-    Plan one = make_plan(spec, T, int(copies), 1, plan.cached_on_chip);
-    return {plan.group, plan.cached_on_chip, plan.weight_bytes, copies * one.cache_row, one.bytes};
+    Plan plan = choose_plan(spec, T, int(copies), B, limit, processors, int(most_cluster));
+    Plan one = make_plan(spec, T, int(copies), 1, plan.cached_on_chip, plan.cluster);
+    return {plan.cluster, plan.group, plan.cached_on_chip, plan.weight_bytes, copies * one.cache_row, one.bytes};
 }
 
-// cache: in device memory, or none. plan: samples of a thread block, thread blocks, stream.
+// cache: in device memory, or none. plan: thread blocks of a cluster, samples of it, thread blocks, stream.
 void onchip_inverse(Tensor state, Tensor weights, std::vector<int64_t> fields, double clip, Optional cache,
                     Optional positions, Optional cond, Optional cos, Optional sin, Optional guidance, int64_t rule,
                     double temperature, std::vector<int64_t> plan) {
@@ -36,8 +36,8 @@ void onchip_inverse(Tensor state, Tensor weights, std::vector<int64_t> fields, d
     call.spec = read_spec(fields, clip);
     call.B = state.size(0);
     call.T = state.size(1);
-    call.plan = make_plan(call.spec, call.T, guidance ? 2 : 1, int(plan.at(0)), !cache);
-    if (weights.numel() * int64_t(weights.element_size()) != call.plan.weight_bytes)
+    call.plan = make_plan(call.spec, call.T, guidance ? 2 : 1, int(plan.at(1)), !cache, int(plan.at(0)));
+    if (weights.numel() * int64_t(weights.element_size()) != int64_t(call.plan.cluster) * call.plan.weight_bytes)
         throw std::invalid_argument("packed weights: not of the size that the block spec gives");
     call.state = static_cast<float*>(state.data_ptr());
     call.weights = weights.data_ptr();
@@ -49,8 +49,8 @@ void onchip_inverse(Tensor state, Tensor weights, std::vector<int64_t> fields, d
     call.guidance = data(guidance);
     call.rule = Rule(rule);
     call.temperature = float(temperature);
-    call.blocks = int(plan.at(1));
-    launch_onchip(call, plan.at(2));
+    call.blocks = int(plan.at(2));
+    launch_onchip(call, plan.at(3));
 }
 
 }  // namespace
@@ -61,7 +61,7 @@ void onchip_inverse(Tensor state, Tensor weights, std::vector<int64_t> fields, d
 #endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(STARFLOW_LIBRARY, m) {
-    m.def("onchip_plan(int[] spec, int T, int copies, int B, int limit, int processors) -> int[]");
+    m.def("onchip_plan(int[] spec, int T, int copies, int B, int limit, int processors, int cluster) -> int[]");
     m.def(
         "onchip_inverse(Tensor(a!) state, Tensor weights, int[] spec, float clip, Tensor(b!)? cache, "
         "Tensor? positions, Tensor? cond, Tensor? cos, Tensor? sin, Tensor? guidance, int rule, "

@@ -8,9 +8,11 @@
 #ifdef __CUDACC__
 #define STARFLOW_DEVICE __device__ __forceinline__
 #define STARFLOW_UNROLL _Pragma("unroll")
+#define STARFLOW_NO_UNROLL _Pragma("unroll 1")
 #else
 #define STARFLOW_DEVICE inline
 #define STARFLOW_UNROLL
+#define STARFLOW_NO_UNROLL
 #include "../emulation/fibers.h"
 #endif
 
@@ -24,6 +26,21 @@ STARFLOW_DEVICE int block_index() { return int(blockIdx.x); }
 STARFLOW_DEVICE int block_count() { return int(gridDim.x); }
 STARFLOW_DEVICE void block_barrier() { __syncthreads(); }
 STARFLOW_DEVICE void warp_barrier() { __syncwarp(); }
+// A cluster is thread blocks that reach each other's shared memory; from sm_90 on.
+STARFLOW_DEVICE int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+STARFLOW_DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// *at = value where thread block `rank` of the cluster has what lies at `at` in this one's shared memory.
+STARFLOW_DEVICE void store_at(int rank, float* at, float value) {
+    uint32_t here = uint32_t(__cvta_generic_to_shared(at)), there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+}
 STARFLOW_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 STARFLOW_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 STARFLOW_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
@@ -31,7 +48,10 @@ STARFLOW_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 using emulation::block_barrier;
 using emulation::block_count;
 using emulation::block_index;
+using emulation::cluster_barrier;
+using emulation::cluster_rank;
 using emulation::shuffle_xor;
+using emulation::store_at;
 using emulation::thread_index;
 using emulation::warp_barrier;
 inline float float_of(uint32_t bits) {

@@ -46,4 +46,21 @@ STARFLOW_DEVICE Gaussian gaussian(const float* params, const float* without, flo
     return {((1.0f + weight) * b - ws * other_b) / precision, sigma / sqrtf(precision)};
 }
 
+// The lanes of a warp: to = x / sqrt(mean x^2 + 1e-6) (1 + weight); x == to allowed.
+STARFLOW_DEVICE void rms_norm(const float* x, const float* weight, int n, float* to) {
+    float squares = 0;
+    for (int i = thread_index() % WARP; i < n; i += WARP) squares = fmaf(x[i], x[i], squares);
+    float scale = 1.0f / sqrtf(warp_sum(squares) / float(n) + 1e-6f);
+    for (int i = thread_index() % WARP; i < n; i += WARP) to[i] = x[i] * scale * (1.0f + weight[i]);
+}
+
+STARFLOW_DEVICE void layer_norm(const float* x, const float* weight, const float* bias, int n, float* to) {
+    float sum = 0, squares = 0;
+    for (int i = thread_index() % WARP; i < n; i += WARP) sum += x[i];
+    float mean = warp_sum(sum) / float(n);
+    for (int i = thread_index() % WARP; i < n; i += WARP) squares = fmaf(x[i] - mean, x[i] - mean, squares);
+    float scale = 1.0f / sqrtf(warp_sum(squares) / float(n) + 1e-5f);
+    for (int i = thread_index() % WARP; i < n; i += WARP) to[i] = fmaf((x[i] - mean) * scale, weight[i], bias[i]);
+}
+
 }  // namespace starflow::cuda

@@ -12,7 +12,7 @@ struct OnchipCall {
     Plan plan;
     int64_t B, T;
     float* state;            // (B, T, D) noise that becomes data
-    const void* weights;     // plan.weight_bytes, as they lie in shared memory; 16-byte aligned
+    const void* weights;     // plan.weight_bytes a rank of a cluster, as in shared memory; 16-byte aligned
     void* cache;             // blocks x plan.group x copies rows, of the dtype of the weights, or null if on chip
     const float* positions;  // (T, C) in the block's own order, or null
     const float* cond;       // (copies B, C) or null
@@ -20,7 +20,7 @@ struct OnchipCall {
     const float* guidance;   // (B, T) or null
     Rule rule;
     float temperature;
-    int blocks;  // of the grid; a block takes one group after the other
+    int blocks;  // of the grid; a cluster takes one group after the other
 };
 
 // Start the kernel on a stream. Throws std::runtime_error with CUDA's reason.

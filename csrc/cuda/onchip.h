@@ -1,8 +1,10 @@
-// The whole inverse of a flow block by one thread block: weights, activations and, if it fits, the KV cache stay in its
-// shared memory for all steps. float32 weights take float32 multiply-adds, bfloat16 weights the tensor cores,
-// activations rounded for them; every sum is float32 and has one order, whatever the group.
+// The whole inverse of a flow block by one thread block or by those of a cluster: weights, activations and, if it fits,
+// the KV cache stay in shared memory for all steps. In a cluster each computes its share of every result and stores it
+// to all; then they wait for each other. float32 weights take float32 multiply-adds, bfloat16 weights the tensor cores,
+// activations rounded for them; every sum is float32 and has one order, whatever the group and the cluster.
 #pragma once
 
+#include "cluster.h"
 #include "elementary.h"
 #include "launch.h"
 
@@ -14,8 +16,10 @@ struct alignas(8) Pair {
 
 // The steps of one group of samples. Weight: float or Bf16, also that of the KV cache. The place of the cache is known
 // at compile time, so that accesses are those of one kind of memory.
-template <class Weight, bool CACHED_ON_CHIP>
-struct Onchip {
+template <class Weight, bool CACHED_ON_CHIP, bool CLUSTERED>
+struct Onchip : Cluster<CLUSTERED> {
+    using Cluster<CLUSTERED>::rank, Cluster<CLUSTERED>::size, Cluster<CLUSTERED>::barrier, Cluster<CLUSTERED>::store;
+
     const OnchipCall& call;
     char* shared;
     int64_t first;      // sample of the group
@@ -31,6 +35,13 @@ struct Onchip {
     STARFLOW_DEVICE static int lane() { return thread_index() % WARP; }
     STARFLOW_DEVICE static int warp() { return thread_index() / WARP; }
 
+    // Outputs of a product that this thread block has, from rank() * share on; none or less past the last one.
+    STARFLOW_DEVICE int outputs(const Dense& dense) const {
+        if constexpr (!CLUSTERED) return dense.out;
+        int left = dense.out - rank() * dense.share;
+        return left < dense.share ? left : dense.share;
+    }
+
     STARFLOW_DEVICE Weight* cache() const {
         if constexpr (CACHED_ON_CHIP) return reinterpret_cast<Weight*>(shared + plan().cache);
         int64_t rows_before = int64_t(block_index()) * plan().group * plan().copies;
@@ -43,13 +54,14 @@ struct Onchip {
         return call.state + ((first + sample) * call.T + place) * spec().token_dim;
     }
 
-    // done(row, n, (x W^T + b)[row, n]): a thread takes column n of TILE rows. Four partial sums each, of k mod 4.
+    // done(row, n, (x W^T + b)[row, n]) for the thread block's columns n: a thread takes one of TILE rows. Four partial
+    // sums each, of k mod 4.
     template <int TILE, class Done>
     STARFLOW_DEVICE void multiply_tiles(const Dense& dense, int layer, const float* x, int x_row, Done done) const {
         auto weights = reinterpret_cast<const Quad<float>*>(shared + layer + dense.weight);
-        int tiles = (rows + TILE - 1) / TILE, depth = (dense.in + 3) / 4;
-        for (int item = thread_index(); item < tiles * dense.out; item += THREADS) {
-            int n = item % dense.out, top = item / dense.out * TILE;
+        int tiles = (rows + TILE - 1) / TILE, depth = (dense.in + 3) / 4, own = outputs(dense);
+        for (int item = thread_index(); item < tiles * own; item += THREADS) {
+            int n = item % own, top = item / own * TILE;
             const float* from[TILE];
             float sums[TILE][4];
             STARFLOW_UNROLL
@@ -58,7 +70,7 @@ struct Onchip {
                 for (int j = 0; j < 4; ++j) sums[m][j] = 0;
             }
             for (int k = 0; k < depth; ++k) {
-                Quad<float> quad = weights[k * dense.out + n];
+                Quad<float> quad = weights[k * dense.share + n];
             STARFLOW_UNROLL
                 for (int m = 0; m < TILE; ++m) {
                     Quad<float> values = reinterpret_cast<const Quad<float>*>(from[m])[k];
@@ -67,9 +79,10 @@ struct Onchip {
                 }
             }
             float bias = dense.bias < 0 ? 0.0f : floats(layer + dense.bias)[n];
+            int column = rank() * dense.share + n;
             STARFLOW_UNROLL
             for (int m = 0; m < TILE; ++m)
-                if (top + m < rows) done(top + m, n, (sums[m][0] + sums[m][1]) + (sums[m][2] + sums[m][3]) + bias);
+                if (top + m < rows) done(top + m, column, (sums[m][0] + sums[m][1]) + (sums[m][2] + sums[m][3]) + bias);
         }
     }
 
@@ -80,7 +93,8 @@ struct Onchip {
             uint32_t values[4];
         };
         auto weights = reinterpret_cast<const Fragment*>(shared + layer + dense.weight);
-        int columns = (dense.out + 15) / 16, depth = (dense.in + 15) / 16, tiles = (rows + 8 * TILE - 1) / (8 * TILE);
+        int own = outputs(dense), begin = rank() * dense.share, columns = (own + 15) / 16;
+        int depth = (dense.in + 15) / 16, tiles = (rows + 8 * TILE - 1) / (8 * TILE);
         int g = lane() / 4, t = lane() % 4 * 2;
         for (int item = warp(); item < tiles * columns; item += WARPS) {
             int n = item % columns, top = item / columns * 8 * TILE;
@@ -106,8 +120,9 @@ struct Onchip {
             for (int m = 0; m < TILE; ++m)
                 for (int j = 0; j < 4; ++j) {
                     int row = top + 8 * m + t + j % 2, column = 16 * n + g + j / 2 * 8;
-                    if (row >= rows || column >= dense.out) continue;
-                    done(row, column, sums[m][j] + (dense.bias < 0 ? 0.0f : floats(layer + dense.bias)[column]));
+                    if (row >= rows || column >= own) continue;
+                    float bias = dense.bias < 0 ? 0.0f : floats(layer + dense.bias)[column];
+                    done(row, begin + column, sums[m][j] + bias);
                 }
         }
     }
@@ -116,12 +131,12 @@ struct Onchip {
     template <class Done>
     STARFLOW_DEVICE void multiply(const Dense& dense, int layer, const float* x, int x_row, Done done) const {
         if constexpr (sizeof(Weight) == sizeof(Bf16)) {
-            if (rows > 16 && rows * dense.out >= 32 * 16 * WARPS)
+            if (rows > 16 && rows * dense.share >= 32 * 16 * WARPS)
                 multiply_fragments<4>(dense, layer, x, x_row, done);
             else
                 multiply_fragments<1>(dense, layer, x, x_row, done);
         } else {
-            int work = rows * dense.out;
+            int work = rows * dense.share;
             if (work >= 8 * THREADS)
                 multiply_tiles<8>(dense, layer, x, x_row, done);
             else if (work >= 2 * THREADS)
@@ -129,23 +144,6 @@ struct Onchip {
             else
                 multiply_tiles<1>(dense, layer, x, x_row, done);
         }
-    }
-
-    // The lanes of a warp: to = x / sqrt(mean x^2 + 1e-6) (1 + weight); x == to allowed.
-    STARFLOW_DEVICE static void rms_norm(const float* x, const float* weight, int n, float* to) {
-        float squares = 0;
-        for (int i = lane(); i < n; i += WARP) squares = fmaf(x[i], x[i], squares);
-        float scale = 1.0f / sqrtf(warp_sum(squares) / float(n) + 1e-6f);
-        for (int i = lane(); i < n; i += WARP) to[i] = x[i] * scale * (1.0f + weight[i]);
-    }
-
-    STARFLOW_DEVICE static void layer_norm(const float* x, const float* weight, const float* bias, int n, float* to) {
-        float sum = 0, squares = 0;
-        for (int i = lane(); i < n; i += WARP) sum += x[i];
-        float mean = warp_sum(sum) / float(n);
-        for (int i = lane(); i < n; i += WARP) squares = fmaf(x[i] - mean, x[i] - mean, squares);
-        float scale = 1.0f / sqrtf(warp_sum(squares) / float(n) + 1e-5f);
-        for (int i = lane(); i < n; i += WARP) to[i] = fmaf((x[i] - mean) * scale, weight[i], bias[i]);
     }
 
     // The norm of h, a warp a row, for the product that comes next.
@@ -170,18 +168,18 @@ struct Onchip {
         bool post = spec().post_norm;
         multiply(dense, layer, x, x_row, [&](int row, int n, float value) {
             if (post)
-                branch[row * branch_row + n] = value;
+                store(branch + row * branch_row + n, value);
             else
-                h(row)[n] += value;
+                store(h(row) + n, h(row)[n] + value);
         });
-        block_barrier();
+        barrier();
         if (!post) return;
         for (int row = warp(); row < rows; row += WARPS) {
             float* update = branch + row * branch_row;
             rms_norm(update, floats(layer + post_norm), spec().channels, update);
             for (int i = lane(); i < spec().channels; i += WARP) h(row)[i] += update[i];
         }
-        block_barrier();
+        barrier();
     }
 
     // Norm and rotate one head's query or key, by the lanes of a warp.
@@ -202,17 +200,30 @@ struct Onchip {
         warp_barrier();
     }
 
-    // One query over slots 0 .. slot; keys [d][slots], values [slots][d].
-    STARFLOW_DEVICE void attend(const float* q, const Weight* keys, const Weight* values, int slot, float scale,
-                                float* out) const {
-        int d = spec().head_dim, slots = plan().slots;
-        float *scores = floats(plan().scores) + warp() * slots, most = -INFINITY, total = 0;
-        for (int s = lane(); s <= slot; s += WARP) {
+    STARFLOW_DEVICE float* scores(int row, int head) const {
+        return floats(plan().scores) + (CLUSTERED ? row * spec().heads + head : warp()) * plan().slots;
+    }
+
+    // Of a head of keys and values of one row: keys [head_dim][key_slots], then values [slots][value_dims].
+    STARFLOW_DEVICE Weight* keys(int row, int index, int head) const {
+        int values = spec().head_dim * plan().key_slots + plan().slots * plan().value_dims;
+        return cache() + int64_t(row) * plan().cache_row + (index * spec().kv_heads + head) * values;
+    }
+
+    // One query with this thread block's slots of 0 .. slot.
+    STARFLOW_DEVICE void score(const float* q, const Weight* keys, int slot, float scale, float* scores) const {
+        for (int j = lane(); j * size() + rank() <= slot; j += WARP) {
             float score = 0;
-            for (int i = 0; i < d; ++i) score = fmaf(q[i], widen(keys[i * slots + s]), score);
-            scores[s] = score * scale;
-            most = fmaxf(most, scores[s]);
+            for (int i = 0; i < spec().head_dim; ++i)
+                score = fmaf(q[i], widen(keys[i * plan().key_slots + j]), score);
+            store(scores + j * size() + rank(), score * scale);
         }
+    }
+
+    // Softmax of its scores, by every thread block, and its dimensions of their sum of values.
+    STARFLOW_DEVICE void weigh(float* scores, const Weight* values, int slot, float* out) const {
+        float most = -INFINITY, total = 0;
+        for (int s = lane(); s <= slot; s += WARP) most = fmaxf(most, scores[s]);
         most = warp_max(most);
         for (int s = lane(); s <= slot; s += WARP) {
             scores[s] = expf(scores[s] - most);
@@ -220,35 +231,52 @@ struct Onchip {
         }
         total = warp_sum(total);
         warp_barrier();
-        for (int i = lane(); i < d; i += WARP) {
+        int begin = rank() * plan().value_dims;
+        for (int i = lane(); i < plan().value_dims && begin + i < spec().head_dim; i += WARP) {
             float sum = 0;
-            for (int s = 0; s <= slot; ++s) sum = fmaf(scores[s], widen(values[s * d + i]), sum);
-            out[i] = sum / total;
+            for (int s = 0; s <= slot; ++s) sum = fmaf(scores[s], widen(values[s * plan().value_dims + i]), sum);
+            store(out + begin + i, sum / total);
+        }
+        warp_barrier();
+    }
+
+    // Of one head of a row, rotated: its share of the key's and the value's places.
+    STARFLOW_DEVICE void append(const float* key, const float* value, int slot, Weight* keys, Weight* values) const {
+        int begin = rank() * plan().value_dims;
+        for (int i = lane(); i < spec().head_dim; i += WARP) {
+            if (slot % size() == rank()) narrow(key[i], keys[i * plan().key_slots + slot / size()]);
+            if (i >= begin && i < begin + plan().value_dims)
+                narrow(value[i], values[slot * plan().value_dims + i - begin]);
         }
         warp_barrier();
     }
 
     // A warp takes a head of keys and values of one row, and its queries: q k v in `wide`, the result in `mid`.
     STARFLOW_DEVICE void attention(int index, int layer, int slot) const {
-        int d = spec().head_dim, kv_heads = spec().kv_heads, group = spec().heads / kv_heads, slots = plan().slots;
+        int d = spec().head_dim, heads = spec().heads, kv_heads = spec().kv_heads, group = heads / kv_heads;
+        auto weigh_head = [&](int row, int head) {
+            const Weight* values = keys(row, index, head / group) + d * plan().key_slots;
+            weigh(scores(row, head), values, slot, mid(row) + head * d);
+        };
         for (int item = warp(); item < rows * kv_heads; item += WARPS) {
-            int row = item / kv_heads, head = item % kv_heads;
-            float *q = wide(row) + head * group * d, *key = wide(row) + (spec().heads + head) * d;
-            const float* value = key + kv_heads * d;
-            Weight* keys = cache() + int64_t(row) * plan().cache_row + (index * kv_heads + head) * 2 * d * slots;
-            Weight* values = keys + d * slots;
+            int row = item / kv_heads, kv_head = item % kv_heads;
+            float *q = wide(row) + kv_head * group * d, *key = wide(row) + (heads + kv_head) * d;
+            Weight* of = keys(row, index, kv_head);
             for (int j = 0; j < group; ++j) prepare(q + j * d, layer + plan().layer.q_norm, slot);
             prepare(key, layer + plan().layer.k_norm, slot);
-            for (int i = lane(); i < d; i += WARP) {
-                narrow(key[i], keys[i * slots + slot]);
-                narrow(value[i], values[slot * d + i]);
-            }
-            warp_barrier();
+            append(key, key + kv_heads * d, slot, of, of + d * plan().key_slots);
             float scale = 1.0f / (sqrtf(float(d)) * (row < samples ? 1.0f : call.temperature));
-            for (int j = 0; j < group; ++j)
-                attend(q + j * d, keys, values, slot, scale, mid(row) + (head * group + j) * d);
+            for (int j = 0; j < group; ++j) {
+                int head = kv_head * group + j;
+                score(q + j * d, of, slot, scale, scores(row, head));
+                if constexpr (!CLUSTERED) weigh_head(row, head);
+            }
         }
-        block_barrier();
+        if constexpr (CLUSTERED) {
+            cluster_barrier();
+            for (int item = warp(); item < rows * heads; item += WARPS) weigh_head(item / heads, item % heads);
+        }
+        barrier();
     }
 
     STARFLOW_DEVICE void feed_forward(int layer) const {
@@ -256,14 +284,16 @@ struct Onchip {
         const float* x = normalized(places.mlp_norm, layer);
         int x_row = normalized_row();
         if (spec().mlp == Mlp::gelu) {
-            multiply(places.up, layer, x, x_row, [&](int row, int n, float value) { wide(row)[n] = gelu(value); });
+            multiply(places.up, layer, x, x_row,
+                     [&](int row, int n, float value) { store(wide(row) + n, gelu(value)); });
         } else {
             multiply(places.gate, layer, x, x_row,
                      [&](int row, int n, float value) { wide(row)[n] = gelu_tanh(value); });
             // A thread has the same elements in both products.
-            multiply(places.up, layer, x, x_row, [&](int row, int n, float value) { wide(row)[n] *= value; });
+            multiply(places.up, layer, x, x_row,
+                     [&](int row, int n, float value) { store(wide(row) + n, wide(row)[n] * value); });
         }
-        block_barrier();
+        barrier();
         add_branch(places.down, layer, wide(0), plan().wide_row, places.mlp_post_norm, mid(0), plan().mid_row);
     }
 
@@ -273,16 +303,16 @@ struct Onchip {
             if (call.positions) value += call.positions[int64_t(slot) * C + n];
             int64_t global_row = row / samples * call.B + first + row % samples;
             if (call.cond) value += call.cond[global_row * C + n];
-            h(row)[n] = value;
+            store(h(row) + n, value);
         });
-        block_barrier();
+        barrier();
         for (int i = 0; i < spec().layers; ++i) {
             int layer = plan().layers + i * plan().layer_bytes;
             const LayerPlaces& places = plan().layer;
             const float* x = normalized(places.attn_norm, layer);
             multiply(places.qkv, layer, x, normalized_row(),
-                     [&](int row, int n, float value) { wide(row)[n] = value; });
-            block_barrier();
+                     [&](int row, int n, float value) { store(wide(row) + n, value); });
+            barrier();
             attention(i, layer, slot);
             add_branch(places.proj, layer, mid(0), plan().mid_row, places.attn_post_norm, wide(0), plan().wide_row);
             feed_forward(layer);
@@ -299,14 +329,14 @@ struct Onchip {
             block_barrier();
             x = mid(0), x_row = plan().mid_row;
         }
-        multiply(plan().proj_out, 0, x, x_row, [&](int row, int n, float value) { wide(row)[n] = value; });
-        block_barrier();
+        multiply(plan().proj_out, 0, x, x_row, [&](int row, int n, float value) { store(wide(row) + n, value); });
+        barrier();
     }
 
     // x_t = mu + sigma z_t, which is what the next slot takes in.
     STARFLOW_DEVICE void transform(int64_t t) const {
         int D = spec().token_dim;
-        for (int item = thread_index(); item < samples * D; item += THREADS) {
+        for (int item = rank() * THREADS + thread_index(); item < samples * D; item += size() * THREADS) {
             int sample = item / D, i = item % D;
             const float* without = call.guidance ? wide(samples + sample) : nullptr;
             float weight = call.guidance ? call.guidance[(first + sample) * call.T + t] : 0.0f;
@@ -314,9 +344,9 @@ struct Onchip {
             float* to = at(sample, t) + i;
             float x = fmaf(g.sigma, *to, g.mu);
             *to = x;
-            for (int row = sample; row < rows; row += samples) token(row)[i] = x;
+            for (int row = sample; row < rows; row += samples) store(token(row) + i, x);
         }
-        block_barrier();
+        barrier();
     }
 
     STARFLOW_DEVICE void first_token() const {
@@ -338,21 +368,23 @@ struct Onchip {
     }
 };
 
-// A thread block of the kernel: the weights once, then one group after the other.
-template <class Weight, bool CACHED_ON_CHIP>
+// A thread block of the kernel: the weights once, then one group after the other. No thread block of a cluster leaves
+// before the last store to it: a barrier follows every store.
+template <class Weight, bool CACHED_ON_CHIP, bool CLUSTERED>
 STARFLOW_DEVICE void run_onchip(const OnchipCall& call, char* shared) {
     const Plan& plan = call.plan;
-    auto from = static_cast<const Quad<float>*>(call.weights);
+    Cluster<CLUSTERED> cluster{plan.cluster};
+    auto from = static_cast<const Quad<float>*>(call.weights) + cluster.rank() * (plan.weight_bytes / 16);
     auto to = reinterpret_cast<Quad<float>*>(shared);
     for (int i = thread_index(); i < plan.weight_bytes / 16; i += THREADS) to[i] = from[i];
     // What pads a row is multiplied by zero weights: it must be finite.
     for (int i = thread_index() + plan.activations / 4; i < plan.bytes / 4; i += THREADS)
         reinterpret_cast<float*>(shared)[i] = 0;
-    block_barrier();
-    for (int64_t first = int64_t(block_index()) * plan.group; first < call.B;
-         first += int64_t(block_count()) * plan.group) {
+    cluster.barrier();
+    int index = block_index() / cluster.size(), clusters = block_count() / cluster.size();
+    for (int64_t first = int64_t(index) * plan.group; first < call.B; first += int64_t(clusters) * plan.group) {
         int samples = call.B - first < plan.group ? int(call.B - first) : plan.group;
-        Onchip<Weight, CACHED_ON_CHIP>{call, shared, first, samples, samples * plan.copies}.run();
+        Onchip<Weight, CACHED_ON_CHIP, CLUSTERED>{cluster, call, shared, first, samples, samples * plan.copies}.run();
     }
 }
 

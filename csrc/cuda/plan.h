@@ -1,4 +1,5 @@
-// Where a flow block's weights, KV cache and activations lie in the shared memory of a thread block.
+// Where a flow block's weights, KV cache and activations lie in the shared memory of a thread block, or of those of a
+// cluster: they share the outputs of every product and the KV cache evenly, and each has all activations.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +9,14 @@
 namespace starflow::cuda {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int MOST_ROWS = 64;  // of a thread block
+constexpr int MOST_ROWS = 64;    // of a thread block
+constexpr int MOST_CLUSTER = 8;  // thread blocks, on every device that has clusters
 
 // Offsets below are bytes from the start of shared memory; those of a layer, from the start of the layer.
 struct Dense {
     // float32: weight [in / 4][out][4]; bfloat16: the fragments of multiply_add, [out / 16][in / 16][32 lanes][8].
-    // Padded with zeros. bias -1 for none.
-    int weight, bias, in, out;
+    // Padded with zeros. bias -1 for none. Of `out` outputs in all, a thread block has up to `share`.
+    int weight, bias, in, out, share;
 };
 
 struct NormPlaces {
@@ -28,22 +30,25 @@ struct LayerPlaces {
 };
 
 struct Plan {
+    int cluster;  // thread blocks that share the weights: a power of two
     Dense proj_in, proj_out;
     int start, final_norm, layers, layer_bytes, weight_bytes;
     LayerPlaces layer;
-    int slots;            // of the KV cache
-    int cache_row;        // values of it a row
+    // Of the KV cache a thread block has every cluster-th slot of the keys and a share of the dimensions of the values.
+    int slots, key_slots, value_dims;
+    int cache_row;        // values of it that a thread block has a row
     bool cached_on_chip;  // else in device memory, which no other thread block reads
     // Rows of activations: the state h, of C; what a norm or attention leaves; the widest, of q k v, the MLP and the
     // parameters; the tokens. Rows are as many floats apart as the other numbers say.
     int cache, h, mid, wide, tokens, scores, activations;
     int h_row, mid_row, wide_row, token_row;
-    int group, copies;  // samples of a thread block, rows of each
+    int group, copies;  // samples of a cluster, rows of each
     int bytes;          // at most TOO_LARGE
 };
 
 constexpr int TOO_LARGE = 1 << 30;
 
+constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int64_t padded(int64_t n, int to) { return (n + to - 1) / to * to; }
 
 // Floats of a row of n activations: whole fragments, and 8 or 24 modulo the 32 banks, where eight rows do not collide.
@@ -61,13 +66,15 @@ public:
     int vector(int64_t floats) { return take(4 * floats); }
 };
 
-// The weights in the order of BlockSpec.weight_shapes, less the position table, which stays in device memory.
+// A thread block's weights in the order of BlockSpec.weight_shapes, less the position table, which stays in device
+// memory.
 inline void place_weights(const Spec& spec, Plan& plan) {
     Taker taker;
     int C = spec.channels;
     auto dense = [&](int out, int in, bool bias) {
-        int weight = taker.take(spec.bf16 ? 2 * padded(out, 16) * padded(in, 16) : 4 * padded(in, 4) * out);
-        return Dense{weight, bias ? taker.vector(out) : -1, in, out};
+        int64_t share = padded(divided_up(out, plan.cluster), spec.bf16 ? 16 : 1);
+        int weight = taker.take(share * (spec.bf16 ? 2 * padded(in, 16) : 4 * padded(in, 4)));
+        return Dense{weight, bias ? taker.vector(share) : -1, in, out, int(share)};
     };
     auto norm = [&] {
         NormPlaces places{-1, -1};
@@ -100,18 +107,22 @@ inline void place_weights(const Spec& spec, Plan& plan) {
 }
 
 // `group` samples of T tokens, `copies` rows of each.
-inline Plan make_plan(const Spec& spec, int64_t T, int copies, int group, bool cached_on_chip) {
+inline Plan make_plan(const Spec& spec, int64_t T, int copies, int group, bool cached_on_chip, int cluster) {
     auto most = [](int a, int b) { return a > b ? a : b; };
+    auto limited = [](int64_t n) { return int(n < TOO_LARGE ? n : TOO_LARGE); };
     Plan plan{};
+    plan.cluster = cluster;
     place_weights(spec, plan);
     Taker taker;
     taker.at = plan.weight_bytes;
     int64_t rows = int64_t(group) * copies, slots = spec.start ? T : T - 1;
-    int64_t values = slots * spec.layers * spec.kv_heads * 2 * spec.head_dim;
     plan.group = group;
     plan.copies = copies;
-    plan.slots = int(slots < TOO_LARGE ? slots : TOO_LARGE);
-    plan.cache_row = int(values < TOO_LARGE ? values : TOO_LARGE);
+    plan.slots = limited(slots);
+    plan.key_slots = limited(divided_up(slots, cluster));
+    plan.value_dims = int(divided_up(spec.head_dim, cluster));
+    plan.cache_row = limited((divided_up(slots, cluster) * spec.head_dim + slots * plan.value_dims) * spec.layers *
+                             spec.kv_heads);
     plan.h_row = row_floats(spec.channels);
     plan.mid_row = row_floats(most(spec.channels, spec.heads * spec.head_dim));
     plan.wide_row = row_floats(most(most(spec.channels, spec.params_dim()), most(spec.qkv_dim(), spec.mlp_dim)));
@@ -123,22 +134,29 @@ inline Plan make_plan(const Spec& spec, int64_t T, int copies, int group, bool c
     plan.mid = taker.vector(rows * plan.mid_row);
     plan.wide = taker.vector(rows * plan.wide_row);
     plan.tokens = taker.vector(rows * plan.token_row);
-    plan.scores = taker.vector(slots * WARPS);
+    // The thread blocks of a cluster exchange the scores of all queries; a warp of one alone forgets them.
+    plan.scores = taker.vector(slots * (cluster > 1 ? rows * spec.heads : WARPS));
     plan.bytes = taker.at;
     return plan;
 }
 
-// The most samples that a thread block of `limit` bytes of shared memory takes of B, spread over the processors, with
-// their KV cache if one fits with it, else without; a group of 0 where not even one fits.
-inline Plan choose_plan(const Spec& spec, int64_t T, int copies, int64_t B, int64_t limit, int64_t processors) {
-    int64_t share = (B + processors - 1) / processors, most = MOST_ROWS / copies;
-    most = share < 1 ? 1 : share < most ? share : most;
-    for (bool cached_on_chip : {true, false})
-        for (int group = int(most); group > 0; --group) {
-            Plan plan = make_plan(spec, T, copies, group, cached_on_chip);
-            if (plan.bytes <= limit) return plan;
-        }
-    return make_plan(spec, T, copies, 0, false);
+// The smallest of clusters of up to `most_cluster` thread blocks that take a sample, and the most samples of B that one
+// takes with `limit` bytes of shared memory a thread block, spread over the processors, with their KV cache if one fits
+// with it, else without; a group of 0 where not even one fits.
+inline Plan choose_plan(const Spec& spec, int64_t T, int copies, int64_t B, int64_t limit, int64_t processors,
+                        int most_cluster) {
+    int cluster = 1;
+    for (;; cluster *= 2) {
+        int64_t share = divided_up(B, processors / cluster), most = MOST_ROWS / copies;
+        most = share < 1 ? 1 : share < most ? share : most;
+        for (bool cached_on_chip : {true, false})
+            for (int group = int(most); group > 0; --group) {
+                Plan plan = make_plan(spec, T, copies, group, cached_on_chip, cluster);
+                if (plan.bytes <= limit) return plan;
+            }
+        if (2 * cluster > most_cluster || 2 * cluster > processors || cluster == MOST_CLUSTER) break;
+    }
+    return make_plan(spec, T, copies, 0, false, cluster);
 }
 
 }  // namespace starflow::cuda

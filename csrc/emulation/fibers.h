@@ -1,9 +1,11 @@
 // CUDA threads as fibers of one CPU thread, each running until it waits: forward or in reverse order, so that a barrier
-// that one order hides is missed in the other. Barriers that not all threads reach are errors.
+// that one order hides is missed in the other. A thread block of a cluster runs until it waits for the others, then the
+// next one: what it reads or overwrites too early shows. Barriers that not all threads reach are errors.
 #pragma once
 
 #include <ucontext.h>
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -11,33 +13,38 @@
 
 namespace starflow::emulation {
 
-class ThreadBlock {
+class Cluster {
 public:
-    ThreadBlock(int index, int count, int threads) : index(index), count(count), fibers(threads), exchanged(threads) {}
+    // Thread blocks first .. first + blocks - 1 of count, each with its shared memory, which holds NaN.
+    Cluster(int first, int blocks, int count, int threads, int bytes)
+        : first(first), count(count), threads(threads), fibers(blocks * threads), exchanged(blocks * threads) {
+        for (int i = 0; i < blocks; ++i) memories.emplace_back(bytes / sizeof(Word), Word{{~0u, ~0u, ~0u, ~0u}});
+    }
 
-    // `body` once a thread. Throws std::logic_error where threads wait for each other in vain.
-    void run(bool reverse, std::function<void()> body) {
+    // body(shared memory) once a thread. Throws std::logic_error where threads wait for each other in vain.
+    void run(bool reverse, std::function<void(char*)> body) {
         this->body = std::move(body);
         running() = this;
-        int threads = int(fibers.size());
-        for (int i = 0; i < threads; ++i) start(fibers[i]);
+        int blocks = int(memories.size()), all_threads = int(fibers.size());
+        for (Fiber& fiber : fibers) start(fiber);
         while (true) {
-            for (int i = 0; i < threads; ++i) resume(reverse ? threads - 1 - i : i);
-            if (all(0, threads, State::done)) break;
-            if (!release(threads)) throw std::logic_error("threads of a block wait at different barriers");
+            for (int i = 0; i < blocks; ++i) run_block(reverse ? blocks - 1 - i : i, reverse);
+            if (all(0, all_threads, State::done)) break;
+            if (!release(0, all_threads, State::at_cluster))
+                throw std::logic_error("threads wait at different barriers");
         }
         running() = nullptr;
     }
 
-    static ThreadBlock*& running() {
-        static ThreadBlock* block = nullptr;
-        return block;
+    static Cluster*& running() {
+        static Cluster* cluster = nullptr;
+        return cluster;
     }
 
-    const int index, count;
-    int current = 0;
+    const int first, count, threads;
+    int current = 0, thread = 0, rank = 0;  // the running fiber, its index in its thread block, and that of this
 
-    enum class State { ready, at_block, at_warp, done };
+    enum class State { ready, at_cluster, at_block, at_warp, done };
 
     void wait(State where) {
         Fiber& fiber = fibers[current];
@@ -54,6 +61,11 @@ public:
         wait(State::at_warp);
     }
 
+    // What lies at `here` in the running thread block's shared memory, in that of another.
+    char* mapped(const void* here, int other) {
+        return memory(other) + (static_cast<const char*>(here) - memory(rank));
+    }
+
 private:
     static constexpr int STACK = 64 * 1024, WARP = 32;
     struct Fiber {
@@ -62,11 +74,17 @@ private:
         State state = State::ready;
     };
 
+    struct alignas(16) Word {
+        uint32_t values[4];
+    };
+
     static void enter() {
-        ThreadBlock* block = running();
-        block->body();
-        block->wait(State::done);
+        Cluster* cluster = running();
+        cluster->body(cluster->memory(cluster->rank));
+        cluster->wait(State::done);
     }
+
+    char* memory(int rank) { return reinterpret_cast<char*>(memories[rank].data()); }
 
     void start(Fiber& fiber) {
         getcontext(&fiber.context);
@@ -75,10 +93,10 @@ private:
         makecontext(&fiber.context, enter, 0);
     }
 
-    void resume(int thread) {
-        if (fibers[thread].state != State::ready) return;
-        current = thread;
-        swapcontext(&scheduler, &fibers[thread].context);
+    void resume(int fiber) {
+        if (fibers[fiber].state != State::ready) return;
+        current = fiber, thread = fiber % threads, rank = fiber / threads;
+        swapcontext(&scheduler, &fibers[fiber].context);
     }
 
     bool all(int first, int last, State state) const {
@@ -87,32 +105,44 @@ private:
         return true;
     }
 
-    // Let the threads go that wait where all of their block or warp do.
-    bool release(int threads) {
-        bool whole = all(0, threads, State::at_block), any = whole;
-        for (int first = 0; first < threads; first += WARP)
-            if (whole || all(first, first + WARP, State::at_warp)) {
-                for (int i = first; i < first + WARP; ++i) fibers[i].state = State::ready;
-                any = true;
-            }
-        return any;
+    bool release(int first, int last, State from) {
+        if (!all(first, last, from)) return false;
+        for (int i = first; i < last; ++i) fibers[i].state = State::ready;
+        return true;
     }
 
-    std::function<void()> body;
+    // Until its threads wait for other thread blocks, for each other in vain, or are done.
+    void run_block(int rank, bool reverse) {
+        int begin = rank * threads, end = begin + threads;
+        for (bool any = true; any;) {
+            for (int i = 0; i < threads; ++i) resume(reverse ? end - 1 - i : begin + i);
+            any = release(begin, end, State::at_block);
+            for (int warp = begin; warp < end; warp += WARP) any |= release(warp, warp + WARP, State::at_warp);
+        }
+    }
+
+    std::vector<std::vector<Word>> memories;
+    std::function<void(char*)> body;
     std::vector<Fiber> fibers;
     std::vector<const void*> exchanged;
     ucontext_t scheduler;
 };
 
-inline int thread_index() { return ThreadBlock::running()->current; }
-inline int block_index() { return ThreadBlock::running()->index; }
-inline int block_count() { return ThreadBlock::running()->count; }
-inline void block_barrier() { ThreadBlock::running()->wait(ThreadBlock::State::at_block); }
-inline void warp_barrier() { ThreadBlock::running()->wait(ThreadBlock::State::at_warp); }
+inline int thread_index() { return Cluster::running()->thread; }
+inline int cluster_rank() { return Cluster::running()->rank; }
+inline int block_index() { return Cluster::running()->first + cluster_rank(); }
+inline int block_count() { return Cluster::running()->count; }
+inline void cluster_barrier() { Cluster::running()->wait(Cluster::State::at_cluster); }
+inline void block_barrier() { Cluster::running()->wait(Cluster::State::at_block); }
+inline void warp_barrier() { Cluster::running()->wait(Cluster::State::at_warp); }
+
+inline void store_at(int rank, float* at, float value) {
+    *reinterpret_cast<float*>(Cluster::running()->mapped(at, rank)) = value;
+}
 
 template <class T, class Function>
 void with_warp(const T& given, Function function) {
-    ThreadBlock::running()->with_warp(&given, [&](auto of) {
+    Cluster::running()->with_warp(&given, [&](auto of) {
         function([&](int lane) -> const T& { return *static_cast<const T*>(of(lane)); });
     });
 }

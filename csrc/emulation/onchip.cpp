@@ -3,17 +3,25 @@
 
 namespace starflow::cuda {
 
+namespace {
+
+template <class Weight>
+void run(const OnchipCall& call, char* shared) {
+    bool on_chip = call.plan.cached_on_chip;
+    if (call.plan.cluster > 1)
+        on_chip ? run_onchip<Weight, true, true>(call, shared) : run_onchip<Weight, false, true>(call, shared);
+    else
+        on_chip ? run_onchip<Weight, true, false>(call, shared) : run_onchip<Weight, false, false>(call, shared);
+}
+
+}  // namespace
+
 // `stream` is the order of the threads: 0 forward, 1 in reverse.
 void launch_onchip(const OnchipCall& call, int64_t stream) {
-    for (int index = 0; index < call.blocks; ++index) {
-        std::vector<Quad<uint32_t>> shared(call.plan.bytes / 16, Quad<uint32_t>{{~0u, ~0u, ~0u, ~0u}});
-        emulation::ThreadBlock block(index, call.blocks, THREADS);
-        block.run(stream == 1, [&] {
-            auto memory = reinterpret_cast<char*>(shared.data());
-            if (call.plan.cached_on_chip)
-                call.spec.bf16 ? run_onchip<Bf16, true>(call, memory) : run_onchip<float, true>(call, memory);
-            else
-                call.spec.bf16 ? run_onchip<Bf16, false>(call, memory) : run_onchip<float, false>(call, memory);
+    for (int first = 0; first < call.blocks; first += call.plan.cluster) {
+        emulation::Cluster cluster(first, call.plan.cluster, call.blocks, THREADS, call.plan.bytes);
+        cluster.run(stream == 1, [&](char* shared) {
+            call.spec.bf16 ? run<Bf16>(call, shared) : run<float>(call, shared);
         });
     }
 }

@@ -1,0 +1,37 @@
+// What a thread block of a cluster does to be one of several; alone, it is the only one.
+#pragma once
+
+#include "device.h"
+
+namespace starflow::cuda {
+
+template <bool CLUSTERED>
+struct Cluster {
+    int blocks;
+
+    STARFLOW_DEVICE int size() const { return CLUSTERED ? blocks : 1; }
+    STARFLOW_DEVICE static int rank() {
+        if constexpr (CLUSTERED) return cluster_rank();
+        return 0;
+    }
+
+    // Before reading what others have stored, and before storing over what they read.
+    STARFLOW_DEVICE static void barrier() {
+        if constexpr (CLUSTERED)
+            cluster_barrier();
+        else
+            block_barrier();
+    }
+
+    // *to = value in the shared memory of every thread block.
+    STARFLOW_DEVICE void store(float* to, float value) const {
+        if constexpr (CLUSTERED) {
+            STARFLOW_NO_UNROLL
+            for (int other = 0; other < blocks; ++other) store_at(other, to, value);
+        } else {
+            *to = value;
+        }
+    }
+};
+
+}  // namespace starflow::cuda
