@@ -1,25 +1,26 @@
-"""The Triton backends on one GPU: checks of every op, then times beside their floors and peers.
+"""The GPU backends on one GPU: checks of every op, then times beside their floors and peers.
 
     python -m benchmarks.gpu          # writes benchmarks/results/gpu_<device>.json and .md
+    python -m benchmarks.gpu --ops block_inverse --peer DIR --checkpoint DIR   # sampling alone, with the released loop
     python -m benchmarks.gpu --ops causal_attention --write-table   # and lets the package choose by the times
     python -m benchmarks.gpu --dry    # the same code on the CPU in Triton's interpreter: tiny shapes, no claims
 
 A check that fails is recorded and the rest goes on; the exit status is then 1. The floor of a time is the larger of
 bytes / copy bandwidth and operations / bfloat16 matrix product peak, both measured in the same run. Beside the results
 lie those of all attention backends as entries of the table that chooses among them, gpu_<device>_attention.json.
+Sampling, `block_inverse`, comes last and has a budget of seconds: what does not fit is written down as skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,66 +29,15 @@ from torch.utils.checkpoint import checkpoint
 
 from starflow_kernels import backends, measured
 
-from . import gpu_choice
+from . import gpu_choice, gpu_sampling, gpu_sampling_checks
+from .gpu_bench import Bench, Clock, Skip, attempt
 from .gpu_cases import CHECKED, DRY, MAKE, TIMED, Case
 from .machine import HERE, description
+from .released import load_peer
 
-GIB = 2**30
-
-
-class Skip(Exception):
-    """A check that cannot be made here."""
-
-
-class Bench:
-    """Where everything runs: a GPU, or in a dry run the CPU."""
-
-    def __init__(self, dry: bool):
-        self.dry, self.device = dry, "cpu" if dry else "cuda"
-        self.dtypes = [torch.float32, torch.float16] if dry else [torch.float32, torch.bfloat16, torch.float16]
-        self.timed_dtype = torch.float32 if dry else torch.bfloat16
-        self.compiler = "aot_eager" if dry else "inductor"
-
-    def seconds(self, run: Callable) -> float:
-        """Median seconds of run()."""
-        if self.dry:
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        run()
-        torch.cuda.synchronize()
-        cold, times = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda"), []
-        for _ in range(30):
-            cold.zero_()  # what the last call left in cache
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            times.append((start, end))
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in times) / 1e3
-
-    def peak_memory(self, run: Callable) -> int | None:
-        """Bytes that run() allocates beyond what was there."""
-        if self.dry:
-            return None
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def ceilings(self) -> dict[str, float]:
-        """Bytes a second of a copy, read and written, and operations a second of a bfloat16 matrix product."""
-        size, n = (2**16, 64) if self.dry else (GIB, 8192)
-        source = torch.ones(size, dtype=torch.int8, device=self.device)
-        target = torch.empty_like(source)
-        a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=self.device) for _ in range(2))
-        return {
-            "bytes_a_second": 2 * size / self.seconds(lambda: target.copy_(source)),
-            "operations_a_second": 2 * n**3 / self.seconds(lambda: a @ b),
-        }
+SAMPLING = "block_inverse"
+# Seconds after which the whole run should be over; of those of sampling what checks and a trained flow may take.
+LONGEST, CHECKS_SHARE, TRAINED_SHARE = 570, 0.4, 0.25
 
 
 def passes(function: Callable, tensors: list[torch.Tensor], grads: list | None = None) -> list[torch.Tensor]:
@@ -204,17 +154,6 @@ CHECKS = {
 }
 
 
-def attempt(function: Callable, *args) -> tuple[str, str]:
-    """ "passed", "skipped" or "failed", and what the function says of it."""
-    try:
-        return "passed", function(*args) or ""
-    except Skip as reason:
-        return "skipped", str(reason)
-    except Exception as error:
-        traceback.print_exc()
-        return "failed", f"{type(error).__name__}: {error}"[:500]
-
-
 def check(op: str, shape: tuple[int, ...], dtype: torch.dtype, bench: Bench) -> list[dict]:
     """A row a check."""
     rows = []
@@ -261,9 +200,8 @@ def time_op(op: str, shape: tuple[int, ...], bench: Bench, ceilings: dict[str, f
 
 def machine(bench: Bench) -> dict[str, str | int]:
     """Device, driver, versions, commit and date."""
-    import triton
-
-    found = {**description(), "triton": triton.__version__, "device": "CPU, Triton's interpreter: a dry run"}
+    triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "not installed"
+    found = {**description(), "triton": triton, "device": "CPU, Triton's interpreter: a dry run"}
     if not bench.dry:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
@@ -278,7 +216,7 @@ def machine(bench: Bench) -> dict[str, str | int]:
 
 def markdown(result: dict) -> str:
     """The result as a page."""
-    lines = ["# Triton kernels on " + result["machine"]["device"], ""]
+    lines = ["# GPU kernels on " + result["machine"]["device"], ""]
     lines += [f"- {name}: {value}" for name, value in result["machine"].items()]
     lines += [f"- {name}: {value:.3e}" for name, value in result["ceilings"].items()]
     lines += ["", "| op | shape | dtype | check | result | note |", "|---|---|---|---|---|---|"]
@@ -298,7 +236,9 @@ def markdown(result: dict) -> str:
         memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.0f}"
         us, floor = 1e6 * r["seconds"], 1e6 * r["floor_seconds"]
         lines.append(f"{where}| {us:.1f} | {floor:.1f} | {floor / us:.0%} | {memory} |")
-    return "\n".join(lines) + "\n" + (gpu_choice.markdown(result["attention"]) if result["attention"] else "")
+    attention, sampling = result["attention"], result["sampling"]
+    page = "\n".join(lines) + "\n" + (gpu_choice.markdown(attention) if attention else "")
+    return page + (gpu_sampling.markdown(sampling) if sampling else "")
 
 
 def compare_attention(bench: Bench, result: dict, path: Path) -> None:
@@ -311,23 +251,59 @@ def compare_attention(bench: Bench, result: dict, path: Path) -> None:
     measured.write(path, gpu_choice.entries(result["attention"], device, result["machine"]))
 
 
+def sample(bench: Bench, result: dict, args: argparse.Namespace, seconds: float, save: Callable) -> None:
+    """Checks and times of sampling in so many seconds, of which checks may take a share."""
+    checks = Clock(CHECKS_SHARE * seconds)
+    clock = Clock(seconds)
+    for row in gpu_sampling_checks.checks(bench, checks):
+        result["checks"].append(row)
+        print(*row.values(), flush=True)
+    save()
+    peer, given = load_peer(args.peer) if args.peer else None, (bench, result["ceilings"])
+    row = {"case": "trained flow", "weights": "", "code": "all"}
+    for rows in (
+        gpu_sampling.cases(*given, peer, clock, reserved=TRAINED_SHARE * seconds if args.checkpoint else 0),
+        gpu_sampling.trained(args.checkpoint, *given, peer, clock)
+        if args.checkpoint
+        else [{**row, "skipped": "it needs --checkpoint"}],
+    ):
+        for found in rows:
+            result["sampling"].append(found)
+            if not bench.dry:
+                print(found, flush=True)
+            save()
+
+
+def write(result: dict, path: Path) -> None:
+    """The result as JSON and as a page."""
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(result))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, results to a temporary folder")
-    parser.add_argument("--ops", nargs="+", choices=MAKE, default=list(MAKE))
+    parser.add_argument("--ops", nargs="+", choices=[*MAKE, SAMPLING], default=[*MAKE, SAMPLING])
     parser.add_argument("--write-table", action="store_true", help="put the entries into the package's table too")
+    parser.add_argument("--peer", type=Path, help="folder with transformer_flow.py of the released TarFlow")
+    parser.add_argument("--checkpoint", help="a trained flow, a folder or a bundled one, for the parallel inverses")
+    parser.add_argument("--seconds", type=float, default=280, help="budget of checks and times of sampling")
     args = parser.parse_args()
+    start = time.perf_counter()
     if args.dry and args.write_table:
         parser.error("--write-table: a dry run measures nothing")
     if args.dry:
         os.environ["TRITON_INTERPRET"] = "1"
     listing = {op: backends().get(op, {}).get("triton") for op in args.ops}
-    ops = [op for op, state in listing.items() if (state or "").startswith("available")]
-    if not ops:
+    runs = [op for op, state in listing.items() if (state or "").startswith("available")]
+    ops = [op for op in runs if op in MAKE]
+    on_chip = SAMPLING in args.ops and not args.dry and torch.cuda.is_available()  # needs no Triton
+    if not runs and not on_chip:
         print(f"nothing to run: {listing}", file=sys.stderr)
         return 1
     bench = Bench(args.dry)
     result = {"machine": machine(bench), "ceilings": bench.ceilings(), "checks": [], "timings": [], "attention": []}
+    result["sampling"] = []
     folder = Path(tempfile.mkdtemp()) if args.dry else HERE / "results"
     name = "dry" if args.dry else "".join(c if c.isalnum() else "_" for c in result["machine"]["device"].lower())
     for op in ops:
@@ -339,18 +315,20 @@ def main() -> int:
             if state == "failed":
                 rows = [{"op": op, "shape": shape, "dtype": "", "pass": "", "code": "all", "failed": rows}]
             result["timings"] += rows
-        (folder / f"gpu_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / f"gpu_{name}.md").write_text(markdown(result))
+        write(result, folder / f"gpu_{name}")
     if "causal_attention" in ops:
         path = folder / f"gpu_{name}_attention.json"
         path.unlink(missing_ok=True)
         compare_attention(bench, result, path)
         if args.write_table:
             measured.write(gpu_choice.TABLE, measured.Table(path).entries)
-        (folder / f"gpu_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / f"gpu_{name}.md").write_text(markdown(result))
-    failed = [r for r in result["checks"] if r["result"] == "failed"] + [r for r in result["timings"] if "failed" in r]
-    counts = f"{len(result['checks'])} checks, {len(result['timings'])} timings, {len(failed)} failed"
+        write(result, folder / f"gpu_{name}")
+    if SAMPLING in args.ops:
+        left = min(args.seconds, LONGEST - (time.perf_counter() - start))
+        sample(bench, result, args, left, lambda: write(result, folder / f"gpu_{name}"))
+    timings = result["timings"] + result["sampling"]
+    failed = [r for r in result["checks"] if r["result"] == "failed"] + [r for r in timings if "failed" in r]
+    counts = f"{len(result['checks'])} checks, {len(timings)} timings, {len(failed)} failed"
     print(f"{counts}: {folder}/gpu_{name}.md")
     return 1 if failed else 0
 

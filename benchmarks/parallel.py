@@ -57,7 +57,7 @@ class Case:
         self.images = flow.noise(batch, generator(seed)) if z is None else z
         self.z = flow.tokens(self.images)
         classes = flow.config.num_classes
-        self.labels = torch.arange(batch) % classes if classes else None
+        self.labels = torch.arange(batch, device=self.z.device) % classes if classes else None
         grid, contexts = flow.grid(self.images), flow.contexts(self.labels, None, self.z)
         self.blocks = [
             (block.weights(), block.spec, block.context(*context, flow.rotary(i, grid, self.z)))

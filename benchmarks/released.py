@@ -77,6 +77,54 @@ def released_model(peer, flow: Flow):
     return model
 
 
+@torch.no_grad()
+def released_block(peer, weights: dict[str, torch.Tensor], spec: BlockSpec):
+    """A block of the released code with weights of ours, in float32 as there; None where it has no such block."""
+    D, C, T = spec.token_dim, spec.channels, spec.positions
+    if C % 64 or not T:
+        return None
+    heads = {"heads": C // 64, "kv_heads": C // 64, "head_dim": 64}
+    shape = BlockSpec(
+        token_dim=D, channels=C, layers=spec.layers, mlp_dim=4 * C, positions=T, flip=spec.flip, **heads
+    )  # fmt: skip
+    if spec != shape:
+        return None
+    order = peer.PermutationFlip(T) if spec.flip else peer.PermutationIdentity(T)
+    device = weights["pos_embed"].device
+    block = peer.MetaBlock(D, C, T, order, spec.layers).to(device).eval()
+    for name, weight in block.named_parameters():
+        weight.copy_(weights[own_name(name)])
+    return block
+
+
+@torch.no_grad()
+def step_seconds(block, x: torch.Tensor, lengths: list[int], wall, repeats: int = 3) -> list[float]:
+    """Median seconds of a step of the released loop at some lengths of its cache, ascending; wall(run) gives what run()
+    returns and its seconds. The cache holds what it would: views into the projections of the tokens, one by one."""
+    attentions = [layer.attention for layer in block.attn_blocks]
+    like, found = block.attn_blocks[0].attention.qkv, []
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else like.weight.dtype
+    table = block.permutation(block.pos_embed, dim=0)
+    x = x.clone()
+
+    def step(at: int) -> None:
+        log_scale, shift = (raw[:, 0] for raw in block.reverse_step(x, table, at))
+        x[:, at + 1] = x[:, at + 1] * log_scale.float().exp().to(log_scale.dtype) + shift
+
+    block.set_sample_mode(True)
+    for length in lengths:
+        for attention in attentions:
+            while len(attention.k_cache["cond"]) < length:
+                qkv = torch.randn(len(x), 1, 3 * attention.num_heads, 64, dtype=dtype, device=x.device)
+                _, k, v = qkv.transpose(1, 2).chunk(3, dim=1)
+                attention.k_cache["cond"].append(k)
+                attention.v_cache["cond"].append(v)
+        times = [wall(lambda at=length: step(at))[1] for _ in range(repeats + 1)]
+        found.append(statistics.median(times[1:]))
+    block.set_sample_mode(False)
+    return found
+
+
 def timed(run) -> tuple[object, float]:
     """What run() returns, and its seconds."""
     start = time.perf_counter()

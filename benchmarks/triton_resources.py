@@ -189,7 +189,7 @@ def _step() -> dict[str, Launch]:
     for dtype in ("bf16", "fp32"):
         for d in (64, 128, 256):
             launches[f"block attend, {dtype}, d = {d}"] = step("attend", dtype, d, 64, plain)
-        for D in (12, 64, 128):
+        for D in (12, 64, 128, *((256,) if dtype == "bf16" else ())):
             launches[f"block embed, {dtype}, D = {D}"] = step("embed", dtype, 64, D, plain)
             launches[f"block head, {dtype}, D = {D}"] = step("head", dtype, 64, D, normed)
     return launches

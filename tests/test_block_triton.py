@@ -51,6 +51,11 @@ def test_one_token(name):
     assert_inverse(BLOCKS[name], dtype=F32, tokens=1)
 
 
+def test_tokens_of_more_than_128_values():
+    sizes = {"token_dim": 192, "layers": 1, "channels": 24, "mlp_dim": 24}
+    assert_inverse(BLOCKS["tarflow-flip"], guided=True, dtype=torch.float16, tokens=2, **sizes)
+
+
 @pytest.mark.parametrize("name", ["starflow", "starflow-text"])
 def test_more_keys_than_a_split(name, monkeypatch):
     from starflow_kernels.block import triton
@@ -118,6 +123,7 @@ def test_progress():
     "changes, why",
     [
         ({"token_dim": 129}, "tokens of 129"),
+        ({"token_dim": 257, "dtype": torch.float16}, "tokens of 257"),
         ({"head_dim": 264}, "heads of 264"),
         ({"dtype": torch.bfloat16}, "bfloat16"),
     ],

@@ -20,7 +20,8 @@ from ..triton_rotary import half_tile
 from ..triton_runtime import interpreted, refuse_tensors
 from . import triton_head, triton_step
 
-WIDEST_TOKEN, WIDEST_HEAD = 128, 256
+# Of tokens by bytes of a weight: the head of wider ones spills on some chip.
+WIDEST_TOKEN, WIDEST_HEAD = {2: 256, 4: 128}, 256
 # Rows and outputs of a tile, keys of a split of attention and of a step in it: the same for every batch, so that bits
 # are too.
 BLOCK_M, BLOCK_N, SPLIT, BLOCK_S = 16, 32, 256, 32
@@ -259,10 +260,13 @@ def refuse(z, weights, cond, prefix, cos, sin, guidance, text, *others) -> str |
     spec = BlockSpec.from_json(text)
     if z.dtype != torch.float32:
         return f"tokens are {z.dtype}, it takes float32"
-    if spec.token_dim > WIDEST_TOKEN or spec.head_dim > WIDEST_HEAD:
+    if reason := refuse_tensors(*weights):
+        return reason
+    widest = WIDEST_TOKEN[weights[0].element_size()]
+    if spec.token_dim > widest or spec.head_dim > WIDEST_HEAD:
         sizes = f"tokens of {spec.token_dim} and heads of {spec.head_dim} values"
-        return f"{sizes}, it takes up to {WIDEST_TOKEN} and {WIDEST_HEAD}"
-    return refuse_tensors(*weights)
+        return f"{sizes}, in {weights[0].dtype} it takes up to {widest} and {WIDEST_HEAD}"
+    return None
 
 
 def _budget(device: torch.device) -> int:

@@ -1,0 +1,169 @@
+"""Where the GPU benchmarks run, how they time, count and poison, and how a check ends."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+
+from starflow_kernels import triton_runtime
+
+GIB = 2**30
+
+
+class Skip(Exception):
+    """A check that cannot be made here."""
+
+
+class Bench:
+    """Where everything runs: a GPU, or in a dry run the CPU."""
+
+    def __init__(self, dry: bool):
+        self.dry, self.device = dry, "cpu" if dry else "cuda"
+        self.dtypes = [torch.float32, torch.float16] if dry else [torch.float32, torch.bfloat16, torch.float16]
+        self.timed_dtype = torch.float32 if dry else torch.bfloat16
+        self.compiler = "aot_eager" if dry else "inductor"
+
+    def seconds(self, run: Callable) -> float:
+        """Median seconds of run()."""
+        if self.dry:
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        run()
+        torch.cuda.synchronize()
+        cold, times = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda"), []
+        for _ in range(30):
+            cold.zero_()  # what the last call left in cache
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            times.append((start, end))
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in times) / 1e3
+
+    def peak_memory(self, run: Callable) -> int | None:
+        """Bytes that run() allocates beyond what was there."""
+        if self.dry:
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def ceilings(self) -> dict[str, float]:
+        """Bytes a second of a copy, read and written, and operations a second of a bfloat16 matrix product."""
+        size, n = (2**16, 64) if self.dry else (GIB, 8192)
+        source = torch.ones(size, dtype=torch.int8, device=self.device)
+        target = torch.empty_like(source)
+        a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=self.device) for _ in range(2))
+        c, d = a.float(), b.float()
+        return {
+            "bytes_a_second": 2 * size / self.seconds(lambda: target.copy_(source)),
+            "operations_a_second": 2 * n**3 / self.seconds(lambda: a @ b),
+            "float32_operations_a_second": 2 * n**3 / self.seconds(lambda: c @ d),
+        }
+
+    def wall(self, run: Callable) -> tuple[object, float]:
+        """What run() returns and its seconds, until the device has ended."""
+        self.wait()
+        start = time.perf_counter()
+        result = run()
+        self.wait()
+        return result, time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Until the device has ended."""
+        if not self.dry:
+            torch.cuda.synchronize()
+
+    def allocated(self) -> int:
+        """Bytes of tensors on the GPU."""
+        self.wait()
+        return 0 if self.dry else torch.cuda.memory_allocated()
+
+    def launched(self, run: Callable) -> int:
+        """Kernels that run() launches, replays of graphs included; in a dry run those of Triton alone."""
+        if not self.dry:
+            from torch.profiler import ProfilerActivity, profile
+
+            with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                run()
+                torch.cuda.synchronize()
+            return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
+        if triton_runtime.missing():
+            run()
+            return 0
+        from triton.runtime.interpreter import GridExecutor
+
+        launch, count = GridExecutor.__call__, itertools.count()
+
+        def counted(*args, **options):
+            next(count)
+            return launch(*args, **options)
+
+        GridExecutor.__call__ = counted
+        try:
+            run()
+        finally:
+            GridExecutor.__call__ = launch
+        return next(count)
+
+    @contextlib.contextmanager
+    def poisoned(self) -> Iterator[None]:
+        """Memory that torch allocates holds NaN: on a GPU that which its allocator keeps."""
+        if self.dry:
+            torch.use_deterministic_algorithms(True)
+        else:
+            sizes = [2**28] * 2 + [2**18] * 64 + [64] * 512
+            held = [torch.full((size,), math.nan, device=self.device) for size in sizes]
+            del held
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    @contextlib.contextmanager
+    def products_by_rows(self) -> Iterator[None]:
+        """In the interpreter products are numpy's, whose bits depend on the place of a row: each row alone."""
+        if not self.dry:
+            yield
+            return
+        import numpy as np
+
+        usual = np.matmul
+        np.matmul = lambda a, b, dtype=None: (a[:, :, None] * b[None]).sum(1, dtype=dtype)
+        try:
+            yield
+        finally:
+            np.matmul = usual
+
+
+class Clock:
+    """What is left of some seconds."""
+
+    def __init__(self, seconds: float):
+        self.end = time.perf_counter() + seconds
+
+    def left(self) -> float:
+        return self.end - time.perf_counter()
+
+
+def attempt(function: Callable, *args) -> tuple[str, str]:
+    """ "passed", "skipped" or "failed", and what the function says of it."""
+    try:
+        return "passed", function(*args) or ""
+    except Skip as reason:
+        return "skipped", str(reason)
+    except Exception as error:
+        traceback.print_exc()
+        return "failed", f"{type(error).__name__}: {error}"[:500]

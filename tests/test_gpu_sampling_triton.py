@@ -1,0 +1,22 @@
+"""The launches of a sampling step, counted in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import interpreted
+
+from benchmarks.gpu_bench import Bench
+from benchmarks.gpu_sampling import codes
+from benchmarks.gpu_sampling_cases import GUIDED, WEIGHTS, make, starflow, tarflow
+from benchmarks.gpu_sampling_checks import launches_a_step
+
+pytestmark = interpreted
+
+
+@pytest.mark.parametrize(
+    "specs, options", [(tarflow(3, 16, 2, head_dim=16), {}), (starflow(16, (2,), 5, 8), {"text": 2, **GUIDED})]
+)
+def test_a_step_is_at_most_five_launches_a_layer_and_one(specs, options):
+    code, problem = codes(WEIGHTS["float32"])["ours, triton"], make(specs, 1, 4, torch.float32, "cpu", **options)
+    assert 0 < launches_a_step(problem, code.start, Bench(dry=True)) <= code.most(2) == 11

@@ -1,0 +1,73 @@
+"""The decoder in plain PyTorch that benchmarks compare with, and the floor of sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_block import BLOCKS, block
+
+from benchmarks.decoder import PlainDecoder
+from benchmarks.floor import Work, block_work
+from starflow_kernels import BlockSpec, block_inverse
+
+B, T = 3, 6
+
+
+@pytest.mark.parametrize("attention", ["fused", "products"])
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+@pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
+def test_decoder_is_the_inverse_of_every_block(case, guided, attention):
+    z, w, spec, context = block(case, B=B, tokens=T, copies=1 + guided)
+    guidance = {"guidance": torch.rand(B, T, dtype=z.dtype)} if guided else {}
+    prefix = context["prefix"].shape[1] if "prefix" in context else 0
+    rule = "starflow" if spec.start else "tarflow"
+    decoder = PlainDecoder(w, spec, B, T, prefix=prefix, copies=1 + guided, rule=rule, attention=attention)
+    for noise in (z, -z):  # a second call over a cache that is full
+        expected = block_inverse(noise, w, spec, **context, **guidance, rule=rule, backend="reference")
+        torch.testing.assert_close(decoder(noise, **context, **guidance), expected, rtol=0, atol=1e-11)
+
+
+def test_decoder_in_bfloat16_is_as_near_as_the_reference():
+    z, w, spec, context = block(BLOCKS["starflow-text"], B=B, tokens=T, dtype=torch.bfloat16, channels=32)
+    z = z.float()
+    found = PlainDecoder(w, spec, B, T, prefix=context["prefix"].shape[1])(z, **context)
+    usual = block_inverse(z, w, spec, **context, backend="reference")
+    wide = {n: t.double() for n, t in w.items()}, spec
+    exact = block_inverse(z.double(), *wide, **{n: t.double() for n, t in context.items()}, backend="reference")
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() <= 2 * (usual - exact).abs().max() + torch.finfo(torch.bfloat16).eps
+
+
+SPEC = BlockSpec(token_dim=2, channels=8, layers=3, heads=4, head_dim=2, kv_heads=2, mlp_dim=16, positions=5)
+# qkv 16 x 8, proj 8 x 8, up and down 8 x 16 a layer; in 8 x 2, out 4 x 8.
+MATRICES = 3 * (16 * 8 + 8 * 8 + 2 * 8 * 16) + 16 + 32
+# Two norms with weights and biases, biases of the four products; of in, out, and a row of the table.
+VECTORS = 3 * (4 * 8 + 16 + 8 + 16 + 8) + 8 + 4 + 8
+
+
+def test_floor_of_a_block_by_hand():
+    work = block_work(SPEC, 2, 5, copies=2, prefix=10, weight_bytes=2, cache_bytes=4)
+    seen = [10 + step + 1 for step in range(4)]
+    keys = 3 * 2 * 4 * (2 * 2)  # layers, keys and values, rows, values of the KV heads
+    cache = sum(keys * (slots + 1) for slots in seen)
+    assert work.steps == 4
+    assert work.bytes == 4 * 2 * (MATRICES + VECTORS) + 4 * cache + 4 * 4 * 2 * 2 * 2
+    scores = sum(2 * 3 * 8 * slots for slots in seen)  # scores and sums over the keys, by head
+    assert work.operations == 2 * 4 * (4 * MATRICES + scores)
+
+
+def test_floor_with_a_first_token_of_its_own_and_a_chip_that_keeps_all():
+    start = dataclasses.replace(SPEC, start=True, positions=0)
+    assert block_work(start, 2, 5).steps == 5
+    work = block_work(SPEC, 2, 5, weight_bytes=4, resident=True)
+    assert work.bytes == 4 * (MATRICES + VECTORS) + 4 * 4 * 2 * 2 * 2
+
+
+def test_floor_is_the_larger_of_two_times_at_the_peak_of_the_dtype():
+    ceilings = {"bytes_a_second": 10.0, "operations_a_second": 100.0, "float32_operations_a_second": 1.0}
+    work = Work(40, 50, 1) + Work(0, 50, 2)
+    assert work.steps == 3
+    assert work.seconds(ceilings, torch.bfloat16) == 4
+    assert work.seconds(ceilings, torch.float32) == 100
