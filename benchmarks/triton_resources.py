@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,7 +34,7 @@ from starflow_kernels.affine_flow import triton as affine_flow
 from starflow_kernels.attention_flow import triton as attention_flow
 from starflow_kernels.bias_gelu import triton as bias_gelu
 from starflow_kernels.block import triton as block
-from starflow_kernels.block import triton_head, triton_step
+from starflow_kernels.block import triton_head, triton_jacobi, triton_step, triton_sweep
 from starflow_kernels.causal_attention import triton as causal_attention
 from starflow_kernels.flow_head import triton as flow_head
 from starflow_kernels.residual_norm import triton as residual_norm
@@ -147,20 +148,9 @@ def _glue() -> dict[str, Launch]:
     return launches
 
 
-def step(kernel: str, dtype: str, d: int, D: int, options: dict) -> Launch:
+def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str = "none") -> Launch:
     """A kernel of a sampling step, heads of d and tokens of D values."""
-    weights = (
-        "weight",
-        "bias",
-        "norm_weight",
-        "norm_bias",
-        "post",
-        "head_norms",
-        "gate",
-        "gate_bias",
-        "table",
-        "start",
-    )
+    weights = ("weight", "bias", "norm_weight", "norm_bias", "post", "head_norms", "gate", "gate_bias", "table")
     stored = (*weights, "in_weight", "in_bias", "k_cache", "v_cache", "hidden")
     states = ("h", "total", "update", "cos", "sin", "scale", "q", "part", "peak", "mass", "cond", "z", "x", "guidance")
     types = dict.fromkeys(stored, f"*{dtype}") | dict.fromkeys((*states, "next_h"), "*fp32") | {"position": "*i32"}
@@ -168,30 +158,82 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict) -> Launch:
     types |= dict.fromkeys(sizes, "i32") | {"clip": "fp32"}
     if kernel == "down":
         types["x"] = f"*{dtype}"
-    constants = {"H": 16, "KV": 4, "HEAD": d, "BLOCK_S": block.BLOCK_S, "SPLIT": block.SPLIT, "BLOCK_M": block.BLOCK_M}
-    constants |= {"BLOCK_N": 32, "BLOCK_D": block.tile(D if kernel in ("head", "embed") else d), **options}
+    constants, scales = {"H": 16, "KV": 4, "HEAD": d}, ("weight_scale", "gate_scale")
+    if quantize == "none":
+        constants |= dict.fromkeys(scales)
+    else:
+        types |= dict.fromkeys(("weight", "gate"), {"int8": "*i8", "fp8": "*u8"}[quantize])
+        types |= dict.fromkeys(scales, "*fp32")
+    constants |= {"PDL": False, "stop": None, "BLOCK_S": block.BLOCK_S, "SPLIT": block.SPLIT, "BLOCK_M": block.BLOCK_M}
+    constants |= {"DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype]}
+    constants |= {"BLOCK_D": block.tile(D if kernel in ("head", "embed") else d), **options}
     constants |= dict.fromkeys(("BIAS", "QK_NORM", "ROTARY", "CLIPPED", "START", "TABLE", "COND"), True)
     constants |= {"COPIES": 2, "RULE": "starflow", "SCALE": "softplus", "PAIRS": triton_rotary.half_tile(d)}
-    constants |= block.config(kernel, 2 if dtype == "bf16" else 4, D)
+    constants |= block.config(kernel, 2 if dtype == "bf16" else 4, D, d, quantize != "none")
     module = triton_head if kernel in ("head", "embed") else triton_step
     aligned = ("C", "D", "slots", "width", "stride")
     return Launch(getattr(module, f"{kernel}_kernel"), types, constants, aligned)
 
 
-def _step() -> dict[str, Launch]:
+def _step() -> dict[str, Launch | dict[str, Launch]]:
+    """Every kernel of a step in both dtypes; the narrowest and the widest heads and tokens, norms where they matter."""
     launches, plain = {}, {"NORM": "layer_norm", "POST": False, "FIRST": True, "GATED": False}
     normed = {"NORM": "rms_norm", "POST": True, "FIRST": False, "GATED": True}
-    for dtype, kernel, (label, options) in itertools.product(
-        ("bf16", "fp32"), ("qkv", "up", "down", "project"), (("plain", plain), ("post-norms, gated", normed))
-    ):
-        for d in (64,) if kernel in ("up", "down") else (64, 128, 256):
-            launches[f"block {kernel}, {dtype}, d = {d}, {label}"] = step(kernel, dtype, d, 64, options)
     for dtype in ("bf16", "fp32"):
-        for d in (64, 128, 256):
-            launches[f"block attend, {dtype}, d = {d}"] = step("attend", dtype, d, 64, plain)
-        for D in (12, 64, 128, *((256,) if dtype == "bf16" else ())):
-            launches[f"block embed, {dtype}, D = {D}"] = step("embed", dtype, 64, D, plain)
-            launches[f"block head, {dtype}, D = {D}"] = step("head", dtype, 64, D, normed)
+        for label, options in (("plain", plain), ("post-norms, gated", normed)):
+            launches |= {f"block qkv, {dtype}, d = {d}, {label}": step("qkv", dtype, d, 64, options) for d in (64, 256)}
+            launches[f"block up, {dtype}, {label}"] = step("up", dtype, 64, 64, options)
+        for kernel, d in itertools.product(("attend", "project"), (64, 256)):
+            launches[f"block {kernel}, {dtype}, d = {d}"] = step(kernel, dtype, d, 64, plain)
+        launches[f"block down, {dtype}"] = step("down", dtype, 64, 64, plain)
+        widest = 256 if dtype == "bf16" else 128
+        for kernel, D in (("embed", widest), ("head", 12), ("head", 64), ("head", widest)):
+            launches[f"block {kernel}, {dtype}, D = {D}"] = step(kernel, dtype, 64, D, normed)
+    for dtype, kind in (("bf16", "int8"), ("bf16", "fp8"), ("fp32", "fp8")):
+        for kernel in ("qkv", "project", "up", "down"):
+            launches[f"block {kernel}, {dtype}, {kind} weights"] = step(kernel, dtype, 64, 64, normed, kind)
+    for kernel in ("qkv", "head"):
+        early, late = (step(kernel, "bf16", 64, 64, {**normed, "PDL": pdl}) for pdl in (True, False))
+        early.constants["launch_pdl"] = True
+        by_chip = {chip: early if chip in ("sm_90", "sm_100") else late for chip in TARGETS}
+        launches[f"block {kernel}, bf16, dependent launch"] = by_chip
+    return launches
+
+
+def sweep(kernel: str, dtype: str, d: int, D: int, neighbours: int = 0) -> Launch:
+    """A kernel of a Jacobi sweep, heads of d and tokens of D values."""
+    wide = {"NORM": "rms_norm", "POST": True, "FIRST": False, "GATED": True}
+    like = step(kernel if kernel != "settle" else "head", dtype, d, D, wide)
+    module = triton_step if kernel in ("qkv", "project", "up", "down") else triton_sweep
+    whole = ("done", "single", "passes", "fallbacks", "failed", "sweeps", "stop", "learned", "offsets")
+    types = like.types
+    floats = ("y", "change", "move", "size", "bound", "tol", "residual", *triton_jacobi.NEWTON)
+    types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(whole, "*i32") | {"inputs": "i32", "start": f"*{dtype}"}
+    constants = {name: value for name, value in like.constants.items() if name != "stop"}
+    if kernel in ("embed", "head", "attend"):
+        constants |= triton_jacobi.config(kernel, 2 if dtype == "bf16" else 4, D, d)
+    if kernel == "settle":
+        inputs = neighbours * D
+        constants |= {"WINDOW": 64, "SLIDE": True, "BLOCK_W": 64, "BLOCK_I": block.tile(inputs)}
+        constants |= {"num_warps": triton_jacobi.settle_warps(inputs, D)}
+        if not neighbours:
+            constants |= dict.fromkeys(("offsets", *triton_jacobi.NEWTON))
+            types = {name: kind for name, kind in types.items() if name not in ("offsets", *triton_jacobi.NEWTON)}
+    aligned = ("C", "D", "slots", "width", "n")
+    return Launch(getattr(module, f"{kernel}_kernel"), types, constants, aligned)
+
+
+def _sweep() -> dict[str, Launch]:
+    launches = {}
+    for dtype in ("bf16", "fp32"):
+        for kernel, d in itertools.product(("qkv", "attend"), (64, 256)):
+            launches[f"sweep {kernel}, {dtype}, d = {d}"] = sweep(kernel, dtype, d, 64)
+        launches |= {f"sweep {of}, {dtype}": sweep(of, dtype, 64, 64) for of in ("project", "up", "down", "embed")}
+        widest = 256 if dtype == "bf16" else 128
+        launches |= {f"sweep head, {dtype}, D = {D}": sweep("head", dtype, 64, D) for D in (12, widest)}
+    launches["sweep settle, D = 256"] = sweep("settle", "fp32", 64, 256)
+    for D in (12, 32, 64):
+        launches[f"sweep settle, 2 neighbours, D = {D}"] = sweep("settle", "fp32", 64, D, 2)
     return launches
 
 
@@ -259,7 +301,15 @@ def _attention_flow() -> dict[str, dict[str, Launch]]:
     }
 
 
-LAUNCHES = {**_affine_flow(), **_flow_head(), **_glue(), **_step(), **_causal_attention(), **_attention_flow()}
+LAUNCHES = {
+    **_affine_flow(),
+    **_flow_head(),
+    **_glue(),
+    **_step(),
+    **_sweep(),
+    **_causal_attention(),
+    **_attention_flow(),
+}
 
 
 def compiled(launch: Launch, target: GPUTarget):

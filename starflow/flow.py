@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from starflow_kernels.quantize import Quantize
 from starflow_kernels.solver import Solver, SolveReport
 from starflow_kernels.spec import GuidanceRule, check_choice
 
@@ -184,6 +185,7 @@ class Flow(nn.Module):
         progress: Callable[[int, int], None] | None = None,
         after_block: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
         solvers: Solver | Sequence[Solver] = Solver(),
+        quantize: Quantize = "none",
         return_reports: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, list[SolveReport]]:
         """Noise (B, C, H, W) to data, or (data, what each block took) with return_reports, the reports in the order
@@ -193,6 +195,7 @@ class Flow(nn.Module):
         progress: called now and then as progress(done, total) with the tokens of all blocks; what it raises ends the
         call. after_block: called as after_block(block, x) with what a block made, as images; returns what goes on.
         solvers: one for all blocks, or one a block in the order of `blocks`; see `starflow.solvers.Inversion`.
+        quantize: weights of one byte, "int8" or "fp8", see `starflow_kernels.block_inverse`.
         Raises ConfigError when guidance is asked for and there is nothing to tell its two branches apart, InverseError,
         which names the block, where its noise or its data is not finite.
         """
@@ -210,7 +213,7 @@ class Flow(nn.Module):
             if progress:
                 before = (count - 1 - i) * each
                 options["progress"] = lambda done, _, before=before: progress(before + done, count * each)
-            options.update(solver=solvers[i], return_report=return_reports, backend=backend)
+            options.update(solver=solvers[i], quantize=quantize, return_report=return_reports, backend=backend)
             try:
                 made = block.inverse(tokens, *context, self.rotary(i, grid, tokens), **options)
             except ValueError as error:

@@ -168,7 +168,8 @@ def _draw(pipe: FlowPipeline, batch: list[Job], seed: int, options: dict[str, An
 def _begin(out: Path, jobs: list[Job], settings: dict[str, Any]) -> set[str]:
     """Names of the images that are there; the manifest then lists them and no others."""
     begun, lines = _manifest(out) if any(out.glob("[0-9]*.png")) else (settings, {})
-    old, new = ({"tol": TOLERANCE, **{k: v for k, v in each.items() if k not in FREE}} for each in (begun, settings))
+    known = {"tol": TOLERANCE, "quantize": "none"}
+    old, new = ({**known, **{k: v for k, v in each.items() if k not in FREE}} for each in (begun, settings))
     if names := sorted(name for name in old.keys() | new if old.get(name) != new.get(name)):
         raise ConfigError(f"{out} was begun with another {', '.join(names)}: give the same or choose another folder")
     for job in jobs:

@@ -87,6 +87,7 @@ def sample(
                 guidance=guidance,
                 progress=progress and watch,
                 solvers=solvers,
+                quantize=inversion.quantize,
                 return_reports=True,
             )
         except InverseError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from starflow_kernels import Solver, SolveReport
+from starflow_kernels.quantize import Quantize
 
 from .errors import ConfigError
 
@@ -144,6 +145,7 @@ class Inversion:
         still; "auto", what a calibration found fastest for each block on this kind of device with these threads and
         about this batch size, and sequential where none covers the call.
     window: tokens that iterate together, of "jacobi"; None for all. tol: as in Solver, None for its default.
+    quantize: weights of one byte, "int8" or "fp8", which changes the images; see `starflow_kernels.block_inverse`.
 
     Raises ConfigError for a value out of range.
     """
@@ -151,8 +153,11 @@ class Inversion:
     method: str = "auto"
     window: int | None = None
     tol: float | None = None
+    quantize: Quantize = "none"
 
     def __post_init__(self):
+        if self.quantize not in get_args(Quantize):
+            raise ConfigError(f"quantize={self.quantize!r}: expected one of {', '.join(get_args(Quantize))}")
         if self.method not in ("auto", *METHODS):
             raise ConfigError(f"method={self.method!r}: expected auto or one of {', '.join(METHODS)}")
         if self.window is not None and self.method != "jacobi":

@@ -104,34 +104,56 @@ def replay(step: Callable[[], None], steps: int, wait: Callable[[], None], done:
         done(last)
 
 
-def sample(
+def replay_until_done(step: Callable[[], None], ask: Callable[[], Callable[[], int]], tokens: int, done) -> None:
+    """Replays until the device has all tokens; what one has left is read while the next runs, which does nothing then.
+
+    ask() has the device say how many tokens are done, and gives a function that waits for the answer.
+    """
+    answer = None
+    while True:
+        step()
+        asked = ask()
+        if answer:
+            done(found := answer())
+            if found == tokens:
+                return
+        answer = asked
+
+
+def loaded(
     z: torch.Tensor,
     context: tuple,
     shape: Shape,
-    steps: int,
     temperature: float,
     size: Callable[[Shape], int],
     budget: int,
     session: Callable[[Shape], Session],
-    wait: Callable[[], None],
-) -> torch.Tensor:
-    """x of z (B, T, D) in the block's own order, in parts that fit the budget.
+) -> Iterator[tuple[slice, Session]]:
+    """z (B, T, D) in the block's own order in parts that fit the budget: their rows, and the session that has them.
 
     context: cond, prefix, cos, sin and guidance of all rows. shape: that of the call, whose samples are all of B.
     """
-    B, T, _ = z.shape
-    x = torch.empty_like(z)
+    B = len(z)
     most = largest(B, lambda samples: size(shape._replace(samples=samples)), budget)
     cond, prefix, cos, sin, guidance = context
     for rows in parts(B, most):
-        n = rows.stop - rows.start
 
         def both(value, rows=rows):
             return None if value is None else value.unflatten(0, (shape.copies, B))[:, rows]
 
         given = both(cond), both(prefix), cos, sin, None if guidance is None else guidance[rows]
-        opened = session(shape._replace(samples=bucket(n)))
+        opened = session(shape._replace(samples=bucket(rows.stop - rows.start)))
         opened.load(z[rows], given, temperature)
+        yield rows, opened
+
+
+def sample(
+    z: torch.Tensor, steps: int, wait: Callable[[], None], running: Iterator[tuple[slice, Session]]
+) -> torch.Tensor:
+    """x of z (B, T, D), whose parts run in their sessions for so many steps."""
+    (B, T, _), x = z.shape, torch.empty_like(z)
+    for rows, opened in running:
+        n = rows.stop - rows.start
 
         def done(step, rows=rows, n=n):
             report(rows.start * T + n * (step + T - steps), B * T)

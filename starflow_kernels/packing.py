@@ -28,7 +28,7 @@ _version = operator.attrgetter("_version")
 
 
 class Remembered:
-    """`make(spec, weights)`, remembered while torch's version counters say that the weights are unchanged.
+    """`make(spec, weights, *options)`, remembered while torch's version counters say that the weights are unchanged.
 
     Writes through `.data` do not count up a version; tensors of inference mode have none and are packed every time.
     """
@@ -36,14 +36,14 @@ class Remembered:
     def __init__(self, make: Callable):
         self.make, self.kept = make, {}
 
-    def __call__(self, text: str, weights: list[torch.Tensor]):
+    def __call__(self, text: str, weights: list[torch.Tensor], *options: str):
         if any(map(torch.Tensor.is_inference, weights)):
-            return self.make(BlockSpec.from_json(text), weights)
-        key = id(weights[0]), text
+            return self.make(BlockSpec.from_json(text), weights, *options)
+        key = id(weights[0]), text, *options
         state = [*map(id, weights), *map(_version, weights), *map(torch.Tensor.data_ptr, weights)]
         if (found := self.kept.get(key)) and found[0] == state:
             return found[1]
-        result = self.make(BlockSpec.from_json(text), weights)
+        result = self.make(BlockSpec.from_json(text), weights, *options)
         # An id is that of a weight only while the weight lives.
         self.kept[key] = state, result, [weakref.ref(w, lambda _: self.kept.pop(key, None)) for w in weights]
         return result

@@ -11,6 +11,8 @@ from .spec import check_choice
 
 Method = Literal["sequential", "jacobi"]
 Guess = Literal["noise", "zero"]
+# A window of values that leaves this many times the size of its noise is given up.
+DIVERGED = 1e6
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,10 +35,10 @@ def missing() -> str | None:
 
 
 @functools.cache
-def _module(folder: str):
-    """starflow_kernels/<folder>/triton.py, or why it cannot be imported."""
+def _module(name: str):
+    """A module of this package, or why it cannot be imported."""
     try:
-        return importlib.import_module(f"starflow_kernels.{folder}.triton")
+        return importlib.import_module(f"starflow_kernels.{name}")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
 
@@ -60,9 +60,9 @@ def refuse_tensors(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
-def _deferred(folder: str, function: str, refuse: str) -> tuple[Callable, Callable]:
+def _deferred(name: str, function: str, refuse: str) -> tuple[Callable, Callable]:
     def run_later(*args):
-        run = getattr(_module(folder), function)
+        run = getattr(_module(name), function)
         if interpreted():
             return run(*args)
         with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
@@ -71,22 +71,22 @@ def _deferred(folder: str, function: str, refuse: str) -> tuple[Callable, Callab
     def refuse_later(*args) -> str | None:
         if reason := _refuse_devices(args):
             return reason
-        module = _module(folder)
+        module = _module(name)
         return module if isinstance(module, str) else getattr(module, refuse)(*args)
 
     return run_later, refuse_later
 
 
-def register(op: str, folder: str | None = None, backward: bool = True) -> None:
-    """Register the functions `op` and, with a gradient, `op_backward` of <folder>/triton.py, by default the op's, which
+def register(op: str, module: str | None = None, backward: bool = True) -> None:
+    """Register the functions `op` and, with a gradient, `op_backward` of a module, by default <op>/triton.py, which
     `refuse` and `refuse_backward` guard.
 
     The guards see arguments on a device that Triton runs on, and launches happen on that device.
     """
-    folder = folder or op
-    dispatch.register(op, "triton", *_deferred(folder, op, "refuse"), missing)
+    module = module or f"{op}.triton"
+    dispatch.register(op, "triton", *_deferred(module, op, "refuse"), missing)
     if backward:
-        dispatch.register(f"{op}_backward", "triton", *_deferred(folder, f"{op}_backward", "refuse_backward"), missing)
+        dispatch.register(f"{op}_backward", "triton", *_deferred(module, f"{op}_backward", "refuse_backward"), missing)
 
 
 def warmup(op: Callable, *args, **options) -> None:

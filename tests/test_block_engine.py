@@ -12,7 +12,7 @@ from test_block import BLOCKS, T, block
 from starflow_kernels import block_inverse, engine
 from starflow_kernels.affine_flow_inverse.reference import affine_flow_inverse
 from starflow_kernels.block.reference import CachedNetwork
-from starflow_kernels.engine import Sessions, Shape, bucket, largest, parts, replay, sample
+from starflow_kernels.engine import Sessions, Shape, bucket, largest, loaded, parts, replay, replay_until_done, sample
 from starflow_kernels.progress import reporting_to
 
 
@@ -101,6 +101,22 @@ def test_the_device_is_waited_for_only_where_there_are_reports(steps):
     assert len(made) == steps and waits == done and len(done) <= engine.REPORTS and done[-1:] == [steps][: len(done)]
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 5, 8])
+def test_sweeps_end_one_replay_after_all_are_done(tokens):
+    """The device is asked after every replay; the answer is read when the next has been started."""
+    events, seen = [], []
+
+    def ask():
+        count = min(tokens, 4 * events.count("replay"))
+        events.append("ask")
+        return lambda: events.append("wait") or count
+
+    replay_until_done(lambda: events.append("replay"), ask, tokens, seen.append)
+    needed = -(-tokens // 4)
+    assert events == ["replay", "ask", *["replay", "ask", "wait"] * needed]
+    assert seen == [min(tokens, 4 * (i + 1)) for i in range(needed)]
+
+
 @pytest.mark.parametrize("name", ["tarflow-flip", "starflow-text-flip-cond", "starflow-identity-first"])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("budget", [10**9, 45, 1])
@@ -122,9 +138,9 @@ def test_parts_of_a_batch_are_the_whole(name, guided, budget):
         keys.append(of)
         return sessions.get(model, of, size(of), budget, lambda: FakeGraph(w, spec, of))
 
+    given = z.flip(1) if spec.flip else z, given, shape, options.get("temperature", 1.0), size, budget, session
     with reporting_to(lambda *at: seen.append(at)):
-        x = sample(z.flip(1) if spec.flip else z, given, shape, steps, options.get("temperature", 1.0), size, budget,
-                   session, lambda: None)  # fmt: skip
+        x = sample(z, steps, lambda: None, loaded(*given))
     assert_same_row("reference", x.flip(1) if spec.flip else x, expected)
     most = {10**9: 8, 45: 4, 1: 1}[budget]
     assert [key.samples for key in keys] == {8: [8], 4: [4, 4], 1: [1] * 7}[most]

@@ -44,6 +44,7 @@ INVERSE_ERRORS = [
     ("tarflow", {"cond": torch.full((2, 8), math.nan)}, ValueError, "cond: 16 of 16 values are not finite"),
     ("tarflow", {"z": torch.zeros(2, 0, 3)}, ValueError, r"z: expected shape \(B, T, 3\), got \(2, 0, 3\)"),
     ("tarflow", {"rule": "cfg"}, ValueError, "rule='cfg'"),
+    ("tarflow", {"quantize": "int4"}, ValueError, "quantize='int4': expected one of 'none', 'int8', 'fp8'"),
     ("tarflow", {"temperature": 0.0, "guidance": 1.0}, ValueError, "temperature=0.0"),
     ("tarflow", {"temperature": 0.5}, ValueError, "temperature=0.5 .*needs guidance"),
     ("tarflow", {"guidance": "strong"}, TypeError, "guidance: expected a number or a tensor"),

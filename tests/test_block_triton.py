@@ -20,10 +20,11 @@ def doubled(z, w, context):
     return z.double(), {n: t.double() for n, t in w.items()}, {n: t.double() for n, t in context.items()}
 
 
-def assert_inverse(case, guided=False, rule="tarflow", **sizes):
+def assert_inverse(case, guided=False, rule="tarflow", quantize="none", **sizes):
     """The error contract of the whole inverse, against the reference in float64."""
     z, w, spec, context = block(case, copies=2 if guided else 1, **sizes)
     options = {"guidance": torch.rand(z.shape[:2]) * 2, "rule": rule, "temperature": 0.7} if guided else {}
+    options["quantize"] = quantize
     found, plain = (block_inverse(z, w, spec, **context, **options, backend=b) for b in ("triton", "reference"))
     z, w, context = doubled(z, w, context)
     assert_within_contract(found, plain, block_inverse(z, w, spec, **context, **options, backend="reference"))
@@ -31,19 +32,20 @@ def assert_inverse(case, guided=False, rule="tarflow", **sizes):
 
 @pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
 def test_every_block_at_odd_sizes(case):
-    assert_inverse(case, dtype=F32, B=3, tokens=3, token_dim=7, channels=35, mlp_dim=37)
+    heads = {} if "kv_heads" in case[0] else {"heads": 1, "kv_heads": 1}
+    assert_inverse(case, dtype=F32, B=3, tokens=2, **heads, token_dim=7, channels=35, mlp_dim=37)
 
 
 @pytest.mark.parametrize("name", ["tarflow-flip", "tarflow-swiglu", "starflow-text", "starflow-all-norms"])
 @pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
 def test_error_contract(name, dtype):
-    assert_inverse(BLOCKS[name], dtype=dtype, B=4, tokens=6, token_dim=8, channels=48, mlp_dim=64)
+    assert_inverse(BLOCKS[name], dtype=dtype, B=2, tokens=3, token_dim=8, channels=48, mlp_dim=40)
 
 
 @pytest.mark.parametrize("rule", ["tarflow", "starflow"])
 @pytest.mark.parametrize("name", ["tarflow-unit", "tarflow-flip", "starflow-text"])
 def test_guidance_and_temperature(name, rule):
-    assert_inverse(BLOCKS[name], guided=True, rule=rule, dtype=F32, B=3)
+    assert_inverse(BLOCKS[name], guided=True, rule=rule, dtype=F32, tokens=3, layers=1)
 
 
 @pytest.mark.parametrize("name", ["tarflow", "starflow", "starflow-text-flip-cond"])
@@ -64,7 +66,34 @@ def test_more_keys_than_a_split(name, monkeypatch):
     monkeypatch.setattr(triton, "BLOCK_S", 2)
     monkeypatch.setattr(triton, "TEXT_ROWS", 6)
     monkeypatch.setattr(triton, "_sessions", triton.Sessions())
-    assert_inverse(BLOCKS[name], dtype=F32, tokens=11)
+    assert_inverse(BLOCKS[name], dtype=F32, tokens=9, layers=1)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    "name, dtype", [("tarflow-swiglu", F32), ("starflow-text", F32), ("starflow-all-norms", torch.float16)]
+)
+def test_weights_of_one_byte(name, dtype, quantize):
+    assert_inverse(BLOCKS[name], quantize=quantize, dtype=dtype, tokens=2, channels=35, mlp_dim=37)
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
+def test_every_value_of_a_byte(dtype):
+    """The product with ones on the diagonal gives the values that the bits of fp8, or of int8, stand for."""
+    from starflow_kernels.block import triton
+
+    config = triton.config("down", dtype.itemsize, 16, 16)
+    for stored, kind in ((torch.uint8, torch.float8_e4m3fn), (torch.int8, torch.int8)):
+        bits = torch.arange(256).to(torch.uint8)
+        bits[bits.view(kind).float().isnan()] = 0
+        bits = bits.view(16, 16)
+        out = torch.zeros(16, 16)
+        triton.triton_step.down_kernel[(1,)](
+            torch.eye(16, dtype=dtype), bits.view(stored), None, out, None, torch.full((16,), 1.0), 16, 16, 16,
+            BIAS=False, POST=False, DTYPE=triton.dtype_of(dtype), BLOCK_M=16, **config,
+        )  # fmt: skip
+        known = bits.view(kind).float().T
+        assert torch.equal(out * (256 if stored == torch.uint8 else 1), known)
 
 
 @pytest.fixture
@@ -73,11 +102,13 @@ def matmul_by_rows(monkeypatch):
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: (a[:, :, None] * b[None]).sum(1, dtype=dtype))
 
 
-@pytest.mark.parametrize("name, guided", [("tarflow-flip", True), ("starflow-text", False)])
+@pytest.mark.parametrize("name, guided, T", [("tarflow-flip", True, 2), ("starflow-text", False, 1)])
 @pytest.mark.usefixtures("matmul_by_rows")
-def test_rows_have_the_same_bits_in_any_batch(name, guided, monkeypatch):
-    B, T = 17, 2
-    z, w, spec, context = block(BLOCKS[name], B=B, copies=1 + guided, dtype=F32, tokens=T, layers=1)
+def test_rows_have_the_same_bits_in_any_batch(name, guided, T, monkeypatch):
+    B = 17
+    z, w, spec, context = block(
+        BLOCKS[name], B=B, copies=1 + guided, dtype=F32, tokens=T, layers=1, heads=1, kv_heads=1
+    )
     guidance = torch.rand(B, T) if guided else None
 
     def run(rows):
@@ -99,21 +130,23 @@ def test_sessions_are_used_again_and_end_with_their_model():
 
     gc.collect()
     before = len(triton._sessions)
-    z, w, spec, context = block(BLOCKS["tarflow-flip"], dtype=F32, B=4)
+    z, w, spec, context = block(BLOCKS["tarflow-flip"], dtype=F32, B=4, tokens=3, layers=1)
     first = block_inverse(z, w, spec, **context, backend="triton")
     cond = {"cond": context["cond"][:3]}
     assert torch.equal(block_inverse(z[:3], w, spec, **cond, backend="triton"), first[:3])
     assert len(triton._sessions) == before + 1
+    rounded = block_inverse(z, w, spec, **context, quantize="int8", backend="triton")
+    assert not torch.equal(rounded, first) and len(triton._sessions) == before + 2
     w["proj_in.weight"].mul_(2)
     assert not torch.equal(block_inverse(z, w, spec, **context, backend="triton"), first)
-    assert len(triton._sessions) == before + 1
+    assert len(triton._sessions) == before + 2
     del w
     gc.collect()
     assert len(triton._sessions) == before
 
 
 def test_progress():
-    z, w, spec, context = block(BLOCKS["starflow"], dtype=F32, tokens=18, layers=1)
+    z, w, spec, context = block(BLOCKS["starflow"], dtype=F32, tokens=18, layers=1, heads=1, kv_heads=1)
     seen = []
     block_inverse(z, w, spec, **context, progress=lambda *at: seen.append(at), backend="triton")
     assert len(seen) <= 16 and seen == sorted(seen) and seen[-1] == (36, 36)
@@ -132,3 +165,17 @@ def test_refuses_with_the_reason(changes, why):
     z, w, spec, context = block(BLOCKS["starflow"], **{"dtype": F32, **changes})
     with pytest.raises(ValueError, match=f"backend='triton' cannot run block_inverse: .*{why}"):
         block_inverse(z, w, spec, **context, backend="triton")
+
+
+def test_dependent_launch_is_asked_for_and_begins_with_sm_90(monkeypatch):
+    from starflow_kernels.block import triton
+
+    chip, device = [(9, 0)], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip[0])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("STARFLOW_PDL", raising=False)
+    assert not triton.pdl(device)
+    monkeypatch.setenv("STARFLOW_PDL", "1")
+    assert triton.pdl(device) and not triton.pdl(torch.device("cpu"))
+    chip[0] = 8, 6
+    assert not triton.pdl(device)

@@ -106,6 +106,16 @@ def test_methods(tmp_path, run, capsys):
     assert "block 0: jacobi, window 2, neighbours: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["sequential", "jacobi"])
+def test_weights_of_one_byte(tmp_path, run, method):
+    errors, report = [], tmp_path / "report.json"
+    for quantize in ("none", "int8", "fp8"):
+        options = ["--quantize", quantize, "--method", method, "--certify", "--json", str(report)]
+        assert main(["sample", "--checkpoint", run, "--num", "10", "--out", str(tmp_path), *options]) == 0
+        errors.append(json.loads(report.read_text())["results"]["certificate_mean"])
+    assert 0 < errors[0] < errors[1] < errors[2]
+
+
 def test_flags_of_the_released_code(tmp_path, run, capsys):
     base = ["sample", "--checkpoint", run, "--num", "4", "--out", str(tmp_path)]
     report = tmp_path / "report.json"

@@ -123,6 +123,7 @@ def test_another_method_continues_a_run_and_another_tolerance_does_not(folder, t
     assert main(["sample", *base, "2", "--method", "jacobi", "--window", "16", "--tol", str(TOLERANCE)]) == 0
     assert "1 images (1 were there)" in capsys.readouterr().out
     assert "begun with another tol" in fails(capsys, *base, "3", "--method", "jacobi", "--tol", "0.1")
+    assert "begun with another quantize" in fails(capsys, *base, "3", "--quantize", "int8")
     assert main(["sample", *base, "3", "--method", "sequential"]) == 0
     assert len(images(tmp_path)) == 3
 

@@ -295,6 +295,7 @@ def test_folders_that_do_not_fit(folder, tmp_path):
         ({"window": 8}, "window=8: for method='jacobi'"),
         ({"method": "jacobi", "window": -1}, "window=-1"),
         ({"method": "jacobi", "tol": -1.0}, "tol=-1.0"),
+        ({"quantize": "int4"}, "quantize='int4': expected one of none, int8, fp8"),
         ({"output_type": "jpg"}, "output_type='jpg'"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"generator": seeds(0, 1)}, "generator: 2 of them for 1 images"),

@@ -8,9 +8,11 @@ import math
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+
+from starflow_kernels.quantize import Quantize
 
 from ..checkpoint import PIPELINE_INDEX
 from ..errors import ConfigError, DataError
@@ -72,6 +74,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--tol", type=float, metavar="X", help=f"largest change of a token that jacobi accepts (default {TOLERANCE:g})"
     )
+    parser.add_argument("--quantize", choices=get_args(Quantize), default="none", help="weights of one byte a value")
     parser.add_argument(
         "--denoise", type=float, help="factor of the score step, about 1, 0 for none (default: none, or the pipeline's)"
     )
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _inversion(args: argparse.Namespace) -> Inversion:
     """Method, window and tolerance of our flags, or of the released ones."""
     if not args.jacobi:
-        return Inversion(args.method or "auto", args.window, args.tol)
+        return Inversion(args.method or "auto", args.window, args.tol, args.quantize)
     if args.method not in (None, "jacobi"):
         raise ConfigError(f"--jacobi {args.jacobi} and --method {args.method}: give one of them")
     tol = args.tol
@@ -111,7 +114,7 @@ def _inversion(args: argparse.Namespace) -> Inversion:
     if args.jacobi_th is not None or args.jacobi_max_iter is not None:
         exact = TOLERANCE if tol is None else tol
         print(f"starflow sample: sweeps go on to --tol {exact:g}, not to the released threshold", file=sys.stderr)
-    return Inversion("jacobi", args.window or args.jacobi_block_size, tol)
+    return Inversion("jacobi", args.window or args.jacobi_block_size, tol, args.quantize)
 
 
 def _flow(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:

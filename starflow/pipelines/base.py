@@ -171,6 +171,7 @@ class FlowPipeline(DiffusionPipeline):
                 guidance,
                 empty_text,
                 solvers=solvers,
+                quantize=options.inversion.quantize,
                 return_reports=True,
                 progress=lambda done, total: self._report(bar, done, total, options.progress),
                 after_block=lambda block, x: self._step_end(block, x, options.callback_on_step_end),

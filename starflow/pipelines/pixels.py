@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from starflow_kernels.quantize import Quantize
 from starflow_kernels.spec import GuidanceRule
 
 from ..data import quantise
@@ -48,6 +49,7 @@ class TarFlowPipeline(FlowPipeline):
         method: str = "auto",
         window: int | None = None,
         tol: float | None = None,
+        quantize: Quantize = "none",
         guidance_rule: GuidanceRule = "tarflow",
         annealed: bool = False,
         attention_temperature: float = 1.0,
@@ -71,7 +73,7 @@ class TarFlowPipeline(FlowPipeline):
             num_images_per_prompt,
             output_type,
             Guidance(guidance_scale, guidance_rule, annealed, attention_temperature),
-            Inversion(method, window, tol),
+            Inversion(method, window, tol, quantize),
             denoise,
             denoise_batch_size,
             certify,

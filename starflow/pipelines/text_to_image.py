@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+from starflow_kernels.quantize import Quantize
 from starflow_kernels.spec import GuidanceRule
 
 from ..errors import ConfigError
@@ -65,6 +66,7 @@ class STARFlowPipeline(FlowPipeline):
         method: str = "auto",
         window: int | None = None,
         tol: float | None = None,
+        quantize: Quantize = "none",
         guidance_rule: GuidanceRule = "starflow",
         annealed: bool = False,
         attention_temperature: float = 1.0,
@@ -90,8 +92,8 @@ class STARFlowPipeline(FlowPipeline):
             callback_on_step_end: called as callback(pipe, step, block, {"latents": x}) after every flow block; may
                 return a mapping with other latents.
             progress: called as progress(done, total) with token steps.
-            method, window, tol: how the flow is inverted, "auto", "sequential" or "jacobi", see
-                `starflow.solvers.Inversion`.
+            method, window, tol, quantize: how the flow is inverted, "auto", "sequential" or "jacobi", and from weights
+                of one byte by "int8" or "fp8", see `starflow.solvers.Inversion`.
             guidance_rule: "starflow" or "tarflow". annealed: the weight grows over the tokens. attention_temperature:
                 of the branch without the prompt.
             denoise: factor of the score step, 0 for none; the pipeline's own by default.
@@ -105,7 +107,7 @@ class STARFlowPipeline(FlowPipeline):
             num_images_per_prompt,
             output_type,
             Guidance(guidance_scale, guidance_rule, annealed, attention_temperature),
-            Inversion(method, window, tol),
+            Inversion(method, window, tol, quantize),
             denoise,
             denoise_batch_size,
             certify,

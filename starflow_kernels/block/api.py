@@ -15,6 +15,7 @@ from ..checks import FLOATS, check_finite, check_guidance, check_range, check_te
 from ..dispatch import register
 from ..library import call, define
 from ..progress import reporting_to
+from ..quantize import Quantize, on_rounded, rounded
 from ..residual_norm.api import EPS
 from ..solver import Solver, SolveReport
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
@@ -31,10 +32,11 @@ define(
 )
 define(
     "block_inverse",
-    f"Tensor z, Tensor[] weights, {CONTEXT}, Tensor? guidance, str spec, str rule, float temperature",
+    f"Tensor z, Tensor[] weights, {CONTEXT}, Tensor? guidance, str spec, str rule, float temperature, "
+    'str quantize="none"',
     "Tensor",
     fake=lambda z, *args: z.new_empty(z.shape),
-    reference=reference.block_inverse,
+    reference=on_rounded(reference.block_inverse),
 )
 define(
     "block_jacobi",
@@ -50,10 +52,11 @@ define(
     reference=jacobi.block_jacobi,
 )
 register("block_forward", "native", cpu.block_forward, cpu.refuse, native.missing)
-register("block_inverse", "native", cpu.block_inverse, cpu.refuse, native.missing)
+register("block_inverse", "native", on_rounded(cpu.block_inverse), cpu.refuse, native.missing)
 register("block_jacobi", "native", cpu.block_jacobi, cpu.refuse_jacobi, native.missing)
-register("block_inverse", "cuda", cuda.block_inverse, cuda.refuse, compiled_cuda.missing)
-triton_runtime.register("block_inverse", "block", backward=False)
+register("block_inverse", "cuda", on_rounded(cuda.block_inverse), on_rounded(cuda.refuse), compiled_cuda.missing)
+triton_runtime.register("block_inverse", "block.triton", backward=False)
+triton_runtime.register("block_jacobi", "block.triton_jacobi", backward=False)
 
 
 def block_forward(
@@ -127,6 +130,7 @@ def block_inverse(
     temperature: float = 1.0,
     solver: Solver = Solver(),
     guess: torch.Tensor | None = None,
+    quantize: Quantize = "none",
     return_report: bool = False,
     progress: Callable[[int, int], None] | None = None,
     backend: str | None = None,
@@ -144,6 +148,9 @@ def block_inverse(
         temperature: attention temperature of the rows without a condition.
         solver: sequential, or Jacobi sweeps over windows of tokens, each sample in its own number of passes.
         guess: (B, T, D) finite first values of Jacobi in the order of the data, in place of the solver's.
+        quantize: "int8" or "fp8" (torch.float8_e4m3fn) rounds the matrices of the layers to one byte a value, with a
+            float32 scale for every output channel; norms, biases, position table, start token and the projections of
+            tokens, text and head stay as they are. "none" for none. The README of this op has its error.
         return_report: return a SolveReport beside x.
         progress: called as progress(done, B T) with the tokens that are done, now and then; what it raises ends the
             call.
@@ -156,6 +163,7 @@ def block_inverse(
             Jacobi a result that is not finite, with its sample and token.
     """
     check_choice("rule", rule, GuidanceRule)
+    check_choice("quantize", quantize, Quantize)
     check_range("temperature", temperature, 0)
     check_tensor("z", z, ("B", "T", spec.token_dim))
     check_finite("z", z)
@@ -174,10 +182,14 @@ def block_inverse(
     context = cond, prefix, cos, sin, guidance
     with torch.no_grad(), reporting_to(progress) if progress else contextlib.nullcontext():
         if solver.method == "jacobi":
+            # Its kernels have no values of one byte: they get weights that are rounded to them.
+            tensors = rounded(spec.to_json(), tensors, quantize)
             x, report = _jacobi(z, guess, tensors, context, spec, rule, temperature, solver, backend)
             return (x, report) if return_report else x
         start = time.perf_counter() if return_report else 0.0
-        x = torch.ops.starflow.block_inverse(z, tensors, *context, spec.to_json(), rule, temperature, backend=backend)
+        x = torch.ops.starflow.block_inverse(
+            z, tensors, *context, spec.to_json(), rule, temperature, quantize, backend=backend
+        )
     if not return_report:
         return x
     steps = T if spec.start else T - 1

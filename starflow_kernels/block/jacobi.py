@@ -7,10 +7,8 @@ import torch
 from ..affine_flow_inverse.reference import gaussian
 from ..progress import report
 from ..quasi_newton import QuasiNewton
+from ..solver import DIVERGED
 from .reference import CachedNetwork
-
-# A window that leaves this many times the size of its noise is given up.
-DIVERGED = 1e6
 
 
 def block_jacobi(

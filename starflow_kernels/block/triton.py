@@ -8,16 +8,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 
 import torch
 import triton
+import triton.language as tl
 
-from ..engine import Sessions, Shape, bucket, sample
+from ..engine import Sessions, Shape, bucket, loaded, sample
 from ..memory import cache_bytes
 from ..packing import Remembered
+from ..quantize import chosen, quantised
 from ..spec import BlockSpec
 from ..triton_rotary import half_tile
-from ..triton_runtime import interpreted, refuse_tensors
+from ..triton_runtime import refuse_tensors
 from . import triton_head, triton_step
 
 # Of tokens by bytes of a weight: the head of wider ones spills on some chip.
@@ -30,14 +33,32 @@ TEXT_ROWS = 1024
 _sessions = Sessions()
 
 
-def config(kernel: str, width: int, D: int) -> dict[str, int]:
-    """Tiles for weights of so many bytes a value and tokens of D values: the largest that do not spill."""
-    if kernel == "embed":
-        return {"num_warps": 4}
-    if kernel == "head" and tile(D) >= 64:
-        return {"BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
-    long = width == 2 and kernel != "project"
-    return {"BLOCK_K": 64 if long else 32, "num_warps": 4, "num_stages": 3 if width == 2 else 2}
+def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> dict[str, int]:
+    """Tiles for a network of so many bytes a value, tokens of D and heads of d values; those checked do not spill."""
+    narrow = width == 2
+    tiles = {"BLOCK_N": BLOCK_N, "BLOCK_K": 64 if narrow else 32, "num_warps": 4, "num_stages": 3 if narrow else 2}
+    if kernel == "project":
+        tiles |= {"BLOCK_K": 32, "num_warps": 2} if narrow else {"BLOCK_K": 16}
+    elif kernel == "qkv" and half_tile(d) > 64:
+        tiles |= {"num_stages": 2}
+    elif kernel == "qkv" and one_byte and narrow:
+        tiles |= {"BLOCK_K": 32}
+    elif kernel == "head" and tile(D) >= 64:
+        tiles |= {"BLOCK_K": 16, "num_warps": 8 if narrow or D > 64 else 4, "num_stages": 2}
+        tiles |= {} if narrow or D <= 64 else {"BLOCK_N": 16, "num_stages": 1}
+    unused = {"qkv": "BLOCK_N", "embed": "BLOCK_K"}.get(kernel)
+    return {name: value for name, value in tiles.items() if name != unused}
+
+
+def dtype_of(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def pdl(device: torch.device) -> bool:
+    """Whether STARFLOW_PDL=1 asks for programmatic dependent launch, which begins with sm_90. Not measured yet."""
+    asked = os.environ.get("STARFLOW_PDL") == "1" and device.type == "cuda" and torch.version.cuda is not None
+    return asked and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def tile(n: int) -> int:
@@ -46,10 +67,11 @@ def tile(n: int) -> int:
 
 
 class Model:
-    """Weights as the kernels read them: rotary pairs half a head apart, the position table in the block's own order."""
+    """Weights as the kernels read them: rotary pairs half a head apart, the position table in the block's own order,
+    one-byte values with their scales beside them."""
 
-    def __init__(self, spec: BlockSpec, weights: list[torch.Tensor]):
-        self.spec, self.dtype = spec, weights[0].dtype
+    def __init__(self, spec: BlockSpec, weights: list[torch.Tensor], quantize: str = "none"):
+        self.spec, self.dtype, self.quantize = spec, weights[0].dtype, quantize
         self.w = {name: w.detach().contiguous() for name, w in zip(spec.weight_shapes, weights)}
         order = torch.arange(spec.head_dim, device=weights[0].device)
         if spec.rotary == "interleaved":
@@ -68,6 +90,13 @@ class Model:
                 self.w[f"{layer}.head_norms"] = torch.stack(norms)
         if spec.positions and spec.flip:
             self.w["pos_embed"] = self.w["pos_embed"].flip(0)
+        for name, shape in spec.weight_shapes.items():
+            if quantize != "none" and chosen(name, shape):
+                values, scales = quantised(self.w[name], quantize)
+                if quantize == "fp8":
+                    # The kernels take the bits, and 1/256 of the values out of them.
+                    values, scales = values.view(torch.uint8), scales * 256
+                self.w[name], self.w[f"{name}.scale"] = values, scales
 
 
 packed = Remembered(Model)
@@ -78,10 +107,13 @@ def _text_tokens(spec: BlockSpec, shape: Shape) -> int:
     return max(1, min(shape.prefix, TEXT_ROWS // (shape.samples * shape.copies)))
 
 
-def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every buffer of a session."""
+Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int = 1) -> Buffers:
+    """Shape and dtype of every buffer of a session whose steps take n tokens of each sequence."""
     rows, slots, wide = shape.samples * shape.copies, shape.prefix + shape.tokens, torch.float32
-    tokens, splits = rows * _text_tokens(spec, shape), -(-slots // SPLIT)
+    tokens, splits = rows * max(n, _text_tokens(spec, shape)), -(-slots // SPLIT)
     cache = ((spec.layers, rows, spec.kv_heads, slots, spec.head_dim), dtype)
     states = dict.fromkeys(("entry", "h", "other", "update"), ((tokens, spec.channels), wide))
     noise = dict.fromkeys(("z", "x"), ((shape.samples, shape.tokens, spec.token_dim), wide))
@@ -95,24 +127,26 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape) -> dict[str, tupl
         "guidance": ((shape.samples, shape.tokens), wide),
         "cond": ((rows, spec.channels), wide),
         "scale": ((rows,), wide),
-        "position": ((2,), torch.int32),
+        "position": ((max(2, rows),), torch.int32),
     }  # fmt: skip
 
 
-def session_bytes(spec: BlockSpec, dtype: torch.dtype, shape: Shape) -> int:
-    """Bytes of all buffers of a session."""
-    return sum(math.prod(size) * kind.itemsize for size, kind in buffers(spec, dtype, shape).values())
+def size_of(buffers: Buffers) -> int:
+    """Their bytes."""
+    return sum(math.prod(size) * kind.itemsize for size, kind in buffers.values())
 
 
 class TritonSession:
     """Buffers of one bucket and the launches of a step; the weights stay with the model, whose sessions end with it."""
 
-    def __init__(self, model: Model, shape: Shape, device: torch.device):
-        self.spec, self.shape, self.device = model.spec, shape, device
-        self.rows = shape.samples * shape.copies
-        for name, (size, dtype) in buffers(model.spec, model.dtype, shape).items():
+    buffers = staticmethod(buffers)
+
+    def __init__(self, model: Model, shape: Shape, device: torch.device, buffers: Buffers, n: int = 1):
+        self.spec, self.quantize, self.shape, self.device = model.spec, model.quantize, shape, device
+        self.rows, self.n = shape.samples * shape.copies, n
+        for name, (size, dtype) in buffers.items():
             setattr(self, name, torch.zeros(size, dtype=dtype, device=device))
-        self.splits = self.part.shape[2]
+        self.splits, self.pdl = self.part.shape[2], {"PDL": True, "launch_pdl": True} if pdl(device) else {}
         self.graph = None
 
     def _grid(self, rows: int, columns: int) -> tuple[int]:
@@ -120,50 +154,63 @@ class TritonSession:
         return (triton.cdiv(rows, BLOCK_M) * columns,)
 
     def _tiles(self, kernel: str) -> dict[str, int]:
-        return {"BLOCK_M": BLOCK_M, **config(kernel, self.hidden.element_size(), self.spec.token_dim)}
+        sizes = self.hidden.element_size(), self.spec.token_dim, self.spec.head_dim
+        return {"BLOCK_M": BLOCK_M, **config(kernel, *sizes, self.quantize != "none"), **self.pdl}
 
     def _norm(self, w: dict, name: str) -> tuple:
         return w.get(f"{name}.weight"), w.get(f"{name}.bias")
 
-    def layers(self, w: dict, n: int = 1) -> torch.Tensor:
-        """n tokens of every row through the network, from `entry`; the state, whose last update may not be normed."""
+    def attend(self, i: int, n: int, stop: torch.Tensor | None) -> None:
+        """Attention of layer i."""
+        spec = self.spec
+        triton_step.attend_kernel[(self.rows * n * spec.heads * self.splits,)](
+            self.q, self.k_cache[i], self.v_cache[i], self.position, self.part, self.peak, self.mass, n,
+            self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads, HEAD=spec.head_dim,
+            BLOCK_D=tile(spec.head_dim), BLOCK_S=BLOCK_S, SPLIT=SPLIT, num_warps=4, **self.pdl,
+        )  # fmt: skip
+
+    def layers(self, w: dict, n: int = 1, stop: torch.Tensor | None = None) -> torch.Tensor:
+        """n tokens of every row through the network, from `entry`; the state, whose last update may not be normed.
+
+        stop: in sweeps, a slot of each row where its tokens end; its position is then its own.
+        """
         spec, rows, h, other = self.spec, self.rows * n, self.h, self.other
         C, H, KV, d, width = spec.channels, spec.heads, spec.kv_heads, spec.head_dim, spec.mlp_dim
         pairs = half_tile(d) if spec.qk_norm else 16
-        post = None
+        post, stored = None, dtype_of(self.hidden.dtype)
         for i in range(spec.layers):
             layer, first = f"layers.{i}", i == 0
             state, total = (self.entry, h) if first else (h, other)
             triton_step.qkv_kernel[self._grid(rows, (H + 2 * KV) * triton.cdiv(d - d // 2, pairs))](
                 state, total, self.update, post, *self._norm(w, f"{layer}.attn_norm"), *self._norm(w, f"{layer}.qkv"),
                 w.get(f"{layer}.head_norms"), self.cos, self.sin, self.scale, self.position, self.q, self.k_cache[i],
-                self.v_cache[i], rows, n, C, self.k_cache.shape[3], H=H, KV=KV, HEAD=d, POST=post is not None,
-                QK_NORM=spec.qk_norm, ROTARY=spec.rotary != "none", FIRST=first, PAIRS=pairs,
-                NORM=spec.norm, BIAS=spec.bias, **self._tiles("qkv"),
+                self.v_cache[i], w.get(f"{layer}.qkv.weight.scale"), stop, rows, n, C, self.k_cache.shape[3], H=H,
+                KV=KV, HEAD=d, POST=post is not None, QK_NORM=spec.qk_norm, ROTARY=spec.rotary != "none", FIRST=first,
+                PAIRS=pairs, NORM=spec.norm, BIAS=spec.bias, DTYPE=stored, **self._tiles("qkv"),
             )  # fmt: skip
             if post is not None:
                 h, other = other, h
-            triton_step.attend_kernel[(rows * H * self.splits,)](
-                self.q, self.k_cache[i], self.v_cache[i], self.position, self.part, self.peak, self.mass, n,
-                self.k_cache.shape[3], self.splits, H=H, KV=KV, HEAD=d, BLOCK_D=tile(d), BLOCK_S=BLOCK_S, SPLIT=SPLIT,
-                num_warps=4,
-            )  # fmt: skip
+            self.attend(i, n, stop)
             triton_step.project_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
-                self.part, self.peak, self.mass, self.position, *self._norm(w, f"{layer}.proj"), h, self.update, rows,
-                n, C, self.splits, H=H, HEAD=d, BIAS=spec.bias, POST=spec.post_norm, SPLIT=SPLIT, BLOCK_N=BLOCK_N,
+                self.part, self.peak, self.mass, self.position, *self._norm(w, f"{layer}.proj"), h, self.update,
+                w.get(f"{layer}.proj.weight.scale"), stop, rows, n, C, self.splits, H=H, HEAD=d, BIAS=spec.bias,
+                POST=spec.post_norm, SPLIT=SPLIT, DTYPE=stored,
                 **self._tiles("project"),
             )  # fmt: skip
             post = w.get(f"{layer}.attn_post_norm.weight")
             triton_step.up_kernel[self._grid(rows, triton.cdiv(width, BLOCK_N))](
                 h, other, self.update, post, *self._norm(w, f"{layer}.mlp_norm"), *self._norm(w, f"{layer}.up"),
-                *self._norm(w, f"{layer}.gate"), self.hidden, rows, C, width, POST=post is not None,
-                GATED=spec.mlp == "swiglu", NORM=spec.norm, BIAS=spec.bias, BLOCK_N=BLOCK_N, **self._tiles("up"),
+                *self._norm(w, f"{layer}.gate"), self.hidden, w.get(f"{layer}.up.weight.scale"),
+                w.get(f"{layer}.gate.weight.scale"), self.position, stop, rows, n, C, width, POST=post is not None,
+                NORM=spec.norm,
+                GATED=spec.mlp == "swiglu", BIAS=spec.bias, DTYPE=stored, **self._tiles("up"),
             )  # fmt: skip
             if post is not None:
                 h, other = other, h
             triton_step.down_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
-                self.hidden, *self._norm(w, f"{layer}.down"), h, self.update, rows, C, width,
-                BIAS=spec.bias, POST=spec.post_norm, BLOCK_N=BLOCK_N, **self._tiles("down"),
+                self.hidden, *self._norm(w, f"{layer}.down"), h, self.update, w.get(f"{layer}.down.weight.scale"),
+                self.position, stop, rows, n, C, width, BIAS=spec.bias, POST=spec.post_norm, DTYPE=stored,
+                **self._tiles("down"),
             )  # fmt: skip
             post = w.get(f"{layer}.mlp_post_norm.weight")
         return h
@@ -174,18 +221,17 @@ class TritonSession:
 
     def _options(self) -> dict:
         options = {"COPIES": self.shape.copies, "TABLE": self.spec.positions > 0, "COND": self.shape.cond}
-        return {**options, "BLOCK_N": BLOCK_N, "BLOCK_D": tile(self.spec.token_dim)}
+        return {**options, "BLOCK_D": tile(self.spec.token_dim)}
 
     def launch(self, w: dict) -> None:
         """The launches of a step."""
-        spec, shape, h = self.spec, self.shape, self.layers(w)
-        triton_head.head_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, BLOCK_N))](
+        spec, shape, h, tiles = self.spec, self.shape, self.layers(w), self._tiles("head")
+        triton_head.head_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, tiles["BLOCK_N"]))](
             h, self.update, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
             *self._norm(w, "proj_out"), self.z, self.guidance, self.x, self.entry, *self._entrance(w), self.position,
             shape.samples, shape.tokens, shape.prefix, spec.channels, spec.token_dim, spec.affine.soft_clip,
             SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm, RULE=shape.rule,
-            NORM="rms_norm" if spec.final_norm else "none", START=spec.start, **self._options(),
-            **self._tiles("head"),
+            NORM="rms_norm" if spec.final_norm else "none", START=spec.start, **self._options(), **tiles,
         )  # fmt: skip
 
     def fill(self, z: torch.Tensor, context: tuple, temperature: float) -> None:
@@ -203,8 +249,8 @@ class TritonSession:
             self.cos.copy_(cos)
             self.sin.copy_(sin)
 
-    def begin(self, w: dict, prefix: torch.Tensor | None) -> None:
-        """Text into the cache, then the first token of every sample."""
+    def read(self, w: dict, prefix: torch.Tensor | None) -> None:
+        """Text into the cache."""
         spec, shape, n = self.spec, self.shape, _text_tokens(self.spec, self.shape)
         if prefix is not None:
             text = prefix.new_zeros(shape.copies, shape.samples, *prefix.shape[2:])
@@ -213,11 +259,16 @@ class TritonSession:
                 given = text[:, :, first : first + n].flatten(0, 1).contiguous()
                 rows = self.rows * given.shape[1]
                 triton_step.down_kernel[self._grid(rows, triton.cdiv(spec.channels, BLOCK_N))](
-                    given, *self._norm(w, "proj_text"), self.entry, self.entry, rows, spec.channels, spec.text_dim,
-                    BIAS=True, POST=True, BLOCK_N=BLOCK_N, **self._tiles("down"),
+                    given, *self._norm(w, "proj_text"), self.entry, self.entry, None, None, None, rows, 1,
+                    spec.channels, spec.text_dim, BIAS=True, POST=True, DTYPE=None, **self._tiles("down"),
                 )  # fmt: skip
                 self.position.fill_(first)
                 self.layers(w, given.shape[1])
+
+    def begin(self, w: dict, prefix: torch.Tensor | None) -> None:
+        """Text into the cache, then the first token of every sample."""
+        spec, shape = self.spec, self.shape
+        self.read(w, prefix)
         self.position.fill_(shape.prefix)
         tokens, stride = (w["start"], 0) if spec.start else (self.x, shape.tokens * spec.token_dim)
         triton_head.embed_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, BLOCK_N))](
@@ -233,7 +284,7 @@ class TritonSession:
             self.launch(w)
 
 
-class _Running:
+class Running:
     """A session with the weights of its model for the length of a call."""
 
     def __init__(self, session: TritonSession, model: Model):
@@ -275,40 +326,61 @@ def _budget(device: torch.device) -> int:
     return cache_bytes(torch.cuda.get_device_properties(device).total_memory)
 
 
-def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature: float):
-    """Data of noise, token after token over the cache; a batch whose session passes the budget goes in parts."""
-    spec, model, (B, T, _) = BlockSpec.from_json(text), packed(text, weights), z.shape
+def running(
+    model: Model, z, context: tuple, rule: str, temperature: float, kind: type, n: int = 1, options: tuple = ()
+):
+    """Parts of the batch in their sessions, which are of that kind, take n tokens of each sequence a step, and are kept
+    for these options. context: cond, prefix, cos, sin and guidance."""
+    spec, (cond, prefix, *_, guidance), (B, T, _) = model.spec, context, z.shape
     shape = Shape(B, T, 0 if prefix is None else prefix.shape[1], 1 if guidance is None else 2, cond is not None, rule)
-    if not B:
-        return z.clone()
     budget = _budget(z.device)
 
-    def session(of: Shape) -> _Running:
-        size = session_bytes(spec, model.dtype, of)
-        key = of, z.device.index
-        return _Running(_sessions.get(model, key, size, budget, lambda: TritonSession(model, of, z.device)), model)
+    def needed(of: Shape) -> Buffers:
+        return kind.buffers(spec, model.dtype, of, n, *options)
+
+    def session(of: Shape) -> Running:
+        key, made = (kind, of, n, *options, z.device.index, pdl(z.device)), needed(of)
+
+        def opened():
+            return kind(model, of, z.device, made, n, *options)
+
+        return Running(_sessions.get(model, key, size_of(made), budget, opened), model)
 
     def size(of: Shape) -> int:
-        return session_bytes(spec, model.dtype, of._replace(samples=bucket(of.samples)))
+        return size_of(needed(of._replace(samples=bucket(of.samples))))
 
-    # One call at a time uses a session's buffers, and streams other than this one wait for it.
-    with _sessions.lock, contextlib.nullcontext() if interpreted() else _alone(z.device):
-        x = sample(
-            z.flip(1) if spec.flip else z, (cond, prefix, cos, sin, guidance), shape, T if spec.start else T - 1,
-            temperature, size, budget, session, lambda: None if interpreted() else torch.cuda.synchronize(z.device),
-        )  # fmt: skip
+    return loaded(z.flip(1) if spec.flip else z, context, shape, temperature, size, budget, session)
+
+
+def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature, quantize="none"):
+    """Data of noise, token after token over the cache; a batch whose session passes the budget goes in parts."""
+    model = packed(text, weights, quantize)
+    spec, T = model.spec, z.shape[1]
+    if not len(z):
+        return z.clone()
+    with alone(z.device):
+        parts = running(model, z, (cond, prefix, cos, sin, guidance), rule, temperature, TritonSession)
+        x = sample(z, T if spec.start else T - 1, functools.partial(wait, z.device), parts)
     return x.flip(1) if spec.flip else x
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 _ends: dict[torch.device, torch.cuda.Event] = {}
 
 
 @contextlib.contextmanager
-def _alone(device: torch.device):
-    """Order on the device after the last call, whatever its stream."""
-    if device in _ends:
-        torch.cuda.current_stream(device).wait_event(_ends[device])
-    try:
-        yield
-    finally:
-        _ends[device] = torch.cuda.current_stream(device).record_event()
+def alone(device: torch.device):
+    """One call at a time uses a session's buffers; on the device it follows the last one, whatever its stream."""
+    with _sessions.lock:
+        if device in _ends:
+            torch.cuda.current_stream(device).wait_event(_ends[device])
+        try:
+            yield
+        finally:
+            if device.type == "cuda":
+                _ends[device] = torch.cuda.current_stream(device).record_event()

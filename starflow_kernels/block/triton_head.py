@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..triton_math import sigma_of, soft_clipped
-from .triton_step import _columns, _entering, _normed, _product, _statistics, _vector
+from .triton_step import _begun, _columns, _entering, _normed, _product, _statistics, _vector
 
 
 @triton.jit
@@ -32,9 +32,10 @@ def _embed(
 def embed_kernel(
     x, weight, bias, table, cond, h, samples, stride, C, D,
     COPIES: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The first token of every sample, `stride` values apart, into slot 0."""
+    _begun(PDL)
     blocks = tl.cdiv(samples, BLOCK_M)
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     to, d = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -69,33 +70,20 @@ def _raw(
 
 
 @triton.jit
-def head_kernel(
-    h, update, post, norm_weight, weight, bias, z, guidance, x, next_h, in_weight, in_bias, table, cond, position,
-    samples, T, prefix, C, D, clip,
+def _gaussian(
+    h, update, post, norm_weight, weight, bias, guidance, row, at, known, samples, C, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, COPIES: tl.constexpr,
-    RULE: tl.constexpr, START: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The token that the outputs of this slot belong to, and its projection into the next slot.
-
-    Every program computes the whole token and BLOCK_N channels of its projection: the next slot then needs no launch of
-    its own. The next position goes to the second place, as the first one is still read.
-    """
-    blocks = tl.cdiv(samples, BLOCK_M)
-    column = tl.program_id(0) // blocks
-    row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    base = tl.load(position)
-    slot = base - prefix
-    token = slot if START else slot + 1
-    a, b = _raw(h, update, post, norm_weight, weight, bias, row, samples * COPIES, C, D, clip, SCALE, CLIPPED, NORM,
-                POST, BLOCK_M, BLOCK_K, BLOCK_D)  # fmt: skip
-    known = row < tl.where(token < T, samples, 0)
-    inside = known[:, None] & (d < D)[None, :]
+    """Mean and scale of the tokens of the rows, by the guidance weights `at` where `samples` rows later stand those
+    without the condition."""
+    rows = samples * COPIES
+    a, b = _raw(h, update, post, norm_weight, weight, bias, row, rows, C, D, clip, SCALE, CLIPPED, NORM, POST, BLOCK_M,
+                BLOCK_K, BLOCK_D)  # fmt: skip
     if COPIES == 2:
-        plain_a, plain_b = _raw(h, update, post, norm_weight, weight, bias, row + samples, samples * COPIES, C, D, clip,
-                                SCALE, CLIPPED, NORM, POST, BLOCK_M, BLOCK_K, BLOCK_D)  # fmt: skip
-        w = tl.load(guidance + row * T + token, known, 0)[:, None]
+        plain_a, plain_b = _raw(h, update, post, norm_weight, weight, bias, row + samples, rows, C, D, clip, SCALE,
+                                CLIPPED, NORM, POST, BLOCK_M, BLOCK_K, BLOCK_D)  # fmt: skip
+        w = tl.load(guidance + at, known, 0)[:, None]
         if RULE == "tarflow":
             b = b + w * (b - plain_b)
             sigma, _ = sigma_of(a + w * (a - plain_a), SCALE)
@@ -109,8 +97,37 @@ def head_kernel(
             sigma = sigma / tl.sqrt(precision)
     else:
         sigma, _ = sigma_of(a, SCALE)
+    return b, sigma
+
+
+@triton.jit
+def head_kernel(
+    h, update, post, norm_weight, weight, bias, z, guidance, x, next_h, in_weight, in_bias, table, cond, position,
+    samples, T, prefix, C, D, clip,
+    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, COPIES: tl.constexpr,
+    RULE: tl.constexpr, START: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    """The token that the outputs of this slot belong to, and its projection into the next slot.
+
+    Every program computes the whole token and BLOCK_N channels of its projection: the next slot then needs no launch of
+    its own. The next position goes to the second place, as the first one is still read.
+    """
+    _begun(PDL)
+    blocks = tl.cdiv(samples, BLOCK_M)
+    column = tl.program_id(0) // blocks
+    row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    base = tl.load(position)
+    slot = base - prefix
+    token = slot if START else slot + 1
+    known = row < tl.where(token < T, samples, 0)
+    inside = known[:, None] & (d < D)[None, :]
+    mu, sigma = _gaussian(h, update, post, norm_weight, weight, bias, guidance, row, row * T + token, known, samples, C,
+                          D, clip, SCALE, CLIPPED, NORM, POST, COPIES, RULE, BLOCK_M, BLOCK_K, BLOCK_D)  # fmt: skip
     at = (row * T + token)[:, None] * D + d[None, :]
-    value = tl.where(inside, b + sigma * tl.load(z + at, inside, 0), 0.0)
+    value = tl.where(inside, mu + sigma * tl.load(z + at, inside, 0), 0.0)
     mine = row < tl.where((column == 0) & (token < T), samples, 0)
     tl.store(x + at, value, mine[:, None] & (d < D)[None, :])
     to = column * BLOCK_N + tl.arange(0, BLOCK_N)

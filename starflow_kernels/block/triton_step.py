@@ -1,9 +1,11 @@
 """Triton kernels of a sampling step: n tokens of each sequence through a layer in five launches, then the head.
 
 A row is one token of one sequence: row r is token r % n of sequence r // n, in slot position + r % n of the cache. The
-position is read from the device, so that one CUDA graph serves every token. A program takes BLOCK_M rows and some
-outputs through a product; tiles and the order of every sum are fixed, so that a row has the same bits in any batch.
-Where a layer norms its updates, the sum with the normed update is left to the kernel after it, which has whole rows.
+position is read from the device, so that one CUDA graph serves every token. In sweeps every sequence has a position of
+its own and a slot `stop` where its window ends; tiles of rows that are all beyond it rest. A program takes BLOCK_M rows
+and some outputs through a product; tiles and the order of every sum are fixed, so that a row has the same bits in any
+batch. Where a layer norms its updates, the sum with the normed update is left to the kernel after it, which has whole
+rows.
 """
 
 import triton
@@ -13,6 +15,27 @@ from ..triton_math import tanh
 
 RMS_EPS = tl.constexpr(1e-6)
 LAYER_EPS = tl.constexpr(1e-5)
+
+
+@triton.jit
+def _begun(PDL: tl.constexpr):
+    """By programmatic dependent launch a kernel starts beside the one before: nothing of it is read until that is over,
+    and the next one may start."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _place(position, stop, row, n, rows):
+    """Slots of the rows of sweeps, and which rows are inside their windows."""
+    slot = tl.load(position + row // n, row < rows, 0) + row % n
+    return slot, slot < tl.load(stop + row // n, row < rows, 0)
+
+
+@triton.jit
+def _none(inside):
+    return tl.max(inside.to(tl.int32), 0) == 0
 
 
 @triton.jit
@@ -29,9 +52,34 @@ def _vector(x, i, inside):
 
 
 @triton.jit
-def _columns(weight, out, c, outs, width):
+def _decoded(w, DTYPE: tl.constexpr):
+    """Weights of one byte as DTYPE, others as they are.
+
+    uint8 holds the bits of float8_e4m3fn. In the place of those of float16 they are 1/256 of the value, subnormal ones
+    too, which the scale makes up for: no target needs an instruction for it.
+    """
+    if w.dtype == tl.int8:
+        return w.to(DTYPE)
+    elif w.dtype == tl.uint8:
+        bits = (w.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385
+        return bits.to(tl.float16, bitcast=True).to(DTYPE)
+    else:
+        return w
+
+
+@triton.jit
+def _columns(weight, out, c, outs, width, DTYPE: tl.constexpr = None):
     """The transposed tile of a weight (outs, width)."""
-    return tl.load(weight + out[None, :] * width + c[:, None], (out < outs)[None, :] & (c < width)[:, None], 0)
+    w = tl.load(weight + out[None, :] * width + c[:, None], (out < outs)[None, :] & (c < width)[:, None], 0)
+    return _decoded(w, DTYPE)
+
+
+@triton.jit
+def _scaled(total, scale, out, inside):
+    """Sums of products with one-byte weights, times the scales of their channels."""
+    if scale is not None:
+        total *= _vector(scale, out, inside)[None, :]
+    return total
 
 
 @triton.jit
@@ -92,25 +140,34 @@ def _normed(x, mean, size, weight, bias, c, C, NORM: tl.constexpr):
 @triton.jit
 def qkv_kernel(
     h, total, update, post, norm_weight, norm_bias, weight, bias, head_norms, cos, sin, scale, position,
-    q, k_cache, v_cache, rows, n, C, slots,
+    q, k_cache, v_cache, weight_scale, stop, rows, n, C, slots,
     H: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
     BIAS: tl.constexpr, QK_NORM: tl.constexpr, ROTARY: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Norm, some pairs of values of one head, their norm and rotation; keys and values go to the cache.
 
     A pair is value p and value p + half of a head. FIRST: the head kernel has left the position in the second place,
     where no program of this kernel writes.
     """
+    _begun(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
     column = tl.program_id(0) // blocks
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     HALF: tl.constexpr = HEAD - HEAD // 2
     PARTS: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
     head, pair = column // PARTS, column % PARTS * PAIRS + tl.arange(0, PAIRS)
-    base = tl.load(position + 1 if FIRST else position)
-    if FIRST and tl.program_id(0) == 0:
-        tl.store(position, base)
+    inside = row < rows
+    if stop is None:
+        base = tl.load(position + 1 if FIRST else position)
+        if FIRST and tl.program_id(0) == 0:
+            tl.store(position, base)
+        slot = base + row % n
+    else:
+        slot, inside = _place(position, stop, row, n, rows)
+        if _none(inside):
+            return
     factor, mean, size = _statistics(h, update, post, row, rows, C, NORM, POST, BLOCK_M, BLOCK_K)
     a = tl.zeros([BLOCK_M, PAIRS], tl.float32)
     b = tl.zeros([BLOCK_M, PAIRS], tl.float32)
@@ -119,11 +176,13 @@ def qkv_kernel(
         c = start + tl.arange(0, BLOCK_K)
         x = _entering(h, update, post, factor, row, c, rows, C, POST)
         if FIRST or POST:
-            inside = (row < tl.where(column == 0, rows, 0))[:, None] & (c < C)[None, :]
-            tl.store(total + row[:, None] * C + c[None, :], x, inside)
+            mine = (row < tl.where(column == 0, rows, 0))[:, None] & (c < C)[None, :]
+            tl.store(total + row[:, None] * C + c[None, :], x, mine)
         x = _normed(x, mean, size, norm_weight, norm_bias, c, C, NORM)
-        a = _product(x, _columns(of_a, pair, c, HALF, C), a)
-        b = _product(x, _columns(of_a + HALF * C, pair, c, HEAD // 2, C), b)
+        a = _product(x, _columns(of_a, pair, c, HALF, C, DTYPE), a)
+        b = _product(x, _columns(of_a + HALF * C, pair, c, HEAD // 2, C, DTYPE), b)
+    a = _scaled(a, weight_scale, head * HEAD + pair, pair < HALF)
+    b = _scaled(b, weight_scale, head * HEAD + HALF + pair, pair < HEAD // 2)
     if BIAS:
         a += _vector(bias + head * HEAD, pair, pair < HALF)[None, :]
         b += _vector(bias + head * HEAD + HALF, pair, pair < HEAD // 2)[None, :]
@@ -134,14 +193,12 @@ def qkv_kernel(
         which = head_norms + tl.where(head < H, 0, HEAD)
         a *= inverse[:, None] * (1 + _vector(which, pair, pair < tl.where(turned, HALF, 0)))[None, :]
         b *= inverse[:, None] * (1 + _vector(which + HALF, pair, pair < tl.where(turned, HEAD // 2, 0)))[None, :]
-    slot = base + row % n
     if ROTARY:
         at = slot[:, None] * (HEAD // 2) + pair[None, :]
-        known = (row < rows)[:, None] & (pair < tl.where(turned, HEAD // 2, 0))[None, :]
+        known = inside[:, None] & (pair < tl.where(turned, HEAD // 2, 0))[None, :]
         c, s = tl.load(cos + at, known, 1.0), tl.load(sin + at, known, 0.0)
         a, b = a * c - b * s, b * c + a * s
-    first = (row < rows)[:, None] & (pair < HALF)[None, :]
-    second = (row < rows)[:, None] & (pair < HEAD // 2)[None, :]
+    first, second = inside[:, None] & (pair < HALF)[None, :], inside[:, None] & (pair < HEAD // 2)[None, :]
     if head < H:
         by = tl.load(scale + row // n, row < rows, 0)[:, None]
         at = (row * H + head)[:, None] * HEAD + pair[None, :]
@@ -161,9 +218,10 @@ def qkv_kernel(
 def attend_kernel(
     q, k_cache, v_cache, position, part, peak, mass, n, slots, splits,
     H: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One query of one head over the keys of one split: their largest score, sum of weights and weighted values."""
+    _begun(PDL)
     split = tl.program_id(0) % splits
     query = tl.program_id(0) // splits
     row, head = (query // H).to(tl.int64), query % H
@@ -193,38 +251,47 @@ def attend_kernel(
 
 @triton.jit
 def project_kernel(
-    part, peak, mass, position, weight, bias, h, update, rows, n, C, splits,
+    part, peak, mass, position, weight, bias, h, update, weight_scale, stop, rows, n, C, splits,
     H: tl.constexpr, HEAD: tl.constexpr, BIAS: tl.constexpr, POST: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The splits of attention joined, in their order, and projected; added to the state unless it is to be normed."""
+    _begun(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     out = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    base = tl.load(position)
-    used = (base + row % n) // SPLIT + 1
-    most = (base + n - 1) // SPLIT + 1
+    inside = row < rows
+    if stop is None:
+        slot = tl.load(position) + row % n
+    else:
+        slot, inside = _place(position, stop, row, n, rows)
+        if _none(inside):
+            return
+    used = tl.where(inside, slot // SPLIT + 1, 0)
+    most = tl.max(used, 0)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for head in range(0, H):
         at = (row * H + head) * splits
         best = tl.full([BLOCK_M], float("-inf"), tl.float32)
         for split in range(0, most):
-            best = tl.maximum(best, tl.load(peak + at + split, (row < rows) & (split < used), float("-inf")))
-        best = tl.where(row < rows, best, 0.0)
+            best = tl.maximum(best, tl.load(peak + at + split, split < used, float("-inf")))
+        best = tl.where(inside, best, 0.0)
         for start in range(0, HEAD, BLOCK_K):
             i = start + tl.arange(0, BLOCK_K)
             value = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
             share = tl.zeros([BLOCK_M], tl.float32)
             for split in range(0, most):
-                here = (row < rows) & (split < used)
+                here = split < used
                 by = tl.exp(tl.load(peak + at + split, here, float("-inf")) - best)
                 share += by * tl.load(mass + at + split, here, 0.0)
                 place = (at + split)[:, None] * HEAD + i[None, :]
                 value += by[:, None] * tl.load(part + place, here[:, None] & (i < HEAD)[None, :], 0.0)
-            value = value / tl.where(row < rows, share, 1.0)[:, None]
+            value = value / tl.where(inside, share, 1.0)[:, None]
             known = (i < HEAD)[:, None] & (out < C)[None, :]
             w = tl.load(weight + out[None, :].to(tl.int64) * (H * HEAD) + head * HEAD + i[:, None], known, 0)
-            total = _product(value, w, total)
+            total = _product(value, _decoded(w, DTYPE), total)
+    total = _scaled(total, weight_scale, out, out < C)
     _add(total, bias, h, update, row, out, rows, C, BIAS, POST)
 
 
@@ -242,15 +309,21 @@ def _add(total, bias, h, update, row, out, rows, C, BIAS: tl.constexpr, POST: tl
 
 @triton.jit
 def up_kernel(
-    h, total, update, post, norm_weight, norm_bias, weight, bias, gate, gate_bias, hidden, rows, C, width,
+    h, total, update, post, norm_weight, norm_bias, weight, bias, gate, gate_bias, hidden, weight_scale, gate_scale,
+    position, stop, rows, n, C, width,
     NORM: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Norm and the first half of the MLP."""
+    _begun(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
     column = tl.program_id(0) // blocks
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     out = (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    if stop is not None:  # noqa: SIM102, a compile-time condition
+        if _none(_place(position, stop, row, n, rows)[1]):
+            return
     factor, mean, size = _statistics(h, update, post, row, rows, C, NORM, POST, BLOCK_M, BLOCK_K)
     found = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -261,9 +334,11 @@ def up_kernel(
             inside = (row < tl.where(column == 0, rows, 0))[:, None] & (c < C)[None, :]
             tl.store(total + row[:, None] * C + c[None, :], x, inside)
         x = _normed(x, mean, size, norm_weight, norm_bias, c, C, NORM)
-        found = _product(x, _columns(weight, out, c, width, C), found)
+        found = _product(x, _columns(weight, out, c, width, C, DTYPE), found)
         if GATED:
-            gates = _product(x, _columns(gate, out, c, width, C), gates)
+            gates = _product(x, _columns(gate, out, c, width, C, DTYPE), gates)
+    found = _scaled(found, weight_scale, out, out < width)
+    gates = _scaled(gates, gate_scale, out, out < width)
     if BIAS:
         found += _vector(bias, out, out < width)[None, :]
         if GATED:
@@ -279,15 +354,21 @@ def up_kernel(
 
 @triton.jit
 def down_kernel(
-    x, weight, bias, h, update, rows, C, width,
+    x, weight, bias, h, update, weight_scale, position, stop, rows, n, C, width,
     BIAS: tl.constexpr, POST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """A product and its sum with the state."""
+    _begun(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     out = (tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    if stop is not None:  # noqa: SIM102, a compile-time condition
+        if _none(_place(position, stop, row, n, rows)[1]):
+            return
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, width, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
-        total = _product(_tile(x, row, c, rows, width), _columns(weight, out, c, C, width), total)
+        total = _product(_tile(x, row, c, rows, width), _columns(weight, out, c, C, width, DTYPE), total)
+    total = _scaled(total, weight_scale, out, out < C)
     _add(total, bias, h, update, row, out, rows, C, BIAS, POST)

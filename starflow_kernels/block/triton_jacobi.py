@@ -1,0 +1,188 @@
+"""The parallel inverse of a block in Triton: sweeps over windows that each sample moves along for itself.
+
+A sweep is a fixed list of launches, the device decides what stands still; the host replays a few sweeps at a time until
+all tokens are done. The kernels are in triton_step.py, triton_sweep.py and triton_newton.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from ..engine import Shape, replay_until_done
+from ..progress import report
+from ..solver import DIVERGED
+from ..spec import BlockSpec
+from . import triton as step
+from . import triton_sweep
+
+# Sweeps of a CUDA graph: a replay more than needed finds every window at rest.
+SWEEPS = 4
+# Moves of neighbours that the linear model takes.
+MOST_INPUTS = 128
+# Buffers of quasi-Newton, in the order in which the kernels take them.
+NEWTON = ("spread", "log_sigma", "learned", "moves", "outputs", "gram", "cross", "model")
+
+
+def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int, window: int, slide: bool, neighbours: tuple):
+    """Shape and dtype of every buffer of a session: those of a step of n tokens, and what the sweeps have settled."""
+    samples, T, D, wide = shape.samples, shape.tokens, spec.token_dim, torch.float32
+    counters = ("done", "single", "passes", "fallbacks", "failed")
+    found = step.buffers(spec, dtype, shape, n) | dict.fromkeys(counters, ((samples,), torch.int32))
+    found |= {"stop": ((samples * shape.copies,), torch.int32), "sweeps": ((samples, T), torch.int32)}
+    found |= dict.fromkeys(("residual", "bound"), ((samples,), wide)) | {"tol": ((1,), wide)}
+    found |= dict.fromkeys(("change", "move", "size"), ((samples * n,), wide))
+    found |= dict.fromkeys(("y", "spread", "log_sigma") if neighbours else ("y",), ((samples * n, D), wide))
+    if neighbours:
+        inputs, tile = step.tile(len(neighbours) * D), step.tile(D)
+        found |= {
+            "learned": ((samples, 2), torch.int32), "moves": ((samples, T, D), wide),
+            "outputs": ((samples, T, 2 * D), wide), "gram": ((samples, inputs, inputs), wide),
+            "cross": ((samples, 2, inputs, tile), wide), "model": ((samples, 2, inputs, tile), wide),
+        }  # fmt: skip
+    return found
+
+
+class JacobiSession(step.TritonSession):
+    """Buffers of one bucket and the launches of a sweep."""
+
+    buffers = staticmethod(buffers)
+
+    def __init__(self, model, shape, device, buffers, n, window: int, slide: bool, neighbours: tuple[int, ...]):
+        super().__init__(model, shape, device, buffers, n)
+        # Its kernels have no programmatic dependent launch.
+        self.window, self.slide, self.pdl = window, slide, {}
+        self.offsets = torch.tensor(neighbours, dtype=torch.int32, device=device) if neighbours else None
+
+    def attend(self, i: int, n: int, stop: torch.Tensor | None) -> None:
+        if stop is None:
+            return super().attend(i, n, stop)
+        spec = self.spec
+        tiles = n // step.BLOCK_M
+        triton_sweep.attend_kernel[(self.rows * tiles * spec.heads * self.splits,)](
+            self.q, self.k_cache[i], self.v_cache[i], self.position, stop, self.part, self.peak, self.mass, n,
+            self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads, HEAD=spec.head_dim,
+            BLOCK_M=step.BLOCK_M, BLOCK_D=step.tile(spec.head_dim), SPLIT=step.SPLIT,
+            **config("attend", self.hidden.element_size(), spec.token_dim, spec.head_dim),
+        )  # fmt: skip
+
+    def launch(self, w: dict) -> None:
+        """The launches of a replay."""
+        for _ in range(SWEEPS if self.device.type == "cuda" else 1):
+            self.sweep(w)
+
+    def sweep(self, w: dict) -> None:
+        """The launches of a sweep."""
+        spec, shape, n, C, D = self.spec, self.shape, self.n, self.spec.channels, self.spec.token_dim
+        rows, tile = self.rows * n, step.tile(D)
+        triton_sweep.embed_kernel[self._grid(rows, triton.cdiv(C, step.BLOCK_N))](
+            self.x, w.get("start"), *self._entrance(w), self.entry, self.position, self.stop, shape.samples, rows, n,
+            shape.tokens, shape.prefix, C, D, START=spec.start, BLOCK_D=tile, **self._tiles("embed"),
+        )  # fmt: skip
+        h, tiles = self.layers(w, n, self.stop), self._tiles("head")
+        del tiles["BLOCK_N"]
+        inputs = 0 if self.offsets is None else len(self.offsets) * D
+        spread, log_sigma, *learned = (getattr(self, name, None) for name in NEWTON)
+        triton_sweep.head_kernel[(triton.cdiv(shape.samples * n, step.BLOCK_M),)](
+            h, self.update, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
+            *self._norm(w, "proj_out"), self.z, self.guidance, self.x, self.y, spread, log_sigma, self.change,
+            self.move, self.size, self.position, self.stop, shape.samples, n, shape.tokens, shape.prefix, C, D,
+            spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm,
+            RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start, COPIES=shape.copies,
+            BLOCK_D=tile, **tiles,
+        )  # fmt: skip
+        triton_sweep.settle_kernel[(shape.samples,)](
+            self.x, self.y, spread, log_sigma, self.change, self.move, self.size, self.bound, self.tol, self.done,
+            self.single, self.passes, self.fallbacks, self.failed, self.sweeps, self.residual, self.position, self.stop,
+            *learned, self.offsets, shape.samples, n, shape.tokens, shape.prefix, D, inputs, WINDOW=self.window,
+            SLIDE=self.slide, START=spec.start, COPIES=shape.copies, BLOCK_W=triton.next_power_of_2(n),
+            BLOCK_M=step.BLOCK_M, BLOCK_D=tile, BLOCK_I=step.tile(inputs), num_warps=settle_warps(inputs, D),
+        )  # fmt: skip
+
+    def begin(self, w: dict, prefix: torch.Tensor | None) -> None:
+        """Text into the cache, and the first window of every sample."""
+        self.read(w, prefix)
+        first = 0 if self.spec.start else 1
+        for name in ("single", "passes", "fallbacks", "failed", "sweeps", "residual"):
+            getattr(self, name).zero_()
+        for name in NEWTON if self.offsets is not None else ():
+            getattr(self, name).zero_()
+        T, window = self.shape.tokens, self.window
+        # Without `slide` windows begin at multiples of their size.
+        end = min(T, first + window if self.slide else (first // window + 1) * window)
+        self.done.fill_(first)
+        self.position.fill_(self.shape.prefix)
+        self.stop.fill_(self.shape.prefix + end - first)
+        self.bound.copy_(DIVERGED * self.z.abs().flatten(1).amax(1).clamp(min=1))
+
+    def guess(self, guess: torch.Tensor, tol: float) -> None:
+        """First values of a part, but for a token that is its noise; rows that pad the bucket are done."""
+        first, n = 0 if self.spec.start else 1, len(guess)
+        self.x[:n, first:] = guess[:, first:]
+        self.tol.fill_(tol)
+        self.done[n:] = self.shape.tokens
+        self.stop.view(self.shape.copies, -1)[:, n:] = 0
+
+    def ask(self):
+        """Have the device say how many tokens are done; gives a function that waits for the answer."""
+        count = self.done.sum(dtype=torch.int64)
+        if count.device.type != "cuda":
+            return count.item
+        found = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
+        end = torch.cuda.current_stream(self.device).record_event()
+
+        def answer() -> int:
+            end.synchronize()
+            return int(found)
+
+        return answer
+
+
+def config(kernel: str, width: int, D: int, d: int) -> dict[str, int]:
+    """Tiles, for a network of so many bytes a value, of what a sweep has in place of a kernel of a step."""
+    if kernel == "attend":
+        small = {"BLOCK_S": 16, "num_warps": 8, "num_stages": 2}
+        return small if width == 4 else {"BLOCK_S": step.BLOCK_S, "num_warps": 4, "num_stages": 2}
+    tiles = step.config(kernel, width, D, d)
+    return {name: value for name, value in tiles.items() if (kernel, name) != ("head", "BLOCK_N")}
+
+
+def settle_warps(inputs: int, D: int) -> int:
+    """Warps of the kernel that keeps a linear model in registers."""
+    return 4 if max(inputs, D) <= 32 else 8
+
+
+def refuse(z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, text, *others) -> str | None:
+    """Why the kernels cannot sweep over a block, or None."""
+    inputs = len(neighbours) * BlockSpec.from_json(text).token_dim
+    if inputs > MOST_INPUTS:
+        return f"the linear model of neighbours={tuple(neighbours)} takes {inputs} values, it takes up to {MOST_INPUTS}"
+    return step.refuse(z, weights, cond, prefix, cos, sin, guidance, text)
+
+
+def block_jacobi(
+    z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, text, rule, temperature, window, slide, tol
+):  # fmt: skip
+    """Data of noise by sweeps over windows, with the counters of jacobi.py; a batch past the budget goes in parts."""
+    (B, T, _), model = z.shape, step.packed(text, weights)
+    spec, x, residual = model.spec, guess.clone(), z.new_zeros(B)
+    sweeps, counts = z.new_zeros(B, T, dtype=torch.int32), z.new_zeros(B, 3, dtype=torch.int64)
+    if not B:
+        return x, sweeps, counts, residual
+    # Tiles belong to one sample each.
+    n, options = -(-window // step.BLOCK_M) * step.BLOCK_M, (window, slide, tuple(neighbours))
+    guess = guess.flip(1) if spec.flip else guess
+    with step.alone(z.device):
+        context = cond, prefix, cos, sin, guidance
+        for rows, running in step.running(model, z, context, rule, temperature, JacobiSession, n, options):
+            session, count = running.session, rows.stop - rows.start
+            session.guess(guess[rows], tol)
+            padding = (session.shape.samples - count) * T
+
+            def done(tokens, rows=rows, padding=padding):
+                report(rows.start * T + tokens - padding, B * T)
+
+            replay_until_done(running.step, session.ask, session.shape.samples * T, done)
+            x[rows], sweeps[rows], residual[rows] = session.x[:count], session.sweeps[:count], session.residual[:count]
+            counts[rows] = torch.stack([session.passes, session.fallbacks, session.failed], 1)[:count].long()
+    return x.flip(1) if spec.flip else x, sweeps, counts, residual

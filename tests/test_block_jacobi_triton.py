@@ -1,0 +1,162 @@
+"""Jacobi sweeps over a block in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_block_jacobi_triton.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import interpreted
+from test_block import BLOCKS, block
+
+from starflow_kernels import Solver, block_inverse
+
+pytestmark = interpreted
+F32 = torch.float32
+ALL = Solver("jacobi", tol=1e-6)
+
+
+def case(name, guided=False, rule="tarflow", dtype=F32, coupling=1.0, **sizes):
+    """Noise, weights and spec, and the options of a call."""
+    torch.manual_seed(3)
+    z, w, spec, context = block(BLOCKS[name], copies=1 + guided, dtype=dtype, **sizes)
+    w["proj_out.weight"] = w["proj_out.weight"] * coupling
+    guidance = {"guidance": torch.rand(z.shape[:2]), "rule": rule, "temperature": 0.7} if guided else {}
+    return z, w, spec, {**context, **guidance}
+
+
+def assert_agrees(z, w, spec, options, solver, **more):
+    """Values to rounding, and what was done to one pass a token, in which rounding may show."""
+    run = lambda b: block_inverse(z, w, spec, **options, solver=solver, return_report=True, backend=b, **more)  # noqa: E731
+    (x, found), (expected, plain) = run("triton"), run("reference")
+    half = w["proj_in.weight"].dtype != F32
+    torch.testing.assert_close(x, expected, rtol=0, atol=2e-2 if half else 2e-5)
+    assert found.fallbacks == plain.fallbacks and found.residual <= solver.tol
+    assert (found.sweeps - plain.sweeps).abs().max() <= (4 if half else 1), (found.sweeps, plain.sweeps)
+    assert abs(found.passes - plain.passes) <= (4 if half else 1) and found.tokens == found.sweeps.sum()
+    return x, found
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_block(name):
+    assert_agrees(*case(name, B=1, tokens=3, layers=1), ALL)
+
+
+@pytest.mark.parametrize("solver", [Solver("jacobi", 3, guess="zero"), Solver("jacobi", 3, slide=False)], ids=str)
+@pytest.mark.parametrize("name, dtype", [("tarflow-flip", F32), ("starflow-text-flip-cond", torch.float16)])
+def test_windows_and_guesses(name, dtype, solver):
+    solver = Solver("jacobi", solver.window, solver.slide, solver.guess, 1e-6 if dtype == F32 else 1e-3)
+    assert_agrees(*case(name, dtype=dtype, B=2, tokens=6, layers=1, coupling=2), solver)
+
+
+@pytest.mark.parametrize("name, rule", [("tarflow-unit", "tarflow"), ("starflow-text-flip-cond", "starflow")])
+def test_guidance_and_temperature(name, rule):
+    assert_agrees(
+        *case(name, guided=True, rule=rule, B=2, tokens=5, layers=1, coupling=2), Solver("jacobi", 4, tol=1e-6)
+    )
+
+
+def test_more_keys_than_a_split_and_more_tokens_than_a_tile(monkeypatch):
+    from starflow_kernels.block import triton
+
+    for name, size in {"SPLIT": 16, "BLOCK_S": 16, "TEXT_ROWS": 6, "_sessions": triton.Sessions()}.items():
+        monkeypatch.setattr(triton, name, size)
+    assert_agrees(*case("starflow-text", B=2, tokens=37, layers=1, coupling=2), Solver("jacobi", 18, tol=1e-6))
+
+
+def test_samples_end_when_they_are_done():
+    z, w, spec, options = case("tarflow-flip", B=3, tokens=12, layers=1, coupling=2)
+    guess = block_inverse(z, w, spec, **options, backend="reference")
+    guess[0], guess[2] = 0, z[2]
+    _, report = assert_agrees(z, w, spec, options, ALL, guess=guess)
+    assert report.sweeps[1].max() <= 2 < report.sweeps[0].max()
+
+
+@pytest.mark.parametrize("name", ["tarflow", "starflow"])
+def test_one_token_and_no_rows(name):
+    z, w, spec, options = case(name, B=2, tokens=1, layers=1)
+    _, report = assert_agrees(z, w, spec, options, ALL)
+    assert report.passes == int(spec.start)
+    x = block_inverse(z[:0], w, spec, **{n: t if n in ("cos", "sin") else t[:0] for n, t in options.items()},
+                      solver=ALL, backend="triton")  # fmt: skip
+    assert x.shape == (0, 1, spec.token_dim)
+
+
+def test_a_window_that_diverges_goes_token_by_token():
+    z, w, spec, options = case("tarflow", B=2, tokens=6, layers=1)
+    guess = z.clone()
+    guess[1] = 1e38
+    _, report = assert_agrees(z, w, spec, options, ALL, guess=guess)
+    assert report.fallbacks == 1
+
+
+def test_diverged_values_are_not_waited_for():
+    z, w, spec, options = case("tarflow", B=2, tokens=6, layers=1)
+    w = {n: torch.zeros_like(t) if n.startswith(("proj_in.weight", "proj_out")) else t for n, t in w.items()}
+    w["proj_out.bias"][: spec.token_dim] = 16.0
+    _, report = assert_agrees(z, w, spec, options, Solver("jacobi", tol=0))
+    assert report.fallbacks == 2 and report.passes == 6
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_what_no_solver_can_solve_is_an_error(window):
+    z, w, spec, options = case("no-norm-no-position", B=3, tokens=4, layers=1)
+    options["cond"][1] = 3e38
+    with pytest.raises(ValueError, match="not finite at token 1 of sample 1"):
+        block_inverse(z, w, spec, **options, solver=Solver("jacobi", window), backend="triton")
+
+
+@pytest.fixture
+def matmul_by_rows(monkeypatch):
+    """The interpreter's products are numpy's, whose bits depend on the place of a row in its tile: each row alone."""
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: (a[:, :, None] * b[None]).sum(1, dtype=dtype))
+
+
+@pytest.mark.parametrize("name, guided", [("tarflow-flip", True), ("starflow-text", False)])
+@pytest.mark.usefixtures("matmul_by_rows")
+def test_bits_do_not_depend_on_window_or_batch(name, guided, monkeypatch):
+    z, w, spec, options = case(name, guided, B=3, tokens=5, layers=1, coupling=2)
+
+    def run(rows, solver):
+        given = {n: t if n in ("cos", "sin", "rule", "temperature") else t[rows] if n == "guidance" else
+                 t.unflatten(0, (-1, 3))[:, rows].flatten(0, 1) for n, t in options.items()}  # fmt: skip
+        return block_inverse(z[rows], w, spec, **given, solver=solver, return_report=True, backend="triton")
+
+    whole, report = run(slice(None), Solver("jacobi", tol=0))
+    for window in (1, 3):
+        assert torch.equal(run(slice(None), Solver("jacobi", window, tol=0))[0], whole)
+    x, alone = run(slice(2, 3), Solver("jacobi", tol=0))
+    assert torch.equal(x[0], whole[2]) and torch.equal(alone.sweeps[0], report.sweeps[2])
+    monkeypatch.setenv("STARFLOW_CACHE_GB", "1e-5")
+    assert torch.equal(run(slice(None), Solver("jacobi", tol=0))[0], whole)
+
+
+def test_progress_and_reuse():
+    z, w, spec, options = case("starflow", B=2, tokens=6, layers=1)
+    seen = []
+    run = lambda n, **more: block_inverse(z[:n], w, spec, **options, solver=ALL, backend="triton", **more)  # noqa: E731
+    whole = run(2, progress=lambda *at: seen.append(at))
+    assert seen == sorted(seen) and seen[-1] == (12, 12)
+    assert torch.equal(run(2), whole)
+
+
+@pytest.mark.parametrize(
+    "name, guided, slide", [("tarflow-flip", True, True), ("starflow-text-flip-cond", False, False)]
+)
+def test_quasi_newton(name, guided, slide):
+    solver = Solver("jacobi", 4, slide, tol=1e-6, neighbours=(1, 2))
+    assert_agrees(*case(name, guided, B=2, tokens=7, layers=1, coupling=2), solver)
+
+
+def test_quasi_newton_steps_are_those_of_the_reference():
+    z, w, spec, options = case("tarflow", B=1, tokens=18, layers=1, coupling=3)
+    plain, newton = Solver("jacobi", tol=1e-4), Solver("jacobi", tol=1e-4, neighbours=(1, 3))
+    _, report = assert_agrees(z, w, spec, options, newton)
+    fewer = block_inverse(z, w, spec, **options, solver=plain, return_report=True, backend="reference")[1]
+    assert report.passes != fewer.passes or not torch.equal(report.sweeps, fewer.sweeps)
+
+
+def test_too_wide_a_linear_model_is_refused():
+    z, w, spec, options = case("starflow", tokens=3, layers=1)
+    solver = Solver("jacobi", neighbours=tuple(range(1, 130)))
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run block_jacobi: .*neighbours"):
+        block_inverse(z, w, spec, **options, solver=solver, backend="triton")
