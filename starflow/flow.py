@@ -272,15 +272,27 @@ class Flow(nn.Module):
         return found
 
     def noise(
-        self, count: int, generator: torch.Generator | None = None, grid: tuple[int, int] | None = None
+        self,
+        count: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """(count, C, H, W) float32 draws of the prior, on a grid of (rows, columns) tokens.
 
-        Drawn on the generator's device, the CPU without one, and returned on that of the weights.
+        generator: one for all, or one a draw, which then does not depend on the others. Drawn on the device of the
+        first, the CPU without one, and returned on that of the weights.
         """
         rows, columns = grid or self.config.grid
-        shape, source = (count, rows * columns, self.config.token_dim), generator.device if generator else "cpu"
-        z = torch.randn(shape, generator=generator, device=source).to(self.device)
+        shape = (count, rows * columns, self.config.token_dim)
+        if isinstance(generator, Sequence):
+            if len(generator) != count:
+                raise ValueError(f"generator: {len(generator)} of them for {count} draws")
+            z = torch.empty(shape, device=generator[0].device if count else "cpu")
+            for row, each in zip(z, generator):
+                row.normal_(generator=each)
+        else:
+            z = torch.randn(shape, generator=generator, device=generator.device if generator else "cpu")
+        z = z.to(self.device)
         if self.prior_variance is not None:
             z = z * self.prior_variance.sqrt()
         return self.images(z, (rows, columns))

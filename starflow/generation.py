@@ -1,62 +1,40 @@
-"""Many images of a pipeline into a folder, by one or more processes: a run that was killed goes on where it stopped."""
+"""Many samples of a flow or a pipeline into files, by one process or more: a killed run goes on where it stopped."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
-import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
 from .certificate import Certificate, combine
 from .data import generator
-from .errors import ConfigError, InverseError, StarflowError
-from .files import write_atomically, write_text
+from .errors import InverseError, StarflowError
+from .flow import Flow, Guidance
+from .manifest import Job, Layout, Shard, begin, record
+from .outputs import read_pixels, write_shard
 from .processes import Processes
-from .sampling import save_grid
-from .solvers import TOLERANCE, BlockReport, add_reports, method_of
+from .sampling import draw, pixels, save_grid
+from .solvers import BlockReport, Inversion, add_reports, method_of
 
 if TYPE_CHECKING:
     from .pipelines import FlowPipeline
 
-MANIFEST = "manifest.jsonl"
-# What processes other than the first have drawn since the run was begun, each its own.
-PART = "manifest.{}.jsonl"
 GRID = "grid.png"
 GRID_IMAGES = 100
-# Settings that change an image by no more than the tolerance.
-FREE = ("method", "window")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One image: the copy-th of a condition, which is a prompt or a class or nothing, and the condition's number.
-
-    Its noise follows from the seed of the run and these two numbers.
-    """
-
-    index: int
-    copy: int
-    condition: str | int | None
-
-    @property
-    def file(self) -> str:
-        """Name of the image."""
-        return f"{self.index:06d}-{self.copy:04d}.png"
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationReport:
-    """count images written in `seconds` and kept ones that were there; stages: seconds of each stage of the pipeline,
-    these two of the slowest process; the rest as in PipelineReport, over all batches: the most passes, the largest
-    certificate, its mean."""
+    """count samples written in `seconds` and kept ones that were there; stages: seconds of each stage, "write" to disk
+    among them, these two of the slowest process; the rest as in PipelineReport, over all batches: the most passes, the
+    largest certificate, its mean."""
 
     count: int
     kept: int
@@ -70,8 +48,18 @@ class GenerationReport:
     blocks: list[BlockReport]
 
 
+class Drawn(NamedTuple):
+    """A batch: uint8 pixels or latents (N, C, H, W) on the CPU, seconds of its stages, how exact it is, how it was
+    made."""
+
+    values: torch.Tensor
+    seconds: dict[str, float]
+    certificate: Certificate | None
+    blocks: list[BlockReport]
+
+
 def generate(
-    pipe: FlowPipeline,
+    source: Flow | FlowPipeline,
     jobs: list[Job],
     out: Path,
     seed: int,
@@ -80,55 +68,76 @@ def generate(
     settings: dict[str, Any],
     certify: bool = False,
     columns: int = 10,
+    layout: Layout = Layout(),
 ) -> GenerationReport:
-    """Write the images of the jobs and a manifest, but for those that are there; a grid of them where they are few.
+    """Write the samples of the jobs and a manifest, but for those that are there; a grid of them where they are few.
 
-    options: arguments of the pipeline's call. settings: what else decides the images, the checkpoint say. Where images
-    are there, these, the seed and the images' conditions must be those that the folder was begun with, ConfigError
-    otherwise; but for how the flow is inverted, to the same tolerance. StarflowError where a file cannot be written.
+    options: arguments of the pipeline's call, for a flow too as far as it has them. settings: what else decides the
+    samples, the checkpoint say. Where files are there, these, the seed, the layout and the samples' conditions must be
+    those that the folder was begun with, ConfigError otherwise; but for how the flow is inverted, to the same
+    tolerance. A shard that is damaged is drawn again, with a warning. StarflowError where a file cannot be written.
 
     Under torchrun every process calls this and draws its share of what is left, in batches of batch_size but the last;
     the report is that of all.
     """
-    processes = Processes()
-    settings = json.loads(json.dumps({**settings, "seed": seed, **options}))
-    kept = processes.first(lambda: _begin(out, jobs, settings))
-    todo = [job for job in jobs if job.file not in kept][processes.rank :: processes.count]
+    processes, shards = Processes(), layout.shards(jobs)
+    settings = json.loads(json.dumps({**settings, "seed": seed, **options, **layout.settings}))
+    kept = processes.first(lambda: begin(out, shards, settings))
+    missing = [shard for shard in shards if shard.file not in kept]
+    todo = missing[processes.rank :: processes.count]
     try:
-        drawn = _draw_all(pipe, todo, out, seed, batch_size, {**options, "certify": certify}, processes.rank)
+        options = {**options, "certify": certify}
+        drawn = _draw_all(source, todo, out, seed, batch_size, options, processes.rank, layout.latents)
     except StarflowError as error:
         where = f"process {processes.rank} of {processes.count}: " if processes.count > 1 else ""
         raise type(error)(f"{where}{error}") from None
     parts = processes.gather(drawn)
     if processes.count > 1:
-        processes.first(lambda: _begin(out, jobs, settings))
-    if len(jobs) <= GRID_IMAGES and processes.rank == 0:
-        save_grid(_read(out, jobs), out / GRID, columns)
-    return _report(parts, len(jobs) - len(kept & {job.file for job in jobs}), len(jobs))
+        processes.first(lambda: begin(out, shards, settings, check=False))
+    if len(jobs) <= GRID_IMAGES and processes.rank == 0 and not layout.latents:
+        images = torch.cat([read_pixels(out / shard.file)[: len(shard.jobs)] for shard in shards])
+        save_grid(images, out / GRID, columns)
+    return _report(parts, sum(len(shard.jobs) for shard in missing), len(jobs))
 
 
 def _draw_all(
-    pipe: FlowPipeline, todo: list[Job], out: Path, seed: int, batch_size: int, options: dict[str, Any], rank: int
+    source: Flow | FlowPipeline,
+    todo: list[Shard],
+    out: Path,
+    seed: int,
+    batch_size: int,
+    options: dict[str, Any],
+    rank: int,
+    latents: bool,
 ) -> tuple[float, dict[str, float], list[BlockReport], list[tuple[Certificate, int]]]:
     """Draw and write what is to do; seconds, those of the stages, reports of the blocks, certificates."""
     stages: dict[str, float] = {}
     blocks, errors, start = [], [], time.perf_counter()
-    for first in range(0, len(todo), batch_size):
-        batch = todo[first : first + batch_size]
-        pipe.set_progress_bar_config(
-            desc=f"{first + len(batch)} of {len(todo)} images", leave=False, disable=rank > 0 or not sys.stderr.isatty()
-        )
+    # A batch may end one file and begin the next.
+    queue, files, rows = [job for shard in todo for job in shard.jobs], collections.deque(todo), collections.deque()
+    for first in range(0, len(queue), batch_size):
+        batch = queue[first : first + batch_size]
+        if not isinstance(source, Flow):
+            text, hidden = f"{first + len(batch)} of {len(queue)} images", rank > 0 or not sys.stderr.isatty()
+            source.set_progress_bar_config(desc=text, leave=False, disable=hidden)
         try:
-            output = _draw(pipe, batch, seed, options)
+            drawn = _draw(source, batch, seed, options, latents)
         except InverseError as error:
             raise InverseError(f"{batch[0].file} to {batch[-1].file}: {error}") from None
-        for job, image in zip(batch, output.images):
-            write_atomically(out / job.file, lambda path, image=image: image.save(path, format="PNG"))
-        _record(out / (PART.format(rank) if rank else MANIFEST), batch)
-        stages = {name: stages.get(name, 0.0) + seconds for name, seconds in output.report.seconds.items()}
-        blocks = add_reports(blocks, output.report.blocks)
-        if output.report.certificate is not None:
-            errors.append((Certificate(output.report.certificate, output.report.certificate_mean), len(batch)))
+        ended = time.perf_counter()
+        rows.extend(drawn.values)
+        entries = []
+        while files and len(files[0].jobs) <= len(rows):
+            shard = files.popleft()
+            values = torch.stack([rows.popleft() for _ in shard.jobs])
+            entries.append(shard.entry(write_shard(out, shard, values)))
+        if entries:
+            record(out, rank, entries)
+        seconds = {**drawn.seconds, "write": time.perf_counter() - ended}
+        stages = {name: stages.get(name, 0.0) + value for name, value in seconds.items()}
+        blocks = add_reports(blocks, drawn.blocks)
+        if drawn.certificate is not None:
+            errors.append((drawn.certificate, len(batch)))
     return time.perf_counter() - start, stages, blocks, errors
 
 
@@ -151,7 +160,37 @@ def _report(parts: list[tuple], count: int, total: int) -> GenerationReport:
     )
 
 
-def _draw(pipe: FlowPipeline, batch: list[Job], seed: int, options: dict[str, Any]):
+def _draw(
+    source: Flow | FlowPipeline, batch: list[Job], seed: int, options: dict[str, Any], latents: bool = False
+) -> Drawn:
+    generators = [generator(seed, job.index, job.copy) for job in batch]
+    return (_draw_flow if isinstance(source, Flow) else _draw_pipeline)(source, batch, generators, options, latents)
+
+
+def _draw_flow(
+    flow: Flow, batch: list[Job], generators: list[torch.Generator], options: dict[str, Any], latents: bool
+) -> Drawn:
+    defaults = {"guidance_scale": 0.0, "guidance_rule": "tarflow", "annealed": False, "attention_temperature": 1.0}
+    given = {**defaults, "method": "auto", "window": None, "tol": None, "quantize": "none", **options}
+    labels = None
+    if batch[0].condition is not None:
+        labels = torch.tensor([job.condition for job in batch], device=flow.device)
+    x, stages, certificate, blocks = draw(
+        flow,
+        flow.noise(len(batch), generators),
+        labels,
+        Guidance(*(given[name] for name in defaults)),
+        Inversion(given["method"], given["window"], given["tol"], given["quantize"]),
+        given.get("denoise", 0.0),
+        given["certify"],
+        denoise_batch_size=1,
+    )
+    return Drawn(x.cpu() if latents else pixels(flow, x), stages, certificate, blocks)
+
+
+def _draw_pipeline(
+    pipe: FlowPipeline, batch: list[Job], generators: list[torch.Generator], options: dict[str, Any], latents: bool
+) -> Drawn:
     conditions = [job.condition for job in batch]
     if isinstance(conditions[0], str):
         given = {"prompt": conditions}
@@ -160,71 +199,8 @@ def _draw(pipe: FlowPipeline, batch: list[Job], seed: int, options: dict[str, An
     else:
         given = {"num_images_per_prompt": len(batch)}
     # Backward passes of denoising have bits that depend on their batch.
-    return pipe(
-        **given, **options, denoise_batch_size=1, generator=[generator(seed, job.index, job.copy) for job in batch]
-    )
-
-
-def _begin(out: Path, jobs: list[Job], settings: dict[str, Any]) -> set[str]:
-    """Names of the images that are there; the manifest then lists them and no others."""
-    begun, lines = _manifest(out) if any(out.glob("[0-9]*.png")) else (settings, {})
-    known = {"tol": TOLERANCE, "quantize": "none"}
-    old, new = ({**known, **{k: v for k, v in each.items() if k not in FREE}} for each in (begun, settings))
-    if names := sorted(name for name in old.keys() | new if old.get(name) != new.get(name)):
-        raise ConfigError(f"{out} was begun with another {', '.join(names)}: give the same or choose another folder")
-    for job in jobs:
-        if lines.setdefault(job.file, job.condition) != job.condition:
-            raise ConfigError(f"{out / job.file} was drawn for {lines[job.file]!r}, not {job.condition!r}")
-    there = {name: condition for name, condition in lines.items() if (out / name).exists()}
-    # Temporary files of a run that was killed.
-    for path in out.glob(".*.part"):
-        path.unlink(missing_ok=True)
-    write_text(out / MANIFEST, _line({"settings": settings}) + "".join(_line(_entry(*item)) for item in there.items()))
-    # Only now that the manifest has their lines.
-    for path in out.glob(PART.format("*")):
-        path.unlink(missing_ok=True)
-    return set(there)
-
-
-def _manifest(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings, and conditions by file name, of all processes. The last line of each may be cut short."""
-    path = out / MANIFEST
-    try:
-        first, *entries = _lines(path)
-        settings = first["settings"].copy()
-        lines = {entry["file"]: entry["condition"] for entry in entries}
-        for path in sorted(out.glob(PART.format("*"))):
-            lines |= {entry["file"]: entry["condition"] for entry in _lines(path)}
-        return settings, lines
-    except FileNotFoundError:
-        raise ConfigError(f"{out} holds images but no {MANIFEST}: choose another folder") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or "not the manifest of a run"
-        raise ConfigError(f"{path}: {reason}") from None
-
-
-def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-
-
-def _record(path: Path, batch: list[Job]) -> None:
-    try:
-        with open(path, "a") as file:
-            file.write("".join(_line(_entry(job.file, job.condition)) for job in batch))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise StarflowError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _entry(file: str, condition: str | int | None) -> dict[str, Any]:
-    return {"file": file, "condition": condition}
-
-
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
-
-
-def _read(out: Path, jobs: list[Job]) -> torch.Tensor:
-    arrays = [np.atleast_3d(np.asarray(Image.open(out / job.file))) for job in jobs]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    options = {**options, "denoise_batch_size": 1, "output_type": "latent" if latents else "pt"}
+    images, report = pipe(**given, **options, generator=generators, return_dict=False)
+    values = images.cpu() if latents else (images.cpu() * 255).round().to(torch.uint8)
+    exact = None if report.certificate is None else Certificate(report.certificate, report.certificate_mean)
+    return Drawn(values, report.seconds, exact, report.blocks)

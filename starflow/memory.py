@@ -18,9 +18,11 @@ MOST = 1024
 # Copies of noise, tokens and result that live at once, and of the pixels on their way into a file.
 STATE_COPIES, PIXEL_COPIES = 5, 4
 # Floats of a token in a sweep, in widths of the network, beside its MLP.
-SWEEP_WIDTHS = 8
+SWEEP_WIDTHS = 16
+# What any image takes beside that, and a batch of any size, as measured.
+ANY_IMAGE, ANY_BATCH = 4096, 12 * 2**20
 # Floats that the backward pass of denoising keeps for each layer, token and channel, as measured.
-FLOATS_A_UNIT = 17
+FLOATS_A_UNIT = 25
 
 
 def image_bytes(
@@ -40,12 +42,11 @@ def image_bytes(
     config = flow.config
     rows, columns = grid or config.grid
     tokens, rounds = rows * columns, 2 if guidance.weight else 1
-    # Sweeps may be taken by auto, over all tokens; certify passes over all of them.
-    at_once = (
-        tokens if certify or (inversion.method != "sequential" and not inversion.window) else inversion.window or 1
-    )
-    if inversion.method == "auto" and not flow.calibration and not certify:
-        at_once = 1
+    sequential = inversion.method == "sequential" or (inversion.method == "auto" and not flow.calibration)
+    # Sweeps may be taken by auto, over all tokens; certify passes over all of them, on the CPU a few at a time.
+    at_once = 1 if sequential else inversion.window or tokens
+    if certify and flow.device.type != "cpu":
+        at_once = tokens
     size = max(4, next(flow.parameters()).element_size())
     most = 0
     for block in flow.blocks:
@@ -55,7 +56,8 @@ def image_bytes(
         sweep = (min(at_once, tokens) + prefix) * (SWEEP_WIDTHS * spec.channels + 2 * spec.mlp_dim)
         most = max(most, cache + sweep)
     text = 3 * config.text_len * config.text_dim
-    return size * (rounds * (most + text) + STATE_COPIES * tokens * config.token_dim + PIXEL_COPIES * pixels)
+    state = STATE_COPIES * tokens * config.token_dim
+    return ANY_IMAGE + size * (rounds * (most + text) + state + PIXEL_COPIES * pixels)
 
 
 def denoise_bytes(flow: Flow, tokens: int) -> int:
@@ -71,6 +73,7 @@ def weight_bytes(modules: Iterable[nn.Module]) -> int:
 
 def fitting_batch(budget: int, fixed: int, each: int) -> int:
     """Images, at most MOST, of `each` bytes in a budget of which `fixed` are taken. Raises ConfigError for none."""
+    fixed += ANY_BATCH
     if budget < fixed + each:
         raise ConfigError(f"--memory: {budget} bytes do not hold {fixed} of weights and work and {each} of an image")
     return min(MOST, (budget - fixed) // each)

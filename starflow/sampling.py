@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from .certificate import certificate, combine
+from .certificate import Certificate, certificate, combine
 from .data import generator, quantise
 from .errors import ConfigError, InverseError
 from .files import write_atomically
@@ -69,8 +69,7 @@ def sample(
     Raises ConfigError for a flow on latents: a pipeline, which has their autoencoder, draws from it. InverseError where
     images are not finite.
     """
-    if not flow.config.levels:
-        raise ConfigError("this flow is on latents: draw from it with the pipeline that has their autoencoder")
+    check_pixels(flow)
     noise = flow.noise(count, generator(seed))
     start, parts, errors, blocks = time.perf_counter(), [], [], []
     for z, rows in zip(noise.split(batch_size), torch.arange(count).split(batch_size)):
@@ -79,25 +78,16 @@ def sample(
         def watch(done: int, total: int, first: int = int(rows[0]), size: int = len(z)) -> None:
             progress(first * (total // size) + done, count * (total // size))
 
-        solvers = inversion.solvers(flow, z, guidance)
         try:
-            x, reports = flow.inverse(
-                z,
-                batch_labels,
-                guidance=guidance,
-                progress=progress and watch,
-                solvers=solvers,
-                quantize=inversion.quantize,
-                return_reports=True,
+            x, _, error, reports = draw(
+                flow, z, batch_labels, guidance, inversion, denoise, certify, progress=progress and watch
             )
         except InverseError as error:
             raise InverseError(f"images {rows[0]} to {rows[-1]}: {error}") from None
-        blocks = add_reports(blocks, block_reports(solvers, reports))
-        if certify and (error := certificate(flow, x, z, batch_labels, guidance=guidance)) is not None:
+        blocks = add_reports(blocks, reports)
+        if error is not None:
             errors.append((error, len(z)))
-        if denoise:
-            x = flow.denoise(x, batch_labels, factor=denoise)
-        parts.append(quantise(x, flow.config.levels, flow.config.noise_std))
+        parts.append(pixels(flow, x))
     seconds = time.perf_counter() - start
     report = SampleReport(
         count,
@@ -109,6 +99,55 @@ def sample(
         blocks,
     )
     return Samples(torch.cat(parts), report)
+
+
+def draw(
+    flow: Flow,
+    z: torch.Tensor,
+    labels: torch.Tensor | None,
+    guidance: Guidance,
+    inversion: Inversion,
+    denoise: float = 0.0,
+    certify: bool = False,
+    denoise_batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[torch.Tensor, dict[str, float], Certificate | None, list[BlockReport]]:
+    """One batch of noise z (B, C, H, W): images or latents like z, seconds of each stage, certificate, blocks.
+
+    denoise_batch_size: images in a backward pass of denoising, by default all.
+    """
+    times = [time.perf_counter()]
+    solvers = inversion.solvers(flow, z, guidance)
+    x, reports = flow.inverse(
+        z,
+        labels,
+        guidance=guidance,
+        progress=progress,
+        solvers=solvers,
+        quantize=inversion.quantize,
+        return_reports=True,
+    )
+    times.append(time.perf_counter())
+    error = certificate(flow, x, z, labels, guidance=guidance) if certify else None
+    times.append(time.perf_counter())
+    if denoise:
+        rows = denoise_batch_size or len(x)
+        labels_of = [None] * len(x) if labels is None else labels.split(rows)
+        x = torch.cat([flow.denoise(*batch, factor=denoise) for batch in zip(x.split(rows), labels_of)])
+    times.append(time.perf_counter())
+    stages = {name: end - start for name, start, end in zip(("flow", "certify", "denoise"), times, times[1:])}
+    return x, stages, error, block_reports(solvers, reports)
+
+
+def pixels(flow: Flow, x: torch.Tensor) -> torch.Tensor:
+    """uint8 images (N, C, H, W) on the CPU of what a flow made."""
+    return quantise(x, flow.config.levels, flow.config.noise_std)
+
+
+def check_pixels(flow: Flow) -> None:
+    """Raise ConfigError for a flow on latents."""
+    if not flow.config.levels:
+        raise ConfigError("this flow is on latents: draw from it with the pipeline that has their autoencoder")
 
 
 def image_grid(images: torch.Tensor, columns: int) -> Image.Image:

@@ -86,7 +86,7 @@ def test_sample(tmp_path, run, capsys):
     assert "block 1: sequential: 3 passes for 4 tokens" in printed
     assert [block["samples"] for block in results["blocks"]] == [20, 20] and results["steps"] == 6
     assert len(list(out.glob("0*.png"))) == 20
-    assert Image.open(out / "000019.png").size == (8, 8)
+    assert Image.open(out / "000009-0001.png").size == (8, 8)
     assert main(["sample", "--checkpoint", run, "--out", str(out), "--label", "3", "--guidance", "1.5"]) == 0
     assert main(["sample", "--checkpoint", run, "--out", str(out), "--label", "none", "--dtype", "bfloat16"]) == 0
 

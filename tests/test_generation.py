@@ -63,7 +63,7 @@ def test_prompt_as_in_the_documentation(folder, tmp_path, capsys):
     assert [line["condition"] for line in manifest(out)[1:]] == ["a red cat"] * 5
     results = json.loads(report.read_text())["results"]
     assert results["count"] == 5 and results["kept"] == 0 and results["certificate"] < 1e-4
-    assert set(results["stages"]) == {"text", "flow", "certify", "denoise", "decode"}
+    assert set(results["stages"]) == {"text", "flow", "certify", "denoise", "decode", "write"}
     printed = capsys.readouterr()
     assert "5 images in" in printed.out and "max |flow(x) - z|" in printed.out and printed.err == ""
 

@@ -1,19 +1,22 @@
-"""Many images by several processes and in a bounded memory: same bits, full batches, resumed after a kill."""
+"""Many samples by several processes, into images and shards, in a bounded memory: same bits, resumed after a kill."""
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import time
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 import components
+import workers
+from PIL import Image
+from safetensors.torch import load_file
 
 from starflow import Flow, generation
 from starflow.cli import main
@@ -21,126 +24,201 @@ from starflow.cli.common import byte_count
 from starflow.config import FlowConfig
 from starflow.errors import ConfigError
 from starflow.flow import Guidance
-from starflow.generation import Job, generate
-from starflow.memory import MOST, fitting_batch, image_bytes
+from starflow.generation import generate
+from starflow.manifest import Job, Layout
+from starflow.memory import ANY_BATCH, MOST, fitting_batch, image_bytes
 from starflow.pipelines import FlowModel, TarFlowPipeline
 from starflow.solvers import Inversion
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are killed as on Unix")
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits")
-    TarFlowPipeline(FlowModel.from_flow(Flow.from_pretrained("digits"))).save_pretrained(path)
-    return str(path)
-
-
-def torchrun(count: int, *arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return [*launcher, "-m", "starflow.cli", "sample", *arguments]
-
-
-def run(count: int, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(torchrun(count, *arguments), capture_output=True, text=True, timeout=240)
+ONE_THREAD = ["--threads", "1"]
 
 
 def files(out) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.glob("0*.png"))}
+    return {path.name: path.read_bytes() for path in sorted(out.glob("0*.*"))}
 
 
 def listed(out) -> list[str]:
     return sorted(json.loads(line)["file"] for line in (out / "manifest.jsonl").read_text().splitlines()[1:])
 
 
-def test_two_processes_draw_the_bits_of_one(tmp_path):
-    folder = str(components.save(tmp_path / "model"))
+def draw(out, *arguments: str) -> None:
+    assert main(["sample", *ONE_THREAD, "--out", str(out), *arguments]) == 0
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> str:
+    return str(components.save(tmp_path_factory.mktemp("model")))
+
+
+def test_two_processes_draw_the_bits_of_one(pipeline, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat\nthe small dog\na blue piano\n")
-    base = ["--checkpoint", folder, "--prompt-file", str(prompts), "--count", "3", "--threads", "1"]
-    done = run(2, *base, "--batch-size", "2", "--out", str(tmp_path / "two"), "--json", str(tmp_path / "report"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("9 images in") == 1
+    base = ["--checkpoint", pipeline, "--prompt-file", str(prompts), "--count", "3"]
+    report = str(tmp_path / "report")
+    two = ["--batch-size", "2", "--out", str(tmp_path / "two"), "--json", report, *ONE_THREAD]
+    codes, texts = workers.run(tmp_path, 2, "sample", *base, *two)
+    assert codes == [0, 0], texts
+    assert "9 images in" in texts[0] and texts[1] == ""
     assert json.loads((tmp_path / "report").read_text())["results"]["count"] == 9
-    assert main(["sample", *base, "--batch-size", "auto", "--memory", "1GB", "--out", str(tmp_path / "one")]) == 0
+    draw(tmp_path / "one", *base, "--batch-size", "auto", "--memory", "1GB")
     assert len(files(tmp_path / "one")) == 9 and files(tmp_path / "one") == files(tmp_path / "two")
     assert listed(tmp_path / "two") == sorted(files(tmp_path / "two"))
     assert not list((tmp_path / "two").glob("manifest.[0-9]*"))
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3)])
-def test_killed_and_resumed_with_another_number_of_processes(digits, tmp_path, before, after):
+def test_torchrun(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    base = ["--count", "40", "--format", "npz", "--shard-size", "7"]
+    command = [*launcher, "-m", "starflow.cli", "sample", *base, *ONE_THREAD, "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("40 images in") == 1, done.stderr
+    draw(tmp_path / "one", *base, "--batch-size", "3")
+    assert len(files(tmp_path / "one")) == 6 and files(tmp_path / "one") == files(tmp_path / "two")
+
+
+@pytest.mark.parametrize(("form", "before", "after"), [("png", 2, 3), ("npz", 2, 1), ("safetensors", 1, 2)])
+def test_killed_and_resumed_with_another_number_of_processes(tmp_path, capsys, form, before, after):
     out, whole = tmp_path / "out", tmp_path / "whole"
-    base = ["--checkpoint", digits, "--count", "400", "--guidance", "1", "--threads", "1"]
-    process = subprocess.Popen(
-        torchrun(before, *base, "--batch-size", "2", "--out", str(out)),
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 180
-    while not (len(files(out)) > 20 and (out / "manifest.1.jsonl").exists()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    # The launcher's workers have process groups of their own: each is killed by its id.
-    children = _children(process.pid)
-    for pid in (process.pid, *children):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(0.2)
-    kept = files(out)
-    assert 20 < len(kept) < 400 and len(children) == before
-    part = out / "manifest.1.jsonl"
-    part.write_text(part.read_text()[:-5])
-    done = run(after, *base, "--batch-size", "16", "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    assert f"({len(kept)} were there)" in done.stdout
-    assert main(["sample", *base, "--batch-size", "64", "--out", str(whole)]) == 0
-    assert len(files(whole)) == 400 and files(out) == files(whole)
-    assert listed(out) == sorted(files(out)) and not list(out.glob(".*")) and not part.exists()
+    base = ["--guidance", "1", "--format", form, "--shard-size", "8", *ONE_THREAD]
+    endless = ["--batch-size", "2", "--count", "50000", "--out", str(out)]
+    processes = workers.start(tmp_path, before, "sample", *base, *endless)
+    names = ["manifest.jsonl", *(f"manifest.{rank}.jsonl" for rank in range(1, before))]
+    deadline = time.monotonic() + 60
+    while not all((out / name).exists() and _lines(out / name) > 2 for name in names) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+    assert all(process.exitcode < 0 for process in processes)
+    kept, last = files(out), out / names[-1]
+    last.write_text(last.read_text()[:-5])
+    # A shard without its line is drawn again, an image is known by its name.
+    there = len(kept) if form == "png" else 8 * (sum(_lines(out / name) for name in names) - 1)
+    # Whatever is there is among the samples asked for now, whichever process was faster.
+    count = max(map(_last, kept)) + 40
+    again = [*base, "--batch-size", "16", "--count", str(count), "--out", str(out)]
+    if after > 1:
+        codes, texts = workers.run(tmp_path, after, "sample", *again)
+        assert codes == [0] * after, texts
+    else:
+        assert main(["sample", *again]) == 0
+        texts = [capsys.readouterr().out]
+    assert f"({there} were there)" in texts[0]
+    draw(whole, *base, "--count", str(count), "--batch-size", "64")
+    assert kept.items() <= files(whole).items() and files(out) == files(whole)
+    assert listed(out) == sorted(files(out)) and not list(out.glob(".*")) and not list(out.glob("manifest.[0-9]*"))
 
 
-def _children(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(each) for each in found.split()]
+def _last(file: str) -> int:
+    """Number of the samples up to the last of a file."""
+    if file.endswith(".png"):
+        label, copy = map(int, file.removesuffix(".png").split("-"))
+        return 10 * copy + label + 1
+    return 8 * (int(file.split(".")[0]) + 1)
 
 
-FAILING = """
-import os, sys
-from starflow import generation
-from starflow.cli import main
-from starflow.errors import InverseError
-
-def fail(*arguments):
-    raise InverseError("values are not finite")
-
-if os.environ["RANK"] == "1":
-    generation._draw = fail
-sys.exit(main(sys.argv[1:]))
-"""
+def _lines(path) -> int:
+    return path.read_bytes().count(b"\n")
 
 
-def test_an_error_of_one_process_ends_all(digits, tmp_path):
-    (tmp_path / "failing.py").write_text(FAILING)
-    out = tmp_path / "out"
-    command = torchrun(2, "--checkpoint", digits, "--count", "200000", "--threads", "1", "--out", str(out))
-    command[command.index("-m", 3) : command.index("sample")] = [str(tmp_path / "failing.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1 and len(files(out)) < 200000
-    message = "starflow sample: error: process 1 of 2: "
-    assert message in done.stderr and "values are not finite" in done.stderr
+def test_an_error_of_one_process_ends_all(tmp_path):
+    base = ["--count", "40", "--format", "npz", "--out", str(tmp_path / "out"), *ONE_THREAD]
+    codes, texts = workers.run(tmp_path, 2, "sample", *base, "--shard-size", "5", failing=1)
+    assert codes == [2, 2]
+    assert "starflow sample: error: process 1 of 2: " in texts[1] and "values are not finite" in texts[1]
+    assert "another process of this run has ended" in texts[0]
 
 
-def test_a_mistake_ends_all(digits, tmp_path):
-    base = ["--checkpoint", digits, "--count", "4", "--threads", "1", "--out", str(tmp_path)]
-    assert main(["sample", *base]) == 0
-    done = run(2, *base, "--seed", "1")
-    assert done.returncode and "begun with another seed" in done.stderr
+def test_a_mistake_ends_all(tmp_path):
+    base = ["--count", "4", "--images", "--out", str(tmp_path)]
+    draw(tmp_path, *base)
+    codes, texts = workers.run(tmp_path, 2, "sample", *base, "--seed", "1")
+    assert codes == [2, 2] and all("begun with another seed" in text for text in texts)
     (tmp_path / "manifest.3.jsonl").write_text("[]\n")
-    done = run(2, *base)
-    assert done.returncode and "manifest.3.jsonl: not the manifest of a run" in done.stderr
+    codes, texts = workers.run(tmp_path, 2, "sample", *base)
+    assert codes == [2, 2] and all("manifest.3.jsonl: not the manifest of a run" in text for text in texts)
 
 
-def test_batches_are_full_with_mixed_conditions(digits, tmp_path, monkeypatch):
-    pipe = TarFlowPipeline.from_pretrained(digits)
+def test_a_flow_and_its_pipeline_draw_the_same_files(tmp_path):
+    TarFlowPipeline(FlowModel.from_flow(Flow.from_pretrained("digits"))).save_pretrained(tmp_path / "model")
+    base = ["--num", "23", "--guidance", "1", "--images", "--batch-size"]
+    draw(tmp_path / "flow", *base, "7")
+    draw(tmp_path / "pipeline", *base, "23", "--checkpoint", str(tmp_path / "model"))
+    assert len(files(tmp_path / "flow")) == 23 and files(tmp_path / "flow") == files(tmp_path / "pipeline")
+    assert (tmp_path / "flow" / "grid.png").read_bytes() == (tmp_path / "pipeline" / "grid.png").read_bytes()
+
+
+def test_every_format_holds_the_same_samples(tmp_path):
+    for form in ("png", "npz", "safetensors"):
+        draw(tmp_path / form, "--num", "23", "--format", form, "--shard-size", "10")
+    shards = [np.load(tmp_path / "npz" / f"00000{i}.npz") for i in range(3)]
+    assert [shard["arr_0"].shape for shard in shards] == [(10, 8, 8, 1), (10, 8, 8, 1), (3, 8, 8, 1)]
+    images, labels, copies = (np.concatenate([s[name] for s in shards]) for name in ("arr_0", "labels", "copies"))
+    assert images.dtype == np.uint8 and (labels == np.arange(23) % 10).all() and (copies == np.arange(23) // 10).all()
+    parts = [load_file(tmp_path / "safetensors" / f"00000{i}.safetensors") for i in range(3)]
+    assert np.array_equal(torch.cat([part["pixels"] for part in parts]).permute(0, 2, 3, 1).numpy(), images)
+    for image, label, copy in zip(images, labels, copies):
+        alone = np.asarray(Image.open(tmp_path / "png" / f"{label:06d}-{copy:04d}.png"))
+        assert np.array_equal(alone, image[..., 0])
+    grids = {(tmp_path / form / "grid.png").read_bytes() for form in ("png", "npz", "safetensors")}
+    assert len(grids) == 1
+
+
+def test_latents(pipeline, tmp_path, capsys):
+    base = ["--checkpoint", pipeline, "--prompt", "a red cat", "--num", "5", "--latents"]
+    draw(tmp_path / "a", *base, "--format", "safetensors", "--shard-size", "3", "--batch-size", "2")
+    parts = [load_file(tmp_path / "a" / f"00000{i}.safetensors") for i in range(2)]
+    assert [part["latents"].shape for part in parts] == [(3, 4, 8, 8), (2, 4, 8, 8)]
+    assert parts[0]["latents"].dtype == torch.float32 and parts[0]["copies"].tolist() == [0, 1, 2]
+    assert main(["sample", *base, "--out", str(tmp_path / "b")]) == 2
+    assert "written as safetensors, not as png" in capsys.readouterr().err
+    draw(tmp_path / "c", "--num", "3", "--latents", "--format", "safetensors")
+    assert load_file(tmp_path / "c" / "000000.safetensors")["latents"].shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors"])
+def test_a_damaged_shard_is_drawn_again(tmp_path, form):
+    base = ["--num", "30", "--format", form, "--shard-size", "10"]
+    draw(tmp_path, *base)
+    whole = files(tmp_path)
+    assert len(whole) == 3
+    cut, changed, gone = (tmp_path / name for name in whole)
+    cut.write_bytes(whole[cut.name][:-1])
+    changed.write_bytes(whole[changed.name][:-1] + bytes([whole[changed.name][-1] ^ 1]))
+    gone.unlink()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draw(tmp_path, *base)
+    assert sum("is damaged" in str(each.message) for each in caught) == 2
+    assert files(tmp_path) == whole
+    before = {path: path.stat().st_mtime_ns for path in (cut, changed, gone)}
+    draw(tmp_path, *base)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_more_samples_are_added_to_shards(tmp_path, capsys):
+    base = ["--format", "npz", "--shard-size", "10", "--num"]
+    draw(tmp_path / "a", *base, "25")
+    first = (tmp_path / "a" / "000000.npz").stat().st_mtime_ns
+    draw(tmp_path / "a", *base, "32")
+    assert "12 images (20 were there)" in capsys.readouterr().out
+    draw(tmp_path / "b", *base, "32")
+    assert files(tmp_path / "a") == files(tmp_path / "b") and len(files(tmp_path / "a")) == 4
+    assert (tmp_path / "a" / "000000.npz").stat().st_mtime_ns == first
+    for change, message in (
+        (["--shard-size", "9"], "begun with another shard_size"),
+        (["--format", "png"], "begun with another format"),
+        (["--label", "3"], "holds number 0 of condition 0, 0, where number 0 of condition 3, 3 is due"),
+    ):
+        assert main(["sample", "--out", str(tmp_path / "a"), *base, "32", *change]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="shard_size=0"):
+        Layout("npz", 0)
+
+
+def test_batches_are_full_with_mixed_conditions(tmp_path, monkeypatch):
+    pipe = TarFlowPipeline(FlowModel.from_flow(Flow.from_pretrained("digits")))
     sizes, draw = [], generation._draw
     monkeypatch.setattr(
         generation, "_draw", lambda pipe, batch, *more: sizes.append(len(batch)) or draw(pipe, batch, *more)
@@ -159,44 +237,38 @@ def model(**changes) -> Flow:
     return Flow(FlowConfig(**{**fields, "num_classes": 10, **changes})).eval()
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+GROWTH = """
+import torch
+from benchmarks.throughput import SHAPES, Guidance, Inversion, growth, model
+torch.set_num_threads(1)
+flow = model(next(iter(SHAPES)))
+for method, window, weight in (("sequential", None, 0.0), ("sequential", None, 1.0), ("jacobi", 32, 0.0)):
+    print(*growth(flow, Guidance(weight), Inversion(method, window), False, 32))
+"""
 
 
-def growth(weight: float, method: str, window: int | None) -> float:
-    """Bytes of each image beyond the first that a batch takes at its peak."""
-    flow, guidance, inversion = model(), Guidance(weight), Inversion(method, window)
-    most = []
-    for count in (1, 64):
-        z = flow.noise(count)
-        labels = torch.zeros(count, dtype=torch.long)
-        flow.inverse(z, labels, guidance=guidance, solvers=inversion.solvers(flow, z, guidance))
-        most.append(peak())
-    return (most[1] - most[0]) / 63
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures resident memory")
-@pytest.mark.parametrize(
-    ("weight", "method", "window"), [(0.0, "sequential", None), (1.0, "sequential", None), (0.0, "jacobi", 32)]
-)
-def test_an_image_takes_no_more_than_the_model_says(weight, method, window):
-    code = f"import test_throughput as t; print(t.growth({weight}, {method!r}, {window}))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240)
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measures resident memory")
+def test_an_image_takes_no_more_than_the_model_says():
+    here = os.path.dirname(__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
-    said = image_bytes(model(), Guidance(weight), Inversion(method, window))
-    # Not less than is used, but for pages that are not given back, and not so much more that half the budget is idle.
-    assert 0.5 * said < float(done.stdout) < 1.05 * said
+    for line in done.stdout.splitlines():
+        said, used = map(float, line.split())
+        # Not less than is used, and not so much more that the budget is idle.
+        assert 0.5 * said < used < said + ANY_BATCH / 32, done.stdout
 
 
 def test_the_batch_of_a_budget():
     flow, plain = model(), Inversion("sequential")
     one, two = (image_bytes(flow, Guidance(weight), plain) for weight in (0.0, 1.0))
     assert 1.5 * one < two < 2 * one
-    assert image_bytes(flow, Guidance(), plain, certify=True) > one < image_bytes(flow, Guidance(), Inversion("jacobi"))
-    assert fitting_batch(10_000, 1000, 900) == 10 and fitting_batch(10**12, 0, 1) == MOST
+    assert (
+        image_bytes(flow, Guidance(), plain, certify=True) == one < image_bytes(flow, Guidance(), Inversion("jacobi"))
+    )
+    assert fitting_batch(ANY_BATCH + 10_000, 1000, 900) == 10 and fitting_batch(10**12, 0, 1) == MOST
     with pytest.raises(ConfigError, match="--memory"):
-        fitting_batch(1000, 500, 501)
+        fitting_batch(ANY_BATCH + 1000, 500, 501)
     assert byte_count("8GB") == 8 * 10**9 and byte_count("1.5 GiB") == 3 * 2**29 and byte_count("512") == 512
 
 
@@ -217,11 +289,7 @@ def test_errors(arguments, message, tmp_path, capsys):
     assert code == 2 and message in capsys.readouterr().err
 
 
-def test_a_plain_flow_in_a_bounded_memory(tmp_path, monkeypatch, capsys):
-    base = ["sample", "--num", "30", "--images", "--out"]
-    assert main([*base, str(tmp_path / "a"), "--memory", "20MB"]) == 0
-    assert main([*base, str(tmp_path / "b"), "--batch-size", "7"]) == 0
+def test_a_plain_flow_in_a_bounded_memory(tmp_path):
+    draw(tmp_path / "a", "--num", "30", "--images", "--memory", "20MB")
+    draw(tmp_path / "b", "--num", "30", "--images", "--batch-size", "7")
     assert len(files(tmp_path / "a")) == 30 and files(tmp_path / "a") == files(tmp_path / "b")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([*base, str(tmp_path / "c")]) == 2
-    assert "several processes draw from the folder of a pipeline" in capsys.readouterr().err

@@ -17,10 +17,11 @@ from starflow_kernels.quantize import Quantize
 from ..checkpoint import PIPELINE_INDEX
 from ..errors import ConfigError, DataError
 from ..flow import Flow, Guidance
-from ..generation import GenerationReport, Job, generate
+from ..generation import GenerationReport, generate
+from ..manifest import FORMATS, SHARD_SIZE, Job, Layout
 from ..memory import denoise_bytes, fitting_batch, image_bytes, weight_bytes
 from ..processes import Processes
-from ..sampling import SampleReport, sample, save_grid, save_image
+from ..sampling import SampleReport, check_pixels, sample, save_grid
 from ..solvers import METHODS, TOLERANCE, BlockReport, Inversion
 from .common import DTYPES, Parser, byte_count, checkpoint_arguments, device, non_negative, positive
 
@@ -80,8 +81,17 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--certify", action="store_true", help="report how far the images' noise is from what they got")
     parser.add_argument("--variant", help="of the weights in a pipeline's folder, fp16 say")
-    parser.add_argument("--out", default="samples", help="folder for the images and grid.png (default samples)")
-    parser.add_argument("--images", action="store_true", help="write each image as a PNG too; a pipeline always does")
+    parser.add_argument("--out", default="samples", help="folder for the images or grid.png (default samples)")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="a PNG an image, or shards of many (default: png of a pipeline or under torchrun, else grid.png alone)",
+    )
+    parser.add_argument("--images", dest="format", action="store_const", const="png", help="--format png")
+    parser.add_argument(
+        "--shard-size", type=positive, default=SHARD_SIZE, metavar="N", help=f"of shards (default {SHARD_SIZE})"
+    )
+    parser.add_argument("--latents", action="store_true", help="what the flow made, not pixels; --format safetensors")
     released = parser.add_argument_group(
         "flags of the released code", "its approximation is not: images are exact to --tol whatever these say"
     )
@@ -122,25 +132,40 @@ def _flow(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag}: {args.checkpoint} is not the folder of a pipeline, it has no {PIPELINE_INDEX}")
-    if Processes().count > 1:
-        raise ConfigError(f"{args.checkpoint}: several processes draw from the folder of a pipeline, this is a flow")
-    flow = Flow.from_pretrained(args.checkpoint, device(args.device), DTYPES[args.dtype])
+    processes = Processes()
+    flow = Flow.from_pretrained(args.checkpoint, _device(args.device, processes), DTYPES[args.dtype])
     classes, count = flow.config.num_classes, args.num or 100
+    if not args.latents:
+        check_pixels(flow)
     numbers = _labels(args.label, count, classes)
-    labels = None if numbers[0] is None else torch.tensor(numbers)
     guidance = Guidance(
         args.guidance or 0.0, args.guidance_rule or "tarflow", args.annealed, args.attention_temperature
     )
-    each = image_bytes(flow, guidance, inversion, certify=args.certify)
+    each, fixed = image_bytes(flow, guidance, inversion, certify=args.certify), weight_bytes([flow])
+    size, tokens = math.prod(flow.config.grid) * flow.config.token_dim, math.prod(flow.config.grid)
+    columns = _columns(args.label, count, classes)
+    if args.format or args.latents or processes.count > 1:
+        if args.denoise:
+            fixed += denoise_bytes(flow, tokens)
+        layout = Layout(args.format or "png", args.shard_size, args.latents)
+        batch_size = _batch_size(args, FLOW_BATCH, fixed + layout.held_bytes(size), each + size)
+        options = {
+            "guidance_scale": guidance.weight,
+            "guidance_rule": guidance.rule,
+            "annealed": guidance.annealed,
+            "attention_temperature": guidance.temperature,
+            **dataclasses.asdict(inversion),
+            "denoise": args.denoise,
+        }
+        return _generate(args, flow, _jobs(numbers), options, batch_size, columns, layout)
     if args.denoise:
-        each = max(each, denoise_bytes(flow, math.prod(flow.config.grid)))
+        each = max(each, denoise_bytes(flow, tokens))
     # All noise and all images are held, whatever the batch: a float and a byte of each value.
-    held = 5 * count * math.prod(flow.config.grid) * flow.config.token_dim
-    batch_size = _batch_size(args, FLOW_BATCH, weight_bytes([flow]) + held, each)
+    batch_size = _batch_size(args, FLOW_BATCH, fixed + 5 * count * size, each)
     images, report = sample(
         flow,
         count,
-        labels,
+        None if numbers[0] is None else torch.tensor(numbers),
         guidance,
         args.seed,
         batch_size,
@@ -149,10 +174,7 @@ def _flow(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
         inversion=inversion,
     )
     out = Path(args.out)
-    save_grid(images, out / "grid.png", _columns(args.label, count, classes))
-    if args.images:
-        for i, image in enumerate(images):
-            save_image(image, out / f"{i:06d}.png")
+    save_grid(images, out / "grid.png", columns)
     print(f"{out / 'grid.png'}: {report.count} images in {report.seconds:.2f} s{_exactness(report)}")
     _print_blocks(report.blocks)
     return {"grid": str(out / "grid.png"), "guidance": dataclasses.asdict(guidance), **dataclasses.asdict(report)}
@@ -163,8 +185,7 @@ def _pipeline(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
 
     hide_loading_bars()
     pipe = FlowPipeline.from_pretrained(args.checkpoint, dtype=DTYPES[args.dtype], variant=args.variant)
-    processes, name = Processes(), device(args.device)
-    pipe.to(f"cuda:{processes.local_rank}" if name == "cuda" and processes.count > 1 else name)
+    pipe.to(_device(args.device, Processes()))
     options = {
         "guidance_scale": args.guidance,
         "guidance_rule": args.guidance_rule,
@@ -187,29 +208,42 @@ def _pipeline(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
         if given := [name for name in ("prompt", "prompt_file", "negative_prompt") if getattr(args, name) is not None]:
             raise ConfigError(f"--{given[0].replace('_', '-')}: this pipeline takes no text, use --label")
         classes, count = pipe.transformer.config.num_classes, args.num or 100
-        jobs, drawn = [], {}
-        for label in _labels(args.label, count, classes):
-            jobs.append(Job(label or 0, drawn.get(label, 0), label))
-            drawn[label] = drawn.get(label, 0) + 1
+        jobs = _jobs(_labels(args.label, count, classes))
         columns = _columns(args.label, count, classes)
-    batch_size = _batch_size(args, PIPELINE_BATCH, *_pipeline_bytes(args, pipe, inversion))
+    layout = Layout(args.format or "png", args.shard_size, args.latents)
+    fixed, each = _pipeline_bytes(args, pipe, inversion)
+    fixed += layout.held_bytes(3 * math.prod(pipe.size(args.height, args.width, args.aspect)))
+    return _generate(args, pipe, jobs, options, _batch_size(args, PIPELINE_BATCH, fixed, each), columns, layout)
+
+
+def _generate(
+    args: argparse.Namespace,
+    source: Flow | FlowPipeline,
+    jobs: list[Job],
+    options: dict[str, Any],
+    batch_size: int,
+    columns: int,
+    layout: Layout,
+) -> dict[str, Any]:
+    """Draw into files, by this process and those that torchrun started beside it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = generate(
-            pipe,
+            source,
             jobs,
             Path(args.out),
             args.seed,
             batch_size,
             {name: value for name, value in options.items() if value is not None},
-            {"checkpoint": str(Path(args.checkpoint).resolve()), "dtype": args.dtype, "variant": args.variant},
+            {"checkpoint": _place(args.checkpoint), "dtype": args.dtype, "variant": args.variant},
             args.certify,
             min(columns, len(jobs)),
+            layout,
         )
     except KeyboardInterrupt:
         print(f"stopped; the same command continues in {args.out}", file=sys.stderr)
         raise
-    if processes.rank:
+    if Processes().rank:
         args.json = None
         return {}
     kept = f" ({report.kept} were there)" if report.kept else ""
@@ -220,6 +254,26 @@ def _pipeline(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
     )
     _print_blocks(report.blocks)
     return {"out": args.out, **dataclasses.asdict(report)}
+
+
+def _place(checkpoint: str) -> str:
+    """A folder wherever the command is run, or the name of a bundled checkpoint."""
+    return str(path.resolve()) if (path := Path(checkpoint)).exists() else checkpoint
+
+
+def _device(name: str, processes: Processes) -> str:
+    """Of this process: each has a GPU of its own."""
+    name = device(name)
+    return f"cuda:{processes.local_rank}" if name == "cuda" and processes.count > 1 else name
+
+
+def _jobs(numbers: list[int | None]) -> list[Job]:
+    """A sample of each number, which counts those of its class."""
+    jobs, drawn = [], {}
+    for label in numbers:
+        jobs.append(Job(label or 0, drawn.get(label, 0), label))
+        drawn[label] = drawn.get(label, 0) + 1
+    return jobs
 
 
 def _batch_size(args: argparse.Namespace, default: int, fixed: int, each: int) -> int:

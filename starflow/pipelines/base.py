@@ -144,10 +144,8 @@ class FlowPipeline(DiffusionPipeline):
                 raise ConfigError(f"latents: expected {expected}, got {tuple(getattr(latents, 'shape', ()))}")
             return latents.to(device, torch.float32)
         grid = tuple(length // config.patch_size for length in latent_size)
-        if isinstance(generator, (list, tuple)):
-            if len(generator) != count:
-                raise ConfigError(f"generator: {len(generator)} of them for {count} images")
-            return torch.cat([self.transformer.noise(1, each, grid) for each in generator]).to(device)
+        if isinstance(generator, (list, tuple)) and len(generator) != count:
+            raise ConfigError(f"generator: {len(generator)} of them for {count} images")
         return self.transformer.noise(count, generator, grid).to(device)
 
     def draw(

@@ -54,8 +54,9 @@ define(
 register("block_forward", "native", cpu.block_forward, cpu.refuse, native.missing)
 register("block_inverse", "native", on_rounded(cpu.block_inverse), cpu.refuse, native.missing)
 register("block_jacobi", "native", cpu.block_jacobi, cpu.refuse_jacobi, native.missing)
-register("block_inverse", "cuda", on_rounded(cuda.block_inverse), on_rounded(cuda.refuse), compiled_cuda.missing)
 triton_runtime.register("block_inverse", "block.triton", backward=False)
+# Preferred where a block fits: one launch in place of some for every token.
+register("block_inverse", "cuda", on_rounded(cuda.block_inverse), on_rounded(cuda.refuse), compiled_cuda.missing)
 triton_runtime.register("block_jacobi", "block.triton_jacobi", backward=False)
 
 

@@ -1,0 +1,55 @@
+"""Processes of one run without torchrun: forked from a server that has imported the package, so they start fast."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+
+
+def start(folder: Path, count: int, *arguments: str, failing: int = -1) -> list[multiprocessing.Process]:
+    """`count` processes of `starflow` with what torchrun would tell them; they write errors to folder/RANK.txt.
+
+    failing: rank of a process whose flow gives values that are not finite.
+    """
+    CONTEXT.set_forkserver_preload(["starflow.cli", "starflow.pipelines", "torch.distributed"])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    found = []
+    for rank in range(count):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+        given = {**variables, "MASTER_PORT": port}, list(arguments), str(folder / f"{rank}.txt"), rank == failing
+        found.append(CONTEXT.Process(target=work, args=given))
+        found[-1].start()
+    return found
+
+
+def run(folder: Path, count: int, *arguments: str, failing: int = -1) -> tuple[list[int], list[str]]:
+    """Exit codes and what each process wrote."""
+    processes = start(folder, count, *arguments, failing=failing)
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes], [(folder / f"{i}.txt").read_text() for i in range(count)]
+
+
+def work(variables: dict[str, object], arguments: list[str], output: str, fails: bool) -> None:
+    """What one process does."""
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    from starflow import generation
+    from starflow.cli import main
+    from starflow.errors import InverseError
+
+    def fail(*arguments):
+        raise InverseError("values are not finite")
+
+    if fails:
+        generation._draw = fail
+    with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        code = main(arguments)
+    sys.exit(code)
