@@ -47,7 +47,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # (version of Triton, target, kernel) -> bytes of stack a thread that no choice of blocks avoids; all others have none.
-STACK_LIMIT: dict[tuple[str, str, str], int] = {}
+# A linear model of 128 values is as large as the registers of a program.
+WIDEST_MODEL = "sweep settle, 2 neighbours, D = 64"
+STACK_LIMIT: dict[tuple[str, str, str], int] = {
+    ("3.9.0", "sm_80", WIDEST_MODEL): 152,
+    ("3.9.0", "sm_90", WIDEST_MODEL): 104,
+    ("3.9.0", "sm_100", WIDEST_MODEL): 112,
+    ("3.6.0", "sm_90", WIDEST_MODEL): 88,
+}
 PAGE = """# What the Triton kernels take of a chip
 
 Registers a thread / bytes of stack a thread (spilled registers) / bytes of shared memory a block, of every kernel in

@@ -44,8 +44,8 @@ def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> d
     elif kernel == "qkv" and one_byte and narrow:
         tiles |= {"BLOCK_K": 32}
     elif kernel == "head" and tile(D) >= 64:
-        tiles |= {"BLOCK_K": 16, "num_warps": 8 if narrow or D > 64 else 4, "num_stages": 2}
-        tiles |= {} if narrow or D <= 64 else {"BLOCK_N": 16, "num_stages": 1}
+        tiles |= {"BLOCK_K": 16, "num_warps": 8 if narrow or D > 64 else 4, "num_stages": 2 if narrow else 1}
+        tiles |= {} if narrow or D <= 64 else {"BLOCK_N": 16}
     unused = {"qkv": "BLOCK_N", "embed": "BLOCK_K"}.get(kernel)
     return {name: value for name, value in tiles.items() if name != unused}
 

@@ -46,15 +46,14 @@ def embed_kernel(
 
 @triton.jit
 def _raw(
-    h, update, post, norm_weight, weight, bias, row, rows, C, D, clip,
+    h, update, post, norm_weight, weight, bias, row, d, rows, C, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Raw outputs a and b of the rows."""
+    """Raw outputs a and b of the rows, values d."""
     factor, mean, size = _statistics(h, update, post, row, rows, C, NORM, POST, BLOCK_M, BLOCK_K)
-    a = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    d = tl.arange(0, BLOCK_D)
+    a = tl.zeros([BLOCK_M, d.shape[0]], tl.float32)
+    b = tl.zeros([BLOCK_M, d.shape[0]], tl.float32)
     skip = 0 if SCALE == "unit" else D
     for start in range(0, C, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
@@ -71,18 +70,18 @@ def _raw(
 
 @triton.jit
 def _gaussian(
-    h, update, post, norm_weight, weight, bias, guidance, row, at, known, samples, C, D, clip,
+    h, update, post, norm_weight, weight, bias, guidance, row, d, at, known, samples, C, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, COPIES: tl.constexpr,
-    RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Mean and scale of the tokens of the rows, by the guidance weights `at` where `samples` rows later stand those
-    without the condition."""
+    """Mean and scale of values d of the rows' tokens; rows without the condition stand `samples` later, the weights of
+    guidance at `at`."""
     rows = samples * COPIES
-    a, b = _raw(h, update, post, norm_weight, weight, bias, row, rows, C, D, clip, SCALE, CLIPPED, NORM, POST, BLOCK_M,
-                BLOCK_K, BLOCK_D)  # fmt: skip
+    a, b = _raw(h, update, post, norm_weight, weight, bias, row, d, rows, C, D, clip, SCALE, CLIPPED, NORM, POST,
+                BLOCK_M, BLOCK_K)  # fmt: skip
     if COPIES == 2:
-        plain_a, plain_b = _raw(h, update, post, norm_weight, weight, bias, row + samples, rows, C, D, clip, SCALE,
-                                CLIPPED, NORM, POST, BLOCK_M, BLOCK_K, BLOCK_D)  # fmt: skip
+        plain_a, plain_b = _raw(h, update, post, norm_weight, weight, bias, row + samples, d, rows, C, D, clip,
+                                SCALE, CLIPPED, NORM, POST, BLOCK_M, BLOCK_K)  # fmt: skip
         w = tl.load(guidance + at, known, 0)[:, None]
         if RULE == "tarflow":
             b = b + w * (b - plain_b)
@@ -124,8 +123,8 @@ def head_kernel(
     token = slot if START else slot + 1
     known = row < tl.where(token < T, samples, 0)
     inside = known[:, None] & (d < D)[None, :]
-    mu, sigma = _gaussian(h, update, post, norm_weight, weight, bias, guidance, row, row * T + token, known, samples, C,
-                          D, clip, SCALE, CLIPPED, NORM, POST, COPIES, RULE, BLOCK_M, BLOCK_K, BLOCK_D)  # fmt: skip
+    mu, sigma = _gaussian(h, update, post, norm_weight, weight, bias, guidance, row, d, row * T + token, known, samples,
+                          C, D, clip, SCALE, CLIPPED, NORM, POST, COPIES, RULE, BLOCK_M, BLOCK_K)  # fmt: skip
     at = (row * T + token)[:, None] * D + d[None, :]
     value = tl.where(inside, mu + sigma * tl.load(z + at, inside, 0), 0.0)
     mine = row < tl.where((column == 0) & (token < T), samples, 0)

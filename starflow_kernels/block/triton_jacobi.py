@@ -62,9 +62,13 @@ class JacobiSession(step.TritonSession):
         triton_sweep.attend_kernel[(self.rows * tiles * spec.heads * self.splits,)](
             self.q, self.k_cache[i], self.v_cache[i], self.position, stop, self.part, self.peak, self.mass, n,
             self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads, HEAD=spec.head_dim,
-            BLOCK_M=step.BLOCK_M, BLOCK_D=step.tile(spec.head_dim), SPLIT=step.SPLIT,
-            **config("attend", self.hidden.element_size(), spec.token_dim, spec.head_dim),
+            BLOCK_D=step.tile(spec.head_dim), SPLIT=step.SPLIT, **self._own("attend"),
         )  # fmt: skip
+
+    def _own(self, kernel: str) -> dict[str, int]:
+        """Tiles of a kernel that a step does not have."""
+        sizes = self.hidden.element_size(), self.spec.token_dim, self.spec.head_dim
+        return {"BLOCK_M": step.BLOCK_M, **config(kernel, *sizes)}
 
     def launch(self, w: dict) -> None:
         """The launches of a replay."""
@@ -77,10 +81,9 @@ class JacobiSession(step.TritonSession):
         rows, tile = self.rows * n, step.tile(D)
         triton_sweep.embed_kernel[self._grid(rows, triton.cdiv(C, step.BLOCK_N))](
             self.x, w.get("start"), *self._entrance(w), self.entry, self.position, self.stop, shape.samples, rows, n,
-            shape.tokens, shape.prefix, C, D, START=spec.start, BLOCK_D=tile, **self._tiles("embed"),
+            shape.tokens, shape.prefix, C, D, START=spec.start, BLOCK_D=tile, **self._own("embed"),
         )  # fmt: skip
-        h, tiles = self.layers(w, n, self.stop), self._tiles("head")
-        del tiles["BLOCK_N"]
+        h = self.layers(w, n, self.stop)
         inputs = 0 if self.offsets is None else len(self.offsets) * D
         spread, log_sigma, *learned = (getattr(self, name, None) for name in NEWTON)
         triton_sweep.head_kernel[(triton.cdiv(shape.samples * n, step.BLOCK_M),)](
@@ -89,7 +92,7 @@ class JacobiSession(step.TritonSession):
             self.move, self.size, self.position, self.stop, shape.samples, n, shape.tokens, shape.prefix, C, D,
             spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm,
             RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start, COPIES=shape.copies,
-            BLOCK_D=tile, **tiles,
+            **self._own("head"),
         )  # fmt: skip
         triton_sweep.settle_kernel[(shape.samples,)](
             self.x, self.y, spread, log_sigma, self.change, self.move, self.size, self.bound, self.tol, self.done,
@@ -143,13 +146,16 @@ def config(kernel: str, width: int, D: int, d: int) -> dict[str, int]:
     if kernel == "attend":
         small = {"BLOCK_S": 16, "num_warps": 8, "num_stages": 2}
         return small if width == 4 else {"BLOCK_S": step.BLOCK_S, "num_warps": 4, "num_stages": 2}
-    tiles = step.config(kernel, width, D, d)
-    return {name: value for name, value in tiles.items() if (kernel, name) != ("head", "BLOCK_N")}
+    if kernel == "head":
+        short = width == 4 or D < 64
+        tiles = {"BLOCK_D": min(step.tile(D), 64), "BLOCK_K": 16 if short else 32, "num_warps": 4}
+        return {**tiles, "num_stages": 2 if width == 2 else 1}
+    return step.config(kernel, width, D, d)
 
 
 def settle_warps(inputs: int, D: int) -> int:
     """Warps of the kernel that keeps a linear model in registers."""
-    return 4 if max(inputs, D) <= 32 else 8
+    return 4 if max(inputs, D) <= 32 else 16
 
 
 def refuse(z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, text, *others) -> str | None:

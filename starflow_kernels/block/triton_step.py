@@ -163,7 +163,6 @@ def qkv_kernel(
         base = tl.load(position + 1 if FIRST else position)
         if FIRST and tl.program_id(0) == 0:
             tl.store(position, base)
-        slot = base + row % n
     else:
         slot, inside = _place(position, stop, row, n, rows)
         if _none(inside):
@@ -193,6 +192,8 @@ def qkv_kernel(
         which = head_norms + tl.where(head < H, 0, HEAD)
         a *= inverse[:, None] * (1 + _vector(which, pair, pair < tl.where(turned, HALF, 0)))[None, :]
         b *= inverse[:, None] * (1 + _vector(which + HALF, pair, pair < tl.where(turned, HEAD // 2, 0)))[None, :]
+    if stop is None:
+        slot = base + row % n
     if ROTARY:
         at = slot[:, None] * (HEAD // 2) + pair[None, :]
         known = inside[:, None] & (pair < tl.where(turned, HEAD // 2, 0))[None, :]
@@ -261,28 +262,28 @@ def project_kernel(
     blocks = tl.cdiv(rows, BLOCK_M)
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     out = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = row < rows
     if stop is None:
-        slot = tl.load(position) + row % n
+        inside, base = row < rows, tl.load(position)
+        used, most = (base + row % n) // SPLIT + 1, (base + n - 1) // SPLIT + 1
     else:
         slot, inside = _place(position, stop, row, n, rows)
         if _none(inside):
             return
-    used = tl.where(inside, slot // SPLIT + 1, 0)
-    most = tl.max(used, 0)
+        used = slot // SPLIT + 1
+        most = tl.max(tl.where(inside, used, 0), 0)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for head in range(0, H):
         at = (row * H + head) * splits
         best = tl.full([BLOCK_M], float("-inf"), tl.float32)
         for split in range(0, most):
-            best = tl.maximum(best, tl.load(peak + at + split, split < used, float("-inf")))
+            best = tl.maximum(best, tl.load(peak + at + split, inside & (split < used), float("-inf")))
         best = tl.where(inside, best, 0.0)
         for start in range(0, HEAD, BLOCK_K):
             i = start + tl.arange(0, BLOCK_K)
             value = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
             share = tl.zeros([BLOCK_M], tl.float32)
             for split in range(0, most):
-                here = split < used
+                here = inside & (split < used)
                 by = tl.exp(tl.load(peak + at + split, here, float("-inf")) - best)
                 share += by * tl.load(mass + at + split, here, 0.0)
                 place = (at + split)[:, None] * HEAD + i[None, :]

@@ -100,29 +100,35 @@ def head_kernel(
     """y = mu + sigma z of the windows' tokens; of each token the largest change against x, relative and absolute, and
     the largest value, infinite for NaN."""
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
     slot, inside = _place(position, stop, row, n, samples * n)
     if _none(inside):
         return
-    token = slot - prefix + (0 if START else 1)
-    at = row // n * T + token
-    mu, sigma = _gaussian(h, update, post, norm_weight, weight, bias, guidance, row, at, inside, samples * n, C, D,
-                          clip, SCALE, CLIPPED, NORM, POST, COPIES, RULE, BLOCK_M, BLOCK_K, BLOCK_D)  # fmt: skip
-    known = inside[:, None] & (d < D)[None, :]
-    noise = sigma * tl.load(z + at[:, None] * D + d[None, :], known, 0)
-    value = mu + noise
-    old = tl.load(x + at[:, None] * D + d[None, :], known, 0)
-    to = row[:, None] * D + d[None, :]
-    tl.store(y + to, value, known)
-    if spread is not None:
-        tl.store(spread + to, noise, known)
-        tl.store(log_sigma + to, tl.log(sigma), known)
-    moved, largest = tl.where(known, tl.abs(value - old), 0.0), tl.where(known, tl.abs(value), 0.0)
-    largest = tl.where(largest == largest, largest, INFINITY)
-    moved = tl.where(moved == moved, moved, INFINITY)
-    tl.store(change + row, tl.max(tl.where(moved == INFINITY, moved, moved / tl.maximum(largest, 1.0)), 1), inside)
-    tl.store(move + row, tl.max(moved, 1), inside)
-    tl.store(size + row, tl.max(largest, 1), inside)
+    at = row // n * T + slot - prefix + (0 if START else 1)
+    changed = tl.zeros([BLOCK_M], tl.float32)
+    moved = tl.zeros([BLOCK_M], tl.float32)
+    largest = tl.zeros([BLOCK_M], tl.float32)
+    # Some values of the tokens at a time: all of wide ones do not fit into registers.
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mu, sigma = _gaussian(h, update, post, norm_weight, weight, bias, guidance, row, d, at, inside, samples * n, C,
+                              D, clip, SCALE, CLIPPED, NORM, POST, COPIES, RULE, BLOCK_M, BLOCK_K)  # fmt: skip
+        known = inside[:, None] & (d < D)[None, :]
+        noise = sigma * tl.load(z + at[:, None] * D + d[None, :], known, 0)
+        value, to = mu + noise, row[:, None] * D + d[None, :]
+        tl.store(y + to, value, known)
+        if spread is not None:
+            tl.store(spread + to, noise, known)
+            tl.store(log_sigma + to, tl.log(sigma), known)
+        by = tl.where(known, tl.abs(value - tl.load(x + at[:, None] * D + d[None, :], known, 0)), 0.0)
+        by = tl.where(by == by, by, INFINITY)
+        value = tl.where(known, tl.abs(value), 0.0)
+        value = tl.where(value == value, value, INFINITY)
+        relative = tl.where(by == INFINITY, by, by / tl.maximum(value, 1.0))
+        changed, moved = tl.maximum(changed, tl.max(relative, 1)), tl.maximum(moved, tl.max(by, 1))
+        largest = tl.maximum(largest, tl.max(value, 1))
+    tl.store(change + row, changed, inside)
+    tl.store(move + row, moved, inside)
+    tl.store(size + row, largest, inside)
 
 
 @triton.jit
@@ -158,7 +164,7 @@ def settle_kernel(
         after = first + moving + 1
         if offsets is not None:
             _newton(x, y, spread, log_sigma, tl.max(tl.load(move + row, inside, 0.0), 0), learned, moves, outputs, gram,
-                    cross, model, offsets, b, first, count, n, T, D, inputs, BLOCK_M, BLOCK_D, BLOCK_I)  # fmt: skip
+                    cross, model, offsets, b, first, count, n, T, D, inputs, BLOCK_D, BLOCK_I)  # fmt: skip
         else:
             d = tl.arange(0, BLOCK_D)
             for begin in range(0, count, BLOCK_M):
