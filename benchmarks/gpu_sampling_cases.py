@@ -29,6 +29,9 @@ WEIGHTS = {
     "float32": Weights(torch.float32, 4),
     "bfloat16": Weights(torch.bfloat16, 2),
     "float16": Weights(torch.float16, 2),
+    "int8": Weights(torch.bfloat16, 1, MappingProxyType({"quantize": "int8"}), exact=False),
+    "fp8": Weights(torch.bfloat16, 1, MappingProxyType({"quantize": "fp8"}), exact=False),
+    "int8, float32": Weights(torch.float32, 1, MappingProxyType({"quantize": "int8"}), exact=False),
 }
 
 
@@ -182,6 +185,7 @@ CASES = [
         released=False,
     ),
     Case("AFHQ-256, batch 1, 8 blocks", tarflow(192, 768, 8, 8), 1, 1024),
+    Case("AFHQ-256, batch 1, 8 blocks", tarflow(192, 768, 8, 8), 1, 1024, weights=("int8", "fp8"), released=False),
     Case("AFHQ-256, batch 16, 8 blocks", tarflow(192, 768, 8, 8), 16, 1024),
     Case("AFHQ-256, batch 256, 1 of 8 blocks", tarflow(192, 768, 8), 256, 1024),
     *(
@@ -228,6 +232,8 @@ def checked(dry: bool) -> dict[str, Checked]:
             BlockSpec(**{**sizes, **star, **norms}, flip=True), 2, T, {}, ("float32",), thorough=False
         ),
     }
+    one_byte = ("int8, float32",) if dry else ("int8", "fp8")
+    found["TarFlow, weights of one byte"] = Checked(plain, 2, T, {"cond": True}, one_byte, thorough=False)
     if not dry:
         found["STARFlow, 300 tokens"] = Checked(BlockSpec(**sizes, **star), 2, 300, {}, (narrow,), thorough=False)
     return found

@@ -63,13 +63,13 @@ class Subject:
     @functools.cached_property
     def usual(self) -> torch.Tensor:
         """The specification in these weights."""
-        return inverse(self.block, self.z, "reference")
+        return inverse(self.block, self.z, "reference", **self.weights.options)
 
     @functools.cached_property
     def exact(self) -> torch.Tensor:
-        """The specification in float64."""
+        """The specification in float64, of weights that are rounded alike."""
         wide = self.problem.to(torch.float64)
-        return inverse(wide.blocks[0], wide.z, "reference")
+        return inverse(wide.blocks[0], wide.z, "reference", **self.weights.options)
 
     def compare(self, found: torch.Tensor, slack: float = 0.0) -> str:
         """The error contract, and of a solver the slack that it asks for."""
@@ -78,7 +78,7 @@ class Subject:
         size = self.exact.abs().max().item()
         error, allowed = ((t - self.exact).abs().max().item() for t in (found, self.usual))
         bound = 2 * (allowed + torch.finfo(self.weights.dtype).eps * size) + slack * max(1.0, size)
-        if error > bound and self.weights.exact:
+        if error > bound:
             raise AssertionError(f"{error / bound:.2f} of the allowed error")
         return f"{error / bound:.2f} of the allowed error"
 
@@ -149,14 +149,14 @@ def two_models(s: Subject) -> None:
 
 def round_trip(s: Subject) -> str:
     """block_forward of the data is the noise, as nearly as for the specification."""
-    if s.block.copies == 2:
-        raise Skip("under guidance it has no density")
+    if s.block.copies == 2 or "quantize" in s.weights.options:
+        raise Skip("under guidance, or by weights of one byte, it is not the inverse of the density pass")
     ours, usual = (
         (block_forward(x, s.block.weights, s.block.spec, **s.block.context, backend=backend)[0] - s.z).abs().max()
         for x, backend in ((s.first, None), (s.usual, "reference"))
     )
     bound = 2 * (usual.item() + torch.finfo(s.weights.dtype).eps * s.z.abs().max().item())
-    if not ours.item() <= bound and s.weights.exact:
+    if not ours.item() <= bound:
         raise AssertionError(f"{ours.item() / bound:.2f} of the allowed distance")
     return f"{ours.item() / bound:.2f} of the allowed distance"
 
