@@ -89,7 +89,7 @@ def test_every_value_of_a_byte(dtype):
         bits = bits.view(16, 16)
         out = torch.zeros(16, 16)
         triton.triton_step.down_kernel[(1,)](
-            torch.eye(16, dtype=dtype), bits.view(stored), None, out, None, torch.full((16,), 1.0), None, None, 16, 1, 16, 16,
+            torch.eye(16, dtype=dtype), bits.view(stored), None, out, None, torch.ones(16), None, None, 16, 1, 16, 16,
             BIAS=False, POST=False, DTYPE=triton.dtype_of(dtype), BLOCK_M=16, **config,
         )  # fmt: skip
         known = bits.view(kind).float().T
