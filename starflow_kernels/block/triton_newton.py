@@ -96,10 +96,11 @@ def _newton(
     x, y, spread, log_sigma = x + (b * T + first) * D, y + b * n * D, spread + b * n * D, log_sigma + b * n * D
     moves, outputs, gram = moves + b * T * D, outputs + b * T * 2 * D, gram + b * BLOCK_I * BLOCK_I
     cross, model = cross + b * 2 * size, model + b * 2 * size
-    known = tl.minimum(first + count, tl.load(learned + 2 * b + 1)) - first
+    before, known = tl.load(learned + 2 * b), tl.minimum(first + count, tl.load(learned + 2 * b + 1)) - first
+    tl.debug_barrier()
     if known > 0:
-        _learn(y, spread, log_sigma, moves, outputs, gram, cross, model, offsets, first, known,
-               tl.load(learned + 2 * b), D, inputs, BLOCK_D, BLOCK_I)  # fmt: skip
+        _learn(y, spread, log_sigma, moves, outputs, gram, cross, model, offsets, first, known, before, D, inputs,
+               BLOCK_D, BLOCK_I)  # fmt: skip
     tl.store(learned + 2 * b, first)
     tl.store(learned + 2 * b + 1, first + count)
     tl.debug_barrier()

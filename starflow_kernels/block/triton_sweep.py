@@ -144,6 +144,8 @@ def settle_kernel(
     if first >= T:
         return
     count = tl.load(stop + b) - tl.load(position + b)
+    # What all threads have read now, some of them write below.
+    tl.debug_barrier()
     i = tl.arange(0, BLOCK_W)
     inside = i < count
     row = b * n + i
