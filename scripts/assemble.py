@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 
 from starflow import Flow
-from starflow.encoding import load_text
+from starflow.data.encode import load_text
+from starflow.models.autoencoder import load_vae
 from starflow.pipelines import FlowModel, STARFlowPipeline
-from starflow.vae import load_vae
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.svm import SVC
 
-from starflow.data import DataConfig, load
+from starflow.data.datasets import DataConfig, load
 from starflow.pipelines import STARFlowPipeline
-from starflow.sampling import save_grid
+from starflow.sampling.sample import save_grid
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = ("{}", "a photo of the digit {}")

@@ -1,8 +1,8 @@
 """TarFlow and STARFlow models on starflow_kernels: train, sample, evaluate."""
 
-from .config import FlowConfig
 from .errors import CheckpointError, ConfigError, DataError, InverseError, StarflowError
-from .flow import Flow, FlowOutput, Guidance
+from .models.config import FlowConfig
+from .models.flow import Flow, FlowOutput, Guidance
 
 __all__ = [
     "CheckpointError",

@@ -1,5 +1,7 @@
 """Fast exact ops for transformer autoregressive normalizing flows. Importing needs torch alone."""
 
+from ._core.dispatch import backends
+from ._triton.runtime import warmup
 from .affine_flow.api import affine_flow
 from .affine_flow_inverse.api import affine_flow_inverse
 from .attention_flow.api import attention_flow
@@ -7,14 +9,12 @@ from .bias_gelu.api import bias_gelu
 from .block.api import block_forward, block_inverse
 from .cached_attention.api import cached_attention
 from .causal_attention.api import causal_attention
-from .dispatch import backends
 from .flow_head.api import flow_head
 from .linear.api import linear
 from .residual_norm.api import residual_norm
 from .solve_inverse.api import solve_inverse
 from .solver import Solver, SolveReport
 from .spec import AffineSpec, BlockSpec
-from .triton_runtime import warmup
 
 __all__ = [
     "AffineSpec",

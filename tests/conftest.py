@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from starflow_kernels import backends, triton_runtime
+from starflow_kernels import backends
+from starflow_kernels._triton import runtime
 
 torch.set_num_threads(1)
 interpreted = pytest.mark.skipif(
-    not triton_runtime.interpreted() or triton_runtime.missing() is not None,
+    not runtime.interpreted() or runtime.missing() is not None,
     reason="it needs TRITON_INTERPRET=1 and triton",
 )
 

@@ -1,8 +1,9 @@
 """Density pass and training step on the CPU against the released TarFlow: same weights, same images, one process.
 
-    python -m benchmarks.density --peer DIR --json benchmarks/results/density_cpu.json
+    python -m benchmarks.cpu.density --peer DIR --json benchmarks/results/density_cpu.json
 
-`DIR` holds transformer_flow.py of github.com/apple/ml-tarflow. The model is the 32x32x3 one of benchmarks.sampling. The
+`DIR` holds transformer_flow.py of github.com/apple/ml-tarflow. The model is the 32x32x3 one of benchmarks.cpu.sampling.
+The
 floor is operations / peak, measured in the same run; a training step does three times those of a density pass.
 """
 
@@ -17,8 +18,8 @@ import torch
 
 from starflow import Flow, FlowConfig
 
-from .machine import description, peak_flops
-from .released import convert, load_peer, timed
+from ..machine import description, peak_flops
+from ..peers.released import convert, load_peer, timed
 
 CONFIG = FlowConfig(image_size=32, image_channels=3, patch_size=2, channels=128, layers=(4, 4, 4, 4))
 

@@ -1,7 +1,7 @@
 """Inverting a trained MAF of zuko: its own inverse, D passes a transform, against solve_inverse on the same network.
 
     pip install starflow-kernels[zuko,models]
-    python -m benchmarks.maf --json benchmarks/results/maf_cpu.json
+    python -m benchmarks.cpu.maf --json benchmarks/results/maf_cpu.json
 
 Five transforms over the 64 pixels of scikit-learn's digits, uniform dequantisation, zuko's default hidden sizes. Passes
 are counted by hooks on the networks. Errors are against zuko's inverse in float64 of the same noise; those of zuko in
@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 import zuko
 
-from starflow.data import DataConfig, dequantise, load
+from starflow.data.datasets import DataConfig, dequantise, load
 from starflow_kernels import Solver, solve_inverse
 
-from .machine import description
-from .released import timed
+from ..machine import description
+from ..peers.released import timed
 
 D, TRANSFORMS, STEPS, BATCH = 64, 5, 3000, 256
 # In float32 a smaller one is below what rounding leaves.

@@ -1,7 +1,7 @@
 """Parallel inverses of trained flows: published rules beside ours, same weights, same noise, one process.
 
-    python -m benchmarks.parallel CHECKPOINT ... --peer DIR --json benchmarks/results/parallel_cpu.json
-    python -m benchmarks.parallel CHECKPOINT ... --samples 1000 --json benchmarks/results/parallel_samples_cpu.json
+    python -m benchmarks.cpu.parallel CHECKPOINT ... --peer DIR --json benchmarks/results/parallel_cpu.json
+    python -m benchmarks.cpu.parallel CHECKPOINT ... --samples 1000 --json benchmarks/results/parallel_samples_cpu.json
 
 A checkpoint is a folder or the name of a bundled one. `DIR` holds transformer_flow.py of github.com/apple/ml-tarflow;
 without it, or where a flow has another shape, its loop is left out. Every method inverts all blocks one after the
@@ -25,14 +25,14 @@ from typing import NamedTuple
 import torch
 
 from starflow import Flow, Guidance
-from starflow.certificate import certificate
-from starflow.data import generator
-from starflow.solvers import Inversion, neighbours
+from starflow.data.datasets import generator
+from starflow.inversion.solvers import Inversion, neighbours
+from starflow.models.certificate import certificate
 from starflow_kernels import Solver, block_inverse
 
-from .machine import description
-from .published import STARFLOW, EagerBlock, Rule, gs_jacobi_rules, sejd_rules, solve
-from .released import load_peer, released_model, timed
+from ..machine import description
+from ..peers.published import STARFLOW, EagerBlock, Rule, gs_jacobi_rules, sejd_rules, solve
+from ..peers.released import load_peer, released_model, timed
 
 WINDOWS = (16, 32, 64)
 ERROR = 1e-4

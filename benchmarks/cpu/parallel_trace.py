@@ -1,8 +1,9 @@
 """How fast parallel inverses of a flow's blocks converge: a picture of the error after every pass.
 
-    python -m benchmarks.parallel_trace CHECKPOINT --picture docs/parallel.png
+    python -m benchmarks.cpu.parallel_trace CHECKPOINT --picture docs/parallel.png
 
-The methods of benchmarks.parallel, in plain PyTorch and without an end at a tolerance; each block starts from its exact
+The methods of benchmarks.cpu.parallel, in plain PyTorch and without an end at a tolerance; each block starts from its
+exact
 noise. The error is the worst of a batch against our sequential kernel. A method that works in modules has done with the
 first tokens before it begins with the last. Needs matplotlib.
 """
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from starflow.solvers import neighbours
-from starflow_kernels.quasi_newton import QuasiNewton
+from starflow.inversion.solvers import neighbours
+from starflow_kernels.solve_inverse.quasi_newton import QuasiNewton
 
-from .machine import description
+from ..machine import description
+from ..peers.published import SEJD, STARFLOW, EagerBlock, Rule, gs_jacobi_rules, solve
 from .parallel import Case, inputs_and_results, load
-from .published import SEJD, STARFLOW, EagerBlock, Rule, gs_jacobi_rules, solve
 
 SMALLEST = 1e-7
 

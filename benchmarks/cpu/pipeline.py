@@ -1,6 +1,6 @@
 """Where the time of a text-to-image pipeline goes: text, flow, denoising, decoding. Random weights, real classes.
 
-    python -m benchmarks.pipeline --json benchmarks/results/pipeline_cpu.json
+    python -m benchmarks.cpu.pipeline --json benchmarks/results/pipeline_cpu.json
 
 The proportions are those of the released 3B model on a smaller scale: one deep block that the text reaches and guidance
 acts on, an autoencoder of 8 pixels a latent. A result counts only where the certificate is below 1e-4. The floors of
@@ -20,7 +20,7 @@ from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from starflow.pipelines import FlowModel, STARFlowPipeline
 
-from .machine import description, peak_flops
+from ..machine import description, peak_flops
 
 TEXT_DIM, TEXT_LEN, GUIDANCE, CERTIFICATE = 256, 128, 3.6, 1e-4
 

@@ -1,6 +1,6 @@
 """Sampling on the CPU against the released TarFlow loop: same weights, same noise, one process.
 
-    python -m benchmarks.sampling --peer DIR --json benchmarks/results/sampling_cpu.json
+    python -m benchmarks.cpu.sampling --peer DIR --json benchmarks/results/sampling_cpu.json
 
 `DIR` holds transformer_flow.py of github.com/apple/ml-tarflow, which is not part of this repository. Every time stands
 beside its floor, the larger of bytes / read bandwidth of that working set and operations / peak, measured in the same
@@ -21,8 +21,8 @@ import torch
 
 from starflow_kernels import block_inverse
 
-from .machine import description, peak_flops, read_bandwidth
-from .released import convert, load_peer, median_seconds, timed
+from ..machine import description, peak_flops, read_bandwidth
+from ..peers.released import convert, load_peer, median_seconds, timed
 
 
 @dataclasses.dataclass(frozen=True)

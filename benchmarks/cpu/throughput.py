@@ -1,6 +1,6 @@
 """Samples a second of the throughput sampler, beside those of its flow alone, and its memory beside what is predicted.
 
-    python -m benchmarks.throughput --json benchmarks/results/throughput_cpu.json
+    python -m benchmarks.cpu.throughput --json benchmarks/results/throughput_cpu.json
 
 The floor is the flow with noise at hand: the sampler draws noise a sample, writes files and a manifest, and its
 processes share the machine. A result counts only where both draw the same pixels. Memory is that of each image in a
@@ -23,14 +23,14 @@ import numpy as np
 import torch
 
 from starflow import Flow, Guidance
-from starflow.certificate import certificate
-from starflow.config import FlowConfig
-from starflow.data import generator
-from starflow.memory import denoise_bytes, image_bytes
-from starflow.sampling import pixels
-from starflow.solvers import Inversion
+from starflow.data.datasets import generator
+from starflow.inversion.solvers import Inversion
+from starflow.models.certificate import certificate
+from starflow.models.config import FlowConfig
+from starflow.sampling.budget import denoise_bytes, image_bytes
+from starflow.sampling.sample import pixels
 
-from .machine import description
+from ..machine import description
 
 IMAGE = {"image_channels": 3, "num_classes": 10, "layers": [2, 2]}
 SHAPES = {
@@ -176,7 +176,7 @@ def main() -> None:
     for name in (*SHAPES, "digits", *([args.photos] if args.photos else [])):
         for way in WAYS:
             # The peak of a process stays: each has one of its own.
-            command = [sys.executable, "-m", "benchmarks.throughput", "--memory-of", name, way]
+            command = [sys.executable, "-m", "benchmarks.cpu.throughput", "--memory-of", name, way]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             used.append(json.loads(done.stdout))
             print(json.dumps(used[-1]), flush=True)

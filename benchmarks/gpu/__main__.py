@@ -27,13 +27,14 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from starflow_kernels import backends, measured
+from starflow_kernels import backends
+from starflow_kernels.causal_attention import timings
 
-from . import gpu_choice, gpu_sampling, gpu_sampling_checks
-from .gpu_bench import Bench, Clock, Skip, attempt
-from .gpu_cases import CHECKED, DRY, MAKE, TIMED, Case
-from .machine import HERE, description
-from .released import load_peer
+from ..machine import HERE, description
+from ..peers.released import load_peer
+from . import choice, sampling, sampling_checks
+from .bench import Bench, Clock, Skip, attempt
+from .op_cases import CHECKED, DRY, MAKE, TIMED, Case
 
 SAMPLING = "block_inverse"
 # Seconds after which the whole run should be over; of those of sampling what checks and a trained flow may take.
@@ -191,8 +192,8 @@ def time_op(op: str, shape: tuple[int, ...], bench: Bench, ceilings: dict[str, f
                 return {"seconds": bench.seconds(run), "peak_bytes": bench.peak_memory(run)}
 
             result, found = attempt(measure)
-            measured = found if result == "passed" else {"failed": found}
-            rows.append({**row, "code": name, "floor_seconds": floor, **measured})
+            timings = found if result == "passed" else {"failed": found}
+            rows.append({**row, "code": name, "floor_seconds": floor, **timings})
             if not bench.dry:
                 print(rows[-1], flush=True)
     return rows
@@ -237,33 +238,33 @@ def markdown(result: dict) -> str:
         us, floor = 1e6 * r["seconds"], 1e6 * r["floor_seconds"]
         lines.append(f"{where}| {us:.1f} | {floor:.1f} | {floor / us:.0%} | {memory} |")
     attention, sampling = result["attention"], result["sampling"]
-    page = "\n".join(lines) + "\n" + (gpu_choice.markdown(attention) if attention else "")
-    return page + (gpu_sampling.markdown(sampling) if sampling else "")
+    page = "\n".join(lines) + "\n" + (choice.markdown(attention) if attention else "")
+    return page + (sampling.markdown(sampling) if sampling else "")
 
 
 def compare_attention(bench: Bench, result: dict, path: Path) -> None:
     """Time every attention backend and write the entries of the table."""
     dtypes = [torch.float32] if bench.dry else [torch.bfloat16, torch.float16]
-    for shape in gpu_choice.DRY if bench.dry else gpu_choice.SHAPES:
+    for shape in choice.DRY if bench.dry else choice.SHAPES:
         for dtype in dtypes:
-            result["attention"] += gpu_choice.measure(shape, dtype, bench.device, bench.seconds)
+            result["attention"] += choice.measure(shape, dtype, bench.device, bench.seconds)
     device = torch.device(bench.device)
-    measured.write(path, gpu_choice.entries(result["attention"], device, result["machine"]))
+    timings.write(path, choice.entries(result["attention"], device, result["machine"]))
 
 
 def sample(bench: Bench, result: dict, args: argparse.Namespace, seconds: float, save: Callable) -> None:
     """Checks and times of sampling in so many seconds, of which checks may take a share."""
     checks = Clock(CHECKS_SHARE * seconds)
     clock = Clock(seconds)
-    for row in gpu_sampling_checks.checks(bench, checks):
+    for row in sampling_checks.checks(bench, checks):
         result["checks"].append(row)
         print(*row.values(), flush=True)
     save()
     peer, given = load_peer(args.peer) if args.peer else None, (bench, result["ceilings"])
     row = {"case": "trained flow", "weights": "", "code": "all"}
     for rows in (
-        gpu_sampling.cases(*given, peer, clock, reserved=TRAINED_SHARE * seconds if args.checkpoint else 0),
-        gpu_sampling.trained(args.checkpoint, *given, peer, clock)
+        sampling.cases(*given, peer, clock, reserved=TRAINED_SHARE * seconds if args.checkpoint else 0),
+        sampling.trained(args.checkpoint, *given, peer, clock)
         if args.checkpoint
         else [{**row, "skipped": "it needs --checkpoint"}],
     ):
@@ -321,14 +322,14 @@ def main() -> int:
         path.unlink(missing_ok=True)
         compare_attention(bench, result, path)
         if args.write_table:
-            measured.write(gpu_choice.TABLE, measured.Table(path).entries)
+            timings.write(choice.TABLE, timings.Table(path).entries)
         write(result, folder / f"gpu_{name}")
     if SAMPLING in args.ops:
         left = min(args.seconds, LONGEST - (time.perf_counter() - start))
         sample(bench, result, args, left, lambda: write(result, folder / f"gpu_{name}"))
-    timings = result["timings"] + result["sampling"]
-    failed = [r for r in result["checks"] if r["result"] == "failed"] + [r for r in timings if "failed" in r]
-    counts = f"{len(result['checks'])} checks, {len(timings)} timings, {len(failed)} failed"
+    timed = result["timings"] + result["sampling"]
+    failed = [r for r in result["checks"] if r["result"] == "failed"] + [r for r in timed if "failed" in r]
+    counts = f"{len(result['checks'])} checks, {len(timed)} timings, {len(failed)} failed"
     print(f"{counts}: {folder}/gpu_{name}.md")
     return 1 if failed else 0
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from starflow_kernels import triton_runtime
+from starflow_kernels._triton import runtime
 
 GIB = 2**30
 
@@ -100,7 +100,7 @@ class Bench:
                 run()
                 torch.cuda.synchronize()
             return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
-        if triton_runtime.missing():
+        if runtime.missing():
             run()
             return 0
         from triton.runtime.interpreter import GridExecutor

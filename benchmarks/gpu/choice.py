@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 
 import starflow_kernels
-from starflow_kernels import dispatch
-from starflow_kernels.measured import Entry, chip
+from starflow_kernels._core import dispatch
+from starflow_kernels.causal_attention.timings import Entry, chip
 
-from .gpu_cases import angles, randn
+from .op_cases import angles, randn
 
-TABLE = Path(starflow_kernels.__file__).parent / "causal_attention" / "measured.json"
+TABLE = Path(starflow_kernels.__file__).parent / "causal_attention" / "timings.json"
 # B, T, H, H_kv, d, window
 SHAPES = [
     (tokens // T, T, width // d, width // d, d, window)

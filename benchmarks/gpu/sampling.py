@@ -1,7 +1,8 @@
 """What benchmarks.gpu times of the sampling direction: ours, a decoder in plain PyTorch and the released loop.
 
 A case is first solved in float32 (float64 for float32 weights), sequentially, by the plain decoder of
-benchmarks.decoder; every other result is compared with that one, and a code whose error is not allowed has no time.
+benchmarks.peers.static_cache;
+every other result is compared with that one, and a code whose error is not allowed has no time.
 Allowed is twice the error of the plain decoder in the same weights, and rounding.
 """
 
@@ -19,11 +20,11 @@ import torch
 
 from starflow_kernels import Solver, backends
 
-from .decoder import PlainDecoder
-from .gpu_bench import Bench, Clock, Skip, attempt
-from .gpu_sampling_cases import CASES, DRY_CASES, WEIGHTS, Block, Problem, Weights
-from .gpu_sampling_checks import inverse, launches_a_step
-from .released import released_block, step_seconds
+from ..peers.released import released_block, step_seconds
+from ..peers.static_cache import PlainDecoder
+from .bench import Bench, Clock, Skip, attempt
+from .sampling_cases import CASES, DRY_CASES, WEIGHTS, Block, Problem, Weights
+from .sampling_checks import inverse, launches_a_step
 
 REPEATS = 5
 # Seconds without which no case is begun.
@@ -293,10 +294,10 @@ def guarded(rows: Callable[[], Iterator[dict]], row: dict) -> Iterator[dict]:
 
 def trained(checkpoint: str, bench: Bench, ceilings: dict, peer, clock: Clock) -> Iterator[dict]:
     """The same of a trained flow, and its parallel inverses: those of random weights would say nothing."""
-    from starflow.solvers import neighbours
+    from starflow.inversion.solvers import neighbours
 
-    from .parallel import Case as Trained
-    from .parallel import load
+    from ..cpu.parallel import Case as Trained
+    from ..cpu.parallel import load
 
     kind, batches = ("float32", (1, 2)) if bench.dry else ("bfloat16", (1, 256))
     weights = WEIGHTS[kind]

@@ -11,8 +11,8 @@ import torch
 
 from starflow_kernels import AffineSpec, BlockSpec
 
-from .floor import Work, block_work
-from .gpu_cases import angles
+from ..floor import Work, block_work
+from .op_cases import angles
 
 
 class Weights(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 
 from starflow_kernels import Solver, backends, block_forward, block_inverse
 
-from .gpu_bench import Bench, Clock, Skip, attempt
-from .gpu_sampling_cases import WEIGHTS, Block, Checked, Problem, Weights, checked, make
+from .bench import Bench, Clock, Skip, attempt
+from .sampling_cases import WEIGHTS, Block, Checked, Problem, Weights, checked, make
 
 SOLVERS = {
     "Jacobi, window of 5": Solver("jacobi", window=5),
@@ -105,9 +105,9 @@ def second_call(s: Subject) -> None:
     """The same bits by the session that is kept, with NaN in all its buffers and in memory that nobody has written."""
     expected = s.first
     if s.backend == "triton":
-        from starflow_kernels.block import triton
+        from starflow_kernels.block.triton import sequential
 
-        for _, session in triton._sessions._kept.values():
+        for _, session in sequential._sessions._kept.values():
             for value in vars(session).values():
                 if isinstance(value, torch.Tensor) and value.is_floating_point():
                     value.fill_(float("nan"))

@@ -1,6 +1,6 @@
 """What each Triton kernel takes of a chip, read out of the compiled code; needs no GPU.
 
-    python -m benchmarks.triton_resources --check --results build/triton.json --write docs/triton.md
+    python -m benchmarks.gpu.triton_resources --check --results build/triton.json --write docs/triton.md
 
 Every kernel is compiled in every shipped configuration for every target, as it is launched: pointers on 16 bytes, sizes
 that 16 divides. --check fails where registers are spilled or a target lacks the shared memory. --results keeps what
@@ -29,16 +29,16 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from starflow_kernels import triton_rotary
+from starflow_kernels._triton import rotary
+from starflow_kernels._triton.tiles import blocks
 from starflow_kernels.affine_flow import triton as affine_flow
 from starflow_kernels.attention_flow import triton as attention_flow
 from starflow_kernels.bias_gelu import triton as bias_gelu
-from starflow_kernels.block import triton as block
-from starflow_kernels.block import triton_head, triton_jacobi, triton_step, triton_sweep
+from starflow_kernels.block.triton import head_kernels, step_kernels, sweep_kernels, sweeps
+from starflow_kernels.block.triton import sequential as block
 from starflow_kernels.causal_attention import triton as causal_attention
 from starflow_kernels.flow_head import triton as flow_head
 from starflow_kernels.residual_norm import triton as residual_norm
-from starflow_kernels.triton_blocks import blocks
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -60,7 +60,7 @@ PAGE = """# What the Triton kernels take of a chip
 Registers a thread / bytes of stack a thread (spilled registers) / bytes of shared memory a block, of every kernel in
 every shipped configuration, compiled without a GPU by Triton {versions}; two numbers where the versions differ. Rows
 without "window" see all tokens before their own. Written by
-`python -m benchmarks.triton_resources --results build/triton.json --write docs/triton.md`, run with each version.
+`python -m benchmarks.gpu.triton_resources --results build/triton.json --write docs/triton.md`, run with each version.
 
 {table}
 """
@@ -175,9 +175,9 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     constants |= {"DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype]}
     constants |= {"BLOCK_D": block.tile(D if kernel in ("head", "embed") else d), **options}
     constants |= dict.fromkeys(("BIAS", "QK_NORM", "ROTARY", "CLIPPED", "START", "TABLE", "COND"), True)
-    constants |= {"COPIES": 2, "RULE": "starflow", "SCALE": "softplus", "PAIRS": triton_rotary.half_tile(d)}
+    constants |= {"COPIES": 2, "RULE": "starflow", "SCALE": "softplus", "PAIRS": rotary.half_tile(d)}
     constants |= block.config(kernel, 2 if dtype == "bf16" else 4, D, d, quantize != "none")
-    module = triton_head if kernel in ("head", "embed") else triton_step
+    module = head_kernels if kernel in ("head", "embed") else step_kernels
     aligned = ("C", "D", "slots", "width", "stride")
     return Launch(getattr(module, f"{kernel}_kernel"), types, constants, aligned)
 
@@ -211,21 +211,21 @@ def sweep(kernel: str, dtype: str, d: int, D: int, neighbours: int = 0) -> Launc
     """A kernel of a Jacobi sweep, heads of d and tokens of D values."""
     wide = {"NORM": "rms_norm", "POST": True, "FIRST": False, "GATED": True}
     like = step(kernel if kernel != "settle" else "head", dtype, d, D, wide)
-    module = triton_step if kernel in ("qkv", "project", "up", "down") else triton_sweep
+    module = step_kernels if kernel in ("qkv", "project", "up", "down") else sweep_kernels
     whole = ("done", "single", "passes", "fallbacks", "failed", "sweeps", "stop", "learned", "offsets")
     types = like.types
-    floats = ("y", "change", "move", "size", "bound", "tol", "residual", *triton_jacobi.NEWTON)
+    floats = ("y", "change", "move", "size", "bound", "tol", "residual", *sweeps.NEWTON)
     types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(whole, "*i32") | {"inputs": "i32", "start": f"*{dtype}"}
     constants = {name: value for name, value in like.constants.items() if name != "stop"}
     if kernel in ("embed", "head", "attend"):
-        constants |= triton_jacobi.config(kernel, 2 if dtype == "bf16" else 4, D, d)
+        constants |= sweeps.config(kernel, 2 if dtype == "bf16" else 4, D, d)
     if kernel == "settle":
         inputs = neighbours * D
         constants |= {"WINDOW": 64, "SLIDE": True, "BLOCK_W": 64, "BLOCK_I": block.tile(inputs)}
-        constants |= {"num_warps": triton_jacobi.settle_warps(inputs, D)}
+        constants |= {"num_warps": sweeps.settle_warps(inputs, D)}
         if not neighbours:
-            constants |= dict.fromkeys(("offsets", *triton_jacobi.NEWTON))
-            types = {name: kind for name, kind in types.items() if name not in ("offsets", *triton_jacobi.NEWTON)}
+            constants |= dict.fromkeys(("offsets", *sweeps.NEWTON))
+            types = {name: kind for name, kind in types.items() if name not in ("offsets", *sweeps.NEWTON)}
     aligned = ("C", "D", "slots", "width", "n")
     return Launch(getattr(module, f"{kernel}_kernel"), types, constants, aligned)
 
@@ -255,14 +255,14 @@ def attention(kernel: str, chip: str, dtype: str, d: int, rotary: str, window: b
     types = {name: f"*{dtype}" for name in names} | dict.fromkeys(("lse", "delta", "grad_lse"), "*fp32")
     types |= dict.fromkeys(HEADS, "i32") | {"factor": "fp32", "scale": "fp32"}
     angle = "constexpr" if rotary == "none" else "*fp32"
-    half = triton_rotary.half_tile(d)
+    half = rotary.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary}
     constants |= {"cos": None, "sin": None} if rotary == "none" else {}
     if kernel in ("turn", "turn_back", "delta"):
         constants |= {"HAS_LSE": True, "BLOCK_M": 32, "BLOCK": 64}
     else:
         constants |= blocks("causal_attention", kernel, chip, 2 if dtype == "bf16" else 4, 2 * half)
-    module = triton_rotary if kernel[:4] == "turn" else causal_attention
+    module = rotary if kernel[:4] == "turn" else causal_attention
     return Launch(getattr(module, f"{kernel}_kernel"), types | {"cos": angle, "sin": angle}, constants)
 
 
@@ -272,7 +272,7 @@ def flow(kernel: str, chip: str, dtype: str, d: int, D: int, rotary: str = "inte
     types = {name: f"*{dtype}" for name in names} | dict.fromkeys(HEADS | {"D", "P"}, "i32")
     types |= dict.fromkeys(("cos", "sin", "logdet", "lse", "delta", "grad_logdet", "grad_raw", "grad_lse"), "*fp32")
     types |= dict.fromkeys(("factor", "scale", "clip", "share"), "fp32")
-    half = triton_rotary.half_tile(d)
+    half = rotary.half_tile(d)
     constants = {"WINDOW": window, "HEAD": d, "HALF": half, "ROTARY": rotary, "SCALE": "softplus", "CLIPPED": True}
     constants |= dict.fromkeys(("BIAS", "SHIFT", "FLIP", "SUM", "HAS_Z", "HAS_LOGDET", "HAS_LSE"), True)
     tile = max(16, triton.next_power_of_2(D))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .machine import copy_bandwidth, description, peak_flops
+from ..machine import copy_bandwidth, description, peak_flops
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..errors import StarflowError
-from ..files import write_text
+from ..io.files import write_text
 from . import calibrate, convert, demo, encode, evaluate, info, sample, train, train_autoencoder, train_decoder
 from .common import Parser, positive
 

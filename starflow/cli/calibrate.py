@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from ..calibration import WINDOWS, calibrate
-from ..checkpoint import BUNDLED, PIPELINE_INDEX, resolve
 from ..errors import ConfigError
-from ..files import write_folder
-from ..flow import Flow, Guidance
-from ..loop import METRICS, STATE
-from ..solver_files import SETTINGS, save_calibration
-from ..solvers import TOLERANCE, BlockMeasurement, Calibration, Inversion
+from ..inversion.measure import WINDOWS, calibrate
+from ..inversion.solver_files import SETTINGS, save_calibration
+from ..inversion.solvers import TOLERANCE, BlockMeasurement, Calibration, Inversion
+from ..io.files import write_folder
+from ..models.checkpoint import BUNDLED, PIPELINE_INDEX, resolve
+from ..models.flow import Flow, Guidance
+from ..training.loop import METRICS, STATE
 from .common import DTYPES, Parser, device, non_negative, positive
 
 TRANSFORMER = "transformer"
@@ -112,8 +112,8 @@ def _flow(args: argparse.Namespace, folder: Path) -> tuple[Flow, None, None]:
 
 def _pipeline(args: argparse.Namespace, folder: Path) -> tuple[Flow, torch.Tensor | None, torch.Tensor | None]:
     """The flow, states of the prompts, and those of the empty one."""
+    from ..data.prompts import encode_prompts
     from ..pipelines import FlowPipeline, hide_loading_bars
-    from ..text import encode_prompts
 
     hide_loading_bars()
     pipe = FlowPipeline.from_pretrained(folder, dtype=DTYPES[args.dtype]).to(device(args.device))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..convert import convert, release
 from ..errors import ConfigError
-from ..shards import MAX_SHARD
+from ..io.weights import MAX_SHARD
 from .common import DTYPES, Parser
 
 HELP = "convert a checkpoint of the released TarFlow or STARFlow code, or ours back to it"

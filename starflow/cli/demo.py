@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     port = _free_port(args.host, args.port)
     # Nothing is fetched and nothing is reported, whatever a library would do by itself.
     os.environ.update(HF_HUB_OFFLINE="1", GRADIO_ANALYTICS_ENABLED="False")
-    from ..demo import Artist, Page
+    from ..demo.page import Artist, Page
 
     page = Page(Artist(args.checkpoint, device(args.device)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)

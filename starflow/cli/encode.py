@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..data import DataConfig
-from ..encoding import EncodeConfig, encode
+from ..data.datasets import DataConfig
+from ..data.encode import EncodeConfig, encode
 from ..errors import ConfigError
-from ..loop import SETTINGS
 from ..settings import override, read_settings, section
+from ..training.loop import SETTINGS
 from .common import Parser, device, positive
 
 HELP = "encode images to latents once, with the text states of their captions"

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from .. import data
-from ..checkpoint import resolve
+from ..data import datasets
 from ..errors import DataError
-from ..evaluation import bayes_accuracy, likelihood, logdet_error, round_trips
-from ..flow import Flow
-from ..loop import SETTINGS
+from ..evaluation.metrics import bayes_accuracy, likelihood, logdet_error, round_trips
+from ..models.checkpoint import resolve
+from ..models.flow import Flow
 from ..settings import read_settings
-from ..training import RunConfig
+from ..training.flow import RunConfig
+from ..training.loop import SETTINGS
 from .common import DTYPES, Parser, checkpoint_arguments, device, positive
 
 # Larger images make too many backward passes.
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     pixels, label = images[0]
     if pixels.numel() <= JACOBIAN_DIMS:
-        x = data.dequantise(pixels, flow.config.levels, flow.config.noise_std, data.generator(args.seed))
+        x = datasets.dequantise(pixels, flow.config.levels, flow.config.noise_std, datasets.generator(args.seed))
         exact = Flow.from_pretrained(folder, flow.device, torch.float64)
         label = label.item() if flow.config.num_classes else None
         results["logdet_error"] = logdet_error(exact, x.double().to(flow.device), label)
@@ -67,16 +67,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _evaluation_data(args: argparse.Namespace, folder: Path, flow: Flow) -> tuple[data.ImageSet, data.ImageSet]:
+def _evaluation_data(args: argparse.Namespace, folder: Path, flow: Flow) -> tuple[datasets.ImageSet, datasets.ImageSet]:
     if args.data:
-        config = data.DataConfig(source="folder", path=args.data, size=flow.config.image_size, held_out=0.0)
+        config = datasets.DataConfig(source="folder", path=args.data, size=flow.config.image_size, held_out=0.0)
     elif (folder / SETTINGS).exists():
         config = RunConfig.from_dict(read_settings(folder / SETTINGS)).data
     else:
         raise DataError(f"{folder} has no {SETTINGS} that says what it was trained on: give --data FOLDER")
     if config.source == "latents":
         raise DataError(f"{folder} is a flow on latents: there are no images to evaluate it on")
-    train, held_out = data.load(config)
+    train, held_out = datasets.load(config)
     images = train if args.data or args.split == "train" else held_out
     if not len(images):
         raise DataError(f"no images to evaluate on in the {args.split} part of {config.path or config.source}")

@@ -9,9 +9,9 @@ from typing import Any
 
 from starflow_kernels import backends
 
-from ..checkpoint import resolve
-from ..flow import Flow
-from ..solvers import Measurement
+from ..inversion.solvers import Measurement
+from ..models.checkpoint import resolve
+from ..models.flow import Flow
 from .common import Parser, device
 
 HELP = "describe a checkpoint and this machine"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..loop import STATE, Loop
 from ..settings import PRESETS, override, presets, read_settings
+from ..training.loop import STATE, Loop
 from .common import Parser, device, non_negative
 
 

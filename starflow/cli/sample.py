@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from starflow_kernels.quantize import Quantize
+from starflow_kernels.block.quantize import Quantize
 
-from ..checkpoint import PIPELINE_INDEX
 from ..errors import ConfigError, DataError
-from ..flow import Flow, Guidance
-from ..generation import GenerationReport, generate
-from ..manifest import FORMATS, SHARD_SIZE, Job, Layout
-from ..memory import denoise_bytes, fitting_batch, image_bytes, weight_bytes
-from ..processes import Processes
-from ..sampling import SampleReport, check_pixels, sample, save_grid
-from ..solvers import METHODS, TOLERANCE, BlockReport, Inversion
+from ..inversion.solvers import METHODS, TOLERANCE, BlockReport, Inversion
+from ..models.checkpoint import PIPELINE_INDEX
+from ..models.flow import Flow, Guidance
+from ..sampling.budget import denoise_bytes, fitting_batch, image_bytes, weight_bytes
+from ..sampling.ledger import FORMATS, SHARD_SIZE, Job, Layout
+from ..sampling.many import GenerationReport, generate
+from ..sampling.processes import Processes
+from ..sampling.sample import SampleReport, check_pixels, sample, save_grid
 from .common import DTYPES, Parser, byte_count, checkpoint_arguments, device, non_negative, positive
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..training import Trainer
+from ..training.flow import Trainer
 from .common import Parser
 from .runs import run_arguments, run_loop
 

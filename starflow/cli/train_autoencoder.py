@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..autoencoder import AutoencoderTrainer
+from ..training.autoencoder import AutoencoderTrainer
 from .common import Parser
 from .runs import run_arguments, run_loop
 

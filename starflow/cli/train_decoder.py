@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..decoder import DecoderTrainer
+from ..training.decoder import DecoderTrainer
 from .common import Parser
 from .runs import run_arguments, run_loop
 

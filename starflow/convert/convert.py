@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import CONFIG, check_tensors
-from ..config import FlowConfig
 from ..errors import CheckpointError, ConfigError, StarflowError
-from ..files import write_folder, write_text
-from ..shards import MAX_SHARD, Entry, write_weights
+from ..io.files import write_folder, write_text
+from ..io.weights import MAX_SHARD, Entry, write_weights
+from ..models.checkpoint import CONFIG, check_tensors
+from ..models.config import FlowConfig
 from .formats import flow_config, read_arguments
 from .names import DENOISER, count, dead_buffers, family, our_shapes, released_names, released_shape
 from .pickles import read_pickle

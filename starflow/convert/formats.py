@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..config import FlowConfig
 from ..errors import CheckpointError, ConfigError
+from ..models.config import FlowConfig
 from ..settings import read_settings
 from .names import family
 

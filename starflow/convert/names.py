@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from ..config import FlowConfig
-from ..flow import Flow
+from ..models.config import FlowConfig
+from ..models.flow import Flow
 
 Family = Literal["tarflow", "starflow"]
 DENOISER = "learnable_self_denoiser."

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import yaml
 
-from ..checkpoint import CONFIG, check_tensors, resolve
-from ..config import FlowConfig
 from ..errors import CheckpointError
-from ..files import write_folder, write_text
-from ..shards import read_weights
+from ..io.files import write_folder, write_text
+from ..io.weights import read_weights
+from ..models.checkpoint import CONFIG, check_tensors, resolve
+from ..models.config import FlowConfig
 from .convert import check_target
 from .formats import write_arguments
 from .names import count, dead_buffers, family, make_buffer, our_shapes, released_names, released_shape

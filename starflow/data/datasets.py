@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 
 from starflow_kernels.spec import check_choice
 
-from .errors import ConfigError, DataError
+from ..errors import ConfigError, DataError
 from .latents import LatentSet, load_latents
 
 Source = Literal["digits", "photos", "folder", "latents"]

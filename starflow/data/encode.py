@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from starflow_kernels.spec import check_choice
 
-from . import data
-from .autoencoder import check_images
-from .errors import CheckpointError, ConfigError, DataError
-from .files import write_atomically, write_text
+from ..errors import CheckpointError, ConfigError, DataError
+from ..io.files import write_atomically, write_text
+from ..models.autoencoder import downsampling, load_vae, posterior, scale_images, vae_folder
+from ..training.autoencoder import check_images
+from . import datasets
 from .latents import MANIFEST, SPLITS, Manifest, shard_path
-from .text import encode_prompts
-from .vae import downsampling, load_vae, posterior, scale_images, vae_folder
+from .prompts import encode_prompts
 
 TextDtype = Literal["float32", "bfloat16"]
 
@@ -34,7 +34,7 @@ class EncodeConfig:
     shard_size: rows of a shard.
     """
 
-    data: data.DataConfig
+    data: datasets.DataConfig
     vae: str
     text: str = ""
     length: int = 128
@@ -85,7 +85,7 @@ def encode(
     Raises DataError when the folder holds a cache of other settings, or shards without a manifest.
     """
     folder, vae = Path(folder), load_vae(config.vae, device)
-    splits = dict(zip(SPLITS, data.load(config.data)))
+    splits = dict(zip(SPLITS, datasets.load(config.data)))
     for images in splits.values():
         if len(images):
             check_images(vae, images, config.data.size)
@@ -161,7 +161,9 @@ def folder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _encode_images(vae, images: data.ImageSet, batches: list[range], rows: dict[str, int]) -> dict[str, torch.Tensor]:
+def _encode_images(
+    vae, images: datasets.ImageSet, batches: list[range], rows: dict[str, int]
+) -> dict[str, torch.Tensor]:
     means, stds, device = [], [], next(vae.parameters()).device
     for batch in batches:
         pixels = torch.stack([images[i][0] for i in batch])

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from .errors import DataError
+from ..errors import DataError
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 import torch
 
-from .checkpoint import PIPELINE_INDEX
-from .data import generator
-from .errors import CheckpointError, ConfigError, StarflowError
-from .flow import Flow, Guidance
-from .sampling import image_grid, sample
-from .solvers import METHODS, Inversion
-from .text import ASPECT_RATIOS
+from ..data.datasets import generator
+from ..data.prompts import ASPECT_RATIOS
+from ..errors import CheckpointError, ConfigError, StarflowError
+from ..inversion.solvers import METHODS, Inversion
+from ..models.checkpoint import PIPELINE_INDEX
+from ..models.flow import Flow, Guidance
+from ..sampling.sample import image_grid, sample
 
 try:
     import gradio as gr
@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
     raise ConfigError(f"the web page needs {error.name}: pip install starflow-kernels[demo]") from None
 
 if TYPE_CHECKING:
-    from .pipelines import FlowPipeline
+    from ..pipelines import FlowPipeline
 
 MAX_IMAGES = 100
 # The largest integer that a browser keeps exact.
@@ -202,7 +202,7 @@ class Artist:
 
 
 def _pipeline(folder: str | Path, device: str) -> FlowPipeline:
-    from .pipelines import FlowPipeline, STARFlowPipeline, hide_loading_bars
+    from ..pipelines import FlowPipeline, STARFlowPipeline, hide_loading_bars
 
     hide_loading_bars()
     pipe = FlowPipeline.from_pretrained(folder).to(device)

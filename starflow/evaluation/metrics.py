@@ -8,8 +8,8 @@ import math
 import torch
 from torch.utils.data import DataLoader
 
-from .data import ImageSet, dequantise, generator
-from .flow import Flow
+from ..data.datasets import ImageSet, dequantise, generator
+from ..models.flow import Flow
 
 COARSE, FINE = 1e-2, 1e-3
 

@@ -14,9 +14,9 @@ import torch
 
 from starflow_kernels import Solver, SolveReport
 
-from .data import generator
-from .errors import ConfigError
-from .flow import Flow, Guidance
+from ..data.datasets import generator
+from ..errors import ConfigError
+from ..models.flow import Flow, Guidance
 from .solvers import TOLERANCE, BlockMeasurement, Conditions, Measurement, Trial, neighbours
 
 # Multiples of the rows that a matrix product of the CPU kernels takes at a time.

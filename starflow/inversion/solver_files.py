@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .config import FlowConfig
-from .errors import CheckpointError, StarflowError
-from .files import write_text
+from ..errors import CheckpointError, StarflowError
+from ..io.files import write_text
+from ..models.config import FlowConfig
 from .solvers import METHODS, BlockMeasurement, Calibration, Conditions, Measurement, Trial
 
 SETTINGS = "solvers.json"

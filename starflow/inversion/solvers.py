@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from starflow_kernels import Solver, SolveReport
-from starflow_kernels.quantize import Quantize
+from starflow_kernels.block.quantize import Quantize
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from .flow import Flow, Guidance
+    from ..models.flow import Flow, Guidance
 
 METHODS = ("sequential", "jacobi")
 TOLERANCE = Solver().tol

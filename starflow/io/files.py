@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .errors import StarflowError
+from ..errors import StarflowError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .files import write_text
 
 MAX_SHARD = 5 * 10**9

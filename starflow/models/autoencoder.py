@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError, ConfigError, StarflowError
+from ..errors import CheckpointError, ConfigError, StarflowError
 
 VAE_CONFIG = "config.json"
 

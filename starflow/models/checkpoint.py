@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..errors import CheckpointError, ConfigError
+from ..inversion.solver_files import read_calibration, save_calibration
+from ..io.files import write_atomically, write_text
+from ..io.weights import read_weights
 from .config import FlowConfig
-from .errors import CheckpointError, ConfigError
-from .files import write_atomically, write_text
-from .shards import read_weights
-from .solver_files import read_calibration, save_calibration
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PIPELINE_INDEX = "model_index.json"  # of a folder that holds a whole pipeline
-BUNDLED = Path(__file__).parent / "checkpoints"
+BUNDLED = Path(__file__).parents[1] / "checkpoints"
 
 
 def save_pretrained(flow: Flow, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:

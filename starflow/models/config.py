@@ -10,7 +10,7 @@ from typing import Any, Literal
 from starflow_kernels import AffineSpec, BlockSpec
 from starflow_kernels.spec import Mlp, Norm, Rotary, Scale, check_choice
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 PatchOrder = Literal["chw", "hwc"]
 SequenceOrder = Literal["R2L", "L2R"]

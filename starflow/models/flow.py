@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from starflow_kernels.quantize import Quantize
+from starflow_kernels.block.quantize import Quantize
 from starflow_kernels.solver import Solver, SolveReport
 from starflow_kernels.spec import GuidanceRule, check_choice
 
+from ..errors import ConfigError, InverseError
 from .block import FlowBlock
 from .checkpoint import from_pretrained, save_pretrained
 from .config import FlowConfig
-from .errors import ConfigError, InverseError
 from .tokens import patchify, rotary_angles, unpatchify
 
 if TYPE_CHECKING:
-    from .solvers import Calibration
+    from ..inversion.solvers import Calibration
 
 PRIOR_RATE = 0.1
 LOG_TWO_PI = math.log(2 * math.pi)

@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
 # diffusers looks for the base class beside FlowModel when it loads one.
 from diffusers import ModelMixin  # noqa: F401
 
-from ..solvers import METHODS
+from ..inversion.solvers import METHODS
 from .base import FlowPipeline, FlowPipelineOutput, PipelineReport
 from .model import FlowModel
 from .pixels import TarFlowPipeline

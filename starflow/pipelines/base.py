@@ -18,14 +18,14 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from safetensors import SafetensorError
 
-from ..certificate import certificate, combine
-from ..checkpoint import PIPELINE_INDEX
+from ..data.prompts import image_size
 from ..errors import CheckpointError, ConfigError, StarflowError
-from ..files import write_text
-from ..flow import Flow, Guidance
-from ..memory import denoise_bytes
-from ..solvers import BlockReport, Inversion, block_reports, method_of
-from ..text import image_size
+from ..inversion.solvers import BlockReport, Inversion, block_reports, method_of
+from ..io.files import write_text
+from ..models.certificate import certificate, combine
+from ..models.checkpoint import PIPELINE_INDEX
+from ..models.flow import Flow, Guidance
+from ..sampling.budget import denoise_bytes
 from .card import model_card
 from .model import FlowModel
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..flow import Flow
+from ..models.flow import Flow
 
 CARD = """\
 ---

@@ -12,10 +12,10 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..config import FlowConfig
 from ..errors import CheckpointError, ConfigError
-from ..flow import Flow
-from ..solver_files import read_calibration, save_calibration
+from ..inversion.solver_files import read_calibration, save_calibration
+from ..models.config import FlowConfig
+from ..models.flow import Flow
 
 
 class FlowModel(ModelMixin, Flow, ConfigMixin):

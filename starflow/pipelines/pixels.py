@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from starflow_kernels.quantize import Quantize
+from starflow_kernels.block.quantize import Quantize
 from starflow_kernels.spec import GuidanceRule
 
-from ..data import quantise
+from ..data.datasets import quantise
 from ..errors import ConfigError
-from ..flow import Guidance
-from ..solvers import Inversion
+from ..inversion.solvers import Inversion
+from ..models.flow import Guidance
 from .base import Clock, FlowPipeline, FlowPipelineOutput, Options, PipelineReport, as_output
 from .model import FlowModel
 

@@ -8,13 +8,13 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from starflow_kernels.quantize import Quantize
+from starflow_kernels.block.quantize import Quantize
 from starflow_kernels.spec import GuidanceRule
 
+from ..data.prompts import encode_prompts, nearest_ratio, with_aspect_ratio
 from ..errors import ConfigError
-from ..flow import Guidance
-from ..solvers import Inversion
-from ..text import encode_prompts, nearest_ratio, with_aspect_ratio
+from ..inversion.solvers import Inversion
+from ..models.flow import Guidance
 from .base import Clock, FlowPipeline, FlowPipelineOutput, Options, PipelineReport, as_output
 from .model import FlowModel
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .errors import ConfigError
-from .solvers import Inversion
+from ..errors import ConfigError
+from ..inversion.solvers import Inversion
 
 if TYPE_CHECKING:
-    from .flow import Flow, Guidance
+    from ..models.flow import Flow, Guidance
 
 # Larger batches are no faster, and an interruption loses more of them.
 MOST = 1024

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, StarflowError
-from .files import write_text
-from .solvers import TOLERANCE
+from ..errors import ConfigError, StarflowError
+from ..inversion.solvers import TOLERANCE
+from ..io.files import write_text
 
 MANIFEST = "manifest.jsonl"
 # What processes other than the first have drawn since the run was begun, each its own.

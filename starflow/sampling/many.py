@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .certificate import Certificate, combine
-from .data import generator
-from .errors import InverseError, StarflowError
-from .flow import Flow, Guidance
-from .manifest import Job, Layout, Shard, begin, record
-from .outputs import read_pixels, write_shard
+from ..data.datasets import generator
+from ..errors import InverseError, StarflowError
+from ..inversion.solvers import BlockReport, Inversion, add_reports, method_of
+from ..models.certificate import Certificate, combine
+from ..models.flow import Flow, Guidance
+from .ledger import Job, Layout, Shard, begin, record
 from .processes import Processes
-from .sampling import draw, pixels, save_grid
-from .solvers import BlockReport, Inversion, add_reports, method_of
+from .sample import draw, pixels, save_grid
+from .writers import read_pixels, write_shard
 
 if TYPE_CHECKING:
-    from .pipelines import FlowPipeline
+    from ..pipelines import FlowPipeline
 
 GRID = "grid.png"
 GRID_IMAGES = 100

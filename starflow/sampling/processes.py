@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from .errors import StarflowError
+from ..errors import StarflowError
 
 Result = TypeVar("Result")
 # The first to finish waits for the last, which may take long.

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from .certificate import Certificate, certificate, combine
-from .data import generator, quantise
-from .errors import ConfigError, InverseError
-from .files import write_atomically
-from .flow import Flow, Guidance
-from .solvers import BlockReport, Inversion, add_reports, block_reports, method_of
+from ..data.datasets import generator, quantise
+from ..errors import ConfigError, InverseError
+from ..inversion.solvers import BlockReport, Inversion, add_reports, block_reports, method_of
+from ..io.files import write_atomically
+from ..models.certificate import Certificate, certificate, combine
+from ..models.flow import Flow, Guidance
 
 MIN_GRID_PIXELS = 512
 

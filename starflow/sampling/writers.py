@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .files import write_atomically
-from .manifest import Job, Shard, file_digest
-from .sampling import save_image
+from ..io.files import write_atomically
+from .ledger import Job, Shard, file_digest
+from .sample import save_image
 
 
 def write_shard(out: Path, shard: Shard, values: torch.Tensor) -> str | None:

@@ -12,12 +12,12 @@ from torch import nn
 
 from starflow_kernels.spec import check_choice
 
-from . import data
-from .errors import CheckpointError, ConfigError
+from ..data import datasets
+from ..errors import CheckpointError, ConfigError
+from ..models.autoencoder import autoencoder_class, downsampling, posterior, save_vae, scale_images
+from ..sampling.sample import save_grid
+from ..settings import read_sections, section
 from .loop import Loop, LoopConfig
-from .sampling import save_grid
-from .settings import read_sections, section
-from .vae import autoencoder_class, downsampling, posterior, save_vae, scale_images
 
 Loss = Literal["l1", "l2"]
 # Images that the scaling factor is measured on, and that a sample grid shows.
@@ -77,13 +77,13 @@ class AutoencoderRunConfig:
     """Everything that determines the training of an autoencoder."""
 
     autoencoder: AutoencoderConfig
-    data: data.DataConfig
+    data: datasets.DataConfig
     training: LoopConfig
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> AutoencoderRunConfig:
         """Config of nested mappings; unknown or missing settings raise a ConfigError that names them."""
-        kinds = {"autoencoder": AutoencoderConfig, "data": data.DataConfig, "training": LoopConfig}
+        kinds = {"autoencoder": AutoencoderConfig, "data": datasets.DataConfig, "training": LoopConfig}
         return cls(**read_sections(settings, {name: section(kind) for name, kind in kinds.items()}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class AutoencoderTrainer(Loop):
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """One step on reconstruction and divergence; its random numbers belong to the step's number."""
         training, config = self.config.training, self.config.autoencoder
-        random = data.generator(training.seed, self.step, 1)
+        random = datasets.generator(training.seed, self.step, 1)
         x = self._images(images)
         rate = self.set_learning_rate(self.optimizer)
         distribution = self.vae.encode(x).latent_dist
@@ -167,7 +167,7 @@ class AutoencoderTrainer(Loop):
         return math.sqrt(mean.var(correction=0) + std.square().mean())
 
 
-def check_images(vae: Any, images: data.ImageSet, size: int) -> None:
+def check_images(vae: Any, images: datasets.ImageSet, size: int) -> None:
     """Raise ConfigError unless images of this size go through an autoencoder."""
     if not images.levels:
         raise ConfigError("data: latents, but an autoencoder takes images")
@@ -178,7 +178,7 @@ def check_images(vae: Any, images: data.ImageSet, size: int) -> None:
         raise ConfigError(f"the autoencoder takes {vae.config.in_channels} channels, the images have {channels}")
 
 
-def first_images(images: data.ImageSet, count: int) -> torch.Tensor:
+def first_images(images: datasets.ImageSet, count: int) -> torch.Tensor:
     """uint8 (count, C, H, W) images, spread evenly over the set."""
     count = min(count, len(images))
     return torch.stack([images[i * len(images) // count][0] for i in range(count)])
@@ -188,7 +188,7 @@ def save_pairs(x: torch.Tensor, decoded: torch.Tensor, path: Path) -> None:
     """Write images on [-1, 1] as a PNG, a row of them above each row of what was decoded."""
     columns = min(8, len(x))
     rows = [part for pair in zip(x.split(columns), decoded.split(columns)) for part in pair if len(part) == columns]
-    save_grid(data.quantise(torch.cat(rows), 256, 1.0), path, columns)
+    save_grid(datasets.quantise(torch.cat(rows), 256, 1.0), path, columns)
 
 
 def load_module(module: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import data
+from ..data import datasets
+from ..errors import ConfigError
+from ..models.autoencoder import decode, load_vae, posterior, save_vae, scale_images
+from ..settings import read_sections, section
 from .autoencoder import check_images, first_images, load_module, save_pairs
 from .discriminator import PatchDiscriminator, hinge_loss
-from .errors import ConfigError
 from .loop import Loop, LoopConfig
-from .settings import read_sections, section
-from .vae import decode, load_vae, posterior, save_vae, scale_images
 
 SHOWN_IMAGES = 16
 
@@ -53,13 +53,13 @@ class DecoderRunConfig:
     """Everything that determines the fine-tuning of a decoder."""
 
     decoder: DecoderConfig
-    data: data.DataConfig
+    data: datasets.DataConfig
     training: LoopConfig
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> DecoderRunConfig:
         """Config of nested mappings; unknown or missing settings raise a ConfigError that names them."""
-        kinds = {"decoder": DecoderConfig, "data": data.DataConfig, "training": LoopConfig}
+        kinds = {"decoder": DecoderConfig, "data": datasets.DataConfig, "training": LoopConfig}
         return cls(**read_sections(settings, {name: section(kind) for name, kind in kinds.items()}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class DecoderTrainer(Loop):
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """One step of the decoder, then one of the discriminator; the random numbers belong to the step's number."""
         training, settings = self.config.training, self.config.decoder
-        random = data.generator(training.seed, self.step, 1)
+        random = datasets.generator(training.seed, self.step, 1)
         x = self._images(images)
         rate = self.set_learning_rate(self.optimizer, self.discriminator_optimizer)
         decoded = decode(self.vae, self._noisy_latents(x, random))
@@ -121,7 +121,7 @@ class DecoderTrainer(Loop):
     def save_samples(self) -> None:
         """Write a grid of images above what is decoded from their noisy latents."""
         x = self._images(first_images(self.images, SHOWN_IMAGES))
-        latents = self._noisy_latents(x, data.generator(self.config.training.seed))
+        latents = self._noisy_latents(x, datasets.generator(self.config.training.seed))
         save_pairs(x, decode(self.vae, latents), self.folder / "samples" / f"{self.step:07d}.png")
 
     def save_weights(self) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import data
-from .checkpoint import check_state, save_pretrained
-from .config import FlowConfig
-from .errors import ConfigError
-from .flow import Flow
-from .latents import EMPTY_PROMPT, draw_latents
+from ..data import datasets
+from ..data.latents import EMPTY_PROMPT, draw_latents
+from ..errors import ConfigError
+from ..models.checkpoint import check_state, save_pretrained
+from ..models.config import FlowConfig
+from ..models.flow import Flow
+from ..sampling.sample import sample, save_grid
+from ..settings import read_sections, section
 from .loop import Loop, LoopConfig
-from .sampling import sample, save_grid
-from .settings import read_sections, section
 
 WEIGHT_DECAY_EXEMPT = ("bias", "norm.weight")
 
@@ -44,13 +44,17 @@ class RunConfig:
     """Everything that determines a run: model, data and training settings."""
 
     model: FlowConfig
-    data: data.DataConfig
+    data: datasets.DataConfig
     training: TrainingConfig
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> RunConfig:
         """Config of nested mappings; unknown or missing settings raise a ConfigError that names them."""
-        readers = {"model": FlowConfig.from_dict, "data": section(data.DataConfig), "training": section(TrainingConfig)}
+        readers = {
+            "model": FlowConfig.from_dict,
+            "data": section(datasets.DataConfig),
+            "training": section(TrainingConfig),
+        }
         run = cls(**read_sections(settings, readers))
         if run.model.image_size != run.data.size:
             raise ConfigError(f"model.image_size={run.model.image_size} but data.size={run.data.size}")
@@ -91,7 +95,7 @@ class Trainer(Loop):
     def train_step(self, *batch: torch.Tensor) -> dict[str, float]:
         """One step of the optimiser; its random numbers belong to the step's number."""
         training, model = self.config.training, self.config.model
-        random = data.generator(training.seed, self.step, 1)
+        random = datasets.generator(training.seed, self.step, 1)
         x, labels, text = self._conditions(batch, random)
         # Dropout draws from the global generator.
         torch.manual_seed(random.initial_seed())
@@ -127,7 +131,7 @@ class Trainer(Loop):
         training, model = self.config.training, self.config.model
         values, labels = batch[:2]
         if model.levels:
-            x = data.dequantise(values, model.levels, model.noise_std, random)
+            x = datasets.dequantise(values, model.levels, model.noise_std, random)
         else:
             x = draw_latents(values, model.noise_std, random)
         dropped = torch.rand(len(labels), generator=random) < training.label_drop

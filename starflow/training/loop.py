@@ -18,9 +18,9 @@ import yaml
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from . import data
-from .errors import CheckpointError, ConfigError, StarflowError
-from .files import write_atomically, write_text
+from ..data import datasets
+from ..errors import CheckpointError, ConfigError, StarflowError
+from ..io.files import write_atomically, write_text
 
 STATE = "training.pt"
 METRICS = "metrics.jsonl"
@@ -91,7 +91,7 @@ class Loop:
 
     def __init__(self, config: Any, folder: Path, device: str = "cpu", tensorboard: bool = False):
         self.config, self.folder, self.device = config, Path(folder), device
-        self.images, _ = data.load(config.data)
+        self.images, _ = datasets.load(config.data)
         if not len(self.images):
             raise ConfigError("data: no images are left for training")
         self.step = 0
@@ -118,7 +118,7 @@ class Loop:
         training = self.config.training
         bar = tqdm(total=training.steps, initial=self.step, disable=quiet, unit="step", smoothing=0.05)
         try:
-            order = data.ShuffledBatches(
+            order = datasets.ShuffledBatches(
                 len(self.images), training.batch_size, training.seed, self.step, training.steps
             )
             for batch in DataLoader(self.images, batch_sampler=order, num_workers=training.workers):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 HUGE_PAGES_FROM = 2**20  # values
 
 

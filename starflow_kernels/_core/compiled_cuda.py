@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .native import load
+from .compiled import load
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import dispatch
+from .._core import dispatch
 
 
 @functools.cache

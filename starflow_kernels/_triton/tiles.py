@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .triton_runtime import interpreted
+from .runtime import interpreted
 
 # By what torch calls the capability of a device.
 NVIDIA = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}

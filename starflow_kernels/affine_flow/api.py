@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .. import native, triton_runtime
-from ..checks import check_tensor
-from ..dispatch import register
-from ..library import call, define, differentiable
+from .._core import compiled
+from .._core.checks import check_tensor
+from .._core.dispatch import register
+from .._core.registration import call, define, differentiable
+from .._triton import runtime
 from ..spec import AffineSpec, Logdet, check_choice
-from . import cpu, reference
+from . import native, reference
 
 ARGUMENTS = "Tensor x, Tensor params, str scale, float soft_clip, bool shift, bool flip, str logdet"
 
@@ -27,9 +28,9 @@ define(
     reference=reference.affine_flow,
 )
 differentiable("affine_flow", ARGUMENTS, 2, reference.affine_flow_backward)
-register("affine_flow", "native", cpu.affine_flow, cpu.refuse, native.missing)
-register("affine_flow_backward", "native", cpu.affine_flow_backward, cpu.refuse_backward, native.missing)
-triton_runtime.register("affine_flow")
+register("affine_flow", "native", native.affine_flow, native.refuse, compiled.missing)
+register("affine_flow_backward", "native", native.affine_flow_backward, native.refuse_backward, compiled.missing)
+runtime.register("affine_flow")
 
 
 def affine_flow(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..native import empty
+from .._core.compiled import empty
 
 WIDEST = 8192
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

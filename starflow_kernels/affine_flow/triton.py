@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_math import log_sigma_slope, sigma_of, soft_clipped
-from ..triton_runtime import refuse_tensors
+from .._triton.math import log_sigma_slope, sigma_of, soft_clipped
+from .._triton.runtime import refuse_tensors
 
 CONFIG = {"BLOCK": 1024, "num_warps": 4}
 

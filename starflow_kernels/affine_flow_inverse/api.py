@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import native
-from ..checks import check_guidance, check_tensor
-from ..dispatch import register
-from ..library import call, define
+from .._core import compiled
+from .._core.checks import check_guidance, check_tensor
+from .._core.dispatch import register
+from .._core.registration import call, define
 from ..spec import AffineSpec, GuidanceRule, check_choice
-from . import cpu, reference
+from . import native, reference
 
 ARGUMENTS = "Tensor z, Tensor params, Tensor? guidance, str scale, float soft_clip, str rule"
 
@@ -27,8 +27,8 @@ define(
     fake=lambda *args: None,
     reference=reference.affine_flow_inverse_out,
 )
-register("affine_flow_inverse", "native", cpu.affine_flow_inverse, cpu.refuse, native.missing)
-register("affine_flow_inverse_out", "native", cpu.affine_flow_inverse_out, cpu.refuse, native.missing)
+register("affine_flow_inverse", "native", native.affine_flow_inverse, native.refuse, compiled.missing)
+register("affine_flow_inverse_out", "native", native.affine_flow_inverse_out, native.refuse, compiled.missing)
 
 
 def affine_flow_inverse(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..affine_flow.cpu import DTYPES, SCALES, WIDEST
-from ..native import empty
+from .._core.compiled import empty
+from ..affine_flow.native import DTYPES, SCALES, WIDEST
 
 RULES = ("tarflow", "starflow")
 

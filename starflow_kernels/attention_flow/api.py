@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .. import triton_runtime
+from .._core.checks import check_tensor
+from .._core.dispatch import register
+from .._core.registration import call, define, differentiable
+from .._triton import runtime
 from ..affine_flow.api import empty_logdet
 from ..affine_flow.reference import accumulation_dtype
 from ..causal_attention.api import check_attention
-from ..checks import check_tensor
-from ..dispatch import register
-from ..library import call, define, differentiable
 from ..spec import AffineSpec, Logdet, Rotary, check_choice
 from . import composed, reference
 
@@ -30,7 +30,7 @@ define("attention_flow", ARGUMENTS, "(Tensor, Tensor, Tensor)", fake=_fake, refe
 differentiable("attention_flow", ARGUMENTS, 6, reference.attention_flow_backward)
 register("attention_flow", "composed", composed.attention_flow, composed.refuse)
 register("attention_flow_backward", "composed", composed.attention_flow_backward, composed.refuse_backward)
-triton_runtime.register("attention_flow")
+runtime.register("attention_flow")
 
 
 def attention_flow(

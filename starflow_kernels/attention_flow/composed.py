@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..dispatch import choose, run
+from .._core.dispatch import choose, run
 
 
 def _parts(x, q, k, v, weight, bias, cos, sin, rotary, window, temperature, *options) -> dict[str, tuple]:

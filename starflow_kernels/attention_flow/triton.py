@@ -12,6 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .._triton.math import log_sigma_slope, sigma_of, soft_clipped
+from .._triton.rotary import adjacent, angles, half_tile, load_pair, load_rows, place, rows, store_pair, strides, turned
+from .._triton.runtime import refuse_tensors
+from .._triton.tiles import config
 from ..affine_flow.triton import sum_rows
 from ..causal_attention.triton import (
     LN_2,
@@ -24,21 +28,6 @@ from ..causal_attention.triton import (
     shared_constants,
 )
 from ..flow_head.triton import _targets
-from ..triton_blocks import config
-from ..triton_math import log_sigma_slope, sigma_of, soft_clipped
-from ..triton_rotary import (
-    adjacent,
-    angles,
-    half_tile,
-    load_pair,
-    load_rows,
-    place,
-    rows,
-    store_pair,
-    strides,
-    turned,
-)
-from ..triton_runtime import refuse_tensors
 
 # Bytes of a value -> widest tokens and heads; float32 products keep whole operands in registers.
 WIDEST = {2: (64, 128), 4: (32, 64)}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from .. import triton_runtime
-from ..checks import check_tensor
-from ..library import call, define, differentiable
+from .._core.checks import check_tensor
+from .._core.registration import call, define, differentiable
+from .._triton import runtime
 from . import reference
 
 ARGUMENTS = "Tensor x, Tensor? bias"
 
 define("bias_gelu", ARGUMENTS, "Tensor", fake=lambda x, bias: x.new_empty(x.shape), reference=reference.bias_gelu)
 differentiable("bias_gelu", ARGUMENTS, 2, reference.bias_gelu_backward, keep_outputs=False)
-triton_runtime.register("bias_gelu")
+runtime.register("bias_gelu")
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None) -> torch.Tensor:

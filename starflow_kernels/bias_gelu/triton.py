@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_runtime import refuse_tensors
+from .._triton.runtime import refuse_tensors
 
 PARTS = 64
 CONFIG = {"ROWS": 8, "BLOCK": 128, "num_warps": 4}

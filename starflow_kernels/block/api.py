@@ -9,17 +9,18 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .. import compiled_cuda, native, triton_runtime
+from .._core import compiled, compiled_cuda
+from .._core.checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
+from .._core.dispatch import register
+from .._core.registration import call, define
+from .._triton import runtime
 from ..affine_flow.api import empty_logdet
-from ..checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
-from ..dispatch import register
-from ..library import call, define
-from ..progress import reporting_to
-from ..quantize import Quantize, on_rounded, rounded
 from ..residual_norm.api import EPS
 from ..solver import Solver, SolveReport
 from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
-from . import cpu, cuda, jacobi, reference
+from . import cuda, jacobi, native, reference
+from .progress import reporting_to
+from .quantize import Quantize, on_rounded, rounded
 
 CONTEXT = "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin"
 
@@ -51,13 +52,13 @@ define(
     ),
     reference=jacobi.block_jacobi,
 )
-register("block_forward", "native", cpu.block_forward, cpu.refuse, native.missing)
-register("block_inverse", "native", on_rounded(cpu.block_inverse), cpu.refuse, native.missing)
-register("block_jacobi", "native", cpu.block_jacobi, cpu.refuse_jacobi, native.missing)
-triton_runtime.register("block_inverse", "block.triton", backward=False)
+register("block_forward", "native", native.block_forward, native.refuse, compiled.missing)
+register("block_inverse", "native", on_rounded(native.block_inverse), native.refuse, compiled.missing)
+register("block_jacobi", "native", native.block_jacobi, native.refuse_jacobi, compiled.missing)
+runtime.register("block_inverse", "block.triton.sequential", backward=False)
 # Preferred where a block fits: one launch in place of some for every token.
 register("block_inverse", "cuda", on_rounded(cuda.block_inverse), on_rounded(cuda.refuse), compiled_cuda.missing)
-triton_runtime.register("block_jacobi", "block.triton_jacobi", backward=False)
+runtime.register("block_jacobi", "block.triton.sweeps", backward=False)
 
 
 def block_forward(
@@ -225,7 +226,7 @@ def _jacobi(z, guess, tensors, context, spec: BlockSpec, rule, temperature, solv
 def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
     """torch's linear layer, which autocast acts on, or ours where that is faster."""
     plain = backend is not None or weight.device.type != "cpu" or weight.dtype != torch.float32
-    if plain or native.missing() or torch.is_autocast_enabled("cpu"):
+    if plain or compiled.missing() or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear
     return functools.partial(call, "linear", backend=None)
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..packing import Remembered, spec_fields
-from ..progress import report
 from ..spec import BlockSpec
+from .packing import Remembered, spec_fields
+from .progress import report
 
 OPS = torch.ops.starflow_cuda
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..affine_flow_inverse.reference import gaussian
-from ..progress import report
-from ..quasi_newton import QuasiNewton
+from ..solve_inverse.quasi_newton import QuasiNewton
 from ..solver import DIVERGED
+from .progress import report
 from .reference import CachedNetwork
 
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..affine_flow.cpu import affine_flow
-from ..memory import cache_bytes
-from ..native import empty
-from ..packing import Remembered, spec_fields
-from ..progress import report
+from .._core.compiled import empty
+from ..affine_flow.native import affine_flow
 from ..spec import BlockSpec
+from .cache_budget import cache_bytes
+from .packing import Remembered, spec_fields
+from .progress import report
 
 # Rows that one team of threads takes at a time: enough to use each weight often, few enough for the caches.
 SAMPLING_ROWS, DENSITY_TOKENS = 64, 128

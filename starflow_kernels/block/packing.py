@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from .spec import BlockSpec
+from ..spec import BlockSpec
 
 
 def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:

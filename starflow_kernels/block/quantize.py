@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
+from ..spec import BlockSpec
 from .packing import Remembered
-from .spec import BlockSpec
 
 Quantize = Literal["none", "int8", "fp8"]
 # Of each kind: the dtype of the values and the largest of them.

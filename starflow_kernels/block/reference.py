@@ -13,8 +13,8 @@ from ..affine_flow_inverse.reference import affine_flow_inverse
 from ..cached_attention.reference import cached_attention
 from ..causal_attention.reference import causal_attention
 from ..flow_head.reference import flow_head, rms_norm
-from ..progress import report
 from ..spec import BlockSpec
+from .progress import report
 
 Weights = dict[str, torch.Tensor]
 

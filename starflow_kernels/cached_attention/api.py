@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .. import native
+from .._core import compiled
+from .._core.checks import check_tensor
+from .._core.dispatch import register
+from .._core.registration import define
 from ..causal_attention.api import check_attention
-from ..checks import check_tensor
-from ..dispatch import register
-from ..library import define
 from ..spec import Rotary
-from . import cpu, reference
+from . import native, reference
 
 define(
     "cached_attention",
@@ -20,7 +20,7 @@ define(
     fake=lambda q, *args: q.new_empty(q.shape),
     reference=reference.cached_attention,
 )
-register("cached_attention", "native", cpu.cached_attention, cpu.refuse, native.missing)
+register("cached_attention", "native", native.cached_attention, native.refuse, compiled.missing)
 
 
 def cached_attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..causal_attention.cpu import ROTARY, angles, heads
+from ..causal_attention.native import ROTARY, angles, heads
 
 
 def refuse(q, k, v, k_cache, v_cache, *others) -> str | None:

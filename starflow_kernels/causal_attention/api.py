@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from .. import measured, native, triton_runtime
-from ..checks import check_range, check_tensor
-from ..dispatch import prefer, register
-from ..library import call, define, differentiable
+from .._core import compiled
+from .._core.checks import check_range, check_tensor
+from .._core.dispatch import prefer, register
+from .._core.registration import call, define, differentiable
+from .._triton import runtime
 from ..spec import Rotary, check_choice
-from . import cpu, flash, reference, sdpa
+from . import flash, native, reference, sdpa, timings
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str rotary, int window, float temperature"
 
@@ -27,10 +28,12 @@ register("causal_attention", "sdpa", sdpa.causal_attention, sdpa.refuse)
 register("causal_attention_backward", "sdpa", sdpa.causal_attention_backward, sdpa.refuse_backward)
 register("causal_attention", "flash", flash.causal_attention, flash.refuse, flash.missing)
 register("causal_attention_backward", "flash", flash.causal_attention_backward, flash.refuse_backward, flash.missing)
-register("causal_attention", "native", cpu.causal_attention, cpu.refuse, native.missing)
-register("causal_attention_backward", "native", cpu.causal_attention_backward, cpu.refuse_backward, native.missing)
-triton_runtime.register("causal_attention")
-TABLE = measured.Table(Path(__file__).with_name("measured.json"))
+register("causal_attention", "native", native.causal_attention, native.refuse, compiled.missing)
+register(
+    "causal_attention_backward", "native", native.causal_attention_backward, native.refuse_backward, compiled.missing
+)
+runtime.register("causal_attention")
+TABLE = timings.Table(Path(__file__).with_name("timings.json"))
 
 
 def _measured(q, k, v, cos, sin, rotary, window, temperature) -> str | None:

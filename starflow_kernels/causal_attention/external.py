@@ -9,8 +9,8 @@ import contextlib
 
 import torch
 
-from . import triton_runtime
-from .causal_attention.reference import rotate
+from .._triton import runtime
+from .reference import rotate
 
 
 def refuse_heads(q: torch.Tensor) -> str | None:
@@ -33,14 +33,14 @@ def adjacent(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 def _kernels(x: torch.Tensor):
     """The module with the kernels where they take x."""
-    here = x.is_cuda or triton_runtime.interpreted()
-    if not here or triton_runtime.missing() or triton_runtime.refuse_tensors(x) or x.numel() >= 2**31:
+    here = x.is_cuda or runtime.interpreted()
+    if not here or runtime.missing() or runtime.refuse_tensors(x) or x.numel() >= 2**31:
         return None
     try:
-        from . import triton_rotary
+        from .._triton import rotary
     except ImportError:
         return None
-    return triton_rotary
+    return rotary
 
 
 def _on(x: torch.Tensor):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..fused import adjacent, refuse_heads, turn, turn_back
+from .external import adjacent, refuse_heads, turn, turn_back
 
 
 @functools.cache

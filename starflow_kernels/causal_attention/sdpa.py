@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..fused import adjacent, refuse_heads, turn, turn_back
+from .external import adjacent, refuse_heads, turn, turn_back
 
 _forward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

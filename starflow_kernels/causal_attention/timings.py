@@ -1,6 +1,6 @@
 """Which backend of an attention was measured to be the fastest: a table, data beside the op.
 
-benchmarks/gpu.py writes it. An entry holds for a chip, pass, dtype, head size and kind of window, from its number of
+benchmarks/gpu writes it. An entry holds for a chip, pass, dtype, head size and kind of window, from its number of
 tokens up to that of the next entry; where there is none, the order of the backends stands.
 """
 

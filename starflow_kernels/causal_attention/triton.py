@@ -13,20 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_blocks import config
-from ..triton_rotary import (
-    adjacent,
-    angles,
-    half_tile,
-    load_pair,
-    load_rows,
-    place,
-    rows,
-    store_pair,
-    strides,
-    turned,
-)
-from ..triton_runtime import refuse_tensors
+from .._triton.rotary import adjacent, angles, half_tile, load_pair, load_rows, place, rows, store_pair, strides, turned
+from .._triton.runtime import refuse_tensors
+from .._triton.tiles import config
 
 WIDEST = 256
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .. import native, triton_runtime
+from .._core import compiled
+from .._core.checks import check_tensor
+from .._core.dispatch import register
+from .._core.registration import call, define, differentiable
+from .._triton import runtime
 from ..affine_flow.api import empty_logdet
-from ..checks import check_tensor
-from ..dispatch import register
-from ..library import call, define, differentiable
 from ..spec import AffineSpec, Logdet, check_choice
-from . import cpu, reference
+from . import native, reference
 
 ARGUMENTS = (
     "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? norm_weight, "
@@ -25,9 +26,9 @@ define(
     reference=reference.flow_head,
 )
 differentiable("flow_head", ARGUMENTS, 5, reference.flow_head_backward)
-register("flow_head", "native", cpu.flow_head, cpu.refuse, native.missing)
-register("flow_head_backward", "native", cpu.flow_head_backward, cpu.refuse_backward, native.missing)
-triton_runtime.register("flow_head")
+register("flow_head", "native", native.flow_head, native.refuse, compiled.missing)
+register("flow_head_backward", "native", native.flow_head_backward, native.refuse_backward, compiled.missing)
+runtime.register("flow_head")
 
 
 def flow_head(

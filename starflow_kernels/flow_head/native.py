@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..affine_flow.cpu import WIDEST, native_options
-from ..native import empty
+from .._core.compiled import empty
+from ..affine_flow.native import WIDEST, native_options
 
 
 def refuse(x: torch.Tensor, h, weight, bias, norm_weight, *others) -> str | None:

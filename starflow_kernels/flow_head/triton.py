@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .._triton.math import log_sigma_slope, sigma_of, soft_clipped
+from .._triton.runtime import refuse_tensors
+from .._triton.tiles import chip_of
 from ..affine_flow.reference import accumulation_dtype
 from ..affine_flow.triton import sum_rows
-from ..triton_blocks import chip_of
-from ..triton_math import log_sigma_slope, sigma_of, soft_clipped
-from ..triton_runtime import refuse_tensors
 
 WIDEST = 256
 RMS_EPS = tl.constexpr(1e-6)

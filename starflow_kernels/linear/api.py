@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .. import native
-from ..checks import check_tensor
-from ..dispatch import register
-from ..library import call, define, differentiable
-from . import cpu, reference
+from .._core import compiled
+from .._core.checks import check_tensor
+from .._core.dispatch import register
+from .._core.registration import call, define, differentiable
+from . import native, reference
 
 ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias"
 
@@ -20,8 +20,8 @@ define(
     reference=reference.linear,
 )
 differentiable("linear", ARGUMENTS, 3, reference.linear_backward, keep_outputs=False)
-register("linear", "native", cpu.linear, cpu.refuse, native.missing)
-register("linear_backward", "native", cpu.linear_backward, cpu.refuse_backward, native.missing)
+register("linear", "native", native.linear, native.refuse, compiled.missing)
+register("linear_backward", "native", native.linear_backward, native.refuse_backward, compiled.missing)
 
 
 def linear(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..native import empty
+from .._core.compiled import empty
 
 
 def refuse(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:

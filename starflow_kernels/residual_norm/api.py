@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from .. import triton_runtime
-from ..checks import check_range, check_tensor
-from ..library import call, define, differentiable
+from .._core.checks import check_range, check_tensor
+from .._core.registration import call, define, differentiable
+from .._triton import runtime
 from ..spec import check_choice
 from . import reference
 
@@ -23,7 +23,7 @@ def _fake(x, update, *others):
 
 define("residual_norm", ARGUMENTS, "(Tensor, Tensor)", fake=_fake, reference=reference.residual_norm)
 differentiable("residual_norm", ARGUMENTS, 4, reference.residual_norm_backward, shared={1: 0})
-triton_runtime.register("residual_norm")
+runtime.register("residual_norm")
 
 
 def residual_norm(

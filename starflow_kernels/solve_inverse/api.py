@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from .._core.checks import check_finite, check_tensor
 from ..affine_flow.reference import affine_flow
-from ..checks import check_finite, check_tensor
 from ..solver import Solver, SolveReport
 from ..spec import AffineSpec
 from . import reference

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..affine_flow_inverse.reference import affine_flow_inverse, gaussian
-from ..quasi_newton import QuasiNewton
+from .quasi_newton import QuasiNewton
 from .reference import check_solution
 
 # Values past this multiple of the largest |z| of a sample, and of 1, are taken for divergence.

@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 
-from benchmarks import gpu_sampling, parallel
-from benchmarks.gpu_bench import Bench, Clock, Skip
-from benchmarks.gpu_sampling import Code, markdown, ours, plain, time_problem, trained
-from benchmarks.gpu_sampling_cases import CASES, GUIDED, WEIGHTS, Block, Problem, make, starflow, tarflow
-from benchmarks.gpu_sampling_checks import rows_of
+from benchmarks.cpu import parallel
+from benchmarks.gpu import sampling
+from benchmarks.gpu.bench import Bench, Clock, Skip
+from benchmarks.gpu.sampling import Code, markdown, ours, plain, time_problem, trained
+from benchmarks.gpu.sampling_cases import CASES, GUIDED, WEIGHTS, Block, Problem, make, starflow, tarflow
+from benchmarks.gpu.sampling_checks import rows_of
 from starflow import Flow, FlowConfig
 from starflow_kernels import Solver, block_inverse
 
@@ -93,7 +94,7 @@ def test_a_code_that_is_wrong_has_no_time_and_one_that_refuses_a_reason(bench):
 
 
 def test_more_launches_than_allowed_are_a_failure(bench, monkeypatch):
-    monkeypatch.setattr(gpu_sampling, "launches_a_step", lambda *args: 12.0)
+    monkeypatch.setattr(sampling, "launches_a_step", lambda *args: 12.0)
     problem = make(tarflow(3, 64, 2), 1, 3, F32, "cpu")
     for most, failed in ((11, True), (12, False)):
         code = {"ours": Code(plain("fused").start, most=lambda layers, most=most: most)}
@@ -102,7 +103,7 @@ def test_more_launches_than_allowed_are_a_failure(bench, monkeypatch):
 
 
 def test_what_the_clock_has_no_time_for_is_skipped(bench):
-    timing = gpu_sampling.Timing(
+    timing = sampling.Timing(
         "a case", "float32", make(tarflow(3, 64, 1), 1, 3, F32, "cpu"), bench, CEILINGS, Clock(5), False
     )
     timing.afford(1.0)
@@ -122,7 +123,7 @@ def test_a_trained_flow_is_timed_with_its_parallel_inverses(bench, monkeypatch):
     for block in flow.requires_grad_(False).blocks:
         block.weights()["proj_out.weight"].normal_(std=0.05)
     monkeypatch.setattr(parallel, "load", lambda *args: ("photos", flow))
-    monkeypatch.setattr(gpu_sampling, "codes", lambda weights: {"plain decoder": plain("fused")})
+    monkeypatch.setattr(sampling, "codes", lambda weights: {"plain decoder": plain("fused")})
     rows = list(trained("photos", bench, CEILINGS, None, Clock(60)))
     names = [row["code"] for row in rows if "seconds" in row and row["case"] == "photos, batch 1"]
     assert "plain decoder" in names and "quasi-Newton, window 32, reference" in names

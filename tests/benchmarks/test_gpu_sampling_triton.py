@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import interpreted
 
-from benchmarks.gpu_bench import Bench
-from benchmarks.gpu_sampling import codes
-from benchmarks.gpu_sampling_cases import GUIDED, WEIGHTS, make, starflow, tarflow
-from benchmarks.gpu_sampling_checks import launches_a_step
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.sampling import codes
+from benchmarks.gpu.sampling_cases import GUIDED, WEIGHTS, make, starflow, tarflow
+from benchmarks.gpu.sampling_checks import launches_a_step
 
 pytestmark = interpreted
 

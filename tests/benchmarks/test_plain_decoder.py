@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_block import BLOCKS, block
 
-from benchmarks.decoder import PlainDecoder
 from benchmarks.floor import Work, block_work
+from benchmarks.peers.static_cache import PlainDecoder
 from starflow_kernels import BlockSpec, block_inverse
 
 B, T = 3, 6

@@ -10,7 +10,16 @@ import pytest
 import torch
 from conftest import angles
 
-from benchmarks.published import GS_JACOBI, SEJD, SEQUENTIAL, STARFLOW, EagerBlock, gs_jacobi_rules, sejd_rules, solve
+from benchmarks.peers.published import (
+    GS_JACOBI,
+    SEJD,
+    SEQUENTIAL,
+    STARFLOW,
+    EagerBlock,
+    gs_jacobi_rules,
+    sejd_rules,
+    solve,
+)
 from starflow_kernels import AffineSpec, BlockSpec, block_forward, block_inverse
 
 F64 = torch.float64

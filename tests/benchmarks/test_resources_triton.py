@@ -1,4 +1,4 @@
-"""What benchmarks.triton_resources reads out of compiled kernels and refuses."""
+"""What benchmarks.gpu.triton_resources reads out of compiled kernels and refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AMD = """amdhsa.kernels:
 
 @pytest.fixture
 def tool():
-    return importlib.import_module("benchmarks.triton_resources")
+    return importlib.import_module("benchmarks.gpu.triton_resources")
 
 
 def test_reads_both_vendors(tool):

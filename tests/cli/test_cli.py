@@ -12,8 +12,8 @@ from PIL import Image
 
 from starflow import Flow
 from starflow.cli import COMMANDS, main, parser
+from starflow.inversion.solvers import TOLERANCE
 from starflow.settings import PRESETS, presets, read_settings
-from starflow.solvers import TOLERANCE
 
 TINY = {
     "model": {
@@ -176,7 +176,7 @@ def test_help_shows_an_example(command, capsys):
 
 @pytest.mark.parametrize("name", presets())
 def test_presets_are_complete(name):
-    from starflow.training import RunConfig
+    from starflow.training.flow import RunConfig
 
     Flow(RunConfig.from_dict(read_settings(PRESETS / f"{name}.yaml")).model)
 

@@ -14,11 +14,11 @@ import torch
 
 from starflow import ConfigError, Flow, FlowConfig
 from starflow.cli import main
-from starflow.sampling import sample
+from starflow.sampling.sample import sample
 
 pytest.importorskip("gradio")
 
-from starflow.demo import EACH, NONE, Artist, Choices, Page, Stopped, figures_of
+from starflow.demo.page import EACH, NONE, Artist, Choices, Page, Stopped, figures_of
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # The server in a process that reports every connection to elsewhere.
@@ -135,7 +135,7 @@ def test_denoising_of_a_model_with_noise(tmp_path):
 
 def test_a_pipeline_has_a_prompt(tmp_path):
     pytest.importorskip("diffusers")
-    import components
+    from support import components
 
     artist = Artist(components.save(tmp_path / "pipeline"))
     assert artist.text and artist.defaults.condition == ""
@@ -153,7 +153,7 @@ def test_errors_of_the_command(case, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1]) if case == "port" else "0"
         if case == "gradio":
-            monkeypatch.delitem(sys.modules, "starflow.demo")
+            monkeypatch.delitem(sys.modules, "starflow.demo.page")
             monkeypatch.setitem(sys.modules, "gradio", None)
         assert main(["demo", "--port", port, *(["--checkpoint", "nowhere"] if case == "checkpoint" else [])]) == 2
     error = capsys.readouterr().err.strip()
@@ -164,7 +164,7 @@ def test_errors_of_the_command(case, capsys, monkeypatch):
 @pytest.fixture
 def server(tmp_path):
     log = (tmp_path / "log").open("w+")
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=log, text=True,
         env={**os.environ, "PYTHONPATH": path},

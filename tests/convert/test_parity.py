@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from starflow import Flow, FlowConfig, Guidance
 
-FOLDER = Path(__file__).parent / "fixtures" / "parity"
+FOLDER = Path(__file__).parents[1] / "fixtures" / "parity"
 CASES = [
     "starflow",
     "starflow_gemma",

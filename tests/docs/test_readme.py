@@ -8,7 +8,7 @@ import pytest
 
 from starflow.cli import parser
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line.split("#")[0] for line in README.replace("\\\n", " ").splitlines() if line.startswith("    starflow ")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from pathlib import Path
@@ -12,8 +13,9 @@ from conftest import compiled, with_gradients
 from test_causal_attention import inputs, naive, rotary_options
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from starflow_kernels import backends, causal_attention, dispatch, measured
-from starflow_kernels.causal_attention import api, flash, sdpa
+from starflow_kernels import backends, causal_attention
+from starflow_kernels._core import dispatch
+from starflow_kernels.causal_attention import api, flash, sdpa, timings
 
 
 def clear():
@@ -84,10 +86,10 @@ def table(tmp_path, monkeypatch):
     """Replaces the package's table by one of entries for float64 heads of 8 on the CPU."""
 
     def write(*entries):
-        path = tmp_path / "measured.json"
+        path = tmp_path / "timings.json"
         common = {"chip": "cpu", "dtype": "float64", "head": 8, "window": False, "measured": "made up"}
-        measured.write(path, [measured.Entry(**{**common, **entry}) for entry in entries])
-        monkeypatch.setattr(api, "TABLE", measured.Table(path))
+        timings.write(path, [timings.Entry(**{**common, **entry}) for entry in entries])
+        monkeypatch.setattr(api, "TABLE", timings.Table(path))
 
     return write
 
@@ -152,7 +154,9 @@ def test_flash_attn_takes_tensors_of_a_gpu():
 @pytest.mark.parametrize("rotary, window", [("none", 0), ("half", 3)])
 def test_calls_the_fused_kernel_of_a_gpu_as_torch_declares_it(rotary, window, monkeypatch):
     """On tensors without memory: the shapes and types of arguments and results."""
-    monkeypatch.setattr("starflow_kernels.fused._kernels", lambda x: None)
+    monkeypatch.setattr(
+        importlib.import_module("starflow_kernels.causal_attention.external"), "_kernels", lambda x: None
+    )
     with FakeTensorMode(allow_non_fake_inputs=True):
         q, k, v = (torch.empty(2, 7, heads, 8, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
         turns = [None if rotary == "none" else torch.empty(7, 4, device="cuda") for _ in range(2)]
@@ -241,10 +245,10 @@ def test_the_listing_tells_what_the_table_chooses_here(table):
 
 
 def test_a_new_measurement_replaces_the_old_one(tmp_path):
-    path, entry = tmp_path / "t.json", measured.Entry("sm_90", "forward", "bfloat16", 64, False, 256, "triton", "a")
-    measured.write(path, [entry, entry._replace(tokens=128)])
-    measured.write(path, [entry._replace(backend="flash"), entry._replace(chip="sm_80")])
-    assert measured.Table(path).entries == [
+    path, entry = tmp_path / "t.json", timings.Entry("sm_90", "forward", "bfloat16", 64, False, 256, "triton", "a")
+    timings.write(path, [entry, entry._replace(tokens=128)])
+    timings.write(path, [entry._replace(backend="flash"), entry._replace(chip="sm_80")])
+    assert timings.Table(path).entries == [
         entry._replace(chip="sm_80"),
         entry._replace(tokens=128),
         entry._replace(backend="flash"),
@@ -252,17 +256,17 @@ def test_a_new_measurement_replaces_the_old_one(tmp_path):
 
 
 def test_the_table_of_the_package_names_backends():
-    path = Path(api.__file__).with_name("measured.json")
-    assert {entry.backend for entry in measured.Table(path).entries} <= backends()["causal_attention"].keys()
+    path = Path(api.__file__).with_name("timings.json")
+    assert {entry.backend for entry in timings.Table(path).entries} <= backends()["causal_attention"].keys()
 
 
 def test_benchmark_takes_the_fastest_whose_results_count():
-    from benchmarks import gpu_choice
+    from benchmarks.gpu import choice
 
     times = {"triton": (3e-3, ""), "flash": (2e-3, ""), "sdpa": (1e-3, "not deterministic")}
     row = {"shape": (1, 256, 2, 2, 64, None), "dtype": "bfloat16", "pass": "backward"}
     rows = [{**row, "backend": name, "seconds": s, "verdict": why} for name, (s, why) in times.items()]
     rows.append({**row, "pass": "forward", "backend": "triton", "verdict": "RuntimeError"})
-    found = gpu_choice.entries(rows, torch.device("cpu"), {"device": "a GPU", "torch": "2"})
+    found = choice.entries(rows, torch.device("cpu"), {"device": "a GPU", "torch": "2"})
     assert [entry[:7] for entry in found] == [("cpu", "backward", "bfloat16", 64, False, 256, "flash")]
     assert "triton 3000 us, flash 2000 us" in found[0].measured

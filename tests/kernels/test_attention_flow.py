@@ -20,7 +20,8 @@ from conftest import (
     with_gradients,
 )
 
-from starflow_kernels import AffineSpec, affine_flow, attention_flow, backends, causal_attention, triton_runtime
+from starflow_kernels import AffineSpec, affine_flow, attention_flow, backends, causal_attention
+from starflow_kernels._triton import runtime
 
 F64 = torch.float64
 SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
@@ -33,9 +34,7 @@ every_logdet = pytest.mark.parametrize("logdet", ["sum", "mean", "none"])
 with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "weight"])
 
 
-@pytest.fixture(
-    params=[name for name in backends()["attention_flow"] if name != "triton" or triton_runtime.interpreted()]
-)
+@pytest.fixture(params=[name for name in backends()["attention_flow"] if name != "triton" or runtime.interpreted()])
 def backend(request):
     return request.param
 

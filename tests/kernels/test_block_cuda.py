@@ -14,11 +14,12 @@ import pytest
 import torch
 from conftest import angles, assert_within_contract, strided
 
-from starflow_kernels import AffineSpec, BlockSpec, block_inverse, compiled_cuda
+from starflow_kernels import AffineSpec, BlockSpec, block_inverse
+from starflow_kernels._core import compiled_cuda
 from starflow_kernels.block import cuda
-from starflow_kernels.packing import spec_fields
+from starflow_kernels.block.packing import spec_fields
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HOPPER = cuda.Device(limit=232448, processors=132, cluster=8)
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="it needs g++")
 

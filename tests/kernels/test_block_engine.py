@@ -9,11 +9,22 @@ import torch
 from conftest import assert_same_row
 from test_block import BLOCKS, T, block
 
-from starflow_kernels import block_inverse, engine
+from starflow_kernels import block_inverse
 from starflow_kernels.affine_flow_inverse.reference import affine_flow_inverse
+from starflow_kernels.block.progress import reporting_to
 from starflow_kernels.block.reference import CachedNetwork
-from starflow_kernels.engine import Sessions, Shape, bucket, largest, loaded, parts, replay, replay_until_done, sample
-from starflow_kernels.progress import reporting_to
+from starflow_kernels.block.triton import sessions
+from starflow_kernels.block.triton.sessions import (
+    Sessions,
+    Shape,
+    bucket,
+    largest,
+    loaded,
+    parts,
+    replay,
+    replay_until_done,
+    sample,
+)
 
 
 class Model:
@@ -98,7 +109,7 @@ def test_the_device_is_waited_for_only_where_there_are_reports(steps):
     made, done = [], []
     with reporting_to(lambda *at: None):
         replay(lambda: made.append(1), steps, lambda: waits.append(len(made)), done.append)
-    assert len(made) == steps and waits == done and len(done) <= engine.REPORTS and done[-1:] == [steps][: len(done)]
+    assert len(made) == steps and waits == done and len(done) <= sessions.REPORTS and done[-1:] == [steps][: len(done)]
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 8])

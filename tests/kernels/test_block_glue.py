@@ -7,7 +7,8 @@ import torch
 from conftest import compiled, with_gradients
 from test_block import BLOCKS, F64, block, every_block, naive_forward, of_tensors
 
-from starflow_kernels import block_forward, dispatch
+from starflow_kernels import block_forward
+from starflow_kernels._core import dispatch
 from starflow_kernels.block import api
 
 

@@ -9,7 +9,8 @@ import torch
 from conftest import cpu_backends, run_on_isa
 from test_block_native import SPECS, make, rows, threads  # noqa: F401
 
-from starflow_kernels import BlockSpec, Solver, block_forward, block_inverse, native
+from starflow_kernels import BlockSpec, Solver, block_forward, block_inverse
+from starflow_kernels._core import compiled
 
 F64 = torch.float64
 SOLVERS = {
@@ -22,7 +23,7 @@ SOLVERS = {
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
-needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+needs_native = pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
 
 
 @pytest.fixture(params=cpu_backends("block_jacobi"))

@@ -14,11 +14,12 @@ import pytest
 import torch
 from conftest import angles, assert_within_contract, run_on_isa, strided
 
-from starflow_kernels import AffineSpec, BlockSpec, affine_flow_inverse, block_forward, block_inverse, native
-from starflow_kernels.block import cpu
-from starflow_kernels.packing import spec_fields
+from starflow_kernels import AffineSpec, BlockSpec, affine_flow_inverse, block_forward, block_inverse
+from starflow_kernels._core import compiled
+from starflow_kernels.block import native
+from starflow_kernels.block.packing import spec_fields
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+pytestmark = pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
 
 SIZES = {"token_dim": 12, "channels": 64, "layers": 2, "heads": 4, "head_dim": 16, "kv_heads": 4, "mlp_dim": 160}
 STARFLOW = {"affine": AffineSpec("softplus", 4.0), "rotary": "interleaved", "start": True, "final_norm": True}
@@ -61,9 +62,9 @@ def rows(context, which):
     return {name: t if name in ("cos", "sin") else t[which] for name, t in context.items()}
 
 
-def params(x, weights, spec, context, tokens=cpu.DENSITY_TOKENS):
+def params(x, weights, spec, context, tokens=native.DENSITY_TOKENS):
     given = (context.get(name) for name in ("cond", "prefix", "cos", "sin"))
-    return cpu.block_params(x, list(weights.values()), *given, spec.to_json(), tokens)
+    return native.block_params(x, list(weights.values()), *given, spec.to_json(), tokens)
 
 
 @every_spec
@@ -170,7 +171,7 @@ def test_packed_weights_follow_the_weights():
         return found
 
     first, tensors = run(), list(w.values())
-    assert cpu.packed(spec.to_json(), tensors) is cpu.packed(spec.to_json(), tensors)
+    assert native.packed(spec.to_json(), tensors) is native.packed(spec.to_json(), tensors)
     w["layers.1.up.weight"].mul_(1.5)
     second = run()
     w["proj_in.bias"] = w["proj_in.bias"] + 1
@@ -195,10 +196,10 @@ def test_packed_weights_are_dropped_with_the_weights():
     _, w, _ = make(SPECS["tarflow"], 1, 5)
     text = SPECS["tarflow"].to_json()
     key = id(w["proj_in.weight"]), text
-    cpu.packed(text, list(w.values()))
-    assert key in cpu.packed.kept
+    native.packed(text, list(w.values()))
+    assert key in native.packed.kept
     del w
-    assert key not in cpu.packed.kept
+    assert key not in native.packed.kept
 
 
 @pytest.mark.parametrize("guidance", [None, 0.8])

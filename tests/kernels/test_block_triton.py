@@ -60,12 +60,12 @@ def test_tokens_of_more_than_128_values():
 
 @pytest.mark.parametrize("name", ["starflow", "starflow-text"])
 def test_more_keys_than_a_split(name, monkeypatch):
-    from starflow_kernels.block import triton
+    from starflow_kernels.block.triton import sequential
 
-    monkeypatch.setattr(triton, "SPLIT", 4)
-    monkeypatch.setattr(triton, "BLOCK_S", 2)
-    monkeypatch.setattr(triton, "TEXT_ROWS", 6)
-    monkeypatch.setattr(triton, "_sessions", triton.Sessions())
+    monkeypatch.setattr(sequential, "SPLIT", 4)
+    monkeypatch.setattr(sequential, "BLOCK_S", 2)
+    monkeypatch.setattr(sequential, "TEXT_ROWS", 6)
+    monkeypatch.setattr(sequential, "_sessions", sequential.Sessions())
     assert_inverse(BLOCKS[name], dtype=F32, tokens=9, layers=1)
 
 
@@ -80,17 +80,17 @@ def test_weights_of_one_byte(name, dtype, quantize):
 @pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
 def test_every_value_of_a_byte(dtype):
     """The product with ones on the diagonal gives the values that the bits of fp8, or of int8, stand for."""
-    from starflow_kernels.block import triton
+    from starflow_kernels.block.triton import sequential
 
-    config = triton.config("down", dtype.itemsize, 16, 16)
+    config = sequential.config("down", dtype.itemsize, 16, 16)
     for stored, kind in ((torch.uint8, torch.float8_e4m3fn), (torch.int8, torch.int8)):
         bits = torch.arange(256).to(torch.uint8)
         bits[bits.view(kind).float().isnan()] = 0
         bits = bits.view(16, 16)
         out = torch.zeros(16, 16)
-        triton.triton_step.down_kernel[(1,)](
+        sequential.triton_step.down_kernel[(1,)](
             torch.eye(16, dtype=dtype), bits.view(stored), None, out, None, torch.ones(16), None, None, 16, 1, 16, 16,
-            BIAS=False, POST=False, DTYPE=triton.dtype_of(dtype), BLOCK_M=16, **config,
+            BIAS=False, POST=False, DTYPE=sequential.dtype_of(dtype), BLOCK_M=16, **config,
         )  # fmt: skip
         known = bits.view(kind).float().T
         assert torch.equal(out * (256 if stored == torch.uint8 else 1), known)
@@ -126,23 +126,23 @@ def test_rows_have_the_same_bits_in_any_batch(name, guided, T, monkeypatch):
 
 
 def test_sessions_are_used_again_and_end_with_their_model():
-    from starflow_kernels.block import triton
+    from starflow_kernels.block.triton import sequential
 
     gc.collect()
-    before = len(triton._sessions)
+    before = len(sequential._sessions)
     z, w, spec, context = block(BLOCKS["tarflow-flip"], dtype=F32, B=4, tokens=3, layers=1)
     first = block_inverse(z, w, spec, **context, backend="triton")
     cond = {"cond": context["cond"][:3]}
     assert torch.equal(block_inverse(z[:3], w, spec, **cond, backend="triton"), first[:3])
-    assert len(triton._sessions) == before + 1
+    assert len(sequential._sessions) == before + 1
     rounded = block_inverse(z, w, spec, **context, quantize="int8", backend="triton")
-    assert not torch.equal(rounded, first) and len(triton._sessions) == before + 2
+    assert not torch.equal(rounded, first) and len(sequential._sessions) == before + 2
     w["proj_in.weight"].mul_(2)
     assert not torch.equal(block_inverse(z, w, spec, **context, backend="triton"), first)
-    assert len(triton._sessions) == before + 2
+    assert len(sequential._sessions) == before + 2
     del w
     gc.collect()
-    assert len(triton._sessions) == before
+    assert len(sequential._sessions) == before
 
 
 def test_progress():
@@ -168,14 +168,14 @@ def test_refuses_with_the_reason(changes, why):
 
 
 def test_dependent_launch_is_asked_for_and_begins_with_sm_90(monkeypatch):
-    from starflow_kernels.block import triton
+    from starflow_kernels.block.triton import sequential
 
     chip, device = [(9, 0)], torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip[0])
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("STARFLOW_PDL", raising=False)
-    assert not triton.pdl(device)
+    assert not sequential.pdl(device)
     monkeypatch.setenv("STARFLOW_PDL", "1")
-    assert triton.pdl(device) and not triton.pdl(torch.device("cpu"))
+    assert sequential.pdl(device) and not sequential.pdl(torch.device("cpu"))
     chip[0] = 8, 6
-    assert not triton.pdl(device)
+    assert not sequential.pdl(device)

@@ -19,12 +19,13 @@ from conftest import (
     strided,
 )
 
-from starflow_kernels import cached_attention, causal_attention, native
+from starflow_kernels import cached_attention, causal_attention
+from starflow_kernels._core import compiled as native_library
 
 F64 = torch.float64
 ROTARY = ["none", "interleaved", "half"]
 every_rotary = pytest.mark.parametrize("rotary", ROTARY)
-native_only = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+native_only = pytest.mark.skipif(native_library.missing() is not None, reason=str(native_library.missing()))
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 every_window = pytest.mark.parametrize("window", [None, 1, 3])
 

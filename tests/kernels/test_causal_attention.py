@@ -18,7 +18,8 @@ from conftest import (
     with_gradients,
 )
 
-from starflow_kernels import causal_attention, native
+from starflow_kernels import causal_attention
+from starflow_kernels._core import compiled as native_library
 
 F64 = torch.float64
 ROTARY = ["none", "interleaved", "half"]
@@ -143,7 +144,7 @@ def test_error_contract_over_sizes(T, d, B, H, H_kv, window, backend):
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])
-@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.skipif(native_library.missing() is not None, reason=str(native_library.missing()))
 def test_narrower_instruction_sets(isa):
     run_on_isa(isa, __file__, "native and (over_sizes or bits)")
 
@@ -279,7 +280,7 @@ def test_errors_name_the_argument(change, error, message):
         causal_attention(**{**arguments, **change})
 
 
-@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.skipif(native_library.missing() is not None, reason=str(native_library.missing()))
 def test_native_takes_float32_alone():
     q = heads(2, 3, 2, 4, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"cannot run causal_attention: q is torch\.bfloat16, it takes float32"):

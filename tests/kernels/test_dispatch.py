@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import starflow_kernels
-from starflow_kernels import affine_flow, causal_attention, dispatch
+from starflow_kernels import affine_flow, causal_attention
+from starflow_kernels._core import dispatch
 
 OPS = {
     "affine_flow",

@@ -8,8 +8,8 @@ from conftest import angles, assert_within_contract, interpreted, strided, with_
 from test_causal_attention import inputs, naive, rotary_options
 
 from starflow_kernels import causal_attention
+from starflow_kernels.causal_attention.external import turn, turn_back
 from starflow_kernels.causal_attention.reference import rotate
-from starflow_kernels.fused import turn, turn_back
 
 pytestmark = interpreted
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import assert_within_contract, compiled, cpu_backends, strided, with_gradients
 
-from starflow_kernels import linear, native
+from starflow_kernels import linear
+from starflow_kernels._core import compiled as native_library
 
 F64 = torch.float64
 SIZES = [(1, 1, 1, 1), (3, 2, 8, 24), (1, 63, 80, 17), (2, 111, 33, 64), (0, 4, 5, 6)]
@@ -54,7 +55,7 @@ def test_writes_all_of_its_outputs(poisoned_memory, backend):
     assert all(t.isfinite().all() for t in found)
 
 
-@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.skipif(native_library.missing() is not None, reason=str(native_library.missing()))
 def test_bits_of_a_row_are_its_own():
     x, weight, bias = (t.requires_grad_() for t in inputs(3, 50, 300, 70, dtype=torch.float32))
     y = linear(x, weight, bias, backend="native")

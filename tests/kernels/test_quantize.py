@@ -10,7 +10,7 @@ from conftest import assert_within_contract, compiled, cpu_backends
 from test_block import BLOCKS, T, block
 
 from starflow_kernels import Solver, block_inverse
-from starflow_kernels.quantize import KINDS, _remembered, chosen, quantised, rounded
+from starflow_kernels.block.quantize import KINDS, _remembered, chosen, quantised, rounded
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 F32, F64 = torch.float32, torch.float64

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import interpreted
 
-from starflow_kernels import AffineSpec, affine_flow, flow_head, triton_runtime, warmup
+from starflow_kernels import AffineSpec, affine_flow, flow_head, warmup
+from starflow_kernels._triton import runtime
 
 
 def meta(*shape, gradient=False, dtype=torch.float16):
@@ -41,7 +42,7 @@ def test_says_why_triton_cannot_run_the_call():
         warmup(affine_flow, meta(1, 2, 3, dtype=torch.float64), meta(1, 2, 6, dtype=torch.float64))
 
 
-@pytest.mark.skipif(triton_runtime.missing() is None, reason="Triton can run here")
+@pytest.mark.skipif(runtime.missing() is None, reason="Triton can run here")
 def test_says_why_triton_cannot_run_here():
     with pytest.raises(ValueError, match="no Triton kernels to compile: "):
         warmup(affine_flow, meta(1, 2, 3), meta(1, 2, 6))

@@ -8,12 +8,20 @@ import pytest
 import torch
 
 from starflow import CheckpointError, ConfigError, Flow, FlowConfig, Guidance
-from starflow import calibration as measuring
-from starflow.calibration import calibrate
 from starflow.cli import main
-from starflow.sampling import sample
-from starflow.solver_files import SETTINGS, read_calibration
-from starflow.solvers import TOLERANCE, BlockMeasurement, Calibration, Conditions, Inversion, Measurement, Trial
+from starflow.inversion import measure as measuring
+from starflow.inversion.measure import calibrate
+from starflow.inversion.solver_files import SETTINGS, read_calibration
+from starflow.inversion.solvers import (
+    TOLERANCE,
+    BlockMeasurement,
+    Calibration,
+    Conditions,
+    Inversion,
+    Measurement,
+    Trial,
+)
+from starflow.sampling.sample import sample
 from starflow_kernels import Solver
 
 FIELDS = {
@@ -313,7 +321,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_the_command_on_a_pipeline(tmp_path, monkeypatch, capsys):
     pytest.importorskip("diffusers")
-    import components
+    from support import components
 
     Stopwatch(monkeypatch, {SEQUENTIAL: 1.0, WINDOW: 0.5})
     folder = str(components.save(tmp_path / "model"))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from starflow import CheckpointError, ConfigError, Flow, FlowConfig, StarflowError
-from starflow.files import write_atomically, write_text
+from starflow.io.files import write_atomically, write_text
 
 CONFIG = {"image_size": 4, "image_channels": 1, "patch_size": 2, "channels": 16, "layers": (1, 1), "head_dim": 8}
 

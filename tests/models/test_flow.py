@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from starflow import ConfigError, Flow, FlowConfig, Guidance, InverseError
-from starflow.certificate import certificate
-from starflow.evaluation import logdet_error
-from starflow.tokens import patchify, rotary_angles, unpatchify
+from starflow.evaluation.metrics import logdet_error
+from starflow.models.certificate import certificate
+from starflow.models.tokens import patchify, rotary_angles, unpatchify
 from starflow_kernels import Solver
 
 SMALL = {"image_size": 4, "image_channels": 2, "patch_size": 2, "channels": 16, "layers": (1, 2, 1), "head_dim": 8}

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from starflow import CheckpointError, Flow, FlowConfig, StarflowError
-from starflow.files import write_folder
-from starflow.shards import Entry, read_weights, write_weights
+from starflow.io.files import write_folder
+from starflow.io.weights import Entry, read_weights, write_weights
 
 INDEX = "model.safetensors.index.json"
 FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"

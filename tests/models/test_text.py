@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-from components import TEXT_DIM, TEXT_LEN, text_encoder, tokenizer
+from support.components import TEXT_DIM, TEXT_LEN, text_encoder, tokenizer
 
 from starflow import ConfigError
-from starflow.text import ASPECT_RATIOS, encode_prompts, image_size, nearest_ratio, with_aspect_ratio
+from starflow.data.prompts import ASPECT_RATIOS, encode_prompts, image_size, nearest_ratio, with_aspect_ratio
 
 PROMPTS = ["a red cat", "", "the small dog and a piano", "a red cat"]
 

@@ -11,14 +11,14 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-import components
-from components import TEXT_DIM, TEXT_LEN
+from support import components
+from support.components import TEXT_DIM, TEXT_LEN
 
 from starflow import CheckpointError, ConfigError, Flow, FlowConfig, Guidance
 from starflow.convert import convert, release
+from starflow.data.prompts import encode_prompts
 from starflow.pipelines import METHODS, FlowModel, FlowPipeline, STARFlowPipeline, TarFlowPipeline
 from starflow.pipelines.base import denoise_rows
-from starflow.text import encode_prompts
 
 PROMPTS = ["a red cat", "three small dog"]
 
@@ -394,7 +394,7 @@ def test_denoising_is_split_to_fit():
 def test_without_diffusers():
     code = (
         "import sys; sys.modules['diffusers'] = None\n"
-        "import starflow.cli, starflow.training\n"
+        "import starflow.cli, starflow.training.flow\n"
         "try: import starflow.pipelines\n"
         "except starflow.ConfigError as error: print(error)"
     )

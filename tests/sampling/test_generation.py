@@ -12,12 +12,12 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-import components
+from support import components
 
 from starflow import Flow
 from starflow.cli import main
+from starflow.inversion.solvers import TOLERANCE
 from starflow.pipelines import FlowModel, TarFlowPipeline
-from starflow.solvers import TOLERANCE
 
 
 @pytest.fixture(scope="module")

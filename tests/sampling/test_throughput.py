@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,22 +14,22 @@ import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-import components
-import workers
 from PIL import Image
 from safetensors.torch import load_file
+from support import components, workers
 
-from starflow import Flow, generation
+from starflow import Flow
 from starflow.cli import main
 from starflow.cli.common import byte_count
-from starflow.config import FlowConfig
 from starflow.errors import ConfigError
-from starflow.flow import Guidance
-from starflow.generation import generate
-from starflow.manifest import Job, Layout
-from starflow.memory import ANY_BATCH, MOST, fitting_batch, image_bytes
+from starflow.inversion.solvers import Inversion
+from starflow.models.config import FlowConfig
+from starflow.models.flow import Guidance
 from starflow.pipelines import FlowModel, TarFlowPipeline
-from starflow.solvers import Inversion
+from starflow.sampling import many
+from starflow.sampling.budget import ANY_BATCH, MOST, fitting_batch, image_bytes
+from starflow.sampling.ledger import Job, Layout
+from starflow.sampling.many import generate
 
 ONE_THREAD = ["--threads", "1"]
 
@@ -219,10 +220,8 @@ def test_more_samples_are_added_to_shards(tmp_path, capsys):
 
 def test_batches_are_full_with_mixed_conditions(tmp_path, monkeypatch):
     pipe = TarFlowPipeline(FlowModel.from_flow(Flow.from_pretrained("digits")))
-    sizes, draw = [], generation._draw
-    monkeypatch.setattr(
-        generation, "_draw", lambda pipe, batch, *more: sizes.append(len(batch)) or draw(pipe, batch, *more)
-    )
+    sizes, draw = [], many._draw
+    monkeypatch.setattr(many, "_draw", lambda pipe, batch, *more: sizes.append(len(batch)) or draw(pipe, batch, *more))
     jobs = [Job(i, copy, None if i == 10 else i) for i in range(11) for copy in range(2)]
     for job in jobs[::3]:
         generate(pipe, [job], tmp_path, 0, 1, {}, {})
@@ -239,7 +238,7 @@ def model(**changes) -> Flow:
 
 GROWTH = """
 import torch
-from benchmarks.throughput import SHAPES, Guidance, Inversion, growth, model
+from benchmarks.cpu.throughput import SHAPES, Guidance, Inversion, growth, model
 torch.set_num_threads(1)
 flow = model(next(iter(SHAPES)))
 for method, window, weight in (("sequential", None, 0.0), ("sequential", None, 1.0), ("jacobi", 32, 0.0)):
@@ -249,8 +248,8 @@ for method, window, weight in (("sequential", None, 0.0), ("sequential", None, 1
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measures resident memory")
 def test_an_image_takes_no_more_than_the_model_says():
-    here = os.path.dirname(__file__)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here), *sys.path])}
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():

@@ -41,15 +41,15 @@ def run(folder: Path, count: int, *arguments: str, failing: int = -1) -> tuple[l
 def work(variables: dict[str, object], arguments: list[str], output: str, fails: bool) -> None:
     """What one process does."""
     os.environ.update({name: str(value) for name, value in variables.items()})
-    from starflow import generation
     from starflow.cli import main
     from starflow.errors import InverseError
+    from starflow.sampling import many
 
     def fail(*arguments):
         raise InverseError("values are not finite")
 
     if fails:
-        generation._draw = fail
+        many._draw = fail
     with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = main(arguments)
     sys.exit(code)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from starflow import CheckpointError, ConfigError
-from starflow.autoencoder import AutoencoderRunConfig, AutoencoderTrainer
 from starflow.cli import main
-from starflow.data import DataConfig, load
+from starflow.data.datasets import DataConfig, load
+from starflow.models.autoencoder import decode, load_vae, posterior, scale_images
 from starflow.settings import PRESETS, presets, read_settings
-from starflow.vae import decode, load_vae, posterior, scale_images
+from starflow.training.autoencoder import AutoencoderRunConfig, AutoencoderTrainer
 
 TINY = {"block_channels": [4, 8], "groups": 4, "layers": 1, "latent_channels": 2}
 TRAINING = {"steps": 6, "batch_size": 8, "learning_rate": 5e-3, "sample_every": 0, "checkpoint_every": 0}

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from starflow import ConfigError, DataError
-from starflow.data import DataConfig, ShuffledBatches, dequantise, generator, load, quantise
+from starflow.data.datasets import DataConfig, ShuffledBatches, dequantise, generator, load, quantise
 
 
 def test_digits():

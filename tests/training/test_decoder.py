@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from starflow import ConfigError
-from starflow.autoencoder import AutoencoderConfig
 from starflow.cli import main
-from starflow.decoder import DecoderRunConfig, DecoderTrainer, load_lpips
-from starflow.discriminator import PatchDiscriminator, hinge_loss
+from starflow.models.autoencoder import load_vae, save_vae
 from starflow.settings import PRESETS, presets, read_settings
-from starflow.vae import load_vae, save_vae
+from starflow.training.autoencoder import AutoencoderConfig
+from starflow.training.decoder import DecoderRunConfig, DecoderTrainer, load_lpips
+from starflow.training.discriminator import PatchDiscriminator, hinge_loss
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -66,7 +66,7 @@ def test_resume_after_a_kill(vae, tmp_path):
     whole = train(config, tmp_path / "whole")
     code = (
         "import sys, json, torch; torch.set_num_threads(1)\n"
-        "from starflow.decoder import DecoderRunConfig, DecoderTrainer\n"
+        "from starflow.training.decoder import DecoderRunConfig, DecoderTrainer\n"
         "DecoderTrainer(DecoderRunConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2]).run(quiet=True)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, json.dumps(config.to_dict()), str(tmp_path / "killed")])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from starflow import Flow, FlowConfig
-from starflow.data import ImageSet
-from starflow.evaluation import bayes_accuracy, likelihood, logdet_error, round_trips
+from starflow.data.datasets import ImageSet
+from starflow.evaluation.metrics import bayes_accuracy, likelihood, logdet_error, round_trips
 
 CONFIG = {
     "image_size": 4, "image_channels": 1, "patch_size": 2, "channels": 16, "layers": (1,), "head_dim": 8, "start": True,

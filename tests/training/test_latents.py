@@ -4,21 +4,22 @@ import json
 import multiprocessing
 import time
 
-import components
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support import components
 
-from starflow import CheckpointError, ConfigError, DataError, encoding
-from starflow.autoencoder import AutoencoderConfig
+from starflow import CheckpointError, ConfigError, DataError
 from starflow.cli import main
-from starflow.data import DataConfig, generator, load
-from starflow.encoding import EncodeConfig, encode, load_text
-from starflow.latents import EMPTY_PROMPT, Manifest, draw_latents
-from starflow.text import encode_prompts
-from starflow.training import RunConfig, Trainer
-from starflow.vae import load_vae, posterior, save_vae, scale_images
+from starflow.data import encode as encoding
+from starflow.data.datasets import DataConfig, generator, load
+from starflow.data.encode import EncodeConfig, encode, load_text
+from starflow.data.latents import EMPTY_PROMPT, Manifest, draw_latents
+from starflow.data.prompts import encode_prompts
+from starflow.models.autoencoder import load_vae, posterior, save_vae, scale_images
+from starflow.training.autoencoder import AutoencoderConfig
+from starflow.training.flow import RunConfig, Trainer
 
 WORDS = ("a cat", "the dog")
 LENGTH = components.TEXT_LEN

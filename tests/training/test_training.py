@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from starflow import CheckpointError, ConfigError, StarflowError
-from starflow.training import RunConfig, Trainer, TrainingConfig
+from starflow.training.flow import RunConfig, Trainer, TrainingConfig
 
 MODEL = {
     "image_size": 8,
@@ -82,7 +82,7 @@ def test_resume_after_a_kill(tmp_path):
     train(config, tmp_path / "whole")
     code = (
         "import sys, json, torch; torch.set_num_threads(1)\n"
-        "from starflow.training import RunConfig, Trainer\n"
+        "from starflow.training.flow import RunConfig, Trainer\n"
         "Trainer(RunConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2]).run(quiet=True)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, json.dumps(config.to_dict()), str(tmp_path / "killed")])

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..triton_math import sigma_of, soft_clipped
-from .triton_step import _begun, _columns, _entering, _normed, _product, _statistics, _vector
+from ..._triton.math import sigma_of, soft_clipped
+from .step_kernels import _begun, _columns, _entering, _normed, _product, _statistics, _vector
 
 
 @triton.jit

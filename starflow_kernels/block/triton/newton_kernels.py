@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from ..quasi_newton import FORGET as _FORGET
-from ..quasi_newton import RIDGE as _RIDGE
-from ..quasi_newton import SMALLEST_MOVE
+from ...solve_inverse.quasi_newton import FORGET as _FORGET
+from ...solve_inverse.quasi_newton import RIDGE as _RIDGE
+from ...solve_inverse.quasi_newton import SMALLEST_MOVE
 
 FORGET, RIDGE = tl.constexpr(_FORGET), tl.constexpr(_RIDGE)
 SMALLEST_SQUARE = tl.constexpr(SMALLEST_MOVE**2)

@@ -14,14 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..engine import Sessions, Shape, bucket, loaded, sample
-from ..memory import cache_bytes
+from ..._triton.rotary import half_tile
+from ..._triton.runtime import refuse_tensors
+from ...spec import BlockSpec
+from ..cache_budget import cache_bytes
 from ..packing import Remembered
 from ..quantize import chosen, quantised
-from ..spec import BlockSpec
-from ..triton_rotary import half_tile
-from ..triton_runtime import refuse_tensors
-from . import triton_head, triton_step
+from . import head_kernels, step_kernels
+from .sessions import Sessions, Shape, bucket, loaded, sample
 
 # Of tokens by bytes of a weight: the head of wider ones spills on some chip.
 WIDEST_TOKEN, WIDEST_HEAD = {2: 256, 4: 128}, 256
@@ -163,7 +163,7 @@ class TritonSession:
     def attend(self, i: int, n: int, stop: torch.Tensor | None) -> None:
         """Attention of layer i."""
         spec = self.spec
-        triton_step.attend_kernel[(self.rows * n * spec.heads * self.splits,)](
+        step_kernels.attend_kernel[(self.rows * n * spec.heads * self.splits,)](
             self.q, self.k_cache[i], self.v_cache[i], self.position, self.part, self.peak, self.mass, n,
             self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads, HEAD=spec.head_dim,
             BLOCK_D=tile(spec.head_dim), BLOCK_S=BLOCK_S, SPLIT=SPLIT, num_warps=4, **self.pdl,
@@ -181,7 +181,7 @@ class TritonSession:
         for i in range(spec.layers):
             layer, first = f"layers.{i}", i == 0
             state, total = (self.entry, h) if first else (h, other)
-            triton_step.qkv_kernel[self._grid(rows, (H + 2 * KV) * triton.cdiv(d - d // 2, pairs))](
+            step_kernels.qkv_kernel[self._grid(rows, (H + 2 * KV) * triton.cdiv(d - d // 2, pairs))](
                 state, total, self.update, post, *self._norm(w, f"{layer}.attn_norm"), *self._norm(w, f"{layer}.qkv"),
                 w.get(f"{layer}.head_norms"), self.cos, self.sin, self.scale, self.position, self.q, self.k_cache[i],
                 self.v_cache[i], w.get(f"{layer}.qkv.weight.scale"), stop, rows, n, C, self.k_cache.shape[3], H=H,
@@ -191,14 +191,14 @@ class TritonSession:
             if post is not None:
                 h, other = other, h
             self.attend(i, n, stop)
-            triton_step.project_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
+            step_kernels.project_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
                 self.part, self.peak, self.mass, self.position, *self._norm(w, f"{layer}.proj"), h, self.update,
                 w.get(f"{layer}.proj.weight.scale"), stop, rows, n, C, self.splits, H=H, HEAD=d, BIAS=spec.bias,
                 POST=spec.post_norm, SPLIT=SPLIT, DTYPE=stored,
                 **self._tiles("project"),
             )  # fmt: skip
             post = w.get(f"{layer}.attn_post_norm.weight")
-            triton_step.up_kernel[self._grid(rows, triton.cdiv(width, BLOCK_N))](
+            step_kernels.up_kernel[self._grid(rows, triton.cdiv(width, BLOCK_N))](
                 h, other, self.update, post, *self._norm(w, f"{layer}.mlp_norm"), *self._norm(w, f"{layer}.up"),
                 *self._norm(w, f"{layer}.gate"), self.hidden, w.get(f"{layer}.up.weight.scale"),
                 w.get(f"{layer}.gate.weight.scale"), self.position, stop, rows, n, C, width, POST=post is not None,
@@ -207,7 +207,7 @@ class TritonSession:
             )  # fmt: skip
             if post is not None:
                 h, other = other, h
-            triton_step.down_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
+            step_kernels.down_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
                 self.hidden, *self._norm(w, f"{layer}.down"), h, self.update, w.get(f"{layer}.down.weight.scale"),
                 self.position, stop, rows, n, C, width, BIAS=spec.bias, POST=spec.post_norm, DTYPE=stored,
                 **self._tiles("down"),
@@ -226,7 +226,7 @@ class TritonSession:
     def launch(self, w: dict) -> None:
         """The launches of a step."""
         spec, shape, h, tiles = self.spec, self.shape, self.layers(w), self._tiles("head")
-        triton_head.head_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, tiles["BLOCK_N"]))](
+        head_kernels.head_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, tiles["BLOCK_N"]))](
             h, self.update, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
             *self._norm(w, "proj_out"), self.z, self.guidance, self.x, self.entry, *self._entrance(w), self.position,
             shape.samples, shape.tokens, shape.prefix, spec.channels, spec.token_dim, spec.affine.soft_clip,
@@ -258,7 +258,7 @@ class TritonSession:
             for first in range(0, shape.prefix, n):
                 given = text[:, :, first : first + n].flatten(0, 1).contiguous()
                 rows = self.rows * given.shape[1]
-                triton_step.down_kernel[self._grid(rows, triton.cdiv(spec.channels, BLOCK_N))](
+                step_kernels.down_kernel[self._grid(rows, triton.cdiv(spec.channels, BLOCK_N))](
                     given, *self._norm(w, "proj_text"), self.entry, self.entry, None, None, None, rows, 1,
                     spec.channels, spec.text_dim, BIAS=True, POST=True, DTYPE=None, **self._tiles("down"),
                 )  # fmt: skip
@@ -271,7 +271,7 @@ class TritonSession:
         self.read(w, prefix)
         self.position.fill_(shape.prefix)
         tokens, stride = (w["start"], 0) if spec.start else (self.x, shape.tokens * spec.token_dim)
-        triton_head.embed_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, BLOCK_N))](
+        head_kernels.embed_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, BLOCK_N))](
             tokens, *self._entrance(w), self.entry, shape.samples, stride, spec.channels, spec.token_dim,
             **self._options(), **self._tiles("embed"),
         )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .progress import report, reporting
+from ..progress import report, reporting
 
 # Waits for the device and reports of a part, at most.
 REPORTS = 16

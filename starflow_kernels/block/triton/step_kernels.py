@@ -11,7 +11,7 @@ rows.
 import triton
 import triton.language as tl
 
-from ..triton_math import tanh
+from ..._triton.math import tanh
 
 RMS_EPS = tl.constexpr(1e-6)
 LAYER_EPS = tl.constexpr(1e-5)

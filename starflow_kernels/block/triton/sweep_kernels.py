@@ -8,9 +8,9 @@ there, in slot `position`, and ends before slot `stop`.
 import triton
 import triton.language as tl
 
-from .triton_head import _gaussian
-from .triton_newton import _newton
-from .triton_step import _columns, _none, _place, _product, _vector
+from .head_kernels import _gaussian
+from .newton_kernels import _newton
+from .step_kernels import _columns, _none, _place, _product, _vector
 
 INFINITY = tl.constexpr(float("inf"))
 

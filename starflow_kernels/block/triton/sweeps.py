@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 import triton
 
-from ..engine import Shape, replay_until_done
+from ...solver import DIVERGED
+from ...spec import BlockSpec
 from ..progress import report
-from ..solver import DIVERGED
-from ..spec import BlockSpec
-from . import triton as step
-from . import triton_sweep
+from . import sequential as step
+from . import sweep_kernels
+from .sessions import Shape, replay_until_done
 
 # Sweeps of a CUDA graph: a replay more than needed finds every window at rest.
 SWEEPS = 4
@@ -59,7 +59,7 @@ class JacobiSession(step.TritonSession):
             return super().attend(i, n, stop)
         spec = self.spec
         tiles = n // step.BLOCK_M
-        triton_sweep.attend_kernel[(self.rows * tiles * spec.heads * self.splits,)](
+        sweep_kernels.attend_kernel[(self.rows * tiles * spec.heads * self.splits,)](
             self.q, self.k_cache[i], self.v_cache[i], self.position, stop, self.part, self.peak, self.mass, n,
             self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads, HEAD=spec.head_dim,
             BLOCK_D=step.tile(spec.head_dim), SPLIT=step.SPLIT, **self._own("attend"),
@@ -79,14 +79,14 @@ class JacobiSession(step.TritonSession):
         """The launches of a sweep."""
         spec, shape, n, C, D = self.spec, self.shape, self.n, self.spec.channels, self.spec.token_dim
         rows, tile = self.rows * n, step.tile(D)
-        triton_sweep.embed_kernel[self._grid(rows, triton.cdiv(C, step.BLOCK_N))](
+        sweep_kernels.embed_kernel[self._grid(rows, triton.cdiv(C, step.BLOCK_N))](
             self.x, w.get("start"), *self._entrance(w), self.entry, self.position, self.stop, shape.samples, rows, n,
             shape.tokens, shape.prefix, C, D, START=spec.start, BLOCK_D=tile, **self._own("embed"),
         )  # fmt: skip
         h = self.layers(w, n, self.stop)
         inputs = 0 if self.offsets is None else len(self.offsets) * D
         spread, log_sigma, *learned = (getattr(self, name, None) for name in NEWTON)
-        triton_sweep.head_kernel[(triton.cdiv(shape.samples * n, step.BLOCK_M),)](
+        sweep_kernels.head_kernel[(triton.cdiv(shape.samples * n, step.BLOCK_M),)](
             h, self.update, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
             *self._norm(w, "proj_out"), self.z, self.guidance, self.x, self.y, spread, log_sigma, self.change,
             self.move, self.size, self.position, self.stop, shape.samples, n, shape.tokens, shape.prefix, C, D,
@@ -94,7 +94,7 @@ class JacobiSession(step.TritonSession):
             RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start, COPIES=shape.copies,
             **self._own("head"),
         )  # fmt: skip
-        triton_sweep.settle_kernel[(shape.samples,)](
+        sweep_kernels.settle_kernel[(shape.samples,)](
             self.x, self.y, spread, log_sigma, self.change, self.move, self.size, self.bound, self.tol, self.done,
             self.single, self.passes, self.fallbacks, self.failed, self.sweeps, self.residual, self.position, self.stop,
             *learned, self.offsets, shape.samples, n, shape.tokens, shape.prefix, D, inputs, WINDOW=self.window,

@@ -1,0 +1,1 @@
+"""Other implementations that ours are compared with."""

@@ -1,0 +1,1 @@
+"""Data sets, caches of latents and prompts."""

@@ -1,0 +1,1 @@
+"""A local web page that draws samples."""

@@ -1,0 +1,1 @@
+"""Likelihood, accuracy and exactness of a flow on images."""

@@ -1,0 +1,1 @@
+"""Flow models, their configuration, checkpoints and certificates."""

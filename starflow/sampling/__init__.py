@@ -1,0 +1,1 @@
+"""Sampling: one batch, or many files by many processes."""

@@ -1,0 +1,1 @@
+"""Triton backend of the block inverse: sessions, the sequential sampler and the parallel sweeps."""
