@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import interpreted
+from support.backends import require_interpreter
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sampling import codes
 from benchmarks.gpu.sampling_cases import GUIDED, WEIGHTS, make, starflow, tarflow
 from benchmarks.gpu.sampling_checks import launches_a_step
 
-pytestmark = interpreted
+require_interpreter()
 
 
 @pytest.mark.parametrize(

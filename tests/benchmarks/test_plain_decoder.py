@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_block import BLOCKS, block
+from support.blocks import BLOCKS, block
 
 from benchmarks.floor import Work, block_work
 from benchmarks.peers.static_cache import PlainDecoder

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import angles
+from support.naive import angles
 
 from benchmarks.peers.published import (
     GS_JACOBI,

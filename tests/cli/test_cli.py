@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from support.commands import fails
 
 from starflow import Flow
 from starflow.cli import COMMANDS, main, parser
@@ -41,17 +42,6 @@ def run(tmp_path, settings):
 
 def digest(path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def fails(capsys, *arguments: str) -> str:
-    """The single line of an error that exits with 2."""
-    try:
-        code = main(list(arguments))
-    except SystemExit as exit:
-        code = exit.code
-    error = capsys.readouterr().err.strip()
-    assert code == 2 and error.startswith("starflow") and "\n" not in error
-    return error
 
 
 def test_train_writes_a_run_and_a_report(tmp_path, settings):

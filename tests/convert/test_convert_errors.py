@@ -8,16 +8,13 @@ import sys
 import zipfile
 
 import pytest
-import test_convert
 import torch
 import yaml
-from test_cli import fails
-from test_convert import STARFLOW, TARFLOW, make
+from support.commands import fails
+from support.released import STARFLOW, TARFLOW, make
 
 from starflow import CheckpointError, ConfigError, Flow, StarflowError
 from starflow.convert import convert, names, release
-
-tarflow, starflow = test_convert.tarflow, test_convert.starflow
 
 
 def refused(message: str, path, out, **options) -> str:

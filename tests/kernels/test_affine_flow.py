@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from conftest import (
-    assert_same_row,
-    assert_within_contract,
-    compiled,
-    cpu_backends,
-    naive_affine,
-    reduced,
-    strided,
-    with_gradients,
-)
+from support.affine import every_logdet, every_order, every_spec
+from support.backends import cpu_backends, needs_native, on_backends
+from support.contract import assert_same_row, assert_within_contract, compiled, strided, with_gradients
+from support.naive import naive_affine, reduced
 
 from starflow_kernels import AffineSpec, affine_flow
 
-F64 = torch.float64
-SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
-spec_ids = [f"{s.scale}{'-clip' if s.soft_clip else ''}" for s in SPECS]
-every_spec = pytest.mark.parametrize("spec", SPECS, ids=spec_ids)
-every_order = pytest.mark.parametrize(
-    "shift, flip", list(itertools.product([False, True], repeat=2)), ids=["plain", "flip", "shift", "shift-flip"]
-)
-every_logdet = pytest.mark.parametrize("logdet", ["sum", "mean", "none"])
+F32, F64 = torch.float32, torch.float64
+
+
+def takes(backend, dtype=F64):
+    """Whether a backend takes tensors of this dtype."""
+    return backend != "native" or dtype != F64
+
+
+in_float64 = on_backends("affine_flow", takes)
 
 
 @pytest.fixture(params=cpu_backends("affine_flow"))
@@ -41,6 +34,7 @@ def inputs(spec, B=2, T=5, D=3, dtype=F64):
 @every_spec
 @every_order
 @every_logdet
+@in_float64
 def test_matches_loops(spec, shift, flip, logdet, backend):
     x, params = inputs(spec)
     z, ld = affine_flow(x, params, spec, shift=shift, flip=flip, logdet=logdet, backend=backend)
@@ -51,6 +45,7 @@ def test_matches_loops(spec, shift, flip, logdet, backend):
 
 @every_spec
 @every_order
+@in_float64
 def test_logdet_is_that_of_the_jacobian(spec, shift, flip, backend):
     T, D = 4, 3
     mix = torch.randn(T, T, dtype=F64).tril(0 if shift else -1)
@@ -69,6 +64,7 @@ def test_logdet_is_that_of_the_jacobian(spec, shift, flip, backend):
 @every_spec
 @every_order
 @every_logdet
+@in_float64
 def test_gradcheck(spec, shift, flip, logdet, backend):
     x, params = (t.requires_grad_() for t in inputs(spec, T=3, D=2))
     options = {"shift": shift, "flip": flip, "logdet": logdet, "backend": backend}
@@ -78,6 +74,7 @@ def test_gradcheck(spec, shift, flip, logdet, backend):
 @pytest.mark.parametrize("T", [1, 2, 63, 111])
 @pytest.mark.parametrize("D", [1, 3, 192])
 @pytest.mark.usefixtures("poisoned_memory")
+@in_float64
 def test_sizes(T, D, backend):
     spec = AffineSpec("softplus", 4.0)
     x, params = inputs(spec, T=T, D=D)
@@ -171,6 +168,7 @@ def test_mixed_dtypes(x_dtype, params_dtype, backend):
 
 @every_order
 @pytest.mark.usefixtures("poisoned_memory")
+@in_float64
 def test_strided_inputs_are_read_and_left(shift, flip, backend):
     spec = AffineSpec("softplus", 4.0)
     x, params = inputs(spec)
@@ -183,7 +181,8 @@ def test_strided_inputs_are_read_and_left(shift, flip, backend):
     assert torch.equal(copies[0], x) and torch.equal(copies[1], params)
 
 
-@pytest.mark.parametrize("D, dtype", [(3, torch.float32), (48, torch.float32), (5, torch.bfloat16), (3, F64)], ids=str)
+@pytest.mark.parametrize("D", [3, 5, 48])
+@on_backends("affine_flow", takes, dtype=[F32, torch.bfloat16, F64])
 def test_a_row_has_the_same_bits_at_any_batch_and_thread_count(D, dtype, backend):
     spec = AffineSpec("softplus", 4.0)
     tensors = inputs(spec, B=70, T=63, D=D, dtype=dtype)
@@ -215,6 +214,7 @@ def test_no_rows(backend):
     assert [r.shape for r in results] == [(0, 5, 3), (0,), x.shape, params.shape]
 
 
+@in_float64
 def test_zero_parameters_are_the_identity(backend):
     x = torch.randn(2, 5, 3, dtype=F64)
     for scale in ("exp", "softplus"):
@@ -251,6 +251,7 @@ def test_compiles_as_one_graph(compiler, scale):
     torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)
 
 
+@in_float64
 def test_second_derivative_is_refused(backend):
     x, params = (t.requires_grad_() for t in inputs(AffineSpec()))
     z, _ = affine_flow(x, params, backend=backend)
@@ -276,3 +277,17 @@ def test_errors_name_the_argument(change, error, message):
     arguments = {"x": torch.zeros(2, 3, 2), "params": torch.zeros(2, 3, 4)}
     with pytest.raises(error, match=message):
         affine_flow(**{**arguments, **change})
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "D, dtype, reason",
+    [
+        (2, F64, "x is torch.float64 and params are torch.float64, it takes float32, bfloat16 and float16"),
+        (8193, F32, "tokens of 8193 values, it takes up to 8192"),
+    ],
+    ids=str,
+)
+def test_native_refuses_with_the_reason(D, dtype, reason):
+    with pytest.raises(ValueError, match=f"backend='native' cannot run affine_flow: {reason}"):
+        affine_flow(*inputs(AffineSpec(), D=D, dtype=dtype), backend="native")

@@ -7,13 +7,22 @@ import math
 
 import pytest
 import torch
-from conftest import assert_same_row, assert_within_contract, compiled, cpu_backends, naive_raw, naive_sigma, strided
+from support.affine import every_spec
+from support.backends import cpu_backends, needs_native, on_backends
+from support.contract import assert_same_row, assert_within_contract, compiled, strided
+from support.naive import naive_raw, naive_sigma
 
 from starflow_kernels import AffineSpec, affine_flow, affine_flow_inverse
 
-F64 = torch.float64
-SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
-every_spec = pytest.mark.parametrize("spec", SPECS, ids=[f"{s.scale}{'-clip' if s.soft_clip else ''}" for s in SPECS])
+F32, F64 = torch.float32, torch.float64
+
+
+def takes(backend, dtype=F64):
+    """Whether a backend takes tensors of this dtype."""
+    return backend != "native" or dtype != F64
+
+
+in_float64 = on_backends("affine_flow_inverse", takes)
 every_rule = pytest.mark.parametrize("rule", ["tarflow", "starflow"])
 GUIDED = [None, "tarflow", "starflow"]
 
@@ -47,6 +56,7 @@ def naive(z, params, spec, guidance=None, rule=None):
 
 @every_spec
 @pytest.mark.parametrize("rule", GUIDED)
+@in_float64
 def test_matches_formulas(spec, rule, backend):
     z, params = inputs(spec, rule)
     guidance = torch.rand(2, 5, dtype=F64) * 3 if rule else None
@@ -55,6 +65,7 @@ def test_matches_formulas(spec, rule, backend):
 
 
 @pytest.mark.parametrize("narrower", [True, False], ids=["sigma_c-smaller", "sigma_c-larger"])
+@in_float64
 def test_starflow_guidance_is_a_product_of_gaussians(narrower, backend):
     """Its log-density is (1 + w) log p_c - w min(sigma_u / sigma_c, 1)^2 log p_u, a parabola: three points give it."""
     w, sigma_c, sigma_u, mu_c, mu_u = 1.7, 0.6 if narrower else 1.4, 1.0, 0.3, -0.8
@@ -72,6 +83,7 @@ def test_starflow_guidance_is_a_product_of_gaussians(narrower, backend):
 
 
 @every_rule
+@in_float64
 def test_equal_branches_and_zero_weight_are_no_guidance(rule, backend):
     spec = AffineSpec("softplus", 4.0)
     z, params = inputs(spec, rule)
@@ -82,6 +94,7 @@ def test_equal_branches_and_zero_weight_are_no_guidance(rule, backend):
     torch.testing.assert_close((equal, zero), (plain, plain), rtol=1e-13, atol=1e-13)
 
 
+@in_float64
 def test_equal_sigmas_make_starflow_guidance_extrapolate_the_mean(backend):
     z, params = inputs(AffineSpec(), "starflow")
     params[2:, :, :3] = params[:2, :, :3]
@@ -94,6 +107,7 @@ def test_equal_sigmas_make_starflow_guidance_extrapolate_the_mean(backend):
 
 @every_rule
 @pytest.mark.parametrize("shape", [(), (5,), (1, 5), (2, 1), (2, 5)], ids=str)
+@in_float64
 def test_guidance_broadcasts(shape, rule, backend):
     z, params = inputs(AffineSpec(), rule)
     w = torch.rand(shape, dtype=F64)
@@ -102,6 +116,7 @@ def test_guidance_broadcasts(shape, rule, backend):
 
 
 @every_spec
+@in_float64
 def test_round_trip(spec, backend):
     x, params = inputs(spec, None)
     z, _ = affine_flow(x, params, spec)
@@ -125,6 +140,7 @@ def test_gradcheck(spec, rule):
 @pytest.mark.parametrize("D", [1, 3, 192])
 @pytest.mark.parametrize("rule", GUIDED)
 @pytest.mark.usefixtures("poisoned_memory")
+@in_float64
 def test_sizes(T, D, rule, backend):
     spec = AffineSpec("softplus", 4.0)
     z, params = inputs(spec, rule, T=T, D=D)
@@ -173,6 +189,7 @@ def test_state_stays_float32_on_a_narrow_network(backend):
 
 
 @pytest.mark.parametrize("rule", GUIDED)
+@in_float64
 def test_out(rule, backend):
     z, params = inputs(AffineSpec(), rule)
     options = {"guidance": 1.5 if rule else None, "rule": rule or "tarflow", "backend": backend}
@@ -186,6 +203,7 @@ def test_out(rule, backend):
 
 
 @pytest.mark.parametrize("rule", GUIDED)
+@in_float64
 def test_strided_inputs_are_read_and_left(rule, backend):
     z, params = inputs(AffineSpec(), rule)
     options = {"guidance": torch.rand(2, 5, dtype=F64) if rule else None, "rule": rule or "tarflow"}
@@ -197,7 +215,7 @@ def test_strided_inputs_are_read_and_left(rule, backend):
     assert torch.equal(copies[0], z) and torch.equal(copies[1], params)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64], ids=str)
+@on_backends("affine_flow_inverse", takes, dtype=[F32, torch.bfloat16, F64])
 @every_rule
 def test_a_row_has_the_same_bits_at_any_batch_and_thread_count(dtype, rule, backend):
     B = 130
@@ -251,6 +269,7 @@ def test_compiles_with_gradients():
     torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)
 
 
+@in_float64
 def test_large_raw_outputs(backend):
     """softplus(a) is a for large a and exp(a) for small a: neither end overflows or is lost."""
     a = torch.tensor([-600.0, -40.0, 20.0, 900.0], dtype=F64)
@@ -281,3 +300,17 @@ def test_errors_name_the_argument(change, error, message):
     arguments = {"z": torch.zeros(2, 3, 2), "params": torch.zeros(2, 3, 4)}
     with pytest.raises(error, match=message):
         affine_flow_inverse(**{**arguments, **change})
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "D, dtype, reason",
+    [
+        (2, F64, "z is torch.float64 and params are torch.float64, it takes float32, bfloat16 and float16"),
+        (8193, F32, "tokens of 8193 values, it takes up to 8192"),
+    ],
+    ids=str,
+)
+def test_native_refuses_with_the_reason(D, dtype, reason):
+    with pytest.raises(ValueError, match=f"backend='native' cannot run affine_flow_inverse: {reason}"):
+        affine_flow_inverse(*inputs(AffineSpec(), None, D=D, dtype=dtype), backend="native")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_within_contract, compiled, interpreted, strided, with_gradients
+from support.affine import every_spec
+from support.backends import require_interpreter
+from support.contract import assert_within_contract, compiled, strided, with_gradients
 
 from starflow_kernels import AffineSpec, affine_flow
 
-pytestmark = interpreted
-SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
-every_spec = pytest.mark.parametrize("spec", SPECS, ids=[f"{s.scale}{'-clip' if s.soft_clip else ''}" for s in SPECS])
+require_interpreter()
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 ORDERS = [(False, True), (True, False), (True, True)]  # shift, flip
 

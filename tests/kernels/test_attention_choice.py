@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import compiled, with_gradients
-from test_causal_attention import inputs, naive, rotary_options
+from support.causal_attention import inputs, naive, rotary_options
+from support.contract import compiled, with_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from starflow_kernels import backends, causal_attention

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import assert_same_row, assert_within_contract, compiled, cpu_backends, strided, with_gradients
+from support.backends import cpu_backends
+from support.bias_gelu import check_contract, every_part, inputs, naive, op
+from support.contract import assert_same_row, compiled, with_gradients
 
 from starflow_kernels import bias_gelu
 
 F64 = torch.float64
-every_part = pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 
 
 @pytest.fixture(params=cpu_backends("bias_gelu"))
 def backend(request):
     return request.param
-
-
-def inputs(bias=True, B=2, T=5, C=7, dtype=F64) -> list[torch.Tensor]:
-    return [(3 * torch.randn(shape, dtype=F64)).to(dtype) for shape in ((B, T, C), (C,))[: 1 + bias]]
-
-
-def op(backend):
-    return lambda *t: [bias_gelu(*t, backend=backend)]
-
-
-def naive(x, bias=None):
-    """In the dtype of x, as torch computes it."""
-    return [F.gelu(x if bias is None else (x + bias).to(x.dtype))]
-
-
-def check_contract(tensors, backend):
-    seeds = [torch.randn_like(tensors[0])]
-    found = with_gradients(op(backend), [strided(t) for t in tensors], seeds)
-    plain, exact = (with_gradients(naive, given, seeds) for given in (tensors, [t.double() for t in tensors]))
-    assert [t.dtype for t in found] == [tensors[0].dtype] + [t.dtype for t in tensors]
-    for values in zip(found, plain, exact):
-        assert_within_contract(*values)
 
 
 @every_part

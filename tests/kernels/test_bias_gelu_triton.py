@@ -6,10 +6,11 @@ import importlib
 
 import pytest
 import torch
-from conftest import compiled, interpreted, with_gradients
-from test_bias_gelu import check_contract, every_part, inputs, op
+from support.backends import require_interpreter
+from support.bias_gelu import check_contract, every_part, inputs, op
+from support.contract import compiled, with_gradients
 
-pytestmark = interpreted
+require_interpreter()
 
 
 @every_part

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import angles, assert_within_contract, strided
+from support.blocks import tame_block
+from support.contract import assert_within_contract, strided
 
 from starflow_kernels import AffineSpec, BlockSpec, block_inverse
 from starflow_kernels._core import compiled_cuda
@@ -74,20 +75,6 @@ def emulated(library, monkeypatch):
     planner.cache_clear()
 
 
-def make(spec, B, T, dtype=torch.float32, copies=1):
-    """Noise, weights and context of a block whose tokens neither grow nor shrink much."""
-    weights = {}
-    for name, shape in spec.weight_shapes.items():
-        scale = shape[1] ** -0.5 if len(shape) == 2 and name != "pos_embed" else 0.2
-        weights[name] = (torch.randn(shape) * scale * (0.1 if name == "proj_out.weight" else 1)).to(dtype)
-        if name.endswith("norm.weight") and spec.norm == "layer_norm":
-            weights[name] += 1
-    context = {"cond": torch.randn(copies * B, spec.channels).to(dtype)}
-    if spec.rotary != "none":
-        context |= angles(T, spec.head_dim, torch.float32)
-    return torch.randn(B, T, spec.token_dim), weights, context
-
-
 def cluster_of(size, processors, **changes):
     """For `emulated`: a device of no memory, whose plans are for its largest clusters, and what to change of them."""
     return {"sizes": cuda.Device(0, processors, size), "on_chip": True, **changes}
@@ -115,7 +102,7 @@ def assert_contract(x, z, w, spec, context, **options):
 @pytest.mark.parametrize("positions, T", [(False, 1), (False, 2), (True, 2), (True, 17)])
 def test_error_contract(spec, dtype, T, positions, emulated):
     spec = dataclasses.replace(spec, positions=T if positions else 0)
-    z, w, context = make(spec, 3, T, dtype)
+    z, w, context = tame_block(spec, 3, T, dtype=dtype)
     before = z.clone()
     x = run(z, w, spec, context)
     assert torch.equal(z, before)
@@ -128,14 +115,14 @@ def test_error_contract(spec, dtype, T, positions, emulated):
 @pytest.mark.parametrize("C", [4, 16, 30])
 def test_token_sizes(D, C, emulated):
     spec = dataclasses.replace(SPECS["starflow"], token_dim=D, channels=C)
-    z, w, context = make(spec, 2, 6)
+    z, w, context = tame_block(spec, 2, 6)
     assert_contract(run(z, w, spec, context), z, w, spec, context)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_more_tokens_than_a_warp_has_lanes(reverse, emulated):
     emulated(reverse)
-    z, w, context = make(SPECS["everything"], 2, 64)
+    z, w, context = tame_block(SPECS["everything"], 2, 64)
     assert_contract(run(z, w, SPECS["everything"], context), z, w, SPECS["everything"], context)
 
 
@@ -144,7 +131,7 @@ def test_more_tokens_than_a_warp_has_lanes(reverse, emulated):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_guided_inverse(name, rule, temperature, emulated):
     spec = SPECS[name]
-    z, w, context = make(spec, 5, 9, copies=2)
+    z, w, context = tame_block(spec, 5, 9, copies=2)
     guidance = torch.rand(5, 9) * 2
     emulated(sizes=HOPPER._replace(processors=2))
     x = run(z, w, spec, context, guidance, rule, temperature)
@@ -156,7 +143,7 @@ def test_guided_inverse(name, rule, temperature, emulated):
 @dtypes
 def test_a_row_has_the_same_bits_in_any_batch_and_group(dtype, emulated):
     spec = dataclasses.replace(SPECS["everything"], mlp_dim=80)
-    z, w, context = make(spec, 67, 3, dtype)
+    z, w, context = tame_block(spec, 67, 3, dtype=dtype)
     emulated(sizes=HOPPER._replace(processors=1))
     assert cuda.plan(fields(spec, dtype), 3, 1, 67, HOPPER.limit, 1, 1).group > 32
     x = run(z, w, spec, context)
@@ -172,7 +159,7 @@ def test_a_row_has_the_same_bits_in_any_batch_and_group(dtype, emulated):
 @pytest.mark.parametrize("name", ["tarflow", "everything"])
 @dtypes
 def test_a_cache_in_device_memory_gives_the_same_bits(name, dtype, emulated):
-    z, w, context = make(SPECS[name], 7, 5, dtype, copies=2)
+    z, w, context = tame_block(SPECS[name], 7, 5, dtype=dtype, copies=2)
     guidance = torch.rand(7, 5)
     one = cuda.plan(fields(SPECS[name], dtype), 5, 2, 7, *HOPPER)
     x = run(z, w, SPECS[name], context, guidance)
@@ -187,7 +174,7 @@ def test_a_cache_in_device_memory_gives_the_same_bits(name, dtype, emulated):
 def test_a_cluster_gives_the_bits_of_one_thread_block(which, dtype, emulated):
     name, size = which.split("-")
     spec, size = SPECS[name], int(size)
-    z, w, context = make(spec, 3, 3, dtype)
+    z, w, context = tame_block(spec, 3, 3, dtype=dtype)
     x = run(z, w, spec, context)
     assert_contract(x, z, w, spec, context)
     for reverse in (False, True):
@@ -199,7 +186,7 @@ def test_a_cluster_gives_the_bits_of_one_thread_block(which, dtype, emulated):
 @pytest.mark.parametrize("rule, on_chip", [("tarflow", False), ("starflow", True)])
 def test_guided_inverse_by_clusters(name, size, group, rule, on_chip, emulated):
     spec = SPECS[name]
-    z, w, context = make(spec, 4, 3, copies=2)
+    z, w, context = tame_block(spec, 4, 3, copies=2)
     guidance = torch.rand(4, 3) * 2
     emulated(on_chip, **cluster_of(size, 2 * size + 1, group=group, on_chip=on_chip))
     x = run(z, w, spec, context, guidance, rule, 0.7)
@@ -212,7 +199,7 @@ def test_guided_inverse_by_clusters(name, size, group, rule, on_chip, emulated):
 def test_clusters_take_large_groups_many_tokens_and_one(dtype, emulated):
     spec = dataclasses.replace(SPECS["unit"], layers=1)
     for B, T, size in ((40, 2, 2), (1, 67, 2), (2, 11, 8), (2, 1, 4)):
-        z, w, context = make(spec, B, T, dtype)
+        z, w, context = tame_block(spec, B, T, dtype=dtype)
         x = run(z, w, spec, context)
         emulated(**cluster_of(size, size, group=B))
         assert torch.equal(run(z, w, spec, context), x)
@@ -221,21 +208,21 @@ def test_clusters_take_large_groups_many_tokens_and_one(dtype, emulated):
 
 def test_weights_that_fill_the_memory_of_a_cluster(emulated):
     spec = BlockSpec(token_dim=4, channels=128, layers=4, heads=2, head_dim=64, kv_heads=2, mlp_dim=512)
-    z, w, context = make(spec, 2, 3, torch.bfloat16)
+    z, w, context = tame_block(spec, 2, 3, dtype=torch.bfloat16)
     assert cuda.plan(fields(spec, torch.bfloat16), 3, 1, 2, *HOPPER).cluster == 8
     assert_contract(run(z, w, spec, context), z, w, spec, context)
 
 
 def test_strided_inputs(emulated):
     spec = SPECS["everything"]
-    z, w, context = make(spec, 2, 5)
+    z, w, context = tame_block(spec, 2, 5)
     x = run(z, w, spec, context)
     w, context = ({n: strided(t) for n, t in given.items()} for given in (w, context))
     assert torch.equal(run(strided(z), w, spec, context), x)
 
 
 def test_an_empty_batch(emulated):
-    z, w, context = make(SPECS["tarflow"], 0, 4)
+    z, w, context = tame_block(SPECS["tarflow"], 0, 4)
     assert run(z, w, SPECS["tarflow"], context).shape == (0, 4, 5)
 
 
@@ -316,7 +303,7 @@ def test_what_does_not_fit_is_refused_with_the_bytes(emulated):
 
 def test_what_it_does_not_take_is_refused_with_the_reason(emulated):
     spec = SPECS["tarflow"]
-    z, w, _ = make(spec, 2, 4)
+    z, w, _ = tame_block(spec, 2, 4)
 
     def reason(z=z, dtype=torch.float32, prefix=None):
         weights = [t.to(dtype) for t in w.values()]
@@ -331,7 +318,7 @@ def test_what_it_does_not_take_is_refused_with_the_reason(emulated):
 
 
 def test_tokens_on_the_cpu_are_refused():
-    z, w, _ = make(SPECS["tarflow"], 2, 4)
+    z, w, _ = tame_block(SPECS["tarflow"], 2, 4)
     with pytest.raises(ValueError, match="backend='cuda' cannot run block_inverse"):
         block_inverse(z, w, SPECS["tarflow"], backend="cuda")
     assert cuda.refuse(z, *[None] * 9) == "it runs on a GPU, tokens are on cpu"

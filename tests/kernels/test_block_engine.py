@@ -6,8 +6,8 @@ import gc
 
 import pytest
 import torch
-from conftest import assert_same_row
-from test_block import BLOCKS, T, block
+from support.blocks import BLOCKS, T, block
+from support.contract import assert_same_row
 
 from starflow_kernels import block_inverse
 from starflow_kernels.affine_flow_inverse.reference import affine_flow_inverse

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import angles
-from test_block import BLOCKS, T, block
+from support.blocks import BLOCKS, T, block
+from support.naive import angles
 
 from starflow_kernels import block_forward, block_inverse
 

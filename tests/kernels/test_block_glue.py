@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import compiled, with_gradients
-from test_block import BLOCKS, F64, block, every_block, naive_forward, of_tensors
+from support.blocks import BLOCKS, F64, block, every_block, of_tensors, passes
+from support.contract import compiled, with_gradients
+from support.naive_block import naive_forward
 
 from starflow_kernels import block_forward
 from starflow_kernels._core import dispatch
@@ -24,13 +25,6 @@ def ran(on_gpu, monkeypatch):
     names, run = [], dispatch.run
     monkeypatch.setattr(dispatch, "run", lambda op, *args: names.append(op) or run(op, *args))
     return names
-
-
-def passes(x, w, spec, context, **options):
-    function, tensors = of_tensors(lambda *a, **c: block_forward(*a, **c, **options), x, w, spec, context)
-    generator = torch.Generator().manual_seed(1)
-    seeds = [torch.randn(shape, generator=generator, dtype=F64) for shape in (x.shape, x.shape[:1])]
-    return with_gradients(function, tensors, seeds)
 
 
 @every_block

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_within_contract, interpreted
-from test_block import BLOCKS, block
-from test_block_glue import passes
+from support.backends import require_interpreter
+from support.blocks import BLOCKS, block, passes
+from support.contract import assert_within_contract
 
 from starflow_kernels.block import api
 
-pytestmark = interpreted
+require_interpreter()
 
 
 @pytest.mark.parametrize("name", ["tarflow-flip", "starflow-all-norms"])

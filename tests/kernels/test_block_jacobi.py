@@ -6,11 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import cpu_backends, run_on_isa
-from test_block_native import SPECS, make, rows, threads  # noqa: F401
+from support.backends import cpu_backends, needs_native, run_on_isa
+from support.blocks import WIDE_SPECS, every_wide_spec, rows, tame_block
 
 from starflow_kernels import BlockSpec, Solver, block_forward, block_inverse
-from starflow_kernels._core import compiled
 
 F64 = torch.float64
 SOLVERS = {
@@ -21,9 +20,7 @@ SOLVERS = {
     "quasi-newton": Solver("jacobi", neighbours=(1, 5)),
     "quasi-newton-window": Solver("jacobi", window=7, neighbours=(1, 5, 200)),
 }
-every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
-needs_native = pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
 
 
 @pytest.fixture(params=cpu_backends("block_jacobi"))
@@ -37,17 +34,17 @@ def coupled(B, T, D=3, seed=0, **changes):
     spec = BlockSpec(
         token_dim=D, channels=32, layers=2, heads=2, head_dim=16, kv_heads=2, mlp_dim=64, **{"positions": T, **changes}
     )
-    z, weights, context = make(spec, B, T)
+    z, weights, context = tame_block(spec, B, T)
     weights["proj_out.weight"] = weights["proj_out.weight"] * 2
     return z, weights, spec, context
 
 
-@every_spec
+@every_wide_spec
 @every_solver
 @pytest.mark.parametrize("guidance", [None, 0.7])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_matches_sequential(spec, solver, guidance, inverse):
-    z, w, context = make(spec, 3, 23, 4, copies=1 if guidance is None else 2)
+    z, w, context = tame_block(spec, 3, 23, 4, copies=1 if guidance is None else 2)
     options = {} if guidance is None else {"guidance": guidance, "rule": "starflow", "temperature": 0.8}
     expected = inverse(z, w, spec, **context, **options)
     x, report = inverse(z, w, spec, **context, **options, solver=solver, return_report=True)
@@ -57,10 +54,10 @@ def test_matches_sequential(spec, solver, guidance, inverse):
     assert (report.sweeps[:, 0 if spec.start else 1 :] >= 1).all()
 
 
-@every_spec
+@every_wide_spec
 @every_solver
 def test_matches_sequential_in_float64(spec, solver):
-    z, w, context = make(spec, 2, 23, 4)
+    z, w, context = tame_block(spec, 2, 23, 4)
     z, w, context = z.double(), {n: t.double() for n, t in w.items()}, {n: t.double() for n, t in context.items()}
     expected = block_inverse(z, w, spec, **context)
     solver = dataclasses.replace(solver, tol=1e-12)
@@ -69,12 +66,12 @@ def test_matches_sequential_in_float64(spec, solver):
 
 
 @needs_native
-@every_spec
+@every_wide_spec
 @every_solver
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T", [1, 2, 40])
 def test_without_a_tolerance_has_the_bits_of_sequential(spec, solver, dtype, T):
-    z, w, context = make(spec, 3, T, 5, dtype, copies=2)
+    z, w, context = tame_block(spec, 3, T, 5, dtype, copies=2)
     options = {**context, "guidance": 0.5}
     expected = block_inverse(z, w, spec, **options, backend="native")
     for count in (1, 2, 3):
@@ -184,11 +181,12 @@ def test_narrower_instruction_sets(isa):
 @needs_native
 @every_solver
 def test_parts_of_a_batch_have_the_same_bits(solver, monkeypatch):
-    z, w, context = make(SPECS["starflow-text"], 5, 30, 6, copies=2)
-    run = lambda: block_inverse(z, w, SPECS["starflow-text"], **context, guidance=1.0, solver=solver, backend="native")  # noqa: E731
-    whole = run()
+    spec = WIDE_SPECS["starflow-text"]
+    z, w, context = tame_block(spec, 5, 30, 6, copies=2)
+    options = {**context, "guidance": 1.0, "solver": solver, "backend": "native"}
+    whole = block_inverse(z, w, spec, **options)
     monkeypatch.setenv("STARFLOW_CACHE_GB", "0.00005")
-    assert torch.equal(run(), whole)
+    assert torch.equal(block_inverse(z, w, spec, **options), whole)
 
 
 @pytest.mark.parametrize("start", [True, False])

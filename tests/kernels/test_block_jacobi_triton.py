@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import interpreted
-from test_block import BLOCKS, block
+from support.backends import require_interpreter
+from support.blocks import BLOCKS, block
 
 from starflow_kernels import Solver, block_inverse
 
-pytestmark = interpreted
+require_interpreter()
 F32 = torch.float32
 ALL = Solver("jacobi", tol=1e-6)
 

@@ -12,54 +12,17 @@ import time
 import mpmath
 import pytest
 import torch
-from conftest import angles, assert_within_contract, run_on_isa, strided
+from support.backends import needs_native, run_on_isa
+from support.blocks import SIZES, STARFLOW, WIDE_SPECS, every_wide_spec, rows, tame_block
+from support.contract import assert_within_contract, strided
 
-from starflow_kernels import AffineSpec, BlockSpec, affine_flow_inverse, block_forward, block_inverse
-from starflow_kernels._core import compiled
+from starflow_kernels import BlockSpec, Solver, affine_flow_inverse, block_forward, block_inverse
 from starflow_kernels.block import native
 from starflow_kernels.block.packing import spec_fields
 
-pytestmark = pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
+pytestmark = needs_native
 
-SIZES = {"token_dim": 12, "channels": 64, "layers": 2, "heads": 4, "head_dim": 16, "kv_heads": 4, "mlp_dim": 160}
-STARFLOW = {"affine": AffineSpec("softplus", 4.0), "rotary": "interleaved", "start": True, "final_norm": True}
-EVERYTHING = {"qk_norm": True, "post_norm": True, "norm": "rms_norm", "mlp": "swiglu", "kv_heads": 2, "bias": False}
-SPECS = {
-    "tarflow": BlockSpec(**SIZES, flip=True),
-    "starflow-text": BlockSpec(**SIZES, **STARFLOW, text_dim=24),
-    "everything": BlockSpec(**{**SIZES, **STARFLOW, **EVERYTHING, "rotary": "half"}),
-    "odd": BlockSpec(**{**SIZES, "token_dim": 5, "channels": 51, "head_dim": 24, "mlp_dim": 301}),
-}
-every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def make(spec, B, T, L=0, dtype=torch.float32, copies=1):
-    """Data or noise, weights and context of a block whose tokens neither grow nor shrink much."""
-    weights = {}
-    for name, shape in spec.weight_shapes.items():
-        scale = shape[1] ** -0.5 if len(shape) == 2 and name != "pos_embed" else 0.2
-        weights[name] = (torch.randn(shape) * scale * (0.1 if name == "proj_out.weight" else 1)).to(dtype)
-        if name.endswith("norm.weight") and spec.norm == "layer_norm":
-            weights[name] += 1
-    context = {"cond": torch.randn(copies * B, spec.channels).to(dtype)}
-    L = L if spec.text_dim else 0
-    if L:
-        context["prefix"] = torch.randn(copies * B, L, spec.text_dim).to(dtype)
-    if spec.rotary != "none":
-        context |= angles(L + T, spec.head_dim, torch.float32)
-    return torch.randn(B, T, spec.token_dim), weights, context
-
-
-def rows(context, which):
-    return {name: t if name in ("cos", "sin") else t[which] for name, t in context.items()}
 
 
 def params(x, weights, spec, context, tokens=native.DENSITY_TOKENS):
@@ -67,11 +30,11 @@ def params(x, weights, spec, context, tokens=native.DENSITY_TOKENS):
     return native.block_params(x, list(weights.values()), *given, spec.to_json(), tokens)
 
 
-@every_spec
+@every_wide_spec
 @dtypes
 @pytest.mark.parametrize("T", [1, 2, 63, 290])
 def test_a_cached_step_has_the_bits_of_the_parallel_pass(spec, dtype, T):
-    x, w, context = make(spec, 3, T, 9, dtype)
+    x, w, context = tame_block(spec, 3, T, 9, dtype)
     torch.set_num_threads(2)
     parallel = params(x, w, spec, context)
     assert parallel.isfinite().all()
@@ -79,10 +42,10 @@ def test_a_cached_step_has_the_bits_of_the_parallel_pass(spec, dtype, T):
         assert torch.equal(params(x, w, spec, context, tokens), parallel)
 
 
-@every_spec
+@every_wide_spec
 @dtypes
 def test_rows_have_the_same_bits_at_any_batch_and_thread_count(spec, dtype):
-    x, w, context = make(spec, 37, 11, 3, dtype)
+    x, w, context = tame_block(spec, 37, 11, 3, dtype)
     torch.set_num_threads(1)
     z = block_forward(x, w, spec, **context, backend="native")[0]
     back = block_inverse(z, w, spec, **context, backend="native")
@@ -95,11 +58,11 @@ def test_rows_have_the_same_bits_at_any_batch_and_thread_count(spec, dtype):
             assert torch.equal(block_inverse(z[which], w, spec, **part, backend="native"), back[which])
 
 
-@every_spec
+@every_wide_spec
 @dtypes
 def test_sampling_ends_where_the_density_pass_says(spec, dtype):
     """The sample is mu + sigma z of the parallel parameters: what is left is the rounding of that line."""
-    z, w, context = make(spec, 2, 150, 3, dtype)
+    z, w, context = tame_block(spec, 2, 150, 3, dtype)
     torch.set_num_threads(2)
     x = block_inverse(z, w, spec, **context, backend="native")
     found = params(x, w, spec, context)
@@ -117,7 +80,7 @@ def test_sampling_ends_where_the_density_pass_says(spec, dtype):
 def test_error_contract_over_sizes(D, heads, head_dim, T, dtype):
     sizes = {"token_dim": D, "channels": 40, "heads": heads, "head_dim": head_dim, "kv_heads": heads}
     spec = BlockSpec(**{**SIZES, **sizes, **STARFLOW})
-    x, w, context = make(spec, 2, T, dtype=dtype)
+    x, w, context = tame_block(spec, 2, T, dtype=dtype)
     x64, w64, context64 = x.double(), {n: t.double() for n, t in w.items()}, {n: t.double() for n, t in context.items()}
     outputs = [
         block_forward(*args, spec, **given, logdet="none", backend=backend)
@@ -138,8 +101,8 @@ def test_error_contract_over_sizes(D, heads, head_dim, T, dtype):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_guided_inverse(rule, temperature):
-    spec = SPECS["starflow-text"]
-    z, w, context = make(spec, 5, 21, 4, copies=2)
+    spec = WIDE_SPECS["starflow-text"]
+    z, w, context = tame_block(spec, 5, 21, 4, copies=2)
     options = {"guidance": torch.rand(5, 21) * 2, "rule": rule, "temperature": temperature}
     w64, context64 = ({n: t.double() for n, t in given.items()} for given in (w, context))
     exact = block_inverse(z.double(), w64, spec, **context64, **options, backend="reference")
@@ -151,8 +114,8 @@ def test_guided_inverse(rule, temperature):
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_strided_inputs_are_read_and_left():
-    spec = SPECS["starflow-text"]
-    z, w, context = make(spec, 2, 7, 3)
+    spec = WIDE_SPECS["starflow-text"]
+    z, w, context = tame_block(spec, 2, 7, 3)
     expected = block_inverse(z, w, spec, **context, backend="native")
     copies = strided(z), {n: strided(t) for n, t in w.items()}
     given = {n: strided(t) for n, t in context.items()}
@@ -161,8 +124,8 @@ def test_strided_inputs_are_read_and_left():
 
 
 def test_packed_weights_follow_the_weights():
-    spec = SPECS["tarflow"]
-    x, w, context = make(spec, 1, 5)
+    spec = WIDE_SPECS["tarflow"]
+    x, w, context = tame_block(spec, 1, 5)
 
     def run():
         found = block_forward(x, w, spec, **context, backend="native")[0]
@@ -184,8 +147,8 @@ def test_packed_weights_follow_the_weights():
 
 
 def test_packed_weights_are_those_of_a_spec():
-    spec = SPECS["tarflow"]
-    x, w, context = make(spec, 1, 5)
+    spec = WIDE_SPECS["tarflow"]
+    x, w, context = tame_block(spec, 1, 5)
     for other in (spec, dataclasses.replace(spec, flip=not spec.flip), spec):
         found = block_forward(x, w, other, **context, backend="native")[0]
         expected = block_forward(x, w, other, **context, backend="reference")[0]
@@ -193,8 +156,8 @@ def test_packed_weights_are_those_of_a_spec():
 
 
 def test_packed_weights_are_dropped_with_the_weights():
-    _, w, _ = make(SPECS["tarflow"], 1, 5)
-    text = SPECS["tarflow"].to_json()
+    _, w, _ = tame_block(WIDE_SPECS["tarflow"], 1, 5)
+    text = WIDE_SPECS["tarflow"].to_json()
     key = id(w["proj_in.weight"]), text
     native.packed(text, list(w.values()))
     assert key in native.packed.kept
@@ -204,8 +167,8 @@ def test_packed_weights_are_dropped_with_the_weights():
 
 @pytest.mark.parametrize("guidance", [None, 0.8])
 def test_batches_larger_than_the_memory_bound_are_split(guidance, monkeypatch):
-    spec = SPECS["starflow-text"]
-    z, w, context = make(spec, 7, 9, 3, copies=1 if guidance is None else 2)
+    spec = WIDE_SPECS["starflow-text"]
+    z, w, context = tame_block(spec, 7, 9, 3, copies=1 if guidance is None else 2)
     calls = []
     options = {"guidance": guidance, "progress": lambda done, total: calls.append((done, total))}
     whole = block_inverse(z, w, spec, **context, **options, backend="native")
@@ -218,7 +181,7 @@ def test_batches_larger_than_the_memory_bound_are_split(guidance, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_what_the_progress_callback_raises_ends_the_call(backend):
-    z, w, context = make(SPECS["tarflow"], 2, 5)
+    z, w, context = tame_block(WIDE_SPECS["tarflow"], 2, 5)
     seen = []
 
     def stop(done, total):
@@ -226,7 +189,7 @@ def test_what_the_progress_callback_raises_ends_the_call(backend):
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        block_inverse(z, w, SPECS["tarflow"], **context, progress=stop, backend=backend)
+        block_inverse(z, w, WIDE_SPECS["tarflow"], **context, progress=stop, backend=backend)
     assert seen == [(10 if backend == "native" else 4, 10)]
 
 
@@ -255,16 +218,26 @@ def test_an_interrupt_stops_it_within_a_second():
     assert stopped < 1
 
 
+def sample_by_jacobi(*args, **options):
+    """Call block_inverse with the Jacobi solver."""
+    return block_inverse(*args, **options, solver=Solver("jacobi"))
+
+
 @pytest.mark.parametrize(
-    "change, reason",
-    [({"dtype": torch.float16}, "weights are torch.float16"), ({"x": torch.float64}, "tokens are torch.float64")],
+    "op, call", [("block_forward", block_forward), ("block_inverse", block_inverse), ("block_jacobi", sample_by_jacobi)]
 )
-def test_what_it_does_not_take_is_refused_with_the_reason(change, reason):
-    spec = SPECS["tarflow"]
-    x, w, context = make(spec, 1, 5, dtype=change.get("dtype", torch.float32))
-    x = x.to(change.get("x", x.dtype))
-    with pytest.raises(ValueError, match=f"cannot run block_forward: {reason}"):
-        block_forward(x, w, spec, **context, backend="native")
+@pytest.mark.parametrize(
+    "tokens, weights, reason",
+    [
+        (torch.float32, torch.float16, "weights are torch.float16, it takes float32 and bfloat16"),
+        (torch.float64, torch.float32, "tokens are torch.float64, it takes float32"),
+    ],
+    ids=["weights", "tokens"],
+)
+def test_what_it_does_not_take_is_refused_with_the_reason(op, call, tokens, weights, reason):
+    x, w, context = tame_block(WIDE_SPECS["tarflow"], 1, 5, dtype=weights)
+    with pytest.raises(ValueError, match=f"backend='native' cannot run {op}: {reason}"):
+        call(x.to(tokens), w, WIDE_SPECS["tarflow"], **context, backend="native")
 
 
 ULPS = {"exp": 1.0, "log": 1.5, "log1p": 2.0, "tanh": 2.0, "softplus_one": 2.5}

@@ -7,12 +7,13 @@ import gc
 import numpy as np
 import pytest
 import torch
-from conftest import assert_within_contract, interpreted
-from test_block import BLOCKS, block
+from support.backends import require_interpreter
+from support.blocks import BLOCKS, block
+from support.contract import assert_within_contract
 
 from starflow_kernels import block_inverse
 
-pytestmark = interpreted
+require_interpreter()
 F32, F64 = torch.float32, torch.float64
 
 

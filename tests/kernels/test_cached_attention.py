@@ -6,28 +6,25 @@ import math
 
 import pytest
 import torch
-from conftest import (
-    angles,
-    assert_same_row,
-    assert_within_contract,
-    compiled,
-    cpu_backends,
-    naive_attention,
-    naive_rotate,
-    naive_visible,
-    run_on_isa,
-    strided,
-)
+from support.backends import cpu_backends, needs_native, on_backends, run_on_isa
+from support.contract import assert_same_row, assert_within_contract, compiled, strided
+from support.naive import angles, naive_attention, naive_rotate, naive_visible
 
 from starflow_kernels import cached_attention, causal_attention
-from starflow_kernels._core import compiled as native_library
 
-F64 = torch.float64
+F32, F64 = torch.float32, torch.float64
 ROTARY = ["none", "interleaved", "half"]
 every_rotary = pytest.mark.parametrize("rotary", ROTARY)
-native_only = pytest.mark.skipif(native_library.missing() is not None, reason=str(native_library.missing()))
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 every_window = pytest.mark.parametrize("window", [None, 1, 3])
+
+
+def takes(backend, dtype=F64):
+    """Whether a backend takes tensors of this dtype."""
+    return backend != "native" or dtype == F32
+
+
+in_float64 = on_backends("cached_attention", takes)
+every_dtype = on_backends("cached_attention", takes, dtype=[F32, F64])
 
 
 @pytest.fixture(params=cpu_backends("cached_attention"))
@@ -99,6 +96,7 @@ def test_matches_sdpa_and_writes_only_the_new_slots(rotary, window, lengths, tem
 @every_rotary
 @pytest.mark.parametrize("chunks", [[7], [1] * 7, [3, 1, 2, 1]], ids=["at-once", "one-by-one", "chunks"])
 @pytest.mark.parametrize("window", [None, 3])
+@in_float64
 def test_chunks_equal_the_parallel_pass(rotary, chunks, window, backend):
     q, k, v = new_tokens(B=2, n=7)
     options = {"window": window, **rotary_options(rotary, S=7)}
@@ -114,6 +112,7 @@ def test_chunks_equal_the_parallel_pass(rotary, chunks, window, backend):
 @pytest.mark.parametrize("d", [8, 24, 80])
 @pytest.mark.parametrize("T", [1, 2, 63, 111])
 @pytest.mark.usefixtures("poisoned_memory")
+@in_float64
 def test_sizes(T, d, backend):
     """The last token, over a cache of T - 1 that is then exactly full."""
     q, k, v = new_tokens(B=2, n=1, d=d)
@@ -124,7 +123,7 @@ def test_sizes(T, d, backend):
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@on_backends("cached_attention", takes, dtype=[F32, torch.bfloat16, torch.float16])
 @every_rotary
 def test_error_contract(dtype, rotary, backend):
     q, k, v = new_tokens(d=24, dtype=dtype)
@@ -155,12 +154,12 @@ def test_error_contract_over_sizes(T, d, n, H, H_kv, window, backend):
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])
-@native_only
+@needs_native
 def test_narrower_instruction_sets(isa):
     run_on_isa(isa, __file__, "native and (over_sizes or bits)")
 
 
-@native_only
+@needs_native
 @pytest.mark.parametrize("d", [8, 24, 64])
 @pytest.mark.parametrize("H, H_kv", [(3, 3), (6, 2)])
 @pytest.mark.parametrize("window", [None, 1, 19])
@@ -179,7 +178,7 @@ def test_tokens_have_the_same_bits_one_by_one_and_at_once(d, H, H_kv, window):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
 
-@native_only
+@needs_native
 @pytest.mark.parametrize("n", [1, 5])
 def test_rows_have_the_same_bits_at_any_thread_count(n):
     lengths = torch.arange(9, dtype=torch.int32) * 130
@@ -233,6 +232,7 @@ def test_no_rows(backend):
         assert cached_attention(q, k, v, *caches, lengths, backend=backend).shape == q.shape
 
 
+@in_float64
 def test_is_not_differentiable(backend):
     q, k, v = (t.requires_grad_() for t in new_tokens())
     caches = filled_caches([4, 4, 4])
@@ -241,7 +241,7 @@ def test_is_not_differentiable(backend):
 
 
 @pytest.mark.parametrize("rotary, window", [("none", 0), ("interleaved", 3)])
-@every_dtype
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_opcheck(rotary, window, dtype):
     lengths = [7, 0, 3]
     options = rotary_options(rotary, dtype=dtype)
@@ -304,11 +304,15 @@ def test_errors_name_the_argument(change, error, message):
         cached_attention(**{**arguments, **change})
 
 
-@native_only
-def test_native_says_what_it_does_not_take():
-    tensors = new_tokens(dtype=torch.float32)
-    caches = [strided(cache) for cache in filled_caches([4, 4, 4], dtype=torch.float32)]
+@needs_native
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16, torch.float16], ids=str)
+def test_native_takes_float32_alone(dtype):
+    with pytest.raises(ValueError, match=f"cannot run cached_attention: q is {dtype}, it takes float32"):
+        cached_attention(*new_tokens(dtype=dtype), *filled_caches([4, 4, 4], dtype=dtype), 4, backend="native")
+
+
+@needs_native
+def test_native_takes_caches_with_adjacent_values_alone():
+    caches = [strided(cache) for cache in filled_caches([4, 4, 4], dtype=F32)]
     with pytest.raises(ValueError, match="cannot run cached_attention: the values of a head are not adjacent"):
-        cached_attention(*tensors, *caches, 4, backend="native")
-    with pytest.raises(ValueError, match=r"cannot run cached_attention: q is torch\.float64, it takes float32"):
-        cached_attention(*new_tokens(), *filled_caches([4, 4, 4]), 4, backend="native")
+        cached_attention(*new_tokens(dtype=F32), *caches, 4, backend="native")

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import (
-    angles,
-    assert_same_row,
-    assert_within_contract,
-    compiled,
-    cpu_backends,
-    naive_attention,
-    naive_rotate,
-    naive_visible,
-    run_on_isa,
-    strided,
-    with_gradients,
-)
+from support.backends import cpu_backends, needs_native, on_backends, run_on_isa
+from support.causal_attention import inputs, naive, rotary_options
+from support.contract import assert_same_row, assert_within_contract, compiled, strided, with_gradients
 
 from starflow_kernels import causal_attention
-from starflow_kernels._core import compiled as native_library
 
-F64 = torch.float64
+F32, F64 = torch.float32, torch.float64
+NARROW = [F32, torch.bfloat16, torch.float16]
 ROTARY = ["none", "interleaved", "half"]
 every_rotary = pytest.mark.parametrize("rotary", ROTARY)
-every_window = pytest.mark.parametrize("window", [None, 1, 3])
-with_and_without_lse = pytest.mark.parametrize("lse", [False, True], ids=["out", "out-lse"])
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 every_grouping = pytest.mark.parametrize("H, H_kv", [(2, 2), (4, 2), (3, 1)])
+
+
+def takes(backend, dtype=F64, window=None, lse=False):
+    """Whether a backend takes a call; lse: it gives the gradient of the log-sum-exp too."""
+    if backend == "native":
+        return dtype == F32
+    return backend != "sdpa" or not (window or lse)
+
+
+in_float64 = on_backends("causal_attention", takes)
+every_dtype = on_backends("causal_attention", takes, dtype=[F32, F64])
 
 
 @pytest.fixture(params=cpu_backends("causal_attention"))
@@ -35,29 +35,8 @@ def backend(request):
     return request.param
 
 
-def inputs(B=2, T=7, H=2, H_kv=2, d=8, dtype=F64):
-    return [torch.randn(B, T, heads, d, dtype=dtype) for heads in (H, H_kv, H_kv)]
-
-
-def rotary_options(rotary, T, d, dtype=F64):
-    return {"rotary": rotary, **(angles(T, d, dtype) if rotary != "none" else {})}
-
-
-def naive(q, k, v, cos=None, sin=None, rotary="none", window=None, temperature=1.0):
-    """Output by scaled_dot_product_attention, log-sum-exp of the scores query after query."""
-    T, groups = q.shape[1], q.shape[2] // k.shape[2]
-    q, k = naive_rotate(q, cos, sin, rotary), naive_rotate(k, cos, sin, rotary)
-    out = naive_attention(q, k, v, naive_visible(range(T), T, window), temperature)
-    lse = []
-    for t in range(T):
-        seen = k[:, max(0, t - window + 1) if window else 0 : t + 1].repeat_interleave(groups, dim=2)
-        scores = (q[:, t : t + 1] * seen).sum(-1) / (temperature * q.shape[-1] ** 0.5)
-        lse.append(scores.logsumexp(1))
-    return out, torch.stack(lse, dim=-1)
-
-
 @every_rotary
-@every_window
+@on_backends("causal_attention", takes, window=[None, 1, 3])
 @every_grouping
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_matches_sdpa(rotary, window, H, H_kv, temperature, backend):
@@ -69,10 +48,9 @@ def test_matches_sdpa(rotary, window, H, H_kv, temperature, backend):
 
 
 @every_rotary
-@every_window
+@on_backends("causal_attention", takes, window=[None, 1, 3], lse=[False, True])
 @pytest.mark.parametrize("H, H_kv", [(2, 2), (2, 1)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@with_and_without_lse
 def test_gradcheck(rotary, window, H, H_kv, temperature, lse, backend):
     tensors = [t.requires_grad_() for t in inputs(B=1, T=4, H=H, H_kv=H_kv, d=4)]
     options = {"window": window, "temperature": temperature, **rotary_options(rotary, 4, 4)}
@@ -86,6 +64,7 @@ def test_gradcheck(rotary, window, H, H_kv, temperature, lse, backend):
 @pytest.mark.parametrize("d", [8, 24, 80])
 @pytest.mark.parametrize("T", [1, 2, 63, 111])
 @pytest.mark.usefixtures("poisoned_memory")
+@in_float64
 def test_sizes(T, d, backend):
     tensors = inputs(T=T, d=d, H_kv=1)
     options = rotary_options("interleaved", T, d)
@@ -94,6 +73,7 @@ def test_sizes(T, d, backend):
 
 
 @pytest.mark.parametrize("d", [1, 3, 5])
+@in_float64
 def test_odd_head_sizes_without_rotary(d, backend):
     tensors = inputs(d=d)
     torch.testing.assert_close(
@@ -101,10 +81,8 @@ def test_odd_head_sizes_without_rotary(d, backend):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@on_backends("causal_attention", takes, dtype=NARROW, window=[None, 9], lse=[False, True])
 @every_rotary
-@pytest.mark.parametrize("window", [None, 9])
-@with_and_without_lse
 def test_error_contract(dtype, rotary, window, lse, backend):
     tensors = inputs(T=63, H=4, H_kv=2, d=24, dtype=dtype)
     options = {"window": window, "temperature": 0.8, **rotary_options(rotary, 63, 24, torch.float32)}
@@ -126,7 +104,7 @@ def test_error_contract(dtype, rotary, window, lse, backend):
 
 @pytest.mark.parametrize("T, d", [(1, 8), (2, 16), (63, 24), (111, 64), (64, 80), (193, 16)])
 @pytest.mark.parametrize("B, H, H_kv", [(1, 3, 3), (3, 6, 2)])
-@pytest.mark.parametrize("window", [None, 1, 17, 64, 100])
+@on_backends("causal_attention", partial(takes, dtype=F32, lse=True), window=[None, 1, 17, 64, 100])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_error_contract_over_sizes(T, d, B, H, H_kv, window, backend):
     tensors = inputs(B, T, H, H_kv, d, torch.float32)
@@ -144,7 +122,7 @@ def test_error_contract_over_sizes(T, d, B, H, H_kv, window, backend):
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])
-@pytest.mark.skipif(native_library.missing() is not None, reason=str(native_library.missing()))
+@needs_native
 def test_narrower_instruction_sets(isa):
     run_on_isa(isa, __file__, "native and (over_sizes or bits)")
 
@@ -184,8 +162,7 @@ def test_strided_inputs_are_read_and_left(rotary, dtype, backend):
         assert all(torch.equal(a, b) for a, b in zip(given, tensors))
 
 
-@every_dtype
-@pytest.mark.parametrize("window", [None, 9])
+@on_backends("causal_attention", takes, dtype=[F32, F64], window=[None, 9])
 def test_a_row_has_the_same_bits_at_any_batch_and_thread_count(dtype, window, backend):
     tensors, seeds = inputs(B=4, T=63, H=4, H_kv=2, dtype=dtype), [torch.randn(4, 63, 4, 8), torch.randn(4, 4, 63)]
     options = {"window": window, **rotary_options("half", 63, 8, dtype), "return_lse": True, "backend": backend}
@@ -204,7 +181,7 @@ def test_a_row_has_the_same_bits_at_any_batch_and_thread_count(dtype, window, ba
 
 
 @pytest.mark.parametrize("rotary, window", [("none", 0), ("interleaved", 3), ("half", 0)])
-@every_dtype
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_opcheck(rotary, window, dtype):
     tensors = inputs(H=4, H_kv=2, dtype=dtype)
     options = rotary_options(rotary, 7, 8, dtype)
@@ -230,6 +207,7 @@ def test_compiles_as_one_graph(compiler, rotary):
     torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)
 
 
+@in_float64
 def test_second_derivative_is_refused(backend):
     q, k, v = (t.requires_grad_() for t in inputs())
     (grad,) = torch.autograd.grad(causal_attention(q, k, v, backend=backend).square().sum(), q, create_graph=True)
@@ -280,11 +258,26 @@ def test_errors_name_the_argument(change, error, message):
         causal_attention(**{**arguments, **change})
 
 
-@pytest.mark.skipif(native_library.missing() is not None, reason=str(native_library.missing()))
-def test_native_takes_float32_alone():
-    q = heads(2, 3, 2, 4, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"cannot run causal_attention: q is torch\.bfloat16, it takes float32"):
+@needs_native
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16, torch.float16], ids=str)
+def test_native_takes_float32_alone(dtype):
+    q = heads(2, 3, 2, 4, dtype=dtype)
+    with pytest.raises(ValueError, match=f"cannot run causal_attention: q is {dtype}, it takes float32"):
         causal_attention(q, q, q, backend="native")
+
+
+def test_sdpa_has_no_window_on_the_cpu():
+    q = heads(2, 3, 2, 4)
+    with pytest.raises(ValueError, match="backend='sdpa' cannot run causal_attention: it has no window on the CPU"):
+        causal_attention(q, q, q, window=2, backend="sdpa")
+
+
+def test_sdpa_has_no_gradient_of_the_log_sum_exp():
+    q = heads(2, 3, 2, 4, requires_grad=True)
+    _, lse = causal_attention(q, q, q, return_lse=True, backend="sdpa")
+    reason = "backend='sdpa' cannot run causal_attention_backward: it has no gradient of the log-sum-exp"
+    with pytest.raises(ValueError, match=reason):
+        lse.sum().backward()
 
 
 def test_an_empty_batch(backend):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_within_contract, interpreted, strided, with_gradients
-from test_causal_attention import inputs, naive, rotary_options
+from support.backends import require_interpreter
+from support.causal_attention import inputs, naive, rotary_options
+from support.contract import assert_within_contract, strided, with_gradients
 
 from starflow_kernels import causal_attention
 
-pytestmark = interpreted
+require_interpreter()
 
 F32, F16 = torch.float32, torch.float16
 

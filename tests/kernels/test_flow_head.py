@@ -6,25 +6,22 @@ import itertools
 
 import pytest
 import torch
-from conftest import (
-    assert_same_row,
-    assert_within_contract,
-    compiled,
-    cpu_backends,
-    naive_affine,
-    reduced,
-    strided,
-    with_gradients,
-)
+from support.affine import every_order, every_spec
+from support.backends import cpu_backends, needs_native, on_backends
+from support.contract import assert_same_row, assert_within_contract, compiled, strided, with_gradients
+from support.naive import naive_affine, reduced
 
 from starflow_kernels import AffineSpec, flow_head
 
-F64 = torch.float64
-SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
-every_spec = pytest.mark.parametrize("spec", SPECS, ids=[f"{s.scale}{'-clip' if s.soft_clip else ''}" for s in SPECS])
-every_order = pytest.mark.parametrize(
-    "shift, flip", list(itertools.product([False, True], repeat=2)), ids=["plain", "flip", "shift", "shift-flip"]
-)
+F32, F64 = torch.float32, torch.float64
+
+
+def takes(backend, dtype=F64):
+    """Whether a backend takes tensors of this dtype."""
+    return backend != "native" or dtype == F32
+
+
+in_float64 = on_backends("flow_head", takes)
 every_part = pytest.mark.parametrize(
     "bias, norm", list(itertools.product([False, True], repeat=2)), ids=["weight", "norm", "bias", "bias-norm"]
 )
@@ -54,6 +51,7 @@ def naive(spec, shift, flip, x, h, weight, bias=None, norm_weight=None):
 @every_spec
 @every_order
 @every_part
+@in_float64
 def test_matches_loops(spec, shift, flip, bias, norm, backend):
     tensors = inputs(spec, bias, norm)
     expected, minus_log_sigma = naive(spec, shift, flip, **tensors)
@@ -64,6 +62,7 @@ def test_matches_loops(spec, shift, flip, bias, norm, backend):
 
 
 @every_spec
+@in_float64
 def test_logdet_is_that_of_the_jacobian(spec, backend):
     tensors = inputs(spec, B=1, T=4)
     x = tensors.pop("x")
@@ -81,6 +80,7 @@ def test_logdet_is_that_of_the_jacobian(spec, backend):
 @every_spec
 @every_order
 @pytest.mark.parametrize("logdet", ["sum", "mean", "none"])
+@in_float64
 def test_gradcheck(spec, shift, flip, logdet, backend):
     tensors = [t.requires_grad_() for t in inputs(spec, T=3, D=2, C=3).values()]
     options = {"shift": shift, "flip": flip, "logdet": logdet, "backend": backend}
@@ -88,6 +88,7 @@ def test_gradcheck(spec, shift, flip, logdet, backend):
 
 
 @every_part
+@in_float64
 def test_gradcheck_of_every_part(bias, norm, backend):
     tensors = {name: t.requires_grad_() for name, t in inputs(AffineSpec(), bias, norm, T=3, D=2, C=3).items()}
     names = list(tensors)
@@ -101,6 +102,7 @@ def test_gradcheck_of_every_part(bias, norm, backend):
 @pytest.mark.parametrize("T", [1, 2, 63, 111])
 @pytest.mark.parametrize("D, C", [(1, 5), (3, 24), (192, 80)])
 @pytest.mark.usefixtures("poisoned_memory")
+@in_float64
 def test_sizes(T, D, C, backend):
     spec = AffineSpec("softplus", 4.0)
     tensors = inputs(spec, T=T, D=D, C=C)
@@ -110,7 +112,7 @@ def test_sizes(T, D, C, backend):
     torch.testing.assert_close(ld, minus_log_sigma.sum((1, 2)), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@on_backends("flow_head", takes, dtype=[F32, torch.bfloat16, torch.float16])
 @every_spec
 def test_error_contract(dtype, spec, backend):
     tensors = list(inputs(spec, T=63, D=5, C=24, dtype=dtype).values())
@@ -173,9 +175,9 @@ def test_no_rows(backend):
     assert not any(r.any() for r in results)
 
 
-@pytest.mark.parametrize("network", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_tokens_on_a_narrow_network(network, backend):
-    tensors = inputs(AffineSpec(), dtype=network)
+@on_backends("flow_head", takes, dtype=[torch.bfloat16, torch.float16])
+def test_float32_tokens_on_a_narrow_network(dtype, backend):
+    tensors = inputs(AffineSpec(), dtype=dtype)
     tensors["x"] = torch.randn(2, 5, 3)
     tensors = {name: t.requires_grad_() for name, t in tensors.items()}
     z, ld = flow_head(**tensors, backend=backend)
@@ -190,6 +192,7 @@ def test_float32_tokens_on_a_narrow_network(network, backend):
 
 @every_order
 @pytest.mark.usefixtures("poisoned_memory")
+@in_float64
 def test_strided_inputs_are_read_and_left(shift, flip, backend):
     tensors, seeds = list(inputs(AffineSpec()).values()), (torch.randn(2, 5, 3), torch.randn(2))
     copies = [strided(t) for t in tensors]
@@ -201,7 +204,7 @@ def test_strided_inputs_are_read_and_left(shift, flip, backend):
     assert all(torch.equal(copy, t) for copy, t in zip(copies, tensors))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@on_backends("flow_head", takes, dtype=[F32, F64])
 def test_bits_at_any_batch_and_thread_count(dtype, backend):
     """Those of a row are its own; sums over tokens are the same at any number of threads."""
     spec, B = AffineSpec("softplus", 4.0), 40
@@ -254,6 +257,7 @@ def test_compiles_as_one_graph(compiler):
     torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)
 
 
+@in_float64
 def test_second_derivative_is_refused(backend):
     tensors = {name: t.requires_grad_() for name, t in inputs(AffineSpec()).items()}
     z, _ = flow_head(**tensors, backend=backend)
@@ -281,3 +285,19 @@ def test_errors_name_the_argument(change, error, message):
     arguments = {"x": torch.zeros(2, 3, 2), "h": torch.zeros(2, 3, 5), "weight": torch.zeros(4, 5)}
     with pytest.raises(error, match=message):
         flow_head(**{**arguments, **change})
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"x": torch.zeros(2, 5, 3, dtype=F64)}, "x is torch.float64, it takes float32"),
+        ({"h": torch.zeros(2, 5, 7, dtype=torch.bfloat16)}, "h is torch.bfloat16, it takes float32"),
+        ({"weight": torch.zeros(6, 7, dtype=torch.float16)}, "weight is torch.float16, it takes float32"),
+        (inputs(AffineSpec(), D=8193, dtype=F32), "tokens of 8193 values, it takes up to 8192"),
+    ],
+    ids=["tokens", "states", "weights", "wide"],
+)
+def test_native_refuses_with_the_reason(change, reason):
+    with pytest.raises(ValueError, match=f"backend='native' cannot run flow_head: {reason}"):
+        flow_head(**{**inputs(AffineSpec(), dtype=F32), **change}, backend="native")

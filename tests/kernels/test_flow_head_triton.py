@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_within_contract, compiled, interpreted, strided, with_gradients
+from support.backends import require_interpreter
+from support.contract import assert_within_contract, compiled, strided, with_gradients
 
 from starflow_kernels import AffineSpec, flow_head
 
-pytestmark = interpreted
+require_interpreter()
 SPECS = [AffineSpec("exp"), AffineSpec("softplus"), AffineSpec("softplus", 1.5), AffineSpec("unit", 1.5)]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=[f"{s.scale}{'-clip' if s.soft_clip else ''}" for s in SPECS])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import angles, assert_within_contract, interpreted, strided, with_gradients
-from test_causal_attention import inputs, naive, rotary_options
+from support.backends import require_interpreter
+from support.causal_attention import inputs, naive, rotary_options
+from support.contract import assert_within_contract, strided, with_gradients
+from support.naive import angles
 
 from starflow_kernels import causal_attention
 from starflow_kernels.causal_attention.external import turn, turn_back
 from starflow_kernels.causal_attention.reference import rotate
 
-pytestmark = interpreted
+require_interpreter()
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 

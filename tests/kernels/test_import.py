@@ -77,7 +77,7 @@ import sys
 import torch
 assert "triton" not in sys.modules
 torch.cuda.device_count = lambda: GPUS
-from starflow_kernels import affine_flow, backends, causal_attention, flow_head
+from starflow_kernels import affine_flow, backends, causal_attention, flow_head, warmup
 x, q = torch.ones(1, 2, 3, requires_grad=True), torch.ones(1, 2, 1, 4, requires_grad=True)
 for attempt in (None, "triton"):
     calls = (
@@ -92,6 +92,12 @@ for attempt in (None, "triton"):
             assert attempt and "backend='triton' cannot run" in str(error) and REASON in str(error), error
 causal_attention(q, q, q).sum().backward()
 print(backends()["affine_flow"]["triton"])
+if not GPUS:
+    try:
+        warmup(affine_flow, x.detach(), torch.zeros(1, 2, 6))
+        raise AssertionError
+    except ValueError as error:
+        assert str(error) == f"no Triton kernels to compile: {backends()['affine_flow']['triton']}", error
 assert "triton" not in sys.modules
 """
 

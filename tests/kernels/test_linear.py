@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_within_contract, compiled, cpu_backends, strided, with_gradients
+from support.backends import cpu_backends, needs_native
+from support.contract import assert_within_contract, compiled, strided, with_gradients
 
 from starflow_kernels import linear
-from starflow_kernels._core import compiled as native_library
 
 F64 = torch.float64
-SIZES = [(1, 1, 1, 1), (3, 2, 8, 24), (1, 63, 80, 17), (2, 111, 33, 64), (0, 4, 5, 6)]
+SIZES = [(1, 1, 1, 1), (3, 2, 8, 24), (1, 63, 80, 17), (2, 111, 33, 64), (2, 1024, 771, 64), (1, 65, 1537, 130)]
 
 
 @pytest.fixture(params=cpu_backends("linear"))
@@ -36,7 +36,7 @@ def test_matches_loops_and_gradcheck(bias):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("B, T, K, N", [*SIZES, (2, 1024, 771, 64), (1, 65, 1537, 130)])
+@pytest.mark.parametrize("B, T, K, N", SIZES)
 def test_error_against_float64(B, T, K, N, bias, backend):
     single = inputs(B, T, K, N, bias, torch.float32)
     seeds = [torch.randn(B, T, N)]
@@ -45,8 +45,15 @@ def test_error_against_float64(B, T, K, N, bias, backend):
     actual = with_gradients(lambda *t: (linear(*t, backend=backend),), [strided(t) for t in single], seeds)
     for a, p, e in zip(actual, plain, exact, strict=True):
         assert a.dtype == torch.float32 and a.shape == e.shape
-        if e.numel():
-            assert_within_contract(a, p, e)
+        assert_within_contract(a, p, e)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_rows(bias):
+    single = inputs(0, 4, 5, 6, bias, torch.float32)
+    y, *grads = with_gradients(lambda *t: (linear(*t),), single, [torch.zeros(0, 4, 6)])
+    assert y.shape == (0, 4, 6) and [g.shape for g in grads] == [t.shape for t in single]
+    assert not any(g.any() for g in grads)
 
 
 def test_writes_all_of_its_outputs(poisoned_memory, backend):
@@ -55,7 +62,7 @@ def test_writes_all_of_its_outputs(poisoned_memory, backend):
     assert all(t.isfinite().all() for t in found)
 
 
-@pytest.mark.skipif(native_library.missing() is not None, reason=str(native_library.missing()))
+@needs_native
 def test_bits_of_a_row_are_its_own():
     x, weight, bias = (t.requires_grad_() for t in inputs(3, 50, 300, 70, dtype=torch.float32))
     y = linear(x, weight, bias, backend="native")
@@ -103,3 +110,18 @@ def test_errors(change, error, message):
         tensors[index] = value
     with pytest.raises(error, match=message):
         linear(*tensors)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "B, dtype, reason",
+    [
+        (2, F64, "x is torch.float64, it takes float32"),
+        (2, torch.bfloat16, "x is torch.bfloat16, it takes float32"),
+        (0, torch.float32, "there is nothing to multiply"),
+    ],
+    ids=str,
+)
+def test_native_refuses_with_the_reason(B, dtype, reason):
+    with pytest.raises(ValueError, match=f"backend='native' cannot run linear: {reason}"):
+        linear(*inputs(B, dtype=dtype), backend="native")

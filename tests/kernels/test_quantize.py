@@ -6,8 +6,9 @@ import gc
 
 import pytest
 import torch
-from conftest import assert_within_contract, compiled, cpu_backends
-from test_block import BLOCKS, T, block
+from support.backends import cpu_backends
+from support.blocks import BLOCKS, T, block
+from support.contract import assert_within_contract, compiled
 
 from starflow_kernels import Solver, block_inverse
 from starflow_kernels.block.quantize import KINDS, _remembered, chosen, quantised, rounded

@@ -4,69 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import assert_same_row, assert_within_contract, compiled, cpu_backends, strided, with_gradients
+from support.backends import cpu_backends
+from support.contract import assert_same_row, compiled, with_gradients
+from support.residual_norm import PARTS, check_contract, every_kind, every_part, inputs, naive, only, op, spread
 
 from starflow_kernels import residual_norm
 
 F64 = torch.float64
-every_kind = pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
-# update, weight, bias
-PARTS = [(True, True, True), (False, True, True), (True, True, False), (True, False, False), (False, False, True)]
-every_part = pytest.mark.parametrize("parts", PARTS, ids=str)
 
 
 @pytest.fixture(params=cpu_backends("residual_norm"))
 def backend(request):
     return request.param
-
-
-def inputs(B=2, T=5, C=7, dtype=F64) -> list[torch.Tensor]:
-    """x, update, weight, bias."""
-    return [torch.randn(shape, dtype=F64).to(dtype) for shape in ((B, T, C), (B, T, C), (C,), (C,))]
-
-
-def only(parts, tensors) -> list[torch.Tensor]:
-    return [t for there, t in zip((True, *parts), tensors) if there]
-
-
-def spread(parts, tensors) -> list[torch.Tensor | None]:
-    tensors = iter(tensors)
-    return [next(tensors) if there else None for there in (True, *parts)]
-
-
-def op(parts, kind, backend, **options):
-    return lambda *t: residual_norm(*spread(parts, t), kind=kind, backend=backend, **options)
-
-
-def naive(parts, kind, eps=None):
-    """By torch's layer_norm and by hand, in the dtype of x; rms_norm in float32 or wider."""
-
-    def run(*tensors):
-        x, update, weight, bias = spread(parts, tensors)
-        total = x if update is None else (x + update).to(x.dtype)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if kind == "layer_norm":
-            w, b = (None if t is None else t.to(wide) for t in (weight, bias))
-            return total, F.layer_norm(total.to(wide), x.shape[-1:], w, b, 1e-5 if eps is None else eps).to(x.dtype)
-        y = total.to(wide)
-        y = y / (y.pow(2).mean(-1, keepdim=True) + (1e-6 if eps is None else eps)).sqrt()
-        y = y if weight is None else y * (1 + weight.to(wide))
-        return total, (y if bias is None else y + bias.to(wide)).to(x.dtype)
-
-    return run
-
-
-def check_contract(tensors, parts, kind, backend):
-    """Outputs and gradients, for gradients of both outputs."""
-    tensors = only(parts, tensors)
-    seeds = [torch.randn_like(tensors[0]) for _ in range(2)]
-    found = with_gradients(op(parts, kind, backend), [strided(t) for t in tensors], seeds)
-    plain = with_gradients(naive(parts, kind), tensors, seeds)
-    exact = with_gradients(naive(parts, kind), [t.double() for t in tensors], seeds)
-    assert [t.dtype for t in found] == [tensors[0].dtype] * 2 + [t.dtype for t in tensors]
-    for values in zip(found, plain, exact):
-        assert_within_contract(*values)
 
 
 @every_kind

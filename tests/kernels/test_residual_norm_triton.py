@@ -6,12 +6,13 @@ import importlib
 
 import pytest
 import torch
-from conftest import compiled, interpreted, with_gradients
-from test_residual_norm import PARTS, check_contract, every_kind, every_part, inputs, only, op, spread
+from support.backends import require_interpreter
+from support.contract import compiled, with_gradients
+from support.residual_norm import PARTS, check_contract, every_kind, every_part, inputs, only, op, spread
 
 from starflow_kernels import residual_norm
 
-pytestmark = interpreted
+require_interpreter()
 
 
 @every_kind

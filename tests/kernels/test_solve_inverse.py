@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from conftest import naive_affine, naive_raw, strided
+from support.affine import every_spec
+from support.contract import strided
+from support.naive import naive_affine, naive_raw
 
 from starflow_kernels import AffineSpec, Solver, SolveReport, affine_flow, solve_inverse
 
 F64 = torch.float64
-SPECS = [AffineSpec(scale, clip) for scale in ("exp", "softplus", "unit") for clip in (0.0, 1.5)]
-every_spec = pytest.mark.parametrize("spec", SPECS, ids=[f"{s.scale}{'-clip' if s.soft_clip else ''}" for s in SPECS])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 every_order = pytest.mark.parametrize("order", ["ascending", "descending", "random"])
 

@@ -1,0 +1,66 @@
+"""Backends of the ops on this machine, and runs on narrower instruction sets."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from starflow_kernels import backends
+from starflow_kernels._core import compiled
+from starflow_kernels._triton import runtime
+
+GPU = ("cuda", "flash", "triton")
+needs_native = pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
+
+
+def cpu_backends(op: str, takes: Callable[..., bool] = lambda backend, **call: True) -> list:
+    """Return the backends of an op for tensors on the CPU as parameters of a test, without those that refuse the call.
+
+    A backend that this machine lacks is skipped with the reason. Of the ops with a Triton backend, attention_flow is
+    the only one whose tests run in Triton's interpreter too; the others have files of their own.
+    """
+    found = []
+    for name, state in backends()[op].items():
+        interpreted = name == "triton" and op == "attention_flow" and runtime.interpreted()
+        if (name in GPU and not interpreted) or not takes(name):
+            continue
+        if name == "composed":  # it is made of native kernels
+            state = compiled.missing() or state
+        mark = pytest.mark.skipif(not state.startswith("available"), reason=state)
+        found.append(pytest.param(name, marks=mark))
+    return found
+
+
+def on_backends(op: str, takes: Callable[..., bool] = lambda backend, **call: True, **values) -> pytest.MarkDecorator:
+    """Parametrize a test by `backend` and `values`, without the calls that a backend refuses.
+
+    Args:
+        op: name of the op.
+        takes: whether a backend takes a call, from its name and the keywords of `values`.
+        values: values of each further parameter.
+    """
+    rows = [
+        pytest.param(*backend.values, *row, marks=backend.marks)
+        for backend in cpu_backends(op)
+        for row in itertools.product(*values.values())
+        if takes(*backend.values, **dict(zip(values, row)))
+    ]
+    return pytest.mark.parametrize(("backend", *values), rows, ids=str)
+
+
+def require_interpreter() -> None:
+    """Skip the file of the caller unless Triton's interpreter runs its kernels."""
+    if not runtime.interpreted() or runtime.missing() is not None:
+        pytest.skip("it needs TRITON_INTERPRET=1 and triton", allow_module_level=True)
+
+
+def run_on_isa(isa: str, file: str, tests: str) -> None:
+    """Run the tests of `file` that the expression picks once more, on a narrower instruction set."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", tests]
+    done = subprocess.run(command, env={**os.environ, "STARFLOW_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
