@@ -128,7 +128,7 @@ def throughput(name: str, count: int, batch_size: int, processes: int, form: str
         command = [sys.executable, "-m"]
         if processes > 1:
             command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        command += ["starflow.cli", "sample", "--checkpoint", name, "--count", str(count), "--format", form]
+        command += ["starflow", "sample", "--checkpoint", name, "--count", str(count), "--format", form]
         command += ["--shard-size", str(max(1, count // 4)), "--batch-size", str(batch_size), "--threads", "1"]
         command += ["--method", "sequential", "--out", f"{folder}/out", "--json", f"{folder}/report.json"]
         subprocess.run(command, check=True, capture_output=True)

@@ -1,77 +1,127 @@
-"""Command line: starflow COMMAND."""
+"""Command line: `starflow COMMAND`, or `python -m starflow COMMAND`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import sys
 from pathlib import Path
-
-import torch
+from types import ModuleType
 
 from ..errors import StarflowError
-from ..io.files import write_text
-from . import calibrate, convert, demo, encode, evaluate, info, sample, train, train_autoencoder, train_decoder
-from .common import Parser, positive
-
-COMMANDS = {
-    "train": train,
-    "train-autoencoder": train_autoencoder,
-    "train-decoder": train_decoder,
-    "encode": encode,
-    "sample": sample,
-    "eval": evaluate,
-    "calibrate": calibrate,
-    "info": info,
-    "convert": convert,
-    "demo": demo,
-}
+from .packages import install_line
 
 
-def parser() -> Parser:
-    """The parser of all commands."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: the words after `starflow`, by default those of the process.
+
+    Returns:
+        The exit status: 0, 2 after an error that the user can correct, or 130 when interrupted.
+    """
+    name = "starflow"
+    try:
+        # The commands are imported here, so that a missing package is reported in one line.
+        args = parser().parse_args(arguments)
+        name = f"starflow {args.command}"
+        _run(args)
+    except StarflowError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        if (message := install_line(error.name)) is None:
+            raise
+    except KeyboardInterrupt:
+        return 130
+    else:
+        return 0
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def commands() -> dict[str, ModuleType]:
+    """Return the module of each command by the command's name."""
+    from . import calibrate, convert, demo, encode, evaluate, info, sample, train, train_autoencoder, train_decoder
+
+    return {
+        "train": train,
+        "train-autoencoder": train_autoencoder,
+        "train-decoder": train_decoder,
+        "encode": encode,
+        "sample": sample,
+        "eval": evaluate,
+        "calibrate": calibrate,
+        "info": info,
+        "convert": convert,
+        "demo": demo,
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    from .. import __version__
+    from .common import Parser, positive
+
     root = Parser(prog="starflow", description="Train, sample and evaluate TarFlow and STARFlow models.")
-    commands = root.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(
+    root.add_argument("--version", action="version", version=f"starflow {__version__}", help="Print the version.")
+    subparsers = root.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    for name, command in commands().items():
+        sub = subparsers.add_parser(
             name,
             help=command.HELP,
-            description=f"{command.HELP[0].upper()}{command.HELP[1:]}.",
+            description=command.HELP,
             epilog=f"example:\n  {command.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=command.run)
-        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
-        sub.add_argument("--threads", type=positive, help="CPU threads; small models are fastest with 1")
-        sub.add_argument("--json", metavar="FILE", help="write what was measured as JSON; - prints it")
         command.add_arguments(sub)
+        common = sub.add_argument_group("options of every command")
+        common.add_argument(
+            "--device",
+            default="auto",
+            help="Device to run on: cpu, cuda, cuda:1, mps or auto. Default: auto, which is CUDA or the CPU.",
+        )
+        common.add_argument(
+            "--threads",
+            type=positive,
+            metavar="N",
+            help="Number of CPU threads; small models run fastest with 1. Default: torch's choice.",
+        )
+        common.add_argument(
+            "--json",
+            nargs="?",
+            const="-",
+            metavar="FILE",
+            help="Write the results as JSON to FILE. Without FILE, or with -, they go to standard output, and the text "
+            "for people goes to standard error. Default: no JSON.",
+        )
     return root
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0, or 2 after an error that the user can mend, or 130 when interrupted."""
-    args = parser().parse_args(arguments)
+def _run(args: argparse.Namespace) -> None:
+    """Run a parsed command and write its report."""
+    import torch
+
+    from ..io.files import write_text
+
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
+    # With JSON on standard output, the text for people goes to standard error.
+    with contextlib.redirect_stdout(sys.stderr) if args.json == "-" else contextlib.nullcontext():
         results = args.run(args)
-        if args.json:
-            report = {
-                "command": args.command,
-                "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "command", "json")},
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                "threads": torch.get_num_threads(),
-                "results": results,
-            }
-            text = json.dumps(report, indent=2, default=str) + "\n"
-            if args.json == "-":
-                print(text, end="")
-            else:
-                write_text(Path(args.json), text)
-    except StarflowError as error:
-        print(f"starflow {args.command}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if args.json:
+        report = {
+            "command": args.command,
+            "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "command", "json")},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "threads": torch.get_num_threads(),
+            "results": results,
+        }
+        text = json.dumps(report, indent=2, default=str) + "\n"
+        if args.json == "-":
+            print(text, end="")
+        else:
+            write_text(Path(args.json), text)

@@ -1,4 +1,4 @@
-"""What the commands share: the parser, argument types, devices and dtypes."""
+"""Parts shared by the commands: the parser, argument types, devices and dtypes."""
 
 from __future__ import annotations
 
@@ -17,32 +17,66 @@ class Parser(argparse.ArgumentParser):
     """Parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Print one line and exit with 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def checkpoint_arguments(parser: Parser, batch_size: str = "256", auto: bool = False) -> None:
-    """Arguments of a command that runs a checkpoint; batch_size: the default, in words where it has no number. auto:
-    whether it may be "auto"."""
-    parser.add_argument("--checkpoint", default="digits", help="folder, or the bundled 'digits' (default)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
-    parser.add_argument("--seed", type=non_negative, default=0, help="of all random numbers (default 0)")
-    number = int(batch_size) if batch_size.isdecimal() else None
-    help = f"images at a time (default {batch_size})"
-    parser.add_argument("--batch-size", type=positive_or_auto if auto else positive, default=number, help=help)
+    """Add the arguments of a command that runs a checkpoint.
+
+    Args:
+        parser: the command's parser.
+        batch_size: default number of images per batch, or text that describes it; then the parsed default is None.
+        auto: whether the batch size may be "auto".
+    """
+    parser.add_argument(
+        "--checkpoint",
+        default="digits",
+        metavar="FOLDER",
+        help="Folder of the checkpoint, or the name of a bundled one. Default: digits, which is bundled.",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="Data type of the weights in memory. Default: float32."
+    )
+    seed_argument(parser)
+    parser.add_argument(
+        "--batch-size",
+        type=positive_or_auto if auto else positive,
+        default=int(batch_size) if batch_size.isdecimal() else None,
+        metavar="N",
+        help=f"Number of images per batch. Default: {batch_size}.",
+    )
+
+
+def seed_argument(parser: Parser, default: int | None = 0, described: str = "0") -> None:
+    """Add --seed.
+
+    Args:
+        parser: the command's parser.
+        default: the parsed default.
+        described: the default in the help text.
+    """
+    parser.add_argument(
+        "--seed",
+        type=non_negative,
+        default=default,
+        metavar="N",
+        help=f"Seed of all random numbers. Default: {described}.",
+    )
 
 
 def positive(text: str) -> int:
-    """argparse type: an integer of at least 1."""
+    """Parse an integer of at least 1."""
     return _integer(text, 1)
 
 
 def positive_or_auto(text: str) -> int | str:
-    """argparse type: an integer of at least 1, or "auto"."""
+    """Parse an integer of at least 1, or "auto"."""
     return text if text == "auto" else positive(text)
 
 
 def byte_count(text: str) -> int:
-    """argparse type: bytes, as a number with the unit KB, MB, GB (1000s) or KiB, MiB, GiB (1024s), or without."""
+    """Parse a number of bytes: 8GB (units of 1000), 512MiB (units of 1024) or a plain number."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
     if not found or not (value := float(found[1])):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8GB or 512MiB")
@@ -51,18 +85,23 @@ def byte_count(text: str) -> int:
 
 
 def non_negative(text: str) -> int:
-    """argparse type: an integer of at least 0."""
+    """Parse an integer of at least 0."""
     return _integer(text, 0)
 
 
 def _integer(text: str, low: int) -> int:
+    """Parse an integer of at least `low`."""
     if not text.lstrip("-").isdecimal() or int(text) < low:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {low}")
     return int(text)
 
 
 def device(name: str) -> str:
-    """Name of a device that is there."""
+    """Return the name of a device that torch can use; "auto" is CUDA if there is a GPU, else the CPU.
+
+    Raises:
+        ConfigError: torch cannot use the device.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

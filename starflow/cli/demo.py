@@ -1,4 +1,4 @@
-"""starflow demo"""
+"""Command `starflow demo`."""
 
 from __future__ import annotations
 
@@ -12,32 +12,46 @@ from typing import Any
 from ..errors import ConfigError
 from .common import Parser, device, non_negative
 
-HELP = "draw on a local web page"
+HELP = "Draw images from a local web page."
 EXAMPLE = "starflow demo --checkpoint digits --open"
 
 
 def add_arguments(parser: Parser) -> None:
-    """The arguments of this command."""
+    """Add the arguments of this command."""
     parser.add_argument(
-        "--checkpoint", default="digits", help="folder of a flow or of a pipeline, or the bundled 'digits' (default)"
+        "--checkpoint",
+        default="digits",
+        metavar="FOLDER",
+        help="Folder of a flow or a pipeline, or the name of a bundled checkpoint. Default: digits, which is bundled.",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
-    parser.add_argument("--port", type=non_negative, default=7860, help="default 7860; 0 takes a free one")
-    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1, which only this machine reaches."
+    )
+    parser.add_argument(
+        "--port",
+        type=non_negative,
+        default=7860,
+        metavar="N",
+        help="Port to listen on; 0 picks a free one. Default: 7860.",
+    )
+    parser.add_argument(
+        "--open", action="store_true", help="Open the page in a browser. Default: print its address only."
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C; return its address."""
     port = _free_port(args.host, args.port)
-    # Nothing is fetched and nothing is reported, whatever a library would do by itself.
+    # The libraries would fetch files and report usage otherwise.
     os.environ.update(HF_HUB_OFFLINE="1", GRADIO_ANALYTICS_ENABLED="False")
-    from ..demo.page import Artist, Page
+    from ..demo.model import DemoModel
+    from ..demo.page import Page
 
-    page = Page(Artist(args.checkpoint, device(args.device)))
+    page = Page(DemoModel(args.checkpoint, device(args.device)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         address = page.launch(args.host, port, args.open)
-        print(f"{page.artist.name}: {address} (Ctrl-C ends it)", flush=True)
+        print(f"{page.model.name}: {address} (stop with Ctrl-C)", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         pass
@@ -47,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0. Raises ConfigError where nothing can listen there."""
+    """Return the port, or a free one for 0; raise ConfigError if nothing can listen there."""
     try:
         with socket.create_server((host, port)) as server:
             return server.getsockname()[1]

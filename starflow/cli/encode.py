@@ -1,4 +1,4 @@
-"""starflow encode"""
+"""Command `starflow encode`."""
 
 from __future__ import annotations
 
@@ -13,26 +13,59 @@ from ..settings import override, read_settings, section
 from ..training.loop import SETTINGS
 from .common import Parser, device, positive
 
-HELP = "encode images to latents once, with the text states of their captions"
+HELP = "Encode images to latents once, together with the text states of their captions."
 EXAMPLE = "starflow encode --vae runs/autoencoder --text runs/text --length 8 --out runs/latents"
 
 
 def add_arguments(parser: Parser) -> None:
-    """The arguments of this command."""
-    parser.add_argument("--vae", metavar="FOLDER", required=True, help="AutoencoderKL in the diffusers layout")
-    parser.add_argument("--text", metavar="FOLDER", default="", help="text_encoder/ and tokenizer/ (default: no text)")
-    parser.add_argument("--length", type=positive, default=128, help="tokens of the text states (default 128)")
-    parser.add_argument("--text-dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored states")
-    parser.add_argument("--config", metavar="FILE", help="YAML with a section data (default: the autoencoder's own)")
-    parser.add_argument("--set", metavar="data.NAME=VALUE", action="append", default=[], help="change a setting")
-    parser.add_argument("--out", metavar="CACHE", required=True, help="folder for the shards and their manifest")
-    parser.add_argument("--shard-size", type=positive, default=4096, help="rows of a shard (default 4096)")
-    parser.add_argument("--batch-size", type=positive, default=32, help="images at a time (default 32)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    """Add the arguments of this command."""
+    parser.add_argument(
+        "--vae",
+        metavar="FOLDER",
+        required=True,
+        help="Folder of an AutoencoderKL in the layout of diffusers. Required.",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FOLDER",
+        default="",
+        help="Folder with text_encoder/ and tokenizer/, to encode captions too. Default: no captions.",
+    )
+    parser.add_argument(
+        "--length", type=positive, default=128, metavar="N", help="Tokens per caption's text states. Default: 128."
+    )
+    parser.add_argument(
+        "--text-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="Data type of the stored text states. Default: float32.",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with a section data that names the images. Default: the settings in the autoencoder's folder.",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="data.NAME=VALUE",
+        action="append",
+        default=[],
+        help="Change one setting, such as data.size=64; may be repeated. Default: no change.",
+    )
+    parser.add_argument(
+        "--out", metavar="CACHE", required=True, help="Folder for the cache files and their index. Required."
+    )
+    parser.add_argument(
+        "--shard-size", type=positive, default=4096, metavar="N", help="Rows per cache file. Default: 4096."
+    )
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="Images per batch. Default: 32.")
+    parser.add_argument(
+        "--quiet", action="store_true", help="Show no progress bar. Default: show one if standard error is a terminal."
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Fill a cache of latents, or what is missing of one."""
+    """Fill a cache of latents, or complete an interrupted one."""
     path = Path(args.config) if args.config else Path(args.vae) / SETTINGS
     settings = read_settings(path) if args.config or path.exists() else {"data": {}}
     if not isinstance(settings.get("data"), dict):
@@ -42,6 +75,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = EncodeConfig(images, args.vae, args.text, args.length, args.text_dtype, args.shard_size)
     report = encode(config, Path(args.out), device(args.device), args.batch_size, args.quiet)
     counts = ", ".join(f"{count} {kind.replace('_', '-')}" for kind, count in report.manifest.counts.items())
-    done = "complete already" if not report.written else f"{report.written} shards written, {report.found} were there"
+    done = "already complete"
+    if report.written:
+        done = f"{report.written} cache files written, {report.found} were already there"
     print(f"{args.out}: {counts}; {done}")
     return {"written": report.written, "found": report.found, "counts": report.manifest.counts}

@@ -1,4 +1,4 @@
-"""starflow eval"""
+"""Command `starflow eval`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,38 @@ from ..training.flow import RunConfig
 from ..training.loop import SETTINGS
 from .common import DTYPES, Parser, checkpoint_arguments, device, positive
 
-# Larger images make too many backward passes.
+# Larger images take too many backward passes, one per value.
 JACOBIAN_DIMS = 768
 
-HELP = "evaluate a flow"
+HELP = "Measure likelihood, accuracy and exactness of a flow on images."
 EXAMPLE = "starflow eval --checkpoint runs/digits --json report.json"
 
 
 def add_arguments(parser: Parser) -> None:
-    """The arguments of this command."""
+    """Add the arguments of this command."""
     checkpoint_arguments(parser)
-    parser.add_argument("--data", metavar="FOLDER", help="folder of images CLASS/*.png (default: the run's own data)")
-    parser.add_argument("--split", choices=("held-out", "train"), default="held-out", help="of the run's own data")
-    parser.add_argument("--draws", type=positive, default=8, help="draws of the dequantisation noise (default 8)")
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="Folder of images, one folder per class: CLASS/*.png. Default: the data that the flow was trained on.",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("held-out", "train"),
+        default="held-out",
+        help="Part of the flow's own data to use. Default: held-out.",
+    )
+    parser.add_argument(
+        "--draws",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="Draws of the dequantization noise per image. Default: 8.",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Likelihood, accuracy and exactness on images."""
+    """Measure, print and return likelihood, accuracy and exactness on images."""
     folder = resolve(args.checkpoint)
     flow = Flow.from_pretrained(folder, device(args.device), DTYPES[args.dtype])
     train, images = _evaluation_data(args, folder, flow)
@@ -68,12 +83,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluation_data(args: argparse.Namespace, folder: Path, flow: Flow) -> tuple[datasets.ImageSet, datasets.ImageSet]:
+    """Return the training images and the images to evaluate on."""
     if args.data:
         config = datasets.DataConfig(source="folder", path=args.data, size=flow.config.image_size, held_out=0.0)
     elif (folder / SETTINGS).exists():
         config = RunConfig.from_dict(read_settings(folder / SETTINGS)).data
     else:
-        raise DataError(f"{folder} has no {SETTINGS} that says what it was trained on: give --data FOLDER")
+        raise DataError(f"{folder} has no {SETTINGS} that names its training data: give --data FOLDER")
     if config.source == "latents":
         raise DataError(f"{folder} is a flow on latents: there are no images to evaluate it on")
     train, held_out = datasets.load(config)

@@ -1,48 +1,173 @@
-"""starflow info"""
+"""Command `starflow info`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from starflow_kernels import backends
 
+from .. import __version__
 from ..inversion.solvers import Measurement
-from ..models.checkpoint import resolve
+from ..models.checkpoint import BUNDLED, CONFIG, resolve
 from ..models.flow import Flow
+from ..settings import PRESETS, presets
 from .common import Parser, device
+from .packages import PACKAGES, install_command
 
-HELP = "describe a checkpoint and this machine"
+HELP = "Describe this installation, this machine and, if asked, a checkpoint."
 EXAMPLE = "starflow info --checkpoint runs/digits"
+# Presets by the command that trains from them: the folder of their files.
+PRESET_KINDS = {"train": "", "train-autoencoder": "autoencoder", "train-decoder": "decoder"}
+
+Table = dict[str, str]
 
 
 def add_arguments(parser: Parser) -> None:
-    """The arguments of this command."""
-    parser.add_argument("--checkpoint", default="digits", help="folder, or the bundled 'digits' (default)")
+    """Add the arguments of this command."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="Checkpoint to describe as well: its folder, or the name of a bundled one. Default: none.",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print what the checkpoint is and what this machine runs."""
-    flow = Flow.from_pretrained(args.checkpoint, device(args.device))
+    """Print tables of what is installed and what this machine runs; return the same as data."""
+    described = _describe(args.checkpoint, device(args.device)) if args.checkpoint else {}
+    results = {
+        "versions": _versions(),
+        "machine": _machine(),
+        "backends": backends(),
+        "checkpoints": {
+            path.parent.name: repr(Flow.from_pretrained(path.parent)) for path in BUNDLED.glob(f"*/{CONFIG}")
+        },
+        "presets": {command: _presets(kind) for command, kind in PRESET_KINDS.items()},
+        **described,
+    }
+    _print("Versions", results["versions"])
+    _print("Machine", results["machine"])
+    _print("Backends of each op, most preferred first", _available(results["backends"]))
+    _print("Backends that cannot run here", unavailable(results["backends"]))
+    _print("Bundled checkpoints", results["checkpoints"])
+    for command, table in results["presets"].items():
+        _print(f"Presets of `starflow {command}`", table)
+    if described:
+        _print(f"Checkpoint {args.checkpoint}", _checkpoint_table(described))
+    return results
+
+
+def _print(title: str, table: Table) -> None:
+    """Print a titled table of two columns; nothing for an empty one."""
+    if table:
+        width = max(map(len, table))
+        print(f"{title}\n" + "".join(f"  {name:<{width}}  {value}\n" for name, value in table.items()))
+
+
+def _versions() -> Table:
+    """Return versions by package, and for a missing package the command that installs it."""
+    found = {"starflow": __version__, "Python": platform.python_version()}
+    for package in PACKAGES.values():
+        try:
+            found[package.name] = importlib.metadata.version(package.name)
+        except importlib.metadata.PackageNotFoundError:
+            found[package.name] = f"not installed: {install_command(package)}"
+    return found
+
+
+def _machine() -> Table:
+    """Return the system, the CPU and the GPUs in words."""
+    cpu = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    found = {"system": platform.platform(), "CPU": cpu, "CPU threads": str(torch.get_num_threads())}
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found[f"GPU {index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+    if torch.backends.mps.is_available():
+        found["GPU"] = "Apple, mps"
+    return found if len(found) > 3 else {**found, "GPU": "none that torch sees"}
+
+
+def _cpu_name() -> str:
+    """Return the model name of the CPU."""
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _available(listing: dict[str, dict[str, str]]) -> Table:
+    """Return the available backends by op."""
+    return {
+        op: ", ".join(
+            f"{name}{state.removeprefix('available').replace('; ', ' (', 1)}{')' if ';' in state else ''}"
+            for name, state in states.items()
+            if state.startswith("available")
+        )
+        for op, states in listing.items()
+    }
+
+
+def unavailable(listing: dict[str, dict[str, str]]) -> Table:
+    """Return the reason by backend, each with the ops that it concerns."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for op, states in listing.items():
+        for name, state in states.items():
+            if not state.startswith("available"):
+                reasons.setdefault((name, state), []).append(op)
+    table: Table = {}
+    for (name, reason), ops in reasons.items():
+        line = f"{reason} ({', '.join(ops)})"
+        table[name] = f"{table[name]}; {line}" if name in table else line
+    return table
+
+
+def _presets(kind: str) -> Table:
+    """Return the presets of a kind, each with the description in the first line of its file."""
+    return {name: (PRESETS / kind / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in presets(kind)}
+
+
+def _describe(checkpoint: str, device: str) -> dict[str, Any]:
+    """Return size, configuration and measurements of a checkpoint."""
+    flow = Flow.from_pretrained(checkpoint, device)
     rows, columns = flow.config.grid
     measurements = flow.calibration.measurements if flow.calibration else ()
-    results = {
-        "checkpoint": str(resolve(args.checkpoint)),
+    return {
+        "checkpoint": str(resolve(checkpoint)),
         "parameters": sum(p.numel() for p in flow.parameters()),
         "tokens": rows * columns,
         "token_dim": flow.config.token_dim,
         "config": flow.config.to_dict(),
         "calibration": [_measured(measurement) for measurement in measurements],
-        "backends": backends(),
     }
-    for name, value in results.items():
-        print(f"{name}: {json.dumps(value) if isinstance(value, (dict, list)) else value}")
-    return results
+
+
+def _checkpoint_table(described: dict[str, Any]) -> Table:
+    """Return the description of a checkpoint as text."""
+    table = {
+        "folder": described["checkpoint"],
+        "parameters": f"{described['parameters']:,}",
+        "tokens": f"{described['tokens']} of {described['token_dim']} values",
+        **{f"config.{name}": str(value) for name, value in described["config"].items()},
+    }
+    for measured in described["calibration"]:
+        table[f"batch {measured['batch_size']}"] = (
+            f"{1e3 * measured['seconds']:.3g} ms, sequential {1e3 * measured['sequential_seconds']:.3g} ms, on "
+            f"{measured['machine']} ({measured['device']}, {measured['threads']} threads, {measured['dtype']})"
+        )
+    return table
 
 
 def _measured(measurement: Measurement) -> dict[str, Any]:
+    """Return a calibration's measurement as data."""
     times = {"sequential_seconds": measurement.sequential_seconds, "seconds": measurement.seconds}
     solvers = [str(block.choice) for block in measurement.blocks]
     return {**dataclasses.asdict(measurement.conditions), "machine": measurement.machine, **times, "solvers": solvers}

@@ -1,4 +1,4 @@
-"""What the commands that train share: settings, resuming, and the report."""
+"""Parts shared by the commands that train: settings, resuming and the report."""
 
 from __future__ import annotations
 
@@ -12,24 +12,62 @@ from typing import Any
 from ..errors import ConfigError
 from ..settings import PRESETS, override, presets, read_settings
 from ..training.loop import STATE, Loop
-from .common import Parser, device, non_negative
+from .common import Parser, device, seed_argument
 
 
 def run_arguments(parser: Parser, sections: str, kind: str = "") -> None:
-    """Arguments of a command that trains from settings with the named sections, presets of a kind among them."""
+    """Add the arguments of a command that trains from settings.
+
+    Args:
+        parser: the command's parser.
+        sections: names of the sections of the settings, in words.
+        kind: folder of the command's presets inside that of all presets.
+    """
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--preset", choices=presets(kind), help="settings that come with the package")
-    source.add_argument("--config", metavar="FILE", help=f"YAML with the sections {sections}")
-    source.add_argument("--resume", metavar="RUN", help="folder of a run to continue at its last checkpoint")
-    parser.add_argument("--set", metavar="SECTION.NAME=VALUE", action="append", default=[], help="change a setting")
-    parser.add_argument("--out", metavar="RUN", help="folder for checkpoint, metrics and sample grids")
-    parser.add_argument("--seed", type=non_negative, help="of all random numbers (default: the settings')")
-    parser.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard too")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    source.add_argument(
+        "--preset",
+        choices=presets(kind),
+        help="Train with settings that come with the package; `starflow info` describes them.",
+    )
+    source.add_argument("--config", metavar="FILE", help=f"Train with a YAML file with the sections {sections}.")
+    source.add_argument("--resume", metavar="RUN", help="Continue the run in this folder at its last checkpoint.")
+    parser.add_argument(
+        "--set",
+        metavar="SECTION.NAME=VALUE",
+        action="append",
+        default=[],
+        help="Change one setting, such as training.steps=100; may be repeated. Default: no change.",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="RUN",
+        help="Folder for the checkpoint, the metrics and grids of samples. Default: runs/NAME, NAME being that of the "
+        "preset or of the settings file.",
+    )
+    seed_argument(parser, None, "training.seed of the settings")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="Log the metrics to RUN/tensorboard as well. Default: off."
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="Show no progress bar. Default: show one if standard error is a terminal."
+    )
 
 
 def run_loop(args: argparse.Namespace, trainer_class: type[Loop], changes: list[str], kind: str = "") -> dict[str, Any]:
-    """Train, new or resumed; interrupted, say how to continue. changes: assignments of other arguments."""
+    """Train a new or a resumed run; on an interrupt, print the command that continues it.
+
+    Args:
+        args: the parsed arguments.
+        trainer_class: the loop to run.
+        changes: assignments to settings that other arguments stand for.
+        kind: folder of the command's presets inside that of all presets.
+
+    Returns:
+        Folder, number of steps, seconds and last metrics of the run.
+
+    Raises:
+        ConfigError: arguments contradict each other or the run's folder.
+    """
     if args.resume:
         if args.set or args.out or args.seed is not None or changes:
             raise ConfigError("--resume continues with the settings of the run: drop --set, --out, --seed and --dtype")

@@ -1,4 +1,4 @@
-"""starflow train"""
+"""Command `starflow train`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from ..training.flow import Trainer
 from .common import Parser
 from .runs import run_arguments, run_loop
 
-HELP = "train a flow"
+HELP = "Train a flow on images or on cached latents."
 EXAMPLE = "starflow train --preset digits --out runs/digits"
 
 
 def add_arguments(parser: Parser) -> None:
-    """The arguments of this command."""
+    """Add the arguments of this command."""
     run_arguments(parser, "model, data and training")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16: autocast (default: the settings')")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="Data type of the computation; bfloat16 uses autocast and keeps the weights in float32. Default: "
+        "training.bf16 of the settings.",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train; interrupted, say how to continue."""
+    """Train a flow; return the report of the run."""
     changes = [f"training.bf16={'true' if args.dtype == 'bfloat16' else 'false'}"] if args.dtype else []
     return run_loop(args, Trainer, changes)

@@ -1,4 +1,4 @@
-"""starflow train-autoencoder"""
+"""Command `starflow train-autoencoder`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .common import Parser
 from .runs import run_arguments, run_loop
 
 KIND = "autoencoder"
-HELP = "train a small autoencoder for the latents of a flow"
+HELP = "Train a small autoencoder, on whose latents a flow can be trained."
 EXAMPLE = "starflow train-autoencoder --preset digits --out runs/autoencoder"
 
 
 def add_arguments(parser: Parser) -> None:
-    """The arguments of this command."""
+    """Add the arguments of this command."""
     run_arguments(parser, "autoencoder, data and training", KIND)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train; interrupted, say how to continue."""
+    """Train an autoencoder; return the report of the run."""
     return run_loop(args, AutoencoderTrainer, [], KIND)

@@ -1,4 +1,4 @@
-"""starflow train-decoder"""
+"""Command `starflow train-decoder`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from .common import Parser
 from .runs import run_arguments, run_loop
 
 KIND = "decoder"
-HELP = "fine-tune an autoencoder's decoder on noisy latents"
+HELP = "Fine-tune the decoder of an autoencoder on noisy latents."
 EXAMPLE = "starflow train-decoder --preset digits --vae runs/autoencoder --out runs/decoder"
 
 
 def add_arguments(parser: Parser) -> None:
-    """The arguments of this command."""
+    """Add the arguments of this command."""
     run_arguments(parser, "decoder, data and training", KIND)
-    parser.add_argument("--vae", metavar="FOLDER", help="autoencoder to start from (default: the settings')")
+    parser.add_argument(
+        "--vae", metavar="FOLDER", help="Folder of the autoencoder to start from. Default: decoder.vae of the settings."
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train; interrupted, say how to continue."""
+    """Fine-tune a decoder; return the report of the run."""
     return run_loop(args, DecoderTrainer, [f"decoder.vae={args.vae}"] if args.vae else [], KIND)

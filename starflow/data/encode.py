@@ -105,7 +105,7 @@ def encode(
     _check_folder(folder, manifest)
     rows = {prompt: row for row, prompt in enumerate(prompts)}
     written = found = 0
-    bar = tqdm(total=sum(manifest.counts.values()), disable=quiet, unit="row")
+    bar = tqdm(total=sum(manifest.counts.values()), disable=quiet or None, unit="row")
     for kind, count in manifest.counts.items():
         for shard, start in enumerate(range(0, count, config.shard_size)):
             part = range(start, min(start + config.shard_size, count))

@@ -1,1 +1,1 @@
-"""A local web page that draws samples."""
+"""Web page of `starflow demo`."""

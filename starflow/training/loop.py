@@ -116,7 +116,7 @@ class Loop:
     def run(self, quiet: bool = False) -> None:
         """Train to the last step; a KeyboardInterrupt leaves a checkpoint behind."""
         training = self.config.training
-        bar = tqdm(total=training.steps, initial=self.step, disable=quiet, unit="step", smoothing=0.05)
+        bar = tqdm(total=training.steps, initial=self.step, disable=quiet or None, unit="step", smoothing=0.05)
         try:
             order = datasets.ShuffledBatches(
                 len(self.images), training.batch_size, training.seed, self.step, training.steps

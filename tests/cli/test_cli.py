@@ -1,5 +1,6 @@
 """The command line, in process and as a program: reports, reproducibility, and errors in one line."""
 
+import argparse
 import hashlib
 import json
 import subprocess
@@ -11,8 +12,8 @@ import yaml
 from PIL import Image
 from support.commands import fails
 
-from starflow import Flow
-from starflow.cli import COMMANDS, main, parser
+from starflow import Flow, __version__
+from starflow.cli import commands, main, parser
 from starflow.inversion.solvers import TOLERANCE
 from starflow.settings import PRESETS, presets, read_settings
 
@@ -68,9 +69,9 @@ def test_seeds_reproduce_to_the_bit(tmp_path, settings):
 def test_sample(tmp_path, run, capsys):
     out = tmp_path / "drawn"
     arguments = ["sample", "--checkpoint", run, "--out", str(out), "--num", "20", "--batch-size", "7", "--certify"]
-    assert main([*arguments, "--images", "--json", "-"]) == 0
-    printed = capsys.readouterr().out
-    results = json.loads(printed[printed.index("{\n") :])["results"]
+    assert main([*arguments, "--images", "--json"]) == 0
+    captured = capsys.readouterr()
+    results, printed = json.loads(captured.out)["results"], captured.err
     assert 0 <= results["certificate_mean"] <= results["certificate"] < 1e-4 and results["count"] == 20
     assert "max |flow(x) - z| = " in printed and ", mean " in printed
     assert "block 1: sequential: 3 passes for 4 tokens" in printed
@@ -140,12 +141,6 @@ def test_eval_of_a_folder(run, tmp_path, capsys):
     assert "grey levels" in fails(capsys, "eval", "--checkpoint", run, "--data", str(tmp_path / "images"))
 
 
-def test_info(run, capsys):
-    assert main(["info", "--checkpoint", run]) == 0
-    printed = capsys.readouterr().out
-    assert "parameters: " in printed and "reference" in printed
-
-
 def test_resume_continues(tmp_path, settings, capsys):
     folder = str(tmp_path / "run")
     assert main(["train", "--config", settings, "--out", folder, "--quiet", "--set", "training.steps=2"]) == 0
@@ -154,7 +149,26 @@ def test_resume_continues(tmp_path, settings, capsys):
     assert main(["train", "--resume", folder, "--quiet"]) == 0
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"starflow {__version__}\n"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_option_is_explained_with_its_default(command):
+    subparsers = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    sub = subparsers.choices[command]
+    assert sub.description[0].isupper() and sub.description.endswith(".")
+    in_groups = {id(action) for group in sub._mutually_exclusive_groups for action in group._group_actions}
+    for action in sub._actions:
+        if action.dest != "help":
+            assert action.help[0].isupper() and action.help.endswith("."), action.option_strings
+            explained = "Default: " in action.help or "Required." in action.help or id(action) in in_groups
+            assert explained, action.option_strings
+
+
+@pytest.mark.parametrize("command", commands())
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
@@ -204,7 +218,7 @@ def test_presets_are_complete(name):
         (["train", "--preset", "digits", "--set", "chanels=3"], "SECTION.NAME=VALUE"),
         (["train", "--preset", "digits", "--set", "training.learning_rate=fast"], "learning_rate='fast'"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        ([], "command"),
+        ([], "COMMAND"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):
@@ -229,10 +243,16 @@ def test_numbers_in_scientific_notation(tmp_path, settings):
 
 
 def test_as_a_program():
-    found = subprocess.run(
-        [sys.executable, "-m", "starflow.cli", "info", "--json", "-"], capture_output=True, text=True, check=True
-    )
-    assert json.loads(found.stdout[found.stdout.index("{\n") :])["results"]["token_dim"] == 4
+    command = [sys.executable, "-m", "starflow", "info", "--checkpoint", "digits", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout)["results"]["token_dim"] == 4
+    assert "Versions\n" in found.stderr
+
+
+def test_without_a_terminal_there_is_no_progress_bar(tmp_path, settings):
+    command = [sys.executable, "-m", "starflow", "train", "--config", settings, "--out", str(tmp_path / "run")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stderr == "" and found.stdout.startswith(f"{tmp_path / 'run'}: 3 steps, ")
 
 
 @pytest.mark.parametrize("command", ["train", "sample"])

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from starflow import ConfigError, Flow, FlowConfig
+from starflow import ConfigError, Flow, FlowConfig, Guidance
 from starflow.cli import main
 from starflow.sampling.sample import sample
 
 pytest.importorskip("gradio")
 
-from starflow.demo.page import EACH, NONE, Artist, Choices, Page, Stopped, figures_of
+from starflow.demo.model import EACH, NONE, Choices, DemoModel, Stopped
+from starflow.demo.page import Page, figures_html
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # The server in a process that reports every connection to elsewhere.
@@ -37,20 +38,18 @@ sys.exit(main(["demo", "--port", "0", "--threads", "1", *sys.argv[1:]]))
 
 @pytest.fixture(scope="module")
 def digits():
-    return Artist("digits")
+    return DemoModel("digits")
 
 
 def test_the_first_choices_draw(digits):
     drawing = digits.draw(digits.defaults)
     assert drawing.images.shape == (100, 1, 8, 8) and drawing.columns == 10
-    assert drawing.certificate < 1e-4 and f">{drawing.certificate:.1e}<" in figures_of(drawing)
+    assert drawing.certificate < 1e-4 and f">{drawing.certificate:.1e}<" in figures_html(drawing)
 
 
 def test_a_seed_draws_the_images_of_the_command(digits):
     choices = Choices(condition="3", count=5, seed=7, guidance=1.5)
     drawn = digits.draw(choices).images
-    from starflow import Guidance
-
     expected = sample(digits.flow, 5, torch.full((5,), 3), Guidance(1.5), seed=7).images
     assert torch.equal(drawn, expected) and torch.equal(drawn, digits.draw(choices).images)
     assert not torch.equal(drawn, digits.draw(Choices(condition="3", count=5, seed=8, guidance=1.5)).images)
@@ -61,7 +60,7 @@ def test_methods(digits):
     assert digits.defaults.method == "auto" and torch.equal(drawn["auto"].images, drawn["sequential"].images)
     assert [drawing.method for drawing in drawn.values()] == ["sequential", "sequential", "jacobi"]
     assert (drawn["jacobi"].images.int() - drawn["sequential"].images.int()).abs().max() <= 1
-    shown = figures_of(drawn["jacobi"])
+    shown = figures_html(drawn["jacobi"])
     assert f"mean {drawn['jacobi'].certificate_mean:.1e}" in shown and f"{drawn['jacobi'].steps:,} passes" in shown
 
 
@@ -127,23 +126,23 @@ def test_one_drawing_at_a_time(digits):
 def test_denoising_of_a_model_with_noise(tmp_path):
     fields = {"image_size": 4, "image_channels": 3, "patch_size": 2, "channels": 16, "layers": (1, 1), "head_dim": 8}
     Flow(FlowConfig(**fields, noise_std=0.5)).save_pretrained(tmp_path)
-    artist = Artist(tmp_path)
-    plain, denoised = (artist.draw(Choices(NONE, 3, denoise=factor)).images for factor in (0, 1))
+    model = DemoModel(tmp_path)
+    plain, denoised = (model.draw(Choices(NONE, 3, denoise=factor)).images for factor in (0, 1))
     assert plain.shape == (3, 3, 4, 4) and not torch.equal(plain, denoised)
-    Page(artist)
+    Page(model)
 
 
 def test_a_pipeline_has_a_prompt(tmp_path):
     pytest.importorskip("diffusers")
     from support import components
 
-    artist = Artist(components.save(tmp_path / "pipeline"))
-    assert artist.text and artist.defaults.condition == ""
+    model = DemoModel(components.save(tmp_path / "pipeline"))
+    assert model.text and model.defaults.condition == ""
     with pytest.raises(ConfigError, match="Prompt: say what to draw"):
-        artist.draw(artist.defaults)
-    drawing = artist.draw(Choices("a cat", 2, 0, 2.0, "starflow", denoise=1.0, aspect="3:2"))
+        model.draw(model.defaults)
+    drawing = model.draw(Choices("a cat", 2, 0, 2.0, "starflow", denoise=1.0, aspect="3:2"))
     assert len(drawing.images) == 2 and drawing.certificate < 1e-4
-    config = Page(artist).blocks.get_config_file()
+    config = Page(model).blocks.get_config_file()
     shown = {part["props"].get("label") for part in config["components"] if part["props"].get("visible", True)}
     assert "Prompt" in shown and "Class" not in shown
 
@@ -157,7 +156,7 @@ def test_errors_of_the_command(case, capsys, monkeypatch):
             monkeypatch.setitem(sys.modules, "gradio", None)
         assert main(["demo", "--port", port, *(["--checkpoint", "nowhere"] if case == "checkpoint" else [])]) == 2
     error = capsys.readouterr().err.strip()
-    expected = {"gradio": "pip install starflow-kernels[demo]", "port": f"--port {port}: Address already in use"}
+    expected = {"gradio": "pip install 'starflow-kernels[demo]'", "port": f"--port {port}: Address already in use"}
     assert expected.get(case, "no checkpoint at nowhere") in error and "\n" not in error
 
 

@@ -253,7 +253,7 @@ def test_flows_that_the_released_code_has_no_settings_for(tmp_path):
 def test_errors_are_one_line(tarflow, capsys):
     path, _, out = tarflow
     assert "no checkpoint at nowhere.pth" in fails(capsys, "convert", "nowhere.pth", "--out", str(out))
-    assert "--max-shard" in fails(capsys, "convert", str(path), "--out", str(out), "--max-shard", "5")
+    assert "--max-shard" in fails(capsys, "convert", str(path), "--out", str(out), "--max-shard", "five")
     assert "--dtype" in fails(capsys, "convert", str(path), "--out", str(out), "--dtype", "int8")
     back = ["convert", "digits", "--out", str(out), "--to", "released"]
     assert "no setting for this flow: head_dim=64" in fails(capsys, *back)

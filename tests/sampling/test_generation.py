@@ -90,7 +90,7 @@ def test_images_depend_on_prompt_number_and_seed_alone(folder, tmp_path):
 def test_a_killed_run_continues(folder, tmp_path, capsys):
     arguments = ["sample", "--checkpoint", folder, "--prompt", "a red cat", "--num", "40", "--batch-size", "2"]
     out, whole = tmp_path / "out", tmp_path / "whole"
-    process = subprocess.Popen([sys.executable, "-m", "starflow.cli", *arguments, "--threads", "1", "--out", str(out)])
+    process = subprocess.Popen([sys.executable, "-m", "starflow", *arguments, "--threads", "1", "--out", str(out)])
     deadline = time.monotonic() + 120
     while len(files(out)) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

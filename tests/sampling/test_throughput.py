@@ -70,7 +70,7 @@ def test_two_processes_draw_the_bits_of_one(pipeline, tmp_path):
 def test_torchrun(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     base = ["--count", "40", "--format", "npz", "--shard-size", "7"]
-    command = [*launcher, "-m", "starflow.cli", "sample", *base, *ONE_THREAD, "--out", str(tmp_path / "two")]
+    command = [*launcher, "-m", "starflow", "sample", *base, *ONE_THREAD, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("40 images in") == 1, done.stderr
     draw(tmp_path / "one", *base, "--batch-size", "3")

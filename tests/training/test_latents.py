@@ -253,7 +253,7 @@ def test_commands(parts, tmp_path, capsys):
     arguments = ["encode", "--vae", str(parts / "vae"), "--config", str(settings), "--out", str(tmp_path / "cache")]
     arguments += ["--quiet", "--text", str(parts / "text"), "--length", str(LENGTH)]
     assert main(arguments) == 0 and "2 held-out" in capsys.readouterr().out
-    assert main(arguments) == 0 and "complete already" in capsys.readouterr().out
+    assert main(arguments) == 0 and "already complete" in capsys.readouterr().out
     assert main([*arguments, "--set", "data.seed=3"]) == 2
     assert "data.seed=0, not 3" in capsys.readouterr().err
     train(run_config(tmp_path / "cache"), tmp_path / "run")

@@ -1,0 +1,250 @@
+"""A model that draws what the web page asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+import torch
+
+from ..data.datasets import generator
+from ..data.prompts import ASPECT_RATIOS
+from ..errors import CheckpointError, ConfigError
+from ..inversion.solvers import Inversion
+from ..models.checkpoint import PIPELINE_INDEX
+from ..models.flow import Flow, Guidance
+from ..sampling.sample import image_grid, sample
+
+if TYPE_CHECKING:
+    from ..pipelines import FlowPipeline
+
+MAX_IMAGES = 100
+# The largest integer that a browser represents exactly.
+MAX_SEED = 2**53 - 1
+# Values of `Choices.condition` beside class numbers.
+EACH = "each in turn"
+NONE = "none"
+RULES = ("tarflow", "starflow")
+# The first number of images is chosen so that parameters x tokens x images is about this: one second on a CPU.
+FIRST_WORK = 1e11
+
+
+class Stopped(Exception):
+    """The user pressed Stop or closed the page."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """Values of the page's fields, unchecked; None for an empty field.
+
+    Args:
+        condition: the prompt, or a class number, EACH or NONE.
+        count: number of images.
+        seed: seed of all random numbers.
+        guidance: guidance weight, 0 for none.
+        rule: guidance rule, one of RULES.
+        method: method of inversion, see `Inversion`.
+        denoise: factor of the score step after sampling, 0 for none.
+        aspect: aspect ratio, one of ASPECT_RATIOS.
+    """
+
+    condition: str | None = EACH
+    count: float | None = 1
+    seed: float | None = 0
+    guidance: float | None = 0.0
+    rule: str = RULES[0]
+    method: str = "auto"
+    denoise: float | None = 0.0
+    aspect: str = ASPECT_RATIOS[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """Images, and how they were made.
+
+    Args:
+        images: uint8 (N, C, H, W), on the CPU.
+        columns: images per row of their grid.
+        seed: seed of all random numbers.
+        method: method of inversion that was used.
+        stages: seconds by stage.
+        steps: network passes.
+        certificate: largest error of the certificate, None where it is not defined.
+        certificate_mean: mean error of the certificate, None where it is not defined.
+    """
+
+    images: torch.Tensor
+    columns: int
+    seed: int
+    method: str
+    stages: dict[str, float]
+    steps: int
+    certificate: float | None
+    certificate_mean: float | None
+
+    def grid(self) -> PIL.Image.Image:
+        """Return the images as one image."""
+        return image_grid(self.images, self.columns)
+
+
+class DemoModel:
+    """A model that draws `Choices`, one drawing at a time, in the order of the calls.
+
+    Args:
+        checkpoint: folder of a flow or of a pipeline, or the name of a bundled checkpoint.
+        device: where the model runs.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is a flow that draws only as part of a pipeline.
+    """
+
+    def __init__(self, checkpoint: str | Path, device: str = "cpu"):
+        self.name = Path(checkpoint).resolve().name
+        self.pipe = _pipeline(checkpoint, device) if (Path(checkpoint) / PIPELINE_INDEX).exists() else None
+        self.flow = self.pipe.transformer if self.pipe else Flow.from_pretrained(checkpoint, device)
+        self.config = self.flow.config
+        self.text = bool(self.config.text_dim)
+        if not self.pipe and (self.text or self.config.image_channels not in (1, 3)):
+            raise CheckpointError(f"{checkpoint}: a flow on text or latents needs the folder of its pipeline")
+        self.parameters = sum(parameter.numel() for parameter in self.flow.parameters())
+        self._tickets: deque[object] = deque()
+
+    @property
+    def defaults(self) -> Choices:
+        """Choices that the page shows first."""
+        work = self.parameters * math.prod(self.config.grid)
+        return Choices(
+            condition="" if self.text else EACH if self.config.num_classes else NONE,
+            count=min(MAX_IMAGES, max(4, int(FIRST_WORK / work))),
+            guidance=3.6 if self.text else 0.0,
+            rule="starflow" if self.text else "tarflow",
+            denoise=self.pipe.denoise_factor(None) if self.pipe else 0.0,
+        )
+
+    def draw(
+        self,
+        choices: Choices,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        waiting: Callable[[int], None] = lambda others: None,
+        stop: threading.Event | None = None,
+    ) -> Drawing:
+        """Check the choices, wait for earlier drawings, and draw.
+
+        The images equal those of `starflow sample` with the same seed.
+
+        Args:
+            choices: what to draw.
+            progress: called as progress(done, total), in token steps.
+            waiting: called with the number of earlier drawings that are not finished.
+            stop: ends the call once it is set.
+
+        Raises:
+            ConfigError: a choice is out of range; the message is meant for the user.
+            Stopped: `stop` was set, also in the middle of a flow block.
+        """
+        count = _number("Images", choices.count, 1, MAX_IMAGES, whole=True)
+        seed = _number("Seed", choices.seed, 0, MAX_SEED, whole=True)
+        guidance = Guidance(_number("Guidance weight", choices.guidance, 0), choices.rule)
+        inversion, denoise = Inversion(choices.method), _number("Denoising", choices.denoise, 0)
+        condition = self._prompt(choices) if self.text else self._labels(choices, count)
+        if guidance.weight and condition is None:
+            raise ConfigError("Guidance weight: there is no class to guide towards, set the weight to 0")
+        stop = stop or threading.Event()
+
+        def watch(done: int, total: int) -> None:
+            if stop.is_set():
+                raise Stopped
+            progress(done, total)
+
+        columns, classes = math.ceil(math.sqrt(count)), self.config.num_classes
+        if choices.condition == EACH and classes <= 20:
+            columns = min(count, classes)
+        with self._queue(stop, waiting):
+            if not self.pipe:
+                labels = None if condition is None else torch.tensor(condition)
+                images, report = sample(
+                    self.flow, count, labels, guidance, seed, count, denoise, True, watch, inversion
+                )
+                stages = {"all": report.seconds}
+            else:
+                options = self._noise_and_condition(condition, count, seed)
+                if self.text and self.config.rotary != "none":
+                    options["aspect_ratio"] = choices.aspect
+                found, report = self.pipe(
+                    **options, guidance_scale=guidance.weight, guidance_rule=guidance.rule, method=choices.method,
+                    denoise=denoise, certify=True, progress=watch, output_type="pt", return_dict=False,
+                )  # fmt: skip
+                images, stages = (found * 255).round().to("cpu", torch.uint8), report.seconds
+        exact = report.certificate, report.certificate_mean
+        return Drawing(images, columns, seed, report.method, stages, report.steps, *exact)
+
+    def _prompt(self, choices: Choices) -> str:
+        """Return the prompt without surrounding spaces."""
+        if not (prompt := (choices.condition or "").strip()):
+            raise ConfigError("Prompt: say what to draw")
+        return prompt
+
+    def _labels(self, choices: Choices, count: int) -> list[int] | None:
+        """Return a class per image, None without a condition."""
+        classes, chosen = self.config.num_classes, str(choices.condition or "").strip()
+        if chosen == EACH and classes:
+            return [i % classes for i in range(count)]
+        if chosen == NONE:
+            return None
+        if not chosen.isdecimal() or int(chosen) >= classes:
+            expected = f"expected 0 to {classes - 1}, {EACH!r} or {NONE!r}" if classes else "the model has no classes"
+            raise ConfigError(f"Class {chosen!r}: {expected}")
+        return [int(chosen)] * count
+
+    def _noise_and_condition(self, condition: str | list[int] | None, count: int, seed: int) -> dict[str, Any]:
+        """Return the arguments of a pipeline's call that name noise and condition."""
+        numbers = condition if isinstance(condition, list) else [0] * count
+        noise = [generator(seed, n, numbers[:i].count(n)) for i, n in enumerate(numbers)]
+        if isinstance(condition, list):
+            return {"class_labels": condition, "generator": noise}
+        prompt = {"prompt": condition} if self.text else {}
+        return {**prompt, "num_images_per_prompt": count, "generator": noise}
+
+    @contextlib.contextmanager
+    def _queue(self, stop: threading.Event, waiting: Callable[[int], None]) -> Iterator[None]:
+        """Hold the model alone, after the calls that came before."""
+        ticket = object()
+        self._tickets.append(ticket)
+        try:
+            while others := self._tickets.index(ticket):
+                waiting(others)
+                if stop.wait(0.1):
+                    raise Stopped
+            yield
+        finally:
+            self._tickets.remove(ticket)
+
+
+def _pipeline(folder: str | Path, device: str) -> FlowPipeline:
+    """Load a pipeline that shows no progress bars."""
+    from ..pipelines import FlowPipeline, STARFlowPipeline, hide_loading_bars
+
+    hide_loading_bars()
+    pipe = FlowPipeline.from_pretrained(folder).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if isinstance(pipe, STARFlowPipeline):
+        # Decoding one image at a time bounds the memory.
+        pipe.vae.enable_slicing()
+    return pipe
+
+
+def _number(name: str, value: float | None, low: int, high: float = math.inf, whole: bool = False) -> float:
+    """Return a number that lies in range, or raise a ConfigError that names the field."""
+    kind = "a whole number" if whole else "a number"
+    expected = f"{kind} of at least {low}" if high == math.inf else f"{kind} from {low} to {high}"
+    wrong = value is None or not math.isfinite(value) or (whole and value != int(value)) or not low <= value <= high
+    if wrong:
+        raise ConfigError(f"{name}: expected {expected}, got {'nothing' if value is None else f'{value:g}'}")
+    return int(value) if whole else float(value)
