@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+
+CHECKOUT = Path(__file__).parents[1]
+# Folders that tools and builds write to.
+TOOL_FOLDERS = {".git", ".venv", "build", "dist", "site", "__pycache__", ".pytest_cache", ".ruff_cache", ".benchmarks"}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,6 +26,35 @@ def seed():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unchanged_checkout(tmp_path_factory):
+    """Run outside the checkout, and check afterwards that no file in it was added or removed."""
+    start, before = Path.cwd(), checkout_files()
+    os.chdir(tmp_path_factory.mktemp("session"))
+    yield
+    os.chdir(start)
+    assert checkout_files() == before
+
+
+@pytest.fixture(autouse=True)
+def working_directory():
+    """Run each test in an empty working directory of its own."""
+    start = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        yield
+        os.chdir(start)
+
+
+def checkout_files() -> set[str]:
+    """Paths of all files in the checkout but those of tools and builds."""
+    found = set()
+    for folder, folders, names in os.walk(CHECKOUT):
+        folders[:] = [name for name in folders if name not in TOOL_FOLDERS]
+        found.update(os.path.join(folder, name) for name in names)
+    return found
 
 
 @pytest.fixture
