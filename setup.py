@@ -1,9 +1,12 @@
-"""Builds the compiled kernels of csrc/ with the package where torch and a C++ compiler are there.
+"""Build the compiled kernels of csrc/ with the package, if torch and a C++ compiler are installed.
 
-STARFLOW_NATIVE=0 skips those for the CPU, STARFLOW_NATIVE=1 makes a failure an error; unset, a failure leaves pure
-Python and a note with the reason, which starflow_kernels.backends() shows. Those for CUDA are built where
-STARFLOW_CUDA=1 asks for them, which needs nvcc on the PATH. STARFLOW_SANITIZE=address,undefined builds the former with
-sanitizers.
+Environment variables:
+    STARFLOW_NATIVE=0     Skip the CPU kernels.
+    STARFLOW_NATIVE=1     Fail if the CPU kernels cannot be built. If unset, the package is then installed without them,
+                          and starflow_kernels.backends() shows the reason.
+    STARFLOW_CUDA=1       Build the CUDA kernels too; needs nvcc on the PATH.
+    STARFLOW_SANITIZE=address,undefined
+                          Build the CPU kernels with these sanitizers.
 """
 
 import concurrent.futures
@@ -19,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 NATIVE, CUDA = "starflow_kernels._native", "starflow_kernels._cuda"
-# Sources with kernels are compiled once an instruction set; the widest that the machine has is taken at run time.
+# Sources with kernels are compiled once per instruction set; the widest that the processor has is chosen at run time.
 KERNELS = [
     f"csrc/cpu/{name}.cpp"
     for name in (
@@ -36,7 +39,7 @@ AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
 INSTRUCTION_SETS = {"base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]}
-# Contraction of a * b + c would depend on the code around it: fused operations are written out.
+# The compiler must not fuse a * b + c: whether it does depends on the surrounding code. Fused operations are explicit.
 FLAGS = [
     "-std=c++20",
     "-O3",
@@ -47,14 +50,17 @@ FLAGS = [
     "-Wno-maybe-uninitialized",
 ]
 
-
-# The last is for later GPUs, compiled when the kernels are loaded.
+# compute_100 is PTX for later GPUs, compiled when the kernels are loaded.
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100", "compute_100"]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+WITHOUT_TORCH = (
+    "torch was missing from the build environment; run `pip install torch setuptools`, then install again "
+    "with `pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall`"
+)
 
 
 def note(module: str) -> str:
-    """File beside the package's modules with the reason why one is not there."""
+    """Name of the file that says why the compiled module is missing; it is installed in place of the module."""
     return f"{module.rpartition('.')[2]}.txt"
 
 
@@ -63,10 +69,7 @@ def torch_paths() -> tuple[list[str], list[str]]:
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        raise RuntimeError(
-            "torch was not there when the package was installed; "
-            "install it first, then pip install --no-build-isolation"
-        ) from error
+        raise RuntimeError(WITHOUT_TORCH) from error
     return cpp_extension.include_paths(), cpp_extension.library_paths()
 
 
@@ -75,28 +78,23 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         cuda = ext.name == CUDA
-        switch = "STARFLOW_CUDA" if cuda else "STARFLOW_NATIVE"
-        wanted = os.environ.get(switch, "0" if cuda else "")
+        wanted = os.environ.get("STARFLOW_CUDA", "0") if cuda else os.environ.get("STARFLOW_NATIVE", "")
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         for old in (target, target.with_name(note(ext.name))):
             old.unlink(missing_ok=True)
+        if wanted == "0":
+            return
         try:
-            if wanted == "0":
-                raise RuntimeError(
-                    f"skipped, {switch}=0 when the package was installed"
-                    if switch in os.environ
-                    else f"not asked for with {switch}=1 when the package was installed"
-                )
             (self.build_cuda if cuda else self.build_native)(target)
         except Exception as error:
             if wanted == "1":
                 raise
-            print(f"{ext.name} is not built: {error}", file=sys.stderr)
+            print(f"{ext.name} was not built: {error}", file=sys.stderr)
             target.with_name(note(ext.name)).write_text(f"{error}\n")
 
     def copy_extensions_to_source(self):
-        """Bring what build_extension left, library or note, to the source tree of an editable install."""
+        """Copy what build_extension wrote, library or note, to the source tree of an editable install."""
         for ext in self.extensions:
             filename = self.get_ext_filename(ext.name)
             built, source = Path(self.build_lib, filename), ROOT / filename
@@ -106,15 +104,17 @@ class BuildNative(build_ext):
                     self.copy_file(str(built.with_name(name)), str(source.with_name(name)))
 
     def get_outputs(self):
-        """Files that were really made."""
+        """List the files that build_extension wrote, libraries and notes."""
         outputs = [Path(output) for output in super().get_outputs()]
         outputs += [output.with_name(note(ext.name)) for output, ext in zip(outputs, self.extensions)]
         return [str(output) for output in outputs if output.exists()]
 
     def get_output_mapping(self):
+        """Return no mapping: copy_extensions_to_source copies the files."""
         return {}
 
     def build_native(self, target: Path) -> None:
+        """Compile the CPU kernels and link them."""
         includes, libraries = torch_paths()
         sanitize = os.environ.get("STARFLOW_SANITIZE")
         extra = [f"-fsanitize={sanitize}", "-O1", "-g", "-fno-omit-frame-pointer"] if sanitize else []
@@ -146,7 +146,7 @@ class BuildNative(build_ext):
         )
 
     def build_cuda(self, target: Path) -> None:
-        """Compile csrc/cuda for every architecture and link it with CUDA's static runtime: it loads without a GPU."""
+        """Compile csrc/cuda for every architecture and link CUDA's static runtime, so that it loads without a GPU."""
         includes, libraries = torch_paths()
         if not shutil.which("nvcc"):
             raise RuntimeError("nvcc was not on the PATH when the package was installed")

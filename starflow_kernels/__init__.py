@@ -16,11 +16,14 @@ from .solve_inverse.api import solve_inverse
 from .solver import Solver, SolveReport
 from .spec import AffineSpec, BlockSpec
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AffineSpec",
     "BlockSpec",
     "SolveReport",
     "Solver",
+    "__version__",
     "affine_flow",
     "affine_flow_inverse",
     "attention_flow",
