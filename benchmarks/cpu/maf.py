@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import zuko
 
-from starflow.data.datasets import DataConfig, dequantise, load
+from starflow.data.datasets import DataConfig, dequantize, load
 from starflow_kernels import Solver, solve_inverse
 
 from ..machine import description
@@ -54,14 +54,14 @@ def train() -> tuple[zuko.flows.MAF, float]:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
         rows = torch.randint(len(parts[0]), (BATCH,), generator=random)
-        loss = -flow().log_prob(dequantise(parts[0][rows], 17, 0, random)).mean()
+        loss = -flow().log_prob(dequantize(parts[0][rows], 17, 0, random)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
         optimizer.step()
         schedule.step()
     flow.requires_grad_(False)
-    return flow, flow().log_prob(dequantise(parts[1], 17, 0, random)).mean().item()
+    return flow, flow().log_prob(dequantize(parts[1], 17, 0, random)).mean().item()
 
 
 def conditioner(transform: zuko.flows.MaskedAutoregressiveTransform) -> Callable:

@@ -15,7 +15,7 @@ from ..evaluation.metrics import bayes_accuracy, likelihood, logdet_error, round
 from ..models.checkpoint import resolve
 from ..models.flow import Flow
 from ..settings import read_settings
-from ..training.flow import RunConfig
+from ..training.flow import FlowRunConfig
 from ..training.loop import SETTINGS
 from .common import DTYPES, Parser, checkpoint_arguments, device, positive
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     pixels, label = images[0]
     if pixels.numel() <= JACOBIAN_DIMS:
-        x = datasets.dequantise(pixels, flow.config.levels, flow.config.noise_std, datasets.generator(args.seed))
+        x = datasets.dequantize(pixels, flow.config.levels, flow.config.noise_std, datasets.generator(args.seed))
         exact = Flow.from_pretrained(folder, flow.device, torch.float64)
         label = label.item() if flow.config.num_classes else None
         results["logdet_error"] = logdet_error(exact, x.double().to(flow.device), label)
@@ -87,7 +87,7 @@ def _evaluation_data(args: argparse.Namespace, folder: Path, flow: Flow) -> tupl
     if args.data:
         config = datasets.DataConfig(source="folder", path=args.data, size=flow.config.image_size, held_out=0.0)
     elif (folder / SETTINGS).exists():
-        config = RunConfig.from_dict(read_settings(folder / SETTINGS)).data
+        config = FlowRunConfig.from_dict(read_settings(folder / SETTINGS)).data
     else:
         raise DataError(f"{folder} has no {SETTINGS} that names its training data: give --data FOLDER")
     if config.source == "latents":

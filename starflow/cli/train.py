@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..training.flow import Trainer
+from ..training.flow import FlowTrainer
 from .common import Parser
 from .runs import run_arguments, run_loop
 
@@ -27,4 +27,4 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train a flow; return the report of the run."""
     changes = [f"training.bf16={'true' if args.dtype == 'bfloat16' else 'false'}"] if args.dtype else []
-    return run_loop(args, Trainer, changes)
+    return run_loop(args, FlowTrainer, changes)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from starflow_kernels.spec import check_choice
 
 from ..errors import ConfigError, DataError
+from ..models.autoencoder import downsampling
 from .latents import LatentSet, load_latents
 
 Source = Literal["digits", "photos", "folder", "latents"]
@@ -129,10 +130,10 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-def dequantise(images: torch.Tensor, levels: int, noise_std: float, random: torch.Generator) -> torch.Tensor:
+def dequantize(images: torch.Tensor, levels: int, noise_std: float, random: torch.Generator) -> torch.Tensor:
     """float32 images on [-1, 1] of integer grey levels.
 
-    noise_std 0: uniform dequantisation, (k + u) / levels * 2 - 1; otherwise k / (levels - 1) * 2 - 1 plus Gaussian
+    noise_std 0: uniform dequantization, (k + u) / levels * 2 - 1; otherwise k / (levels - 1) * 2 - 1 plus Gaussian
     noise (arXiv 2412.06329, sections 2.4 and 3).
     """
     k = images.float()
@@ -141,11 +142,31 @@ def dequantise(images: torch.Tensor, levels: int, noise_std: float, random: torc
     return k / (levels - 1) * 2 - 1 + noise_std * torch.randn(k.shape, generator=random)
 
 
-def quantise(images: torch.Tensor, levels: int, noise_std: float) -> torch.Tensor:
-    """Nearest uint8 pixel values 0 .. 255 of images on [-1, 1]: the inverse of `dequantise` up to the noise."""
+def to_pixels(images: torch.Tensor, levels: int, noise_std: float) -> torch.Tensor:
+    """Nearest uint8 pixel values 0 .. 255 of images on [-1, 1]: the inverse of `dequantize` up to the noise."""
     unit = (images.float().cpu() + 1) / 2
     k = (unit * levels).floor() if noise_std == 0 else (unit * (levels - 1)).round()
     return (k.clamp(0, levels - 1) * (255 / (levels - 1))).round().to(torch.uint8)
+
+
+def check_autoencoder_input(vae: Any, images: ImageSet | LatentSet, size: int) -> None:
+    """Check that an autoencoder takes images of this kind.
+
+    Args:
+        vae: AutoencoderKL.
+        images: data set.
+        size: side of the images in pixels.
+
+    Raises:
+        ConfigError: the data are latents, or their size or number of channels does not fit.
+    """
+    if not images.levels:
+        raise ConfigError("data: latents, but an autoencoder takes images")
+    if size % downsampling(vae):
+        raise ConfigError(f"data.size={size}: the autoencoder makes latents of 1/{downsampling(vae)} of the side")
+    channels = images[0][0].shape[0]
+    if channels not in (1, vae.config.in_channels):
+        raise ConfigError(f"the autoencoder takes {vae.config.in_channels} channels, the images have {channels}")
 
 
 def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:

@@ -17,7 +17,6 @@ from starflow_kernels.spec import check_choice
 from ..errors import CheckpointError, ConfigError, DataError
 from ..io.files import write_atomically, write_text
 from ..models.autoencoder import downsampling, load_vae, posterior, scale_images, vae_folder
-from ..training.autoencoder import check_images
 from . import datasets
 from .latents import MANIFEST, SPLITS, Manifest, shard_path
 from .prompts import encode_prompts
@@ -88,7 +87,7 @@ def encode(
     splits = dict(zip(SPLITS, datasets.load(config.data)))
     for images in splits.values():
         if len(images):
-            check_images(vae, images, config.data.size)
+            datasets.check_autoencoder_input(vae, images, config.data.size)
     prompts = _distinct_captions(splits.values()) if config.text else []
     tokenizer, text_encoder = load_text(config.text, device) if config.text else (None, None)
     side = config.data.size // downsampling(vae)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch.utils.data import DataLoader
 
-from ..data.datasets import ImageSet, dequantise, generator
+from ..data.datasets import ImageSet, dequantize, generator
 from ..models.flow import Flow
 
 COARSE, FINE = 1e-2, 1e-3
@@ -75,7 +75,7 @@ def round_trips(flow: Flow, images: ImageSet, count: int = 64, seed: int = 0) ->
     """inverse(forward(x)) against x of the first `count` images, and forward(inverse(z)) against noise z."""
     x, labels = next(_batches(flow, images, min(count, len(images))))
     labels = labels if flow.config.num_classes else None
-    x = dequantise(x, images.levels, flow.config.noise_std, generator(seed)).to(flow.device, _dtype(flow))
+    x = dequantize(x, images.levels, flow.config.noise_std, generator(seed)).to(flow.device, _dtype(flow))
     z = flow.noise(len(x), generator(seed, 1)).to(x.dtype)
     return {
         "inverse_of_forward": _round_trip(flow.inverse(flow(x, labels).z, labels), x),
@@ -109,7 +109,7 @@ def _batches(flow: Flow, images: ImageSet, batch_size: int):
 
 
 def _log_prob(flow: Flow, x: torch.Tensor, labels: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    noisy = dequantise(x, flow.config.levels, 0.0, random).to(flow.device, _dtype(flow))
+    noisy = dequantize(x, flow.config.levels, 0.0, random).to(flow.device, _dtype(flow))
     return flow.log_prob(noisy, labels if flow.config.num_classes else None)
 
 

@@ -9,7 +9,7 @@ import torch
 from starflow_kernels.block.quantize import Quantize
 from starflow_kernels.spec import GuidanceRule
 
-from ..data.datasets import quantise
+from ..data.datasets import to_pixels
 from ..errors import ConfigError
 from ..inversion.solvers import Inversion
 from ..models.flow import Guidance
@@ -91,7 +91,7 @@ class TarFlowPipeline(FlowPipeline):
         else:
             with clock("decode"):
                 config = self.transformer.config
-                images = as_output(quantise(x, config.levels, config.noise_std) / 255, output_type)
+                images = as_output(to_pixels(x, config.levels, config.noise_std) / 255, output_type)
         self.maybe_free_model_hooks()
         return FlowPipelineOutput(images, report) if return_dict else (images, report)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from ..data.datasets import generator, quantise
+from ..data.datasets import generator, to_pixels
 from ..errors import ConfigError, InverseError
 from ..inversion.solvers import BlockReport, Inversion, add_reports, block_reports, method_of
 from ..io.files import write_atomically
@@ -141,7 +141,7 @@ def draw(
 
 def pixels(flow: Flow, x: torch.Tensor) -> torch.Tensor:
     """uint8 images (N, C, H, W) on the CPU of what a flow made."""
-    return quantise(x, flow.config.levels, flow.config.noise_std)
+    return to_pixels(x, flow.config.levels, flow.config.noise_std)
 
 
 def check_pixels(flow: Flow) -> None:

@@ -1,36 +1,43 @@
-"""Training a small AutoencoderKL (arXiv 1312.6114, 2112.10752) for the latents of a flow."""
+"""Training of a small AutoencoderKL (arXiv 1312.6114, 2112.10752), whose latents a flow models."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from starflow_kernels.spec import check_choice
 
-from ..data import datasets
-from ..errors import CheckpointError, ConfigError
-from ..models.autoencoder import autoencoder_class, downsampling, posterior, save_vae, scale_images
+from ..data.datasets import DataConfig, ImageSet, check_autoencoder_input, to_pixels
+from ..errors import ConfigError
+from ..models.autoencoder import autoencoder_class, posterior, save_vae, scale_images
 from ..sampling.sample import save_grid
-from ..settings import read_sections, section
-from .loop import Loop, LoopConfig
+from .loop import Loop, LoopConfig, RunConfig
 
 Loss = Literal["l1", "l2"]
-# Images that the scaling factor is measured on, and that a sample grid shows.
-SCALE_IMAGES, SHOWN_IMAGES, BATCH = 512, 16, 64
+# Images that determine the scaling factor.
+SCALE_IMAGES = 512
+# Images in a sample grid.
+SHOWN_IMAGES = 16
+BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
     """Shape and loss of an autoencoder.
 
-    channels: of the images. latent_channels: of the latents. block_channels: width at each resolution; all but the
-    first halve it. layers: residual blocks a resolution. groups: of its group norms. loss: "l1" or "l2" of the
-    reconstruction. kl_weight: of the divergence of the posterior from N(0, 1), both a mean over their own dimensions.
+    Args:
+        channels: channels of the images.
+        latent_channels: channels of the latents.
+        block_channels: width at each resolution; all but the first resolution halve it.
+        layers: residual blocks per resolution.
+        groups: groups of the group norms.
+        loss: reconstruction loss, "l1" or "l2".
+        kl_weight: weight of the divergence of the posterior from N(0, 1). Both terms are means over their dimensions.
     """
 
     channels: int = 3
@@ -56,7 +63,11 @@ class AutoencoderConfig:
         object.__setattr__(self, "block_channels", tuple(self.block_channels))
 
     def build(self, size: int):
-        """AutoencoderKL with random weights, of images `size` pixels wide and high."""
+        """Return an AutoencoderKL with random weights.
+
+        Args:
+            size: width and height of the images in pixels.
+        """
         levels = len(self.block_channels)
         return autoencoder_class()(
             in_channels=self.channels,
@@ -73,26 +84,16 @@ class AutoencoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderRunConfig:
-    """Everything that determines the training of an autoencoder."""
+class AutoencoderRunConfig(RunConfig):
+    """Settings that determine the training of an autoencoder."""
 
     autoencoder: AutoencoderConfig
-    data: datasets.DataConfig
+    data: DataConfig
     training: LoopConfig
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> AutoencoderRunConfig:
-        """Config of nested mappings; unknown or missing settings raise a ConfigError that names them."""
-        kinds = {"autoencoder": AutoencoderConfig, "data": datasets.DataConfig, "training": LoopConfig}
-        return cls(**read_sections(settings, {name: section(kind) for name, kind in kinds.items()}))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain mappings."""
-        return dataclasses.asdict(self)
 
 
 class AutoencoderTrainer(Loop):
-    """A run of an autoencoder in a folder, which is an AutoencoderKL in the diffusers layout."""
+    """Training run of an autoencoder, in a folder that is an AutoencoderKL in the diffusers layout."""
 
     CONFIG = AutoencoderRunConfig
     COMMAND = "train-autoencoder"
@@ -101,99 +102,65 @@ class AutoencoderTrainer(Loop):
         super().__init__(config, folder, device, tensorboard)
         torch.manual_seed(config.training.seed)
         self.vae = config.autoencoder.build(config.data.size).to(device)
-        check_images(self.vae, self.images, config.data.size)
-        training = config.training
-        self.optimizer = torch.optim.AdamW(
-            self.vae.parameters(),
-            lr=training.learning_rate,
-            betas=(training.beta1, training.beta2),
-            weight_decay=training.weight_decay,
-            fused=True,
-        )
+        check_autoencoder_input(self.vae, self.images, config.data.size)
+        self.optimizer = self.add_optimizer(self.vae.parameters())
 
-    def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """One step on reconstruction and divergence; its random numbers belong to the step's number."""
-        training, config = self.config.training, self.config.autoencoder
-        random = datasets.generator(training.seed, self.step, 1)
-        x = self._images(images)
-        rate = self.set_learning_rate(self.optimizer)
+    def train_step(self, random: torch.Generator, *batch: torch.Tensor) -> dict[str, float]:
+        """Take one step on reconstruction and divergence."""
+        config = self.config.autoencoder
+        x = self._scaled(batch[0])
         distribution = self.vae.encode(x).latent_dist
         noise = torch.randn(distribution.mean.shape, generator=random).to(self.device)
         difference = self.vae.decode(distribution.mean + distribution.std * noise).sample - x
         reconstruction = difference.abs().mean() if config.loss == "l1" else difference.square().mean()
         divergence = distribution.kl().mean() / distribution.mean[0].numel()
-        loss = reconstruction + config.kl_weight * divergence
-        self.check_finite(loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.vae.parameters(), training.clip or math.inf)
-        self.optimizer.step()
-        self.step += 1
-        return {
-            "step": self.step,
-            "reconstruction": reconstruction.item(),
-            "divergence": divergence.item(),
-            "gradient_norm": norm.item(),
-            "learning_rate": rate,
-        }
+        norm = self.descend(self.optimizer, self.vae.parameters(), reconstruction + config.kl_weight * divergence)
+        return {"reconstruction": reconstruction.item(), "divergence": divergence.item(), "gradient_norm": norm}
+
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """Return the autoencoder and its optimizer."""
+        return {"vae": self.vae, "optimizer": self.optimizer}
 
     @torch.no_grad()
-    def save_samples(self) -> None:
+    def save_samples(self, path: Path) -> None:
         """Write a grid of images above their reconstructions."""
-        x = self._images(first_images(self.images, SHOWN_IMAGES))
+        x = self._scaled(first_images(self.images, SHOWN_IMAGES))
         mean, _ = posterior(self.vae, x)
-        save_pairs(x, self.vae.decode(mean).sample, self.folder / "samples" / f"{self.step:07d}.png")
+        save_pairs(x, self.vae.decode(mean).sample, path)
 
     def save_weights(self) -> None:
-        """Write the autoencoder; its scaling factor makes the standard deviation of the latents one."""
+        """Write the autoencoder, with the scaling factor that gives its latents a standard deviation of one."""
         save_vae(self.vae, self.folder, 1 / self._latent_std())
 
-    def state(self) -> dict[str, Any]:
-        """Weights and the optimiser's moments."""
-        return {"vae": self.vae.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state(self, state: dict[str, Any], source: Path) -> None:
-        """Take back what `state` gave."""
-        load_module(self.vae, state["vae"], source)
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def _images(self, images: torch.Tensor) -> torch.Tensor:
+    def _scaled(self, images: torch.Tensor) -> torch.Tensor:
         return scale_images(images, self.images.levels, self.config.autoencoder.channels).to(self.device)
 
     def _latent_std(self) -> float:
         images = first_images(self.images, SCALE_IMAGES)
-        moments = [posterior(self.vae, self._images(part)) for part in images.split(BATCH)]
+        moments = [posterior(self.vae, self._scaled(part)) for part in images.split(BATCH)]
         mean, std = (torch.cat(parts).double() for parts in zip(*moments))
         return math.sqrt(mean.var(correction=0) + std.square().mean())
 
 
-def check_images(vae: Any, images: datasets.ImageSet, size: int) -> None:
-    """Raise ConfigError unless images of this size go through an autoencoder."""
-    if not images.levels:
-        raise ConfigError("data: latents, but an autoencoder takes images")
-    if size % downsampling(vae):
-        raise ConfigError(f"data.size={size}: the autoencoder makes latents of 1/{downsampling(vae)} of the side")
-    channels = images[0][0].shape[0]
-    if channels not in (1, vae.config.in_channels):
-        raise ConfigError(f"the autoencoder takes {vae.config.in_channels} channels, the images have {channels}")
+def first_images(images: ImageSet, count: int) -> torch.Tensor:
+    """Return uint8 (count, C, H, W) images, spread evenly over the set.
 
-
-def first_images(images: datasets.ImageSet, count: int) -> torch.Tensor:
-    """uint8 (count, C, H, W) images, spread evenly over the set."""
+    Args:
+        images: images to choose from.
+        count: number of images; a smaller set gives all of its images.
+    """
     count = min(count, len(images))
     return torch.stack([images[i * len(images) // count][0] for i in range(count)])
 
 
 def save_pairs(x: torch.Tensor, decoded: torch.Tensor, path: Path) -> None:
-    """Write images on [-1, 1] as a PNG, a row of them above each row of what was decoded."""
+    """Write a grid in which a row of images is followed by a row of their reconstructions.
+
+    Args:
+        x: (B, C, H, W) images on [-1, 1].
+        decoded: reconstructions of the same shape.
+        path: PNG file to write.
+    """
     columns = min(8, len(x))
     rows = [part for pair in zip(x.split(columns), decoded.split(columns)) for part in pair if len(part) == columns]
-    save_grid(datasets.quantise(torch.cat(rows), 256, 1.0), path, columns)
-
-
-def load_module(module: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Load a state strictly; CheckpointError when its names or shapes are others."""
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{source} does not fit its settings: {str(error).splitlines()[-1].strip()}") from None
+    save_grid(to_pixels(torch.cat(rows), 256, 1.0), path, columns)

@@ -1,7 +1,7 @@
-"""The loop that trainers share: a run in a folder that is resumed at the bit.
+"""The loop that all trainers share, and the settings of a run.
 
-A step is a function of the settings, its number and the state that `state` gives, so that a resumed run repeats an
-uninterrupted one.
+A step depends only on the settings, its number and the state in the checkpoint. A resumed run therefore repeats an
+uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ import dataclasses
 import json
 import math
 import pickle
+import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import yaml
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data import datasets
+from ..data.datasets import ShuffledBatches, generator, load
 from ..errors import CheckpointError, ConfigError, StarflowError
 from ..io.files import write_atomically, write_text
+from ..settings import read_sections, section
 
 STATE = "training.pt"
 METRICS = "metrics.jsonl"
@@ -29,11 +33,23 @@ SETTINGS = "settings.yaml"
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """Settings of a loop.
+    """Settings of the training loop.
 
-    steps, batch_size: of the optimiser. learning_rate rises linearly over warmup_steps, then falls to
-    min_learning_rate along a cosine. weight_decay, beta1, beta2: of AdamW. clip: largest gradient norm, 0 for none.
-    workers: processes that read images. sample_every, checkpoint_every, log_every: in steps, 0 for never.
+    Args:
+        steps: number of optimizer steps.
+        batch_size: images per step.
+        learning_rate: largest learning rate. It rises linearly over `warmup_steps`, then falls along a cosine.
+        min_learning_rate: learning rate at the end.
+        warmup_steps: number of steps with a rising learning rate.
+        weight_decay: weight decay of AdamW.
+        beta1: decay of the first moment of AdamW.
+        beta2: decay of the second moment of AdamW.
+        clip: largest gradient norm; 0 does not clip.
+        seed: seed of all random numbers.
+        workers: processes that read images.
+        sample_every: steps between sample grids; 0 writes none.
+        checkpoint_every: steps between checkpoints; 0 writes one at the end only.
+        log_every: steps between entries of the metrics; 0 writes the last step only.
     """
 
     steps: int
@@ -56,9 +72,6 @@ class LoopConfig:
         "batch_size": (1, math.inf),
         "beta1": (0, 1),
         "beta2": (0, 1),
-        "ema": (0, 1),
-        "dropout": (0, 1),
-        "label_drop": (0, 1.0001),
     }
 
     def __post_init__(self):
@@ -71,7 +84,7 @@ class LoopConfig:
                 raise ConfigError(f"training: {field.name}={value} is not in [{low}, {high})")
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -79,28 +92,71 @@ class LoopConfig:
         return self.min_learning_rate + (self.learning_rate - self.min_learning_rate) * cosine
 
 
-class Loop:
-    """A run in a folder: settings, weights, checkpoint, metrics and sample grids.
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Base of the settings that determine a run: a frozen dataclass per section, `data` and `training` among them."""
 
-    A trainer gives CONFIG, the type of its settings (with the fields `data` and `training`, `from_dict` and `to_dict`),
-    and the methods from `train_step` on.
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> RunConfig:
+        """Read nested mappings.
+
+        Args:
+            settings: a mapping per section, as `to_dict` gives.
+
+        Raises:
+            ConfigError: a setting is unknown, missing or out of range.
+        """
+        kinds = typing.get_type_hints(cls)
+        readers = {field.name: _reader(kinds[field.name]) for field in dataclasses.fields(cls)}
+        return cls(**read_sections(settings, readers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested plain mappings."""
+        return dataclasses.asdict(self)
+
+
+def _reader(kind: type) -> Callable[[dict[str, Any]], Any]:
+    return getattr(kind, "from_dict", None) or section(kind)
+
+
+class Loop:
+    """A training run in a folder: settings, weights, checkpoint, metrics and sample grids.
+
+    A trainer sets CONFIG and COMMAND and defines the methods from `train_step` on. Its constructor makes the modules
+    and calls `add_optimizer`.
+
+    Args:
+        config: settings of the run, of the type CONFIG.
+        folder: folder of the run; it is made where needed.
+        device: torch device that trains.
+        tensorboard: whether to log to a folder `tensorboard` too.
     """
 
-    CONFIG: ClassVar[Any]
+    CONFIG: ClassVar[type[RunConfig]]
     COMMAND: ClassVar[str]
 
     def __init__(self, config: Any, folder: Path, device: str = "cpu", tensorboard: bool = False):
         self.config, self.folder, self.device = config, Path(folder), device
-        self.images, _ = datasets.load(config.data)
+        self.images, _ = load(config.data)
         if not len(self.images):
             raise ConfigError("data: no images are left for training")
         self.step = 0
         self.metrics: list[dict[str, float]] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         self.writer = _tensorboard(self.folder) if tensorboard else None
 
     @classmethod
     def resume(cls, folder: Path, device: str = "cpu", tensorboard: bool = False) -> Loop:
-        """Trainer at the last checkpoint in a run's folder; CheckpointError when there is none or it is damaged."""
+        """Return the trainer at the last checkpoint of a run.
+
+        Args:
+            folder: folder of the run.
+            device: torch device that trains.
+            tensorboard: whether to log to a folder `tensorboard` too.
+
+        Raises:
+            CheckpointError: the folder has no checkpoint, or a damaged one.
+        """
         path = Path(folder) / STATE
         if not path.exists():
             raise CheckpointError(f"nothing to resume: no {path}")
@@ -114,21 +170,26 @@ class Loop:
         return trainer
 
     def run(self, quiet: bool = False) -> None:
-        """Train to the last step; a KeyboardInterrupt leaves a checkpoint behind."""
+        """Train to the last step. A KeyboardInterrupt writes a checkpoint before it is raised again.
+
+        Args:
+            quiet: whether to hide the progress bar.
+        """
         training = self.config.training
         bar = tqdm(total=training.steps, initial=self.step, disable=quiet or None, unit="step", smoothing=0.05)
         try:
-            order = datasets.ShuffledBatches(
-                len(self.images), training.batch_size, training.seed, self.step, training.steps
-            )
+            order = ShuffledBatches(len(self.images), training.batch_size, training.seed, self.step, training.steps)
             for batch in DataLoader(self.images, batch_sampler=order, num_workers=training.workers):
-                metrics = self.train_step(*batch)
+                rate = self._set_learning_rate()
+                metrics = self.train_step(generator(training.seed, self.step, 1), *batch)
+                self.step += 1
+                metrics = {"step": self.step, **metrics, "learning_rate": rate}
                 bar.update()
                 last = self.step == training.steps
                 if last or (training.log_every and self.step % training.log_every == 0):
-                    self.log(metrics, bar)
+                    self._log(metrics, bar)
                 if training.sample_every and (last or self.step % training.sample_every == 0):
-                    self.save_samples()
+                    self.save_samples(self.folder / "samples" / f"{self.step:07d}.png")
                 if last or (training.checkpoint_every and self.step % training.checkpoint_every == 0):
                     self.save()
         except KeyboardInterrupt:
@@ -139,56 +200,113 @@ class Loop:
             if self.writer:
                 self.writer.close()
 
-    def log(self, metrics: dict[str, float], bar: tqdm) -> None:
-        """Append to metrics.jsonl, the progress bar and TensorBoard."""
-        self.metrics.append(metrics)
-        bar.set_postfix({name: f"{value:.4f}" for name, value in list(metrics.items())[1:3]})
-        if self.writer:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, self.step)
+    def add_optimizer(self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return an AdamW with the settings of the run, whose learning rate follows the schedule.
+
+        Args:
+            parameters: parameters to train, or parameter groups with settings of their own.
+        """
+        training = self.config.training
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=training.learning_rate,
+            betas=(training.beta1, training.beta2),
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+        self.optimizers.append(optimizer)
+        return optimizer
+
+    def descend(
+        self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], loss: torch.Tensor
+    ) -> float:
+        """Take one optimizer step down the clipped gradient of a loss, and return the gradient norm before clipping.
+
+        Args:
+            optimizer: optimizer of `add_optimizer`.
+            parameters: parameters of that optimizer, in the order in which the norm adds them.
+            loss: scalar.
+
+        Raises:
+            StarflowError: the loss is not finite.
+        """
+        if not torch.isfinite(loss):
+            raise StarflowError(
+                f"the loss is {loss.item()} at step {self.step}: nothing was saved since the last checkpoint; "
+                f"lower training.learning_rate"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.training.clip or math.inf)
+        optimizer.step()
+        return norm.item()
 
     def save(self) -> None:
-        """Write weights, settings, metrics and the state that `resume` reads, each atomically, the state last."""
+        """Write weights, settings, metrics and then the checkpoint, each file atomically."""
         self.save_weights()
         write_text(self.folder / SETTINGS, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         write_text(self.folder / METRICS, "".join(json.dumps(m) + "\n" for m in self.metrics))
         state = {"config": self.config.to_dict(), "step": self.step, "metrics": self.metrics, **self.state()}
         write_atomically(self.folder / STATE, lambda path: torch.save(state, path))
 
-    def set_learning_rate(self, *optimizers: torch.optim.Optimizer) -> float:
-        """Learning rate of the present step, set in the optimisers."""
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside settings, step and metrics."""
+        return {name: part.state_dict() for name, part in self.parts().items()}
+
+    def load_state(self, state: dict[str, Any], source: Path) -> None:
+        """Restore what `state` returned.
+
+        Args:
+            state: content of a checkpoint.
+            source: path of the checkpoint, for error messages.
+
+        Raises:
+            CheckpointError: names or shapes of the weights do not fit the settings.
+        """
+        for name, part in self.parts().items():
+            try:
+                part.load_state_dict(state[name])
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise CheckpointError(f"{source} does not fit its settings: {reason}") from None
+
+    def _set_learning_rate(self) -> float:
         rate = self.config.training.learning_rate_at(self.step)
-        for optimizer in optimizers:
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         return rate
 
-    def check_finite(self, loss: torch.Tensor) -> None:
-        """Raise StarflowError when training has diverged."""
-        if not torch.isfinite(loss):
-            raise StarflowError(
-                f"the loss is {loss.item()} at step {self.step}: nothing was saved since the last checkpoint; "
-                f"lower training.learning_rate"
-            )
+    def _log(self, metrics: dict[str, float], bar: tqdm) -> None:
+        self.metrics.append(metrics)
+        bar.set_postfix({name: f"{value:.4f}" for name, value in list(metrics.items())[1:3]})
+        if self.writer:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, self.step)
 
-    def train_step(self, *batch: torch.Tensor) -> dict[str, float]:
-        """One step of the optimiser; its random numbers belong to the step's number. Counts the step."""
+    def train_step(self, random: torch.Generator, *batch: torch.Tensor) -> dict[str, float]:
+        """Take one step and return its metrics, the most important two first.
+
+        Args:
+            random: source of all random numbers of the step; it depends on the seed and the number of the step.
+            batch: rows of the data set, one tensor per column.
+        """
         raise NotImplementedError
 
-    def save_samples(self) -> None:
-        """Write a grid that shows what was learned."""
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """Return the modules and optimizers that a checkpoint holds, by name."""
+        raise NotImplementedError
+
+    def save_samples(self, path: Path) -> None:
+        """Write a grid of images that shows what the model has learned.
+
+        Args:
+            path: PNG file to write.
+        """
         raise NotImplementedError
 
     def save_weights(self) -> None:
-        """Write the weights for those who use them."""
-        raise NotImplementedError
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs beside settings, step and metrics."""
-        raise NotImplementedError
-
-    def load_state(self, state: dict[str, Any], source: Path) -> None:
-        """Take back what `state` gave."""
+        """Write the trained model."""
         raise NotImplementedError
 
 

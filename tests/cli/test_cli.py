@@ -180,9 +180,9 @@ def test_help_shows_an_example(command, capsys):
 
 @pytest.mark.parametrize("name", presets())
 def test_presets_are_complete(name):
-    from starflow.training.flow import RunConfig
+    from starflow.training.flow import FlowRunConfig
 
-    Flow(RunConfig.from_dict(read_settings(PRESETS / f"{name}.yaml")).model)
+    Flow(FlowRunConfig.from_dict(read_settings(PRESETS / f"{name}.yaml")).model)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from starflow import ConfigError, DataError
-from starflow.data.datasets import DataConfig, ShuffledBatches, dequantise, generator, load, quantise
+from starflow.data.datasets import DataConfig, ShuffledBatches, dequantize, generator, load, to_pixels
 
 
 def test_digits():
@@ -76,13 +76,13 @@ def test_batches_depend_on_seed_and_step_alone():
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
-def test_dequantise_and_quantise(levels):
+def test_pixels_come_back_from_dequantized_images(levels):
     k = torch.arange(levels, dtype=torch.uint8)
     expected = (k.float() * (255 / (levels - 1))).round().to(torch.uint8)
-    uniform = dequantise(k.repeat(50, 1), levels, 0.0, generator(0))
+    uniform = dequantize(k.repeat(50, 1), levels, 0.0, generator(0))
     assert uniform.min() >= -1 and uniform.max() <= 1
-    assert torch.equal(quantise(uniform, levels, 0.0), expected.repeat(50, 1))
-    noisy = dequantise(k.repeat(4000, 1), levels, 0.1, generator(0))
+    assert torch.equal(to_pixels(uniform, levels, 0.0), expected.repeat(50, 1))
+    noisy = dequantize(k.repeat(4000, 1), levels, 0.1, generator(0))
     assert (noisy.mean(0) - (k.float() / (levels - 1) * 2 - 1)).abs().max() < 0.01
     assert noisy.std(0).mean() == pytest.approx(0.1, rel=0.05)
-    assert torch.equal(quantise(noisy.mean(0), levels, 0.1), expected) or levels == 256
+    assert torch.equal(to_pixels(noisy.mean(0), levels, 0.1), expected) or levels == 256

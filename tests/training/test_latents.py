@@ -19,7 +19,7 @@ from starflow.data.latents import EMPTY_PROMPT, Manifest, draw_latents
 from starflow.data.prompts import encode_prompts
 from starflow.models.autoencoder import load_vae, posterior, save_vae, scale_images
 from starflow.training.autoencoder import AutoencoderConfig
-from starflow.training.flow import RunConfig, Trainer
+from starflow.training.flow import FlowRunConfig, FlowTrainer
 
 WORDS = ("a cat", "the dog")
 LENGTH = components.TEXT_LEN
@@ -171,9 +171,9 @@ def test_draws_have_the_variance_of_posterior_and_noise():
     assert z.mean() == pytest.approx(3, abs=0.01) and z.std() == pytest.approx(0.5, rel=0.01)
 
 
-def run_config(cache, model=None, **training) -> RunConfig:
+def run_config(cache, model=None, **training) -> FlowRunConfig:
     loop = {"steps": 6, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_every": 0, "log_every": 1, **training}
-    return RunConfig.from_dict(
+    return FlowRunConfig.from_dict(
         {
             "model": {**MODEL, **(model or {})},
             "data": {"source": "latents", "path": str(cache), "size": 8},
@@ -182,8 +182,8 @@ def run_config(cache, model=None, **training) -> RunConfig:
     )
 
 
-def train(config: RunConfig, folder) -> Trainer:
-    trainer = Trainer(config, folder)
+def train(config: FlowRunConfig, folder) -> FlowTrainer:
+    trainer = FlowTrainer(config, folder)
     trainer.run(quiet=True)
     return trainer
 
@@ -198,7 +198,7 @@ def test_training_from_latents(cache, model, tmp_path):
 
 def test_resume_repeats_an_uninterrupted_run(cache, tmp_path):
     train(run_config(cache, label_drop=0.5), tmp_path / "whole")
-    part = Trainer(run_config(cache, label_drop=0.5), tmp_path / "part")
+    part = FlowTrainer(run_config(cache, label_drop=0.5), tmp_path / "part")
     step = part.train_step
 
     def interrupted(*batch):
@@ -209,16 +209,16 @@ def test_resume_repeats_an_uninterrupted_run(cache, tmp_path):
     part.train_step = interrupted
     with pytest.raises(KeyboardInterrupt):
         part.run(quiet=True)
-    Trainer.resume(tmp_path / "part").run(quiet=True)
+    FlowTrainer.resume(tmp_path / "part").run(quiet=True)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 @pytest.mark.parametrize("drop", [0.0, 1.0])
 def test_dropped_captions_are_the_empty_prompt(cache, drop, tmp_path):
-    trainer = Trainer(run_config(cache, label_drop=drop), tmp_path)
+    trainer = FlowTrainer(run_config(cache, label_drop=drop), tmp_path)
     batch = [torch.stack(column) for column in zip(*(trainer.images[i] for i in range(8)))]
-    _, labels, text = trainer._conditions(batch, generator(0))
+    _, labels, text = trainer.conditions(batch, generator(0))
     empty = trainer.images.texts.states(torch.zeros(8, dtype=torch.int64))
     own = [trainer.images.texts.states(rows) for rows in batch[2]]
     assert labels is None
@@ -238,13 +238,13 @@ def test_dropped_captions_are_the_empty_prompt(cache, drop, tmp_path):
 )
 def test_model_must_fit_the_latents(cache, model, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        Trainer(run_config(cache, model), tmp_path)
+        FlowTrainer(run_config(cache, model), tmp_path)
 
 
 def test_text_needs_text(parts, tmp_path):
     encode(encode_config(parts, text=""), tmp_path / "cache", quiet=True)
     with pytest.raises(ConfigError, match="has no text"):
-        Trainer(run_config(tmp_path / "cache"), tmp_path)
+        FlowTrainer(run_config(tmp_path / "cache"), tmp_path)
 
 
 def test_commands(parts, tmp_path, capsys):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from starflow import CheckpointError, ConfigError, StarflowError
-from starflow.training.flow import RunConfig, Trainer, TrainingConfig
+from starflow.training.flow import FlowRunConfig, FlowTrainer, FlowTrainingConfig
 
 MODEL = {
     "image_size": 8,
@@ -28,15 +28,15 @@ MODEL = {
 TRAINING = {"steps": 8, "batch_size": 32, "learning_rate": 3e-3, "warmup_steps": 2, "ema": 0.9, "dropout": 0.1}
 
 
-def settings(model=None, **training) -> RunConfig:
+def settings(model=None, **training) -> FlowRunConfig:
     never = {"sample_every": 0, "checkpoint_every": 0, "log_every": 1}
-    return RunConfig.from_dict(
+    return FlowRunConfig.from_dict(
         {"model": {**MODEL, **(model or {})}, "data": {}, "training": {**TRAINING, **never, **training}}
     )
 
 
-def train(config: RunConfig, folder) -> Trainer:
-    trainer = Trainer(config, folder)
+def train(config: FlowRunConfig, folder) -> FlowTrainer:
+    trainer = FlowTrainer(config, folder)
     trainer.run(quiet=True)
     return trainer
 
@@ -58,7 +58,7 @@ def test_learns_and_writes_a_run(tmp_path):
 @pytest.mark.parametrize("model", [{}, {"scale": "unit"}])
 def test_resume_repeats_an_uninterrupted_run(tmp_path, model):
     whole = train(settings(model), tmp_path / "whole")
-    part = Trainer(settings(model), tmp_path / "part")
+    part = FlowTrainer(settings(model), tmp_path / "part")
     step = part.train_step
 
     def interrupted(*batch):
@@ -70,7 +70,7 @@ def test_resume_repeats_an_uninterrupted_run(tmp_path, model):
     with pytest.raises(KeyboardInterrupt):
         part.run(quiet=True)
     torch.manual_seed(1234)
-    resumed = Trainer.resume(tmp_path / "part")
+    resumed = FlowTrainer.resume(tmp_path / "part")
     assert resumed.step == 5
     resumed.run(quiet=True)
     assert same(tmp_path / "whole", tmp_path / "part")
@@ -82,8 +82,8 @@ def test_resume_after_a_kill(tmp_path):
     train(config, tmp_path / "whole")
     code = (
         "import sys, json, torch; torch.set_num_threads(1)\n"
-        "from starflow.training.flow import RunConfig, Trainer\n"
-        "Trainer(RunConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2]).run(quiet=True)"
+        "from starflow.training.flow import FlowRunConfig, FlowTrainer\n"
+        "FlowTrainer(FlowRunConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2]).run(quiet=True)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, json.dumps(config.to_dict()), str(tmp_path / "killed")])
     deadline = time.monotonic() + 120
@@ -91,7 +91,7 @@ def test_resume_after_a_kill(tmp_path):
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    resumed = Trainer.resume(tmp_path / "killed")
+    resumed = FlowTrainer.resume(tmp_path / "killed")
     assert 0 < resumed.step < 40
     resumed.run(quiet=True)
     assert same(tmp_path / "whole", tmp_path / "killed")
@@ -99,16 +99,16 @@ def test_resume_after_a_kill(tmp_path):
 
 def test_what_cannot_be_resumed(tmp_path):
     with pytest.raises(CheckpointError, match="nothing to resume"):
-        Trainer.resume(tmp_path)
+        FlowTrainer.resume(tmp_path)
     train(settings(steps=1), tmp_path)
     whole = (tmp_path / "training.pt").read_bytes()
     (tmp_path / "training.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
-        Trainer.resume(tmp_path)
+        FlowTrainer.resume(tmp_path)
 
 
 def test_divergence_stops_the_run(tmp_path):
-    trainer = Trainer(settings(), tmp_path)
+    trainer = FlowTrainer(settings(), tmp_path)
     next(trainer.flow.parameters()).data.fill_(float("nan"))
     with pytest.raises(StarflowError, match="the loss is nan at step 0"):
         trainer.run(quiet=True)
@@ -121,7 +121,7 @@ def test_bf16_autocast_trains(tmp_path):
 
 
 def test_learning_rate_schedule():
-    config = TrainingConfig(steps=110, batch_size=1, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
+    config = FlowTrainingConfig(steps=110, batch_size=1, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
     assert config.learning_rate_at(0) == pytest.approx(0.1)
     assert config.learning_rate_at(9) == 1.0
     assert config.learning_rate_at(60) == pytest.approx(0.55)
@@ -131,7 +131,7 @@ def test_learning_rate_schedule():
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("training", {"learning_rat": 1}, "unknown TrainingConfig settings learning_rat"),
+        ("training", {"learning_rat": 1}, "unknown FlowTrainingConfig settings learning_rat"),
         ("training", {"steps": 0}, "steps=0"),
         ("training", {"steps": 1.5}, "steps=1.5"),
         ("training", {"bf16": 1}, "bf16=1"),
@@ -144,7 +144,7 @@ def test_settings_are_checked(section, change, message):
     with pytest.raises(ConfigError, match=message):
         config = {"model": dict(MODEL), "data": {}, "training": dict(TRAINING)}
         config[section].update(change)
-        RunConfig.from_dict(config)
+        FlowRunConfig.from_dict(config)
 
 
 @pytest.mark.parametrize(
@@ -157,4 +157,4 @@ def test_settings_are_checked(section, change, message):
 )
 def test_model_must_fit_the_data(tmp_path, model, message):
     with pytest.raises(ConfigError, match=message):
-        Trainer(settings(model), tmp_path)
+        FlowTrainer(settings(model), tmp_path)
