@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from starflow import Flow
-from starflow.data.encode import load_text
+from starflow.data.prompts import load_text
 from starflow.models.autoencoder import load_vae
 from starflow.pipelines import FlowModel, STARFlowPipeline
 

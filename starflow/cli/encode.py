@@ -56,7 +56,7 @@ def add_arguments(parser: Parser) -> None:
         "--out", metavar="CACHE", required=True, help="Folder for the cache files and their index. Required."
     )
     parser.add_argument(
-        "--shard-size", type=positive, default=4096, metavar="N", help="Rows per cache file. Default: 4096."
+        "--rows-per-file", type=positive, default=4096, metavar="N", help="Rows per cache file. Default: 4096."
     )
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="Images per batch. Default: 32.")
     parser.add_argument(
@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"{path}: no section data")
     override(settings, args.set)
     images = section(DataConfig)(settings["data"])
-    config = EncodeConfig(images, args.vae, args.text, args.length, args.text_dtype, args.shard_size)
+    config = EncodeConfig(images, args.vae, args.text, args.length, args.text_dtype, args.rows_per_file)
     report = encode(config, Path(args.out), device(args.device), args.batch_size, args.quiet)
-    counts = ", ".join(f"{count} {kind.replace('_', '-')}" for kind, count in report.manifest.counts.items())
+    counts = ", ".join(f"{count} {kind.replace('_', '-')}" for kind, count in report.index.counts.items())
     done = "already complete"
     if report.written:
         done = f"{report.written} cache files written, {report.found} were already there"
     print(f"{args.out}: {counts}; {done}")
-    return {"written": report.written, "found": report.found, "counts": report.manifest.counts}
+    return {"written": report.written, "found": report.found, "counts": report.index.counts}

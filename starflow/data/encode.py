@@ -1,4 +1,4 @@
-"""Images to cached latents, with the text states of their captions: each image and each caption goes through once."""
+"""Encoding of images to a cache of latents with text states. Each image and each distinct caption is encoded once."""
 
 from __future__ import annotations
 
@@ -14,23 +14,27 @@ from tqdm import tqdm
 
 from starflow_kernels.spec import check_choice
 
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import ConfigError, DataError
 from ..io.files import write_atomically, write_text
 from ..models.autoencoder import downsampling, load_vae, posterior, scale_images, vae_folder
 from . import datasets
-from .latents import MANIFEST, SPLITS, Manifest, shard_path
-from .prompts import encode_prompts
+from .latents import INDEX, SPLITS, CacheIndex, cache_path
+from .prompts import encode_prompts, load_text
 
 TextDtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodeConfig:
-    """What a cache is made of.
+    """Settings of a cache of latents.
 
-    vae: folder of an autoencoder or a pipeline. text: folder with text_encoder/ and tokenizer/, such as a pipeline's,
-    empty for latents without text. length: of the text states in tokens. text_dtype: of the stored states.
-    shard_size: rows of a shard.
+    Args:
+        data: images to encode.
+        vae: folder of an autoencoder, or of a pipeline.
+        text: folder with text_encoder/ and tokenizer/, such as that of a pipeline; empty for latents without text.
+        length: length of the text states in tokens.
+        text_dtype: dtype of the stored text states.
+        rows_per_file: rows of a cache file.
     """
 
     data: datasets.DataConfig
@@ -38,10 +42,10 @@ class EncodeConfig:
     text: str = ""
     length: int = 128
     text_dtype: TextDtype = "float32"
-    shard_size: int = 4096
+    rows_per_file: int = 4096
 
     def __post_init__(self):
-        for name in ("length", "shard_size"):
+        for name in ("length", "rows_per_file"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a positive integer")
         try:
@@ -50,11 +54,15 @@ class EncodeConfig:
             raise ConfigError(str(error)) from None
 
     def identity(self, captions: list[str]) -> dict[str, Any]:
-        """Settings that a cache depends on, models by the hashes of their files."""
+        """Return the settings that determine a cache, with digests in place of the models.
+
+        Args:
+            captions: distinct captions of the images.
+        """
         settings = {
             "data": dataclasses.asdict(self.data),
             "vae": folder_hash(vae_folder(Path(self.vae))),
-            "shard_size": self.shard_size,
+            "rows_per_file": self.rows_per_file,
         }
         if self.text:
             settings |= {
@@ -69,19 +77,33 @@ class EncodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncodeReport:
-    """Shards that this call wrote, those that were there already, and what the cache holds."""
+    """Result of a call of `encode`.
+
+    Args:
+        written: cache files that the call wrote.
+        found: cache files that were there before.
+        index: index of the cache.
+    """
 
     written: int
     found: int
-    manifest: Manifest
+    index: CacheIndex
 
 
 def encode(
     config: EncodeConfig, folder: Path, device: str = "cpu", batch_size: int = 32, quiet: bool = False
 ) -> EncodeReport:
-    """Fill a cache; one that was interrupted is continued at its first missing shard, a complete one left as it is.
+    """Fill a cache. An interrupted one is continued at its first missing file, and a complete one is left as it is.
 
-    Raises DataError when the folder holds a cache of other settings, or shards without a manifest.
+    Args:
+        config: settings of the cache.
+        folder: folder of the cache.
+        device: torch device of the models.
+        batch_size: images or captions per batch.
+        quiet: whether to hide the progress bar.
+
+    Raises:
+        DataError: the folder holds a cache of other settings, or other safetensors files.
     """
     folder, vae = Path(folder), load_vae(config.vae, device)
     splits = dict(zip(SPLITS, datasets.load(config.data)))
@@ -91,7 +113,7 @@ def encode(
     prompts = _distinct_captions(splits.values()) if config.text else []
     tokenizer, text_encoder = load_text(config.text, device) if config.text else (None, None)
     side = config.data.size // downsampling(vae)
-    manifest = Manifest(
+    index = CacheIndex(
         settings=_plain(config.identity(prompts)),
         counts={kind: len(images) for kind, images in splits.items()} | ({"text": len(prompts)} if prompts else {}),
         shape=(vae.config.latent_channels, side, side),
@@ -101,14 +123,14 @@ def encode(
         text=(config.length, text_encoder.config.d_model) if prompts else None,
         complete=False,
     )
-    _check_folder(folder, manifest)
+    _check_folder(folder, index)
     rows = {prompt: row for row, prompt in enumerate(prompts)}
     written = found = 0
-    bar = tqdm(total=sum(manifest.counts.values()), disable=quiet or None, unit="row")
-    for kind, count in manifest.counts.items():
-        for shard, start in enumerate(range(0, count, config.shard_size)):
-            part = range(start, min(start + config.shard_size, count))
-            path = shard_path(folder, kind, shard)
+    bar = tqdm(total=sum(index.counts.values()), disable=quiet or None, unit="row")
+    for kind, count in index.counts.items():
+        for number, start in enumerate(range(0, count, config.rows_per_file)):
+            part = range(start, min(start + config.rows_per_file, count))
+            path = cache_path(folder, kind, number)
             if path.exists():
                 found += 1
             else:
@@ -123,29 +145,9 @@ def encode(
                 written += 1
             bar.update(len(part))
     bar.close()
-    manifest = dataclasses.replace(manifest, complete=True)
-    write_text(folder / MANIFEST, manifest.dumps())
-    return EncodeReport(written, found, manifest)
-
-
-def load_text(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Any, Any]:
-    """Tokenizer and T5EncoderModel of a folder with tokenizer/ and text_encoder/."""
-    folder = Path(folder)
-    try:
-        from transformers import AutoTokenizer, T5EncoderModel
-    except ImportError:
-        raise ConfigError("captions need transformers: pip install starflow-kernels[models]") from None
-    for name in ("tokenizer", "text_encoder"):
-        if not (folder / name).is_dir():
-            raise CheckpointError(f"no text encoder at {folder}: {folder / name} is not there")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
-    except Exception as error:
-        # transformers raises whatever its readers do.
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder}: not a text encoder that transformers reads ({reason})") from None
-    return tokenizer, text_encoder.to(device).eval()
+    index = dataclasses.replace(index, complete=True)
+    write_text(folder / INDEX, index.dumps())
+    return EncodeReport(written, found, index)
 
 
 def folder_hash(folder: Path) -> str:
@@ -186,22 +188,22 @@ def _distinct_captions(splits) -> list[str]:
     return ["", *sorted(captions - {""})]
 
 
-def _check_folder(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of a new cache, or refuse a folder that holds another one."""
-    if not (folder / MANIFEST).exists():
+def _check_folder(folder: Path, index: CacheIndex) -> None:
+    """Write the index of a new cache, or refuse a folder that holds another one."""
+    if not (folder / INDEX).exists():
         if any(folder.glob("*.safetensors")):
             raise DataError(f"{folder} holds files of something else: choose another folder for the cache")
-        write_text(folder / MANIFEST, manifest.dumps())
+        write_text(folder / INDEX, index.dumps())
         return
-    there = Manifest.load(folder)
-    for name in sorted(there.settings.keys() | manifest.settings.keys()):
-        old, new = there.settings.get(name), manifest.settings.get(name)
+    there = CacheIndex.load(folder)
+    for name in sorted(there.settings.keys() | index.settings.keys()):
+        old, new = there.settings.get(name), index.settings.get(name)
         if old != new and isinstance(old, dict) and isinstance(new, dict):
             name, old, new = next((f"{name}.{k}", old.get(k), v) for k, v in new.items() if v != old.get(k))
         if old != new:
             raise DataError(f"{folder} was made with {name}={old}, not {new}: choose another folder for the cache")
-    if there.counts != manifest.counts:
-        raise DataError(f"{folder} was made of {there.counts} rows, the data now has {manifest.counts}")
+    if there.counts != index.counts:
+        raise DataError(f"{folder} was made of {there.counts} rows, the data now has {index.counts}")
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

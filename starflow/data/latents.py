@@ -1,8 +1,12 @@
-"""Cached latents of an autoencoder with the text states of their captions: what `starflow encode` writes.
+"""Caches of latents with the text states of their captions, as `starflow encode` writes them.
 
-A cache is a folder of safetensors shards with a manifest beside them. A shard of images holds `mean` and `std` of the
-autoencoder's posterior, scaled, (n, C, h, w); `labels` (n,); and `captions` (n, K), rows of the text shards' `states`
-(m, length, text_dim). Row 0 of those is the empty prompt.
+A cache is a folder of cache files (safetensors) with a cache index. A cache file of images holds:
+
+- `mean`, `std`: (n, C, h, w) moments of the autoencoder's posterior, times its scaling factor.
+- `labels`: (n,) classes.
+- `captions`: (n, K) rows of the text states.
+
+A cache file of text holds `states`: (m, length, text_dim). Row 0 of all text states belongs to the empty prompt.
 """
 
 from __future__ import annotations
@@ -18,20 +22,26 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError
 
-MANIFEST = "manifest.json"
+INDEX = "index.json"
 FORMAT = 1
 SPLITS = ("train", "held_out")
 EMPTY_PROMPT = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a cache holds and what it was made of.
+class CacheIndex:
+    """Content of a cache and the settings that it was made with.
 
-    settings: all that determines it, data, models by their hashes, and shard size. counts: rows by kind of shard
-    ("train", "held_out", "text"). shape: (C, h, w) of a latent. scaling_factor: of the autoencoder, applied already.
-    captions: of an image, 0 for none. text: (length, text_dim) of the states, None without a text encoder.
-    complete: whether every shard is there.
+    Args:
+        settings: settings of the data, digests of the models, and rows per cache file.
+        counts: rows by kind of cache file: "train", "held_out" and "text".
+        shape: (C, h, w) of a latent.
+        scaling_factor: scaling factor of the autoencoder, which the latents include.
+        classes: names of the classes.
+        captions: captions per image, 0 for none.
+        text: (length, text_dim) of the text states, None without a text encoder.
+        complete: whether all cache files are written.
+        format: version of the format.
     """
 
     settings: dict[str, Any]
@@ -45,9 +55,16 @@ class Manifest:
     format: int = FORMAT
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
-        """Manifest of a cache; DataError when there is none or it is not one of this format."""
-        path = Path(folder) / MANIFEST
+    def load(cls, folder: Path) -> CacheIndex:
+        """Read the index of a cache.
+
+        Args:
+            folder: folder of the cache.
+
+        Raises:
+            DataError: the folder has no index, or one of another format.
+        """
+        path = Path(folder) / INDEX
         try:
             fields = json.loads(path.read_text())
             if fields.get("format") != FORMAT:
@@ -56,77 +73,124 @@ class Manifest:
                 fields[name] = None if fields[name] is None else tuple(fields[name])
             return cls(**fields)
         except FileNotFoundError:
-            raise DataError(
-                f"no cached latents at {folder} ({MANIFEST} is not there): starflow encode makes them"
-            ) from None
+            raise DataError(f"no cached latents at {folder}: {INDEX} is missing; starflow encode writes it") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: not a manifest of cached latents ({error})") from None
+            raise DataError(f"{path}: not an index of cached latents ({error})") from None
 
     def dumps(self) -> str:
-        """JSON that `load` reads."""
+        """Return the JSON that `load` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @property
-    def shard_size(self) -> int:
-        """Rows of a shard, but for the last of its kind."""
-        return self.settings["shard_size"]
+    def rows_per_file(self) -> int:
+        """Return the rows of a cache file; the last one of a kind may have fewer."""
+        return self.settings["rows_per_file"]
 
 
-def shard_path(folder: Path, kind: str, shard: int) -> Path:
-    """File of a shard."""
-    return Path(folder) / f"{kind}-{shard:05d}.safetensors"
+def cache_path(folder: Path, kind: str, number: int) -> Path:
+    """Return the path of a cache file.
+
+    Args:
+        folder: folder of the cache.
+        kind: "train", "held_out" or "text".
+        number: number of the file among those of its kind.
+    """
+    return Path(folder) / f"{kind}-{number:05d}.safetensors"
 
 
-class Shards:
-    """Rows of the tensors in the shards of one kind, read where they lie."""
+class CacheFiles:
+    """Rows of the tensors in the cache files of one kind, read on demand.
 
-    def __init__(self, folder: Path, kind: str, count: int, shard_size: int):
-        self.folder, self.kind, self.count, self.shard_size = Path(folder), kind, count, shard_size
+    Args:
+        folder: folder of the cache.
+        kind: "train", "held_out" or "text".
+        count: number of rows.
+        rows_per_file: rows of a cache file.
+
+    Raises:
+        DataError: a cache file is missing.
+    """
+
+    def __init__(self, folder: Path, kind: str, count: int, rows_per_file: int):
+        self.folder, self.kind, self.count, self.rows_per_file = Path(folder), kind, count, rows_per_file
         self._opened: dict[tuple[int, str], Any] = {}
-        for shard in range(-(-count // shard_size)):
-            if not shard_path(folder, kind, shard).exists():
-                raise DataError(f"{shard_path(folder, kind, shard)} is missing: starflow encode writes it anew")
+        for number in range(-(-count // rows_per_file)):
+            if not (path := cache_path(folder, kind, number)).exists():
+                raise DataError(f"{path} is missing: starflow encode writes it again")
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open files stay in their process.
+        # An open file cannot be sent to another process.
         return {**self.__dict__, "_opened": {}}
 
     def row(self, name: str, index: int) -> torch.Tensor:
-        """Row of a tensor."""
-        shard, row = divmod(index, self.shard_size)
-        return self._slice(shard, name)[row]
+        """Return one row of a tensor.
+
+        Args:
+            name: name of the tensor.
+            index: index of the row.
+
+        Raises:
+            DataError: the cache file is damaged.
+        """
+        number, row = divmod(index, self.rows_per_file)
+        return self._slice(number, name)[row]
 
     def column(self, name: str) -> torch.Tensor:
-        """All rows of a small tensor."""
-        return torch.cat([self._slice(shard, name)[:] for shard in range(-(-self.count // self.shard_size))])
+        """Return all rows of a small tensor.
 
-    def _slice(self, shard: int, name: str):
-        if (shard, name) not in self._opened:
-            path = shard_path(self.folder, self.kind, shard)
+        Args:
+            name: name of the tensor.
+
+        Raises:
+            DataError: a cache file is damaged.
+        """
+        return torch.cat([self._slice(number, name)[:] for number in range(-(-self.count // self.rows_per_file))])
+
+    def _slice(self, number: int, name: str):
+        if (number, name) not in self._opened:
+            path = cache_path(self.folder, self.kind, number)
             try:
-                self._opened[shard, name] = safe_open(path, "pt").get_slice(name)
+                self._opened[number, name] = safe_open(path, "pt").get_slice(name)
             except (OSError, SafetensorError) as error:
                 raise DataError(f"{path} is damaged: {error}") from None
-        return self._opened[shard, name]
+        return self._opened[number, name]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextStates:
-    """Text states by row; shape: (length, text_dim) of one."""
+    """Text states by row.
 
-    shards: Shards
+    Args:
+        files: cache files of text.
+        shape: (length, text_dim) of the states of one caption.
+    """
+
+    files: CacheFiles
     shape: tuple[int, int]
 
     def states(self, rows: torch.Tensor) -> torch.Tensor:
-        """float32 (B, length, text_dim) states of int64 rows (B,)."""
-        return torch.stack([self.shards.row("states", row).float() for row in rows.tolist()])
+        """Return float32 (B, length, text_dim) states.
+
+        Args:
+            rows: int64 (B,) rows.
+        """
+        return torch.stack([self.files.row("states", row).float() for row in rows.tolist()])
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentSet(Dataset):
-    """Latents by index: float32 (2, C, h, w) mean and standard deviation, label, and rows of `texts` (K,)."""
+    """Data set of latents: a row is float32 (2, C, h, w) mean and standard deviation, a label, and (K,) caption rows.
 
-    shards: Shards
+    Args:
+        files: cache files of images.
+        labels: int64 (N,) classes.
+        captions: int64 (N, K) rows of `texts`.
+        classes: names of the classes.
+        texts: text states of the captions, None without a text encoder.
+        levels: gray levels, 0 because latents have none.
+    """
+
+    files: CacheFiles
     labels: torch.Tensor
     captions: torch.Tensor
     classes: tuple[str, ...]
@@ -137,34 +201,47 @@ class LatentSet(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        moments = torch.stack([self.shards.row(name, index).float() for name in ("mean", "std")])
+        moments = torch.stack([self.files.row(name, index).float() for name in ("mean", "std")])
         return moments, self.labels[index], self.captions[index]
 
 
 def load_latents(folder: Path, size: int) -> tuple[LatentSet, LatentSet]:
-    """Training and held-out latents of a complete cache, `size` pixels wide and high."""
-    manifest = Manifest.load(folder)
-    if not manifest.complete:
+    """Return the training and held-out latents of a complete cache.
+
+    Args:
+        folder: folder of the cache.
+        size: width and height of the latents.
+
+    Raises:
+        DataError: the cache is missing, incomplete, damaged or of another size.
+    """
+    index = CacheIndex.load(folder)
+    if not index.complete:
         raise DataError(f"{folder}: the cache is not complete; starflow encode with the same settings continues it")
-    if manifest.shape[1:] != (size, size):
-        raise DataError(f"{folder}: latents of {manifest.shape[1]}x{manifest.shape[2]} pixels, but data.size={size}")
+    if index.shape[1:] != (size, size):
+        raise DataError(f"{folder}: latents of {index.shape[1]}x{index.shape[2]} pixels, but data.size={size}")
     texts = None
-    if manifest.text:
-        texts = TextStates(Shards(folder, "text", manifest.counts["text"], manifest.shard_size), manifest.text)
+    if index.text:
+        texts = TextStates(CacheFiles(folder, "text", index.counts["text"], index.rows_per_file), index.text)
 
     def split(kind: str) -> LatentSet:
-        shards = Shards(folder, kind, manifest.counts[kind], manifest.shard_size)
-        if not shards.count:
-            return LatentSet(shards, torch.empty(0, dtype=torch.int64), torch.empty(0, 0), manifest.classes, texts)
-        return LatentSet(shards, shards.column("labels"), shards.column("captions"), manifest.classes, texts)
+        files = CacheFiles(folder, kind, index.counts[kind], index.rows_per_file)
+        if not files.count:
+            return LatentSet(files, torch.empty(0, dtype=torch.int64), torch.empty(0, 0), index.classes, texts)
+        return LatentSet(files, files.column("labels"), files.column("captions"), index.classes, texts)
 
     return tuple(split(kind) for kind in SPLITS)
 
 
 def draw_latents(moments: torch.Tensor, noise_std: float, random: torch.Generator) -> torch.Tensor:
-    """Draws (B, C, h, w) of the posterior with Gaussian noise on top, of moments (B, 2, C, h, w).
+    """Return (B, C, h, w) draws from the posterior, plus Gaussian noise.
 
-    The sum of both noises is one Gaussian, of variance std^2 + noise_std^2.
+    The sum of both noises is drawn as one Gaussian of variance std^2 + noise_std^2.
+
+    Args:
+        moments: (B, 2, C, h, w) means and standard deviations.
+        noise_std: standard deviation of the added noise.
+        random: source of the noise.
     """
     mean, std = moments.unbind(1)
     return mean + (std.square() + noise_std**2).sqrt() * torch.randn(mean.shape, generator=random)

@@ -1,30 +1,68 @@
-"""Prompts of a text-to-image flow: their states, and the aspect ratios that they may name."""
+"""Prompts of a text-to-image flow: text states and aspect ratios."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-# width:height; a model that was trained on several of them is told which in the prompt.
+# width:height. A model that was trained on several ratios reads the ratio in the prompt.
 ASPECT_RATIOS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
+
+
+def load_text(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Any, Any]:
+    """Return the tokenizer and the T5EncoderModel of a folder.
+
+    Args:
+        folder: folder with tokenizer/ and text_encoder/.
+        device: torch device of the encoder.
+
+    Raises:
+        CheckpointError: a part is missing or damaged.
+        ConfigError: the package transformers is missing.
+    """
+    folder = Path(folder)
+    try:
+        from transformers import AutoTokenizer, T5EncoderModel
+    except ImportError:
+        raise ConfigError("captions need transformers: pip install starflow-kernels[models]") from None
+    for name in ("tokenizer", "text_encoder"):
+        if not (folder / name).is_dir():
+            raise CheckpointError(f"no text encoder at {folder}: {folder / name} is not there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+    except Exception as error:
+        # transformers raises errors of many types.
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder}: not a text encoder that transformers reads ({reason})") from None
+    return tokenizer, text_encoder.to(device).eval()
 
 
 @torch.no_grad()
 def encode_prompts(
     prompts: list[str], tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel, length: int
 ) -> torch.Tensor:
-    """float32 (N, length, text_dim) states of prompts: padded to `length` tokens, zero at the padding.
+    """Return float32 (N, length, text_dim) text states on the device of the text encoder, zero at the padding.
 
-    A prompt of more tokens is cut, with a warning. On the device of the text encoder. Raises ConfigError for anything
-    but a list of at least one string.
+    A prompt of more than `length` tokens is cut, with a warning.
+
+    Args:
+        prompts: at least one prompt.
+        tokenizer: tokenizer of the text encoder.
+        text_encoder: T5 encoder.
+        length: number of tokens to which a prompt is padded.
+
+    Raises:
+        ConfigError: `prompts` is not a list of at least one string.
     """
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"prompts={prompts!r}: expected a list of at least one string")
@@ -34,7 +72,7 @@ def encode_prompts(
             warnings.warn(f"a prompt of {len(ids)} tokens is cut to {length}: {prompt!r}", stacklevel=2)
     tokens = tokenizer(different, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     ids, mask = (tokens[name].to(text_encoder.device) for name in ("input_ids", "attention_mask"))
-    # One at a time: the bits of a prompt's states then do not depend on its neighbours.
+    # One prompt at a time, so that its bits do not depend on the other prompts.
     rows = zip(ids.split(1), mask.split(1))
     states = torch.cat([text_encoder(input_ids=i, attention_mask=m).last_hidden_state.float() for i, m in rows])
     states = states * mask.to(states.device).unsqueeze(-1)
@@ -42,13 +80,25 @@ def encode_prompts(
 
 
 def with_aspect_ratio(prompt: str, ratio: str) -> str:
-    """The prompt as a model of several aspect ratios was trained with it; ratio as "3:2", width first."""
+    """Return the prompt in the form in which a model of several aspect ratios was trained with it.
+
+    Args:
+        prompt: text of the prompt.
+        ratio: aspect ratio such as "3:2", width first.
+    """
     parse_ratio(ratio)
     return f"{prompt}\n in a {ratio} aspect ratio.\n"
 
 
 def parse_ratio(ratio: str) -> float:
-    """width / height of "width:height"."""
+    """Return width / height.
+
+    Args:
+        ratio: text such as "3:2", width first.
+
+    Raises:
+        ConfigError: the text is no ratio.
+    """
     parts = ratio.split(":") if isinstance(ratio, str) else []
     if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise ConfigError(f"aspect ratio {ratio!r}: expected WIDTH:HEIGHT such as {', '.join(ASPECT_RATIOS[:4])}")
@@ -56,12 +106,23 @@ def parse_ratio(ratio: str) -> float:
 
 
 def image_size(ratio: str, side: int, multiple: int) -> tuple[int, int]:
-    """(height, width) in pixels at an area of about side^2, each the nearest multiple of `multiple`, at least one."""
+    """Return (height, width) in pixels, an area of about side^2.
+
+    Args:
+        ratio: aspect ratio such as "3:2", width first.
+        side: side in pixels of a square of that area.
+        multiple: divisor of height and width.
+    """
     value = parse_ratio(ratio)
     sides = side / math.sqrt(value), side * math.sqrt(value)
     return tuple(max(1, round(length / multiple)) * multiple for length in sides)
 
 
 def nearest_ratio(height: int, width: int) -> str:
-    """The one of ASPECT_RATIOS that is nearest to width:height, in the logarithm."""
+    """Return the aspect ratio of ASPECT_RATIOS that is nearest to width / height on a logarithmic scale.
+
+    Args:
+        height: height in pixels.
+        width: width in pixels.
+    """
     return min(ASPECT_RATIOS, key=lambda ratio: abs(math.log(parse_ratio(ratio) * height / width)))

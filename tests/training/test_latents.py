@@ -14,9 +14,9 @@ from starflow import CheckpointError, ConfigError, DataError
 from starflow.cli import main
 from starflow.data import encode as encoding
 from starflow.data.datasets import DataConfig, generator, load
-from starflow.data.encode import EncodeConfig, encode, load_text
-from starflow.data.latents import EMPTY_PROMPT, Manifest, draw_latents
-from starflow.data.prompts import encode_prompts
+from starflow.data.encode import EncodeConfig, encode
+from starflow.data.latents import EMPTY_PROMPT, CacheIndex, draw_latents
+from starflow.data.prompts import encode_prompts, load_text
 from starflow.models.autoencoder import load_vae, posterior, save_vae, scale_images
 from starflow.training.autoencoder import AutoencoderConfig
 from starflow.training.flow import FlowRunConfig, FlowTrainer
@@ -54,7 +54,7 @@ def data_config(parts, **changes) -> DataConfig:
 
 def encode_config(parts, **changes) -> EncodeConfig:
     fields = {"data": data_config(parts), "vae": str(parts / "vae"), "text": str(parts / "text"), "length": LENGTH}
-    return EncodeConfig(**{**fields, "shard_size": 3, **changes})
+    return EncodeConfig(**{**fields, "rows_per_file": 3, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def bytes_of(folder) -> dict[str, bytes]:
 
 
 def test_what_is_stored(parts, cache):
-    manifest = Manifest.load(cache)
-    assert manifest.complete and manifest.counts == {"train": 16, "held_out": 4, "text": 5}
-    assert (manifest.shape, manifest.scaling_factor, manifest.text) == ((2, 8, 8), 0.5, (LENGTH, components.TEXT_DIM))
+    index = CacheIndex.load(cache)
+    assert index.complete and index.counts == {"train": 16, "held_out": 4, "text": 5}
+    assert (index.shape, index.scaling_factor, index.text) == ((2, 8, 8), 0.5, (LENGTH, components.TEXT_DIM))
     vae, (tokenizer, text_encoder) = load_vae(parts / "vae"), load_text(parts / "text")
     config = DataConfig(source="latents", path=str(cache), size=8)
     for images, latents in zip(load(data_config(parts)), load(config)):
@@ -118,7 +118,7 @@ def test_a_killed_run_is_continued(parts, cache, tmp_path, monkeypatch):
     [
         ({"length": 5}, "length=12, not 5"),
         ({"text_dtype": "bfloat16"}, "text_dtype=float32, not bfloat16"),
-        ({"shard_size": 4}, "shard_size=3, not 4"),
+        ({"rows_per_file": 4}, "rows_per_file=3, not 4"),
         ({"data": {"seed": 1}}, "data.seed=0, not 1"),
         ({"vae": "other"}, "made with vae="),
     ],
@@ -139,10 +139,10 @@ def test_what_is_no_cache(parts, tmp_path):
     config = DataConfig(source="latents", path=str(tmp_path), size=8)
     with pytest.raises(DataError, match="no cached latents"):
         load(config)
-    (tmp_path / "manifest.json").write_text('{"format": 1}')
-    with pytest.raises(DataError, match="not a manifest"):
+    (tmp_path / "index.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match="not an index"):
         load(config)
-    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "index.json").unlink()
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(DataError, match="something else"):
         encode(encode_config(parts), tmp_path, quiet=True)
@@ -150,7 +150,7 @@ def test_what_is_no_cache(parts, tmp_path):
         encode(encode_config(parts, text=str(tmp_path)), tmp_path / "new", quiet=True)
 
 
-def test_missing_and_damaged_shards(parts, tmp_path):
+def test_missing_and_damaged_files_are_named(parts, tmp_path):
     encode(encode_config(parts), tmp_path, quiet=True)
     config = DataConfig(source="latents", path=str(tmp_path), size=8)
     with pytest.raises(DataError, match=r"8x8 pixels, but data\.size=4"):
