@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from ..convert import convert, release
+from ..convert import convert, export_upstream
 from ..errors import ConfigError
 from ..io.weights import MAX_SHARD
 from .common import DTYPES, Parser, byte_count
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(
                 "--config, --dtype and --drop apply to the other direction: --to upstream keeps weights and settings"
             )
-        report = release(args.source, args.out, args.overwrite)
+        report = export_upstream(args.source, args.out, args.overwrite)
     else:
         dtype = DTYPES[args.dtype] if args.dtype else None
         report = convert(args.source, args.out, args.config, dtype, args.drop, args.max_shard, args.overwrite)

@@ -1,7 +1,7 @@
-"""Checkpoints of the released TarFlow and STARFlow code to ours, and back."""
+"""Conversion of checkpoints between Apple's TarFlow and STARFlow code, called upstream here, and this package."""
 
 from .convert import convert
-from .release import release
+from .export import export_upstream
 from .report import Report
 
-__all__ = ["Report", "convert", "release"]
+__all__ = ["Report", "convert", "export_upstream"]

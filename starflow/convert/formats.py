@@ -1,4 +1,4 @@
-"""Settings of the released code, from a file's name or a YAML of its kind, and the FlowConfig that they mean."""
+"""Settings of the upstream code, from the name of a file or a YAML, as a FlowConfig and back."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from ..settings import read_settings
 from .names import family
 
 NAME = re.compile(r"(?P<dataset>.+)_model_(\d+)_(\d+)_(\d+)_(\d+)_(uniform|\d+\.\d+)\.pth")
-# Pixels of a side per latent pixel: those of Stable Diffusion's autoencoders and, by name, Wan 2.2's.
-DOWNSAMPLING, DOWNSAMPLING_WAN = 8, 16
+# Image pixels per latent pixel along a side, for the autoencoders of Stable Diffusion.
+DOWNSAMPLING = 8
+# The same for the autoencoder of Wan 2.2.
+DOWNSAMPLING_WAN = 16
 TEXT_DIMS = {"google/flan-t5-xl": 2048}
 
 
 def integers(text: str) -> list[int]:
-    """Integers between spaces."""
+    """Return the integers of a text.
+
+    Args:
+        text: integers separated by spaces.
+    """
     return [int(word) for word in text.split()]
 
 
-# Flags of the released training programs that shape the model or say what it was trained on.
+# Upstream flags that determine the model or its training data.
 FLAGS = {
     "img_size": int, "channel_size": int, "patch_size": int, "channels": int, "top_block_channels": int, "blocks": int,
     "layers_per_block": integers, "head_dim": int, "num_heads": int, "num_kv_heads": int, "nvp": int, "rope": int,
@@ -34,8 +40,8 @@ FLAGS = {
     "noise_std": float, "noise_type": str, "cfg": str, "mix_aspect": int, "fps_cond": int, "cond_noise_level": int,
     "vid_size": str,
 }  # fmt: skip
-# Flags of training, data and video, on which neither the weights nor an image depend; of them `adaln` does nothing.
-_OTHERS = """
+# Upstream flags that neither the weights nor an image depend on. `adaln` has no effect upstream.
+_IGNORED = """
     acc adaln batch_size caption_column compile conditional_denoiser data dataset denoiser_window
     drop_image drop_label dry_run epoch_length epochs finetuned_vae fp8 fsdp fsdp_text_encoder grad_clip
     grad_skip gradient_checkpoint gradient_checkpoint_mlp last_frame_cond latent_norm_regularization local_attn_window
@@ -44,14 +50,19 @@ _OTHERS = """
     secondary_vid_size shallow_block_local temporal_causal train_seed use_8bit_adam use_mm_attn vae_decoder_factor
     video_to_video wandb_name warmup_steps wds
 """
-OTHERS = frozenset(_OTHERS.split())
+IGNORED = frozenset(_IGNORED.split())
 NORMS = ("layer_norm", "rms_norm", "none")
 
 
 def read_arguments(source: Path, config: Path | None) -> tuple[dict[str, Any], str]:
-    """Settings from a released YAML, or without one from the name of a TarFlow file; and where they are from.
+    """Return the upstream settings and where they are from.
 
-    Raises ConfigError for a YAML of another kind, an unknown flag, or a name that is not the released one.
+    Args:
+        source: .pth file, whose name gives the settings of a TarFlow.
+        config: upstream YAML, or None.
+
+    Raises:
+        ConfigError: the YAML has an unknown flag or another structure, or the name has no settings.
     """
     if config is not None:
         return parse_arguments(read_settings(config), str(config)), config.name
@@ -59,7 +70,7 @@ def read_arguments(source: Path, config: Path | None) -> tuple[dict[str, Any], s
     if not match:
         raise ConfigError(
             f"{source.name} is not DATASET_model_P_C_K_L_S.pth as TarFlow names its files: "
-            "give --config with a YAML of the released code"
+            "give --config with a YAML of the upstream code"
         )
     patch, channels, blocks, layers = (int(number) for number in match.groups()[1:5])
     sizes = {"patch_size": patch, "channels": channels, "blocks": blocks, "layers_per_block": [layers]}
@@ -71,13 +82,21 @@ def read_arguments(source: Path, config: Path | None) -> tuple[dict[str, Any], s
 
 
 def parse_arguments(settings: dict[str, Any], source: str) -> dict[str, Any]:
-    """Flags of the `arguments:` list of a released YAML, by name and with their types."""
+    """Return the flags in the `arguments:` list of an upstream YAML, by name and with their types.
+
+    Args:
+        settings: content of the YAML.
+        source: path of the YAML, for error messages.
+
+    Raises:
+        ConfigError: a flag is unknown or has a wrong value.
+    """
     entries = settings.get("arguments")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ConfigError(f"{source}: expected a list `arguments:` of flags, as in the released code")
+        raise ConfigError(f"{source}: expected a list `arguments:` of flags, as in the upstream code")
     arguments = {}
     for name, value in ((name, value) for entry in entries for name, value in entry.items()):
-        if name in OTHERS:
+        if name in IGNORED:
             continue
         if name not in FLAGS:
             raise ConfigError(f"{source}: unknown flag {name!r}")
@@ -89,10 +108,16 @@ def parse_arguments(settings: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def flow_config(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], source: str) -> FlowConfig:
-    """Config of released settings; what they leave open comes from the names and shapes of the weights.
+    """Return the FlowConfig of upstream settings.
 
-    source: where the settings are from. Raises ConfigError for settings that we have no flow for, or that the weights
-    contradict.
+    Args:
+        arguments: upstream settings.
+        shapes: shapes of the upstream weights by name, for what the settings leave open.
+        source: origin of the settings, for error messages.
+
+    Raises:
+        ConfigError: no flow of this package has such settings, or they contradict the weights.
+        CheckpointError: the weights are those of another model.
     """
     if arguments.get("rope") or arguments.get("txt_size"):
         return _starflow(arguments, shapes, source)
@@ -154,7 +179,7 @@ def _starflow(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], sou
 
 
 def _unless(usual: int, value: int | None) -> int:
-    """The value, or 0 where it is the usual one."""
+    """Return the value, or 0 where it is the usual one."""
     return 0 if value in (None, usual) else value
 
 
@@ -177,7 +202,7 @@ def _tarflow(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], sour
         )
     blocks = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     layers = len({name.split(".")[3] for name in shapes if name.startswith("blocks.0.attn_blocks.")})
-    found = {
+    from_weights = {
         "channels": channels,
         "blocks": blocks,
         "layers_per_block": [layers],
@@ -185,7 +210,7 @@ def _tarflow(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], sour
         "img_size": side * patch,
         "nvp": int(outputs == 2 * token_dim),
     }
-    for name, value in found.items():
+    for name, value in from_weights.items():
         if arguments.get(name, value) != value:
             raise ConfigError(f"{name} is {arguments[name]} in {source} but {value} in the weights")
     return FlowConfig(
@@ -194,16 +219,21 @@ def _tarflow(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], sour
         patch_size=patch,
         channels=channels,
         layers=(layers,) * blocks,
-        scale="exp" if found["nvp"] else "unit",
+        scale="exp" if from_weights["nvp"] else "unit",
         num_classes=classes,
         noise_std=_noise(arguments, 0.0),
     )
 
 
 def write_arguments(config: FlowConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Settings of the released code that mean `config`, whose released names and shapes are given.
+    """Return the upstream settings of a flow.
 
-    Raises ConfigError that names what the released code has no setting for.
+    Args:
+        config: settings of the flow.
+        shapes: shapes of the upstream weights by name.
+
+    Raises:
+        ConfigError: the upstream code has no setting for a part of the flow, which the message names.
     """
     noise = {"noise_std": config.noise_std} if config.noise_std else {"noise_type": "uniform"}
     arguments = {
@@ -242,19 +272,19 @@ def write_arguments(config: FlowConfig, shapes: dict[str, tuple[int, ...]]) -> d
         }
         arguments |= {name: size for name, size in sizes.items() if size}
     try:
-        meant = flow_config(arguments, shapes, "the released code")
+        restored = flow_config(arguments, shapes, "the upstream code")
     except ConfigError as error:
-        raise ConfigError(f"the released code has no setting for this flow: {error}") from None
-    wanted, got = _plain(config), _plain(meant)
+        raise ConfigError(f"the upstream code has no setting for this flow: {error}") from None
+    wanted, got = _plain(config), _plain(restored)
     if differing := [name for name in wanted if wanted[name] != got[name]]:
         raise ConfigError(
-            "the released code has no setting for " + ", ".join(f"{name}={wanted[name]!r}" for name in differing)
+            "the upstream code has no setting for " + ", ".join(f"{name}={wanted[name]!r}" for name in differing)
         )
     return arguments
 
 
 def _plain(config: FlowConfig) -> dict[str, Any]:
-    """Fields with every default that depends on another field written as 0, and without fields that do nothing."""
+    """Return the fields, with 0 for defaults that depend on other fields, and without fields that have no effect."""
     usual = {config.block_channels(i) // config.head_dim for i in range(len(config.layers))}
     conditional = bool(config.num_classes or config.text_dim)
     changes = {

@@ -1,4 +1,4 @@
-"""Names and shapes of weights: ours and those of the released code."""
+"""Names and shapes of weights, in this package and upstream."""
 
 from __future__ import annotations
 
@@ -30,22 +30,34 @@ LINEAR = {"gelu": {"up": "mlp.main.0", "down": "mlp.main.2"}, "swiglu": {"up": "
 
 
 def family(config: FlowConfig) -> Family:
-    """Whose code a flow is written for: STARFlow's where it has rotary positions or text."""
+    """Return the upstream code that computes a flow: STARFlow's where it has rotary positions or text.
+
+    Args:
+        config: settings of the flow.
+    """
     return "starflow" if config.rotary != "none" or config.text_dim else "tarflow"
 
 
-def our_shapes(config: FlowConfig) -> dict[str, tuple[int, ...]]:
-    """Our name -> shape of every weight of a flow."""
+def weight_shapes(config: FlowConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight by name.
+
+    Args:
+        config: settings of the flow.
+    """
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Flow(config).state_dict().items()}
 
 
-def released_names(config: FlowConfig) -> dict[str, str]:
-    """Our name -> released name of every weight of a flow."""
-    return {name: _released_name(name, config) for name in our_shapes(config)}
+def upstream_names(config: FlowConfig) -> dict[str, str]:
+    """Return the upstream name of each weight by name.
+
+    Args:
+        config: settings of the flow.
+    """
+    return {name: _upstream_name(name, config) for name in weight_shapes(config)}
 
 
-def _released_name(name: str, config: FlowConfig) -> str:
+def _upstream_name(name: str, config: FlowConfig) -> str:
     if name == "prior_variance":
         return "var"
     if match := LAYER.fullmatch(name):
@@ -55,8 +67,13 @@ def _released_name(name: str, config: FlowConfig) -> str:
     return f"blocks.{block}.{BLOCK.get(leaf, leaf)}"
 
 
-def released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of a weight of ours, by its name, in the released code."""
+def upstream_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the upstream shape of a weight.
+
+    Args:
+        name: name of the weight in this package.
+        shape: shape of the weight in this package.
+    """
     if name.endswith(".start"):
         return (1, 1, *shape)
     if name.endswith(".class_embed"):
@@ -65,12 +82,20 @@ def released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def positions(config: FlowConfig) -> int:
-    """Side in tokens for which the released code makes its buffers."""
+    """Return the side in tokens that determines the size of the upstream buffers.
+
+    Args:
+        config: settings of the flow.
+    """
     return config.rotary_size or config.grid[0]
 
 
 def dead_buffers(config: FlowConfig) -> dict[str, tuple[int, ...]]:
-    """Released name -> shape of the buffers on which no output of the released code depends."""
+    """Return the shape, by upstream name, of the buffers that no upstream output depends on.
+
+    Args:
+        config: settings of the flow.
+    """
     tokens = positions(config) ** 2
     length = tokens + config.text_len
     buffers = {f"blocks.{i}.attn_mask": (length, length) for i in range(len(config.layers))}
@@ -82,12 +107,21 @@ def dead_buffers(config: FlowConfig) -> dict[str, tuple[int, ...]]:
 
 
 def make_buffer(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A dead buffer as the released code initialises it."""
+    """Return a dead buffer with its initial upstream values.
+
+    Args:
+        name: upstream name.
+        shape: shape of the buffer.
+    """
     if name.endswith("attn_mask"):
         return torch.ones(shape).tril()
     return torch.ones(shape) if name == "var" else torch.zeros(shape)
 
 
 def count(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Number of parameters."""
+    """Return the number of parameters.
+
+    Args:
+        shapes: shapes of the weights by name.
+    """
     return sum(math.prod(shape) for name, shape in shapes.items() if name != "prior_variance")

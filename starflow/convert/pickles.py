@@ -1,4 +1,4 @@
-"""Released .pth files, read as tensors alone: nothing in the file is run, and the weights stay on the disk."""
+"""Reading of upstream .pth files as tensors only. No code of a file is run, and the weights stay on the disk."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ UNCHECKED = "the file has no checksums: its bytes are not checked"
 
 
 def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors of a state dict, mapped from the file, and what was checked.
+    """Return the tensors of a state dict, mapped from the file, and the checks that passed, in words.
 
-    Raises CheckpointError for a file that is missing, truncated, damaged, no state dict, or that asks for anything but
-    tensors.
+    Args:
+        path: .pth file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or damaged, is no state dict, or holds more than tensors.
     """
     if path.is_dir():
         raise CheckpointError(
@@ -31,7 +34,7 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     try:
         with open(path, "rb") as file:
             zipped = file.read(len(ZIP)) == ZIP
-        # Files of torch before 1.6 are no archives and cannot be mapped.
+        # Files of torch before 1.6 are not archives and cannot be mapped.
         checks.append(_check_archive(path) if zipped else UNCHECKED)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -45,18 +48,18 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
             raise CheckpointError(
                 f"{path} is refused: loading it would call {wanted[1]}, and weights need no such call"
             ) from None
-        # The rest of the message is advice to trust the file.
+        # The rest of the message advises to trust the file.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         raise CheckpointError(f"{path} is not a checkpoint of torch: {_line(reason)}") from None
     except Exception as error:
-        # A damaged pickle fails in any way at all.
+        # A damaged pickle raises errors of any type.
         raise CheckpointError(f"{path} is damaged or not a checkpoint of torch: {_line(error)}") from None
     _check_state(path, state)
     return dict(state), [*checks, "the file holds tensors alone and was read with weights_only"]
 
 
 def _line(error: Exception | str) -> str:
-    """Start of a message in one line."""
+    """Return the start of a message in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
 

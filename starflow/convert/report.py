@@ -1,4 +1,4 @@
-"""What a conversion did."""
+"""Report of a conversion."""
 
 from __future__ import annotations
 
@@ -15,10 +15,23 @@ REPORT = "conversion.json"
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """kept: released name -> ours. dropped: released name -> reason. checked: what was verified, in words.
+    """Result of a conversion, which conversion.json holds.
 
-    arguments: the released settings, from the file's name or a YAML; those of the autoencoder and the text encoder are
-    here and nowhere else. files: what was written, this report aside.
+    Args:
+        source: name of the file or folder that was read.
+        family: "tarflow" or "starflow".
+        config: settings of the flow.
+        arguments: upstream settings, from the name of the file or a YAML. Those of the autoencoder and the text encoder
+            are kept here only.
+        parameters: number of parameters.
+        kept: name in this package by upstream name.
+        dropped: reason by upstream name.
+        checked: checks that passed, in words.
+        dtype: dtypes of the written weights.
+        source_bytes: size of the source in bytes.
+        bytes: size of the written weights in bytes.
+        files: names of the written files, this report excluded.
+        seconds: duration.
     """
 
     source: str
@@ -36,36 +49,51 @@ class Report:
     seconds: float
 
     def write(self, folder: Path) -> None:
-        """Write conversion.json into a folder."""
+        """Write conversion.json.
+
+        Args:
+            folder: folder to write to.
+        """
         write_text(folder / REPORT, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     def lines(self) -> list[str]:
-        """The report for people."""
-        dropped: dict[str, list[str]] = {}
-        for name, reason in self.dropped.items():
-            dropped.setdefault(reason, []).append(re.sub(r"\.[0-9]+\.", ".*.", name))
+        """Return the report as lines of text."""
         return [
             f"{self.family}: {self.parameters:,} parameters, {self.dtype}, {_size(self.source_bytes)} read, "
             f"{_size(self.bytes)} written in {self.seconds:.1f} s",
             f"kept: {len(self.kept)} weights",
-            *(f"dropped: {len(names)}, {reason}: {_some(names)}" for reason, names in dropped.items()),
+            *(f"dropped: {len(n)}, {reason}: {shortened(n)}" for reason, n in self.dropped_by_reason().items()),
             *(f"checked: {check}" for check in self.checked),
         ]
 
+    def dropped_by_reason(self) -> dict[str, list[str]]:
+        """Return the upstream names of the dropped tensors by reason."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.dropped.items():
+            names.setdefault(reason, []).append(name)
+        return names
+
 
 def _size(count: int) -> str:
-    """Bytes in words."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
-def _some(names: list[str]) -> str:
-    """The first distinct names."""
-    names = list(dict.fromkeys(names))
+def shortened(names: list[str]) -> str:
+    """Return the first distinct names, with `*` for numbers.
+
+    Args:
+        names: names of tensors.
+    """
+    names = list(dict.fromkeys(re.sub(r"\.[0-9]+\.", ".*.", name) for name in names))
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def replaceable(folder: Path) -> bool:
-    """Whether a folder holds what a conversion wrote and nothing else."""
+def is_replaceable(folder: Path) -> bool:
+    """Return whether a folder holds the files of a conversion and no others.
+
+    Args:
+        folder: folder to look at.
+    """
     try:
         files = json.loads((folder / REPORT).read_text())["files"]
         return {path.name for path in folder.iterdir()} <= {*files, REPORT}

@@ -15,7 +15,7 @@ from support import components
 from support.components import TEXT_DIM, TEXT_LEN
 
 from starflow import CheckpointError, ConfigError, Flow, FlowConfig, Guidance
-from starflow.convert import convert, release
+from starflow.convert import convert, export_upstream
 from starflow.data.prompts import encode_prompts
 from starflow.pipelines import METHODS, FlowModel, FlowPipeline, STARFlowPipeline, TarFlowPipeline
 from starflow.pipelines.base import denoise_rows
@@ -201,10 +201,10 @@ def test_shards_and_variants(pipe, tmp_path):
         assert torch.equal(again("a cat", generator=seeds(0), output_type="pt").images, expected)
 
 
-def test_to_the_released_format_and_back(pipe, tmp_path):
+def test_to_the_upstream_format_and_back(pipe, tmp_path):
     components.save(tmp_path / "model", max_shard_size="40KB")
-    files = release(tmp_path / "model", tmp_path / "released").files
-    weights, settings = (next(tmp_path.glob(f"released/*{end}")) for end in (".pth", ".yaml"))
+    files = export_upstream(tmp_path / "model", tmp_path / "upstream").files
+    weights, settings = (next(tmp_path.glob(f"upstream/*{end}")) for end in (".pth", ".yaml"))
     assert {weights.name, settings.name} <= set(files)
     convert(weights, tmp_path / "ours", settings)
     again = components.pipeline()

@@ -1,4 +1,4 @@
-"""A checkpoint folder of ours to a .pth that the released code loads strictly."""
+"""Export of a checkpoint folder to a .pth file that the upstream code loads strictly."""
 
 from __future__ import annotations
 
@@ -16,53 +16,69 @@ from ..io.files import write_folder, write_text
 from ..io.weights import read_weights
 from ..models.checkpoint import CONFIG, check_tensors, resolve
 from ..models.config import FlowConfig
-from .convert import check_target
+from .convert import check_target, dtype_names
 from .formats import write_arguments
-from .names import count, dead_buffers, family, make_buffer, our_shapes, released_names, released_shape
+from .names import count, dead_buffers, family, make_buffer, upstream_names, upstream_shape, weight_shapes
+from .notice import NOTICE
 from .report import Report
 
-# Of a pipeline of diffusers: the folder of the flow, and the name of its weights.
-TRANSFORMER, STEM = "transformer", "diffusion_pytorch_model"
+# Folder of the flow in a pipeline of diffusers.
+TRANSFORMER = "transformer"
+# Name of its weight files.
+STEM = "diffusion_pytorch_model"
 
 
-def release(source: str | Path, out: str | Path, overwrite: bool = False) -> Report:
-    """Write the weights of a folder as a .pth of the released code, with its settings as a YAML beside it.
+def export_upstream(source: str | Path, out: str | Path, overwrite: bool = False) -> Report:
+    """Write the weights of a folder as an upstream .pth file, and the settings as an upstream YAML.
 
-    source: a checkpoint folder or bundled checkpoint of ours, or a pipeline folder of diffusers. The weights keep their
-    dtype. Raises ConfigError for a flow that the released code has no settings for.
+    The weights keep their dtype. A NOTICE in the folder is copied.
+
+    Args:
+        source: checkpoint folder, bundled checkpoint, or pipeline folder of diffusers.
+        out: folder to write.
+        overwrite: whether to replace a folder that a conversion wrote.
+
+    Raises:
+        ConfigError: the upstream code has no settings for the flow.
+        StarflowError: the source is damaged, or `out` is taken.
     """
     started = time.perf_counter()
     out = Path(out)
     check_target(out, overwrite)
     folder, flow, state = _read(Path(source))
-    shapes, names = our_shapes(flow), released_names(flow)
+    shapes, names = weight_shapes(flow), upstream_names(flow)
     check_tensors(state, shapes, folder)
-    theirs = {names[ours]: released_shape(ours, shape) for ours, shape in shapes.items()}
-    arguments = write_arguments(flow, theirs)
-    buffers = dead_buffers(flow)
-    weights = collections.OrderedDict((names[ours], state[ours].reshape(theirs[names[ours]])) for ours in names)
-    weights.update((name, make_buffer(name, shape)) for name, shape in buffers.items())
+    upstream_shapes = {names[name]: upstream_shape(name, shape) for name, shape in shapes.items()}
+    arguments = write_arguments(flow, upstream_shapes)
+    weights = collections.OrderedDict(
+        (upstream, state[name].reshape(upstream_shapes[upstream])) for name, upstream in names.items()
+    )
+    weights.update((name, make_buffer(name, shape)) for name, shape in dead_buffers(flow).items())
     name = _file_name(Path(source).resolve().name, flow)
     with write_folder(out, overwrite) as target:
         try:
             torch.save(weights, target / name)
         except RuntimeError as error:
-            # How torch reports a full disk.
+            # torch reports a full disk as a RuntimeError.
             raise OSError(str(error).splitlines()[0]) from None
-        write_text(target / f"{Path(name).stem}.yaml", _yaml(arguments))
+        texts = {f"{Path(name).stem}.yaml": _yaml(arguments)}
+        if (folder / NOTICE).exists():
+            texts[NOTICE] = (folder / NOTICE).read_text()
+        for file, text in texts.items():
+            write_text(target / file, text)
         report = Report(
             source=Path(source).name,
             family=family(flow),
             config=flow.to_dict(),
             arguments=arguments,
             parameters=count(shapes),
-            kept={theirs: ours for ours, theirs in names.items()},
+            kept={upstream: name for name, upstream in names.items()},
             dropped={},
-            checked=[f"names and shapes of {len(names)} weights", "the settings mean the same flow"],
-            dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})),
+            checked=[f"names and shapes of {len(names)} weights", "the settings give the same flow"],
+            dtype=dtype_names(tensor.dtype for tensor in state.values()),
             source_bytes=sum(tensor.nbytes for tensor in state.values()),
             bytes=(target / name).stat().st_size,
-            files=[name, f"{Path(name).stem}.yaml"],
+            files=[name, *texts],
             seconds=time.perf_counter() - started,
         )
         report.write(target)
@@ -81,7 +97,7 @@ def _read(source: Path) -> tuple[Path, FlowConfig, dict[str, torch.Tensor]]:
 
 
 def _file_name(stem: str, config: FlowConfig) -> str:
-    """Name that the released training gives; stem: what stands there for the data set."""
+    """Return the upstream name of the file, with `stem` in place of the data set."""
     if len(set(config.layers)) > 1 or family(config) == "starflow":
         return f"{stem}.pth"
     noise = f"{config.noise_std:.2f}" if config.noise_std else "uniform"
@@ -90,7 +106,7 @@ def _file_name(stem: str, config: FlowConfig) -> str:
 
 
 def _yaml(arguments: dict[str, Any]) -> str:
-    """A YAML of the released kind. Its img_size is that of the flow: there is no autoencoder in it yet."""
+    """Return an upstream YAML. Its img_size is that of the flow, since an autoencoder is not part of it."""
     values = {
         name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in arguments.items()
     }
