@@ -1,0 +1,111 @@
+"""The Python code of README.md, docs/ and the op READMEs runs, their commands parse, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from starflow.cli import parser
+
+ROOT = Path(__file__).parents[2]
+READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+PAGES = [*READMES, *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("starflow_kernels/*/README.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+# Commands of other programs, which are not looked into.
+FOREIGN = {"pip", "mkdocs", "ruff"}
+
+
+def name(path: Path) -> str:
+    """Path of a page below the root, as the name of its test."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """Line number and text of each fenced block of a language."""
+    text = page.read_text()
+    return [(text[: m.start()].count("\n") + 2, m[2]) for m in FENCE.finditer(text) if m[1] == language]
+
+
+def commands(page: Path) -> list[str]:
+    """Command lines of a page, continuation lines joined."""
+    lines = "\n".join(text for _, text in blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+COMMANDS = [pytest.param(line, id=f"{name(page)}: {line}") for page in PAGES for line in commands(page)]
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory) -> Path:
+    """Folders by the names that the pages use for large downloads, with small random parts of the same classes."""
+    pytest.importorskip("diffusers", reason="pipelines need diffusers")
+    from support import components
+
+    folder = tmp_path_factory.mktemp("stand_ins")
+    components.save(folder / "starflow-3b")
+    components.flow_model().save_pretrained(folder / "converted")
+    components.vae().save_pretrained(folder / "sd-vae-ft-ema")
+    for part in (components.text_encoder(), components.tokenizer()):
+        part.save_pretrained(folder / "flan-t5-xl")
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+def test_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch, request):
+    found = blocks(page, "python")
+    monkeypatch.chdir(tmp_path)
+    if any("Pipeline" in text for _, text in found):
+        for part in request.getfixturevalue("stand_ins").iterdir():
+            (tmp_path / part.name).symlink_to(part)
+    namespace = {"__name__": "__main__"}
+    for line, text in found:
+        exec(compile("\n" * (line - 1) + text, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_exist(command):
+    words = shlex.split(command, comments=True)
+    while "=" in words[0]:
+        words = words[1:]
+    if words[0] == "torchrun":
+        words = words[words.index("-m") + 1 :]
+    if words[0] == "starflow":
+        assert parser().parse_args(words[1:]).command == words[1]
+    elif words[:2] == ["python", "-m"]:
+        assert words[2] == "build" or importlib.util.find_spec(words[2]), words[2]
+    elif words[0] in ("bash", "pytest"):
+        paths = [word for word in words[1:] if "/" in word]
+        assert paths and all(list(ROOT.glob(path)) for path in paths), paths
+    else:
+        assert words[0] in FOREIGN
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files(page):
+    targets = [link.partition("#")[0] for link in LINK.findall(page.read_text()) if "://" not in link]
+    missing = [target for target in targets if target and not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_readme_is_one_screen():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) < 900
+    assert text[: text.index("```python")].count("\n") < 30
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks/index.md"])
+def test_speed_tables_show_the_measured_rows(page):
+    table = [line.split("|") for line in (ROOT / page).read_text().splitlines() if line.startswith("|")]
+    for row in json.loads((ROOT / "benchmarks" / "results" / "plain_decoder_cpu.json").read_text())["rows"]:
+        ratio = f"{row['ratio']:g}" if row["ratio"] else "not timed"
+        assert any(
+            any(cell.split()[:1] == [str(row["microseconds"])] for cell in line)
+            and any(re.match(rf" {ratio}(\.0)?x?\b", cell) for cell in line)
+            for line in table
+        ), row["case"]
