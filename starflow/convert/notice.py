@@ -20,7 +20,8 @@ PROJECTS = {
 }
 LICENSE_URL = "https://github.com/apple/ml-starflow/blob/main/LICENSE_MODEL"
 ATTRIBUTION = (
-    "Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model License Agreement."
+    "Apple Machine Learning Research Model is licensed under the "
+    "Apple Machine Learning Research Model License Agreement."
 )
 # STARFlow's repository has a license for the weights. TarFlow's repository has a license for the code only.
 TERMS = {
@@ -113,7 +114,11 @@ def write_notice(folder: Path, report: Report, source_dtype: str, name: str) -> 
 
 
 def _changes(report: Report, source_dtype: str) -> list[str]:
-    dtype = f"converted from {source_dtype} to {report.dtype}" if source_dtype != report.dtype else f"unchanged ({report.dtype})"
+    dtype = (
+        f"converted from {source_dtype} to {report.dtype}"
+        if source_dtype != report.dtype
+        else f"unchanged ({report.dtype})"
+    )
     dropped = [f"{len(names)} ({reason}: {shortened(names)})" for reason, names in report.dropped_by_reason().items()]
     return [
         "File format: from a pickle of PyTorch to safetensors, with the settings in config.json.",

@@ -1,18 +1,18 @@
-"""Released files to convert."""
+"""Upstream files to convert."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import yaml
-from support.released import FLOWS, STARFLOW, make, released_state, settings
+from support.upstream import FLOWS, STARFLOW, make, settings, upstream_state
 
 
 @pytest.fixture
 def tarflow(tmp_path):
-    """A released TarFlow file, its state, and a folder beside it that does not exist."""
+    """An upstream TarFlow file, its state, and a folder beside it that does not exist."""
     name = "imagenet_model_4_64_3_1_0.15"
-    state = released_state(make(FLOWS[name]))
+    state = upstream_state(make(FLOWS[name]))
     path = tmp_path / "in" / f"{name}.pth"
     path.parent.mkdir()
     torch.save(state, path)
@@ -24,6 +24,6 @@ def starflow(tmp_path):
     flow = make(STARFLOW)
     path, config = tmp_path / "in" / "starflow.pth", tmp_path / "in" / "starflow.yaml"
     path.parent.mkdir()
-    torch.save(released_state(flow), path)
+    torch.save(upstream_state(flow), path)
     config.write_text(yaml.safe_dump(settings(flow)))
     return path, config, tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Released checkpoints to ours and back: the same names, numbers and bits."""
+"""Upstream checkpoints to ours and back: the same names, numbers and bits."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.parity import assert_parity, load
-from support.released import FLOWS, STARFLOW, TARFLOW, make, released_state, settings
+from support.upstream import FLOWS, STARFLOW, TARFLOW, make, settings, upstream_state
 
 from starflow import Flow, FlowConfig
 from starflow.cli import main
-from starflow.convert import convert, names, release
+from starflow.convert import convert, export_upstream, names
 from starflow.convert.formats import flow_config, parse_arguments, read_arguments
 
 
@@ -40,7 +40,7 @@ def test_names_of_tarflow():
         layer + "mlp.main.0.weight": (256, 64), layer + "mlp.main.0.bias": (256,),
         layer + "mlp.main.2.weight": (64, 256), layer + "mlp.main.2.bias": (64,),
     }  # fmt: skip
-    assert {n: tuple(t.shape) for n, t in released_state(make(fields)).items()} == expected
+    assert {n: tuple(t.shape) for n, t in upstream_state(make(fields)).items()} == expected
 
 
 def test_names_of_starflow():
@@ -59,19 +59,19 @@ def test_names_of_starflow():
         layer + "mlp.up_proj.weight": (256, 64), layer + "mlp.down_proj.weight": (64, 256),
         layer + "mlp.post_norm.weight": (64,),
     }  # fmt: skip
-    assert {n: tuple(t.shape) for n, t in released_state(make(fields)).items()} == expected
+    assert {n: tuple(t.shape) for n, t in upstream_state(make(fields)).items()} == expected
 
 
 def test_round_trip(named, tmp_path):
-    """Ours, released, ours: the same configuration and the same bits; and released, ours, released."""
+    """Ours, upstream, ours: the same configuration and the same bits; and upstream, ours, upstream."""
     name, flow = named
     stem = name.split("_model_")[0]
     flow.save_pretrained(tmp_path / stem)
-    written = release(tmp_path / stem, tmp_path / "released")
-    path, config = (tmp_path / "released" / file for file in written.files)
+    written = export_upstream(tmp_path / stem, tmp_path / "upstream")
+    path, config = (tmp_path / "upstream" / file for file in written.files)
     assert path.name == f"{name}.pth"
     state = torch.load(path, weights_only=True)
-    wanted = released_state(flow)
+    wanted = upstream_state(flow)
     assert state.keys() == wanted.keys() and all(torch.equal(state[n], t) for n, t in wanted.items())
     for i, options in enumerate([{"config": config}] + [{}] * ("_model_" in name)):
         report = convert(path, tmp_path / f"ours{i}", **options)
@@ -84,9 +84,9 @@ def test_round_trip(named, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["starflow", "starflow_plain", "starflow_resolution"])
-def test_converted_weights_compute_what_the_released_code_does(name, tmp_path):
+def test_converted_weights_compute_what_the_upstream_code_does(name, tmp_path):
     case = load(name)
-    torch.save(released_state(case.flow), tmp_path / "x.pth")
+    torch.save(upstream_state(case.flow), tmp_path / "x.pth")
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(settings(case.flow)))
     convert(tmp_path / "x.pth", tmp_path / "ours", tmp_path / "x.yaml")
     flow = Flow.from_pretrained(tmp_path / "ours")
@@ -112,14 +112,14 @@ def test_published_names(name, size, classes, parameters):
     patch, channels, *_, noise = name.split("_model_")[1].split("_")
     fields = {**TARFLOW, "patch_size": int(patch), "channels": int(channels), "layers": (8,) * 8, "image_size": size}
     config = FlowConfig(**fields, num_classes=classes, noise_std=0.0 if noise == "uniform" else float(noise))
-    ours, theirs = names.our_shapes(config), names.released_names(config)
-    shapes = {theirs[n]: names.released_shape(n, s) for n, s in ours.items()} | names.dead_buffers(config)
+    ours, theirs = names.weight_shapes(config), names.upstream_names(config)
+    shapes = {theirs[n]: names.upstream_shape(n, s) for n, s in ours.items()} | names.dead_buffers(config)
     assert len(shapes) == 817 + 8 * bool(classes) and names.count(ours) == parameters
     arguments, where = read_arguments(Path(f"{name}.pth"), None)
     assert flow_config(arguments, shapes, where) == config
 
 
-# Flags of the released text-to-image model that shape it.
+# Flags of the upstream text-to-image model that shape it.
 THREE_BILLION = {
     "img_size": 256, "txt_size": 128, "channel_size": 4, "patch_size": 1, "channels": 3072, "blocks": 6,
     "layers_per_block": "2 2 2 2 2 24", "noise_std": 0.3, "nvp": 1, "rope": 1, "adaln": 0, "sos": 1,
@@ -141,18 +141,18 @@ def test_the_model_of_three_billion_parameters():
             "text_len": 128,
         }
     )
-    ours, theirs = names.our_shapes(config), names.released_names(config)
-    released = {theirs[name]: names.released_shape(name, shape) for name, shape in ours.items()}
+    ours, theirs = names.weight_shapes(config), names.upstream_names(config)
+    upstream = {theirs[name]: names.upstream_shape(name, shape) for name, shape in ours.items()}
     dead = names.dead_buffers(config)
-    assert (len(ours), len(released), len(dead)) == (446, 446, 9) and not released.keys() & dead.keys()
+    assert (len(ours), len(upstream), len(dead)) == (446, 446, 9) and not upstream.keys() & dead.keys()
     assert names.count(ours) == 3_858_281_544
-    assert sorted(n for n in released if "attn_blocks" not in n and n.startswith("blocks.5")) == [
+    assert sorted(n for n in upstream if "attn_blocks" not in n and n.startswith("blocks.5")) == [
         f"blocks.5.{n}" for n in ("final_norm.weight", "proj_in.bias", "proj_in.weight", "proj_out.bias",
                                   "proj_out.weight", "proj_txt.bias", "proj_txt.weight", "sos_embed")
     ]  # fmt: skip
-    assert released["blocks.5.attn_blocks.23.attention.qkv.weight"] == (9216, 3072)
-    assert released["blocks.5.attn_blocks.23.mlp.main.2.weight"] == (3072, 12288)
-    assert released["blocks.5.proj_txt.weight"] == (3072, 2048) and "blocks.4.proj_txt.weight" not in released
+    assert upstream["blocks.5.attn_blocks.23.attention.qkv.weight"] == (9216, 3072)
+    assert upstream["blocks.5.attn_blocks.23.mlp.main.2.weight"] == (3072, 12288)
+    assert upstream["blocks.5.proj_txt.weight"] == (3072, 2048) and "blocks.4.proj_txt.weight" not in upstream
     assert dead["blocks.0.attn_mask"] == (1152, 1152) and dead["feat_rope.freqs_cos"] == (1152, 64)
     assert [config.block_spec(i).flip for i in range(6)] == [True, False] * 3
 
@@ -201,7 +201,7 @@ def test_command(tarflow, capsys):
         k: v for k, v in json.loads((out / "conversion.json").read_text()).items() if k != "seconds"
     }
     assert "var is one" in results["checked"] and results["config"]["noise_std"] == 0.15
-    assert main(["convert", str(out), "--out", str(out.parent / "back"), "--to", "released"]) == 0
+    assert main(["convert", str(out), "--out", str(out.parent / "back"), "--to", "upstream"]) == 0
     assert main(["sample", "--checkpoint", str(out), "--num", "2", "--out", str(out.parent / "drawn")]) == 0
 
 
@@ -213,8 +213,8 @@ def test_a_folder_of_diffusers(starflow):
     (out / "model.safetensors").rename(pipeline / "diffusion_pytorch_model.safetensors")
     fields = {"_class_name": "FlowModel", "_diffusers_version": "1", **json.loads((out / "config.json").read_text())}
     (pipeline / "config.json").write_text(json.dumps(fields))
-    report = release(pipeline.parent, out.parent / "released")
-    state, again = torch.load(path), torch.load(out.parent / "released" / report.files[0])
+    report = export_upstream(pipeline.parent, out.parent / "upstream")
+    state, again = torch.load(path), torch.load(out.parent / "upstream" / report.files[0])
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
 

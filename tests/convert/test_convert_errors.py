@@ -1,4 +1,4 @@
-"""What is wrong with a released checkpoint is said in one line, and nothing is left behind."""
+"""What is wrong with an upstream checkpoint is said in one line, and nothing is left behind."""
 
 import os
 import pickle
@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 from support.commands import fails
-from support.released import STARFLOW, TARFLOW, make
+from support.upstream import STARFLOW, TARFLOW, make
 
 from starflow import CheckpointError, ConfigError, Flow, StarflowError
-from starflow.convert import convert, names, release
+from starflow.convert import convert, export_upstream, names
 
 
 def refused(message: str, path, out, **options) -> str:
@@ -174,7 +174,7 @@ def test_damaged_bytes(tarflow):
         else:
             # A time stamp, padding or the like.
             flow = Flow.from_pretrained(out)
-            theirs = names.released_names(flow.config)
+            theirs = names.upstream_names(flow.config)
             assert all(torch.equal(t, state[theirs[n]].reshape(t.shape)) for n, t in flow.state_dict().items())
             shutil.rmtree(out)
     place = whole.index(state["blocks.1.proj_in.weight"].numpy().tobytes())
@@ -231,7 +231,7 @@ def test_other_files(tarflow):
     refused("truncated or damaged: compressed", path, out)
 
 
-def test_flows_that_the_released_code_has_no_settings_for(tmp_path):
+def test_flows_that_the_upstream_code_has_no_settings_for(tmp_path):
     for change, message in (
         ({"head_dim": 32}, "head_dim=32"),
         ({"expansion": 2}, "expansion=2"),
@@ -241,12 +241,12 @@ def test_flows_that_the_released_code_has_no_settings_for(tmp_path):
     ):
         make({**TARFLOW, **change}).save_pretrained(tmp_path / "flow")
         with pytest.raises(ConfigError, match=message):
-            release(tmp_path / "flow", tmp_path / "out")
+            export_upstream(tmp_path / "flow", tmp_path / "out")
     make({**STARFLOW, "rotary": "half"}).save_pretrained(tmp_path / "flow")
     with pytest.raises(ConfigError, match="rotary='half'"):
-        release(tmp_path / "flow", tmp_path / "out")
+        export_upstream(tmp_path / "flow", tmp_path / "out")
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        release(tmp_path / "nothing", tmp_path / "out")
+        export_upstream(tmp_path / "nothing", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -255,16 +255,16 @@ def test_errors_are_one_line(tarflow, capsys):
     assert "no checkpoint at nowhere.pth" in fails(capsys, "convert", "nowhere.pth", "--out", str(out))
     assert "--max-shard" in fails(capsys, "convert", str(path), "--out", str(out), "--max-shard", "five")
     assert "--dtype" in fails(capsys, "convert", str(path), "--out", str(out), "--dtype", "int8")
-    back = ["convert", "digits", "--out", str(out), "--to", "released"]
+    back = ["convert", "digits", "--out", str(out), "--to", "upstream"]
     assert "no setting for this flow: head_dim=64" in fails(capsys, *back)
     assert "the other direction" in fails(capsys, *back, "--dtype", "float32")
 
 
-@pytest.mark.parametrize("direction", ["ours", "released"])
+@pytest.mark.parametrize("direction", ["ours", "upstream"])
 def test_a_disk_that_is_full(tarflow, direction):
     """A limit on the size of files stands for it: the first bytes are written, the rest is refused."""
     path, _, out = tarflow
-    if direction == "released":
+    if direction == "upstream":
         convert(path, out.parent / "ours")
         path = out.parent / "ours"
     code = (

@@ -1,4 +1,4 @@
-"""Parity with the released TarFlow and STARFlow code, whose weights and outputs are in tests/fixtures/parity."""
+"""Parity with the upstream TarFlow and STARFlow code, whose weights and outputs are in tests/fixtures/parity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights, inputs and outputs of the released code, from tests/fixtures/parity."""
+"""Weights, inputs and outputs of the upstream code, from tests/fixtures/parity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "fixtures" / "parity"
 
 
 class Case(NamedTuple):
-    """A flow with the released weights, and the inputs and outputs of the released code."""
+    """A flow with the upstream weights, and the inputs and outputs of the upstream code."""
 
     flow: Flow
     tensors: dict[str, torch.Tensor]

@@ -1,4 +1,4 @@
-"""Flows at small sizes and their weights and settings in the released format."""
+"""Flows at small sizes and their weights and settings in the upstream format."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def make(fields: dict) -> Flow:
     return flow
 
 
-def released_state(flow: Flow) -> dict[str, torch.Tensor]:
-    """State dict as the released code saves it."""
-    theirs, state = names.released_names(flow.config), flow.state_dict()
-    released = {theirs[n]: t.reshape(names.released_shape(n, tuple(t.shape))).clone() for n, t in state.items()}
-    return released | {n: names.make_buffer(n, s) for n, s in names.dead_buffers(flow.config).items()}
+def upstream_state(flow: Flow) -> dict[str, torch.Tensor]:
+    """State dict as the upstream code saves it."""
+    theirs, state = names.upstream_names(flow.config), flow.state_dict()
+    upstream = {theirs[n]: t.reshape(names.upstream_shape(n, tuple(t.shape))).clone() for n, t in state.items()}
+    return upstream | {n: names.make_buffer(n, s) for n, s in names.dead_buffers(flow.config).items()}
 
 
 def settings(flow: Flow) -> dict:
-    """YAML of the released kind."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in released_state(flow).items()}
+    """YAML of the upstream kind."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in upstream_state(flow).items()}
     arguments = write_arguments(flow.config, shapes)
     arguments["layers_per_block"] = " ".join(map(str, arguments["layers_per_block"]))
     return {"arguments": [{name: value} for name, value in arguments.items()]}
