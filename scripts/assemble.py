@@ -1,4 +1,4 @@
-"""Assemble the pipeline folder of a text-conditional flow on latents from the parts that were trained.
+"""Assemble the pipeline folder of a text-conditional flow on latents from its trained parts.
 
 python scripts/assemble.py --flow runs/flow --vae runs/autoencoder --text runs/text --out runs/pipeline
 """
@@ -16,10 +16,12 @@ from starflow.pipelines import FlowModel, STARFlowPipeline
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flow", required=True, help="folder of a run of starflow train")
-    parser.add_argument("--vae", required=True, help="autoencoder, with its decoder fine-tuned or not")
-    parser.add_argument("--text", required=True, help="text_encoder/ and tokenizer/")
-    parser.add_argument("--denoise", type=float, default=1.0, help="factor of the score step, 0 for a tuned decoder")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--vae", required=True, help="folder of the autoencoder")
+    parser.add_argument("--text", required=True, help="folder with text_encoder/ and tokenizer/")
+    parser.add_argument(
+        "--denoise", type=float, default=1.0, help="factor of the score step; 0 with a fine-tuned decoder"
+    )
+    parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
     tokenizer, text_encoder = load_text(args.text)
     flow = FlowModel.from_flow(Flow.from_pretrained(args.flow))

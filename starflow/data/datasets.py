@@ -1,4 +1,4 @@
-"""Data sets: scikit-learn's digits, crops of its two photographs, any folder of images, and cached latents."""
+"""Data sets: the digits of scikit-learn, crops of its two photographs, folders of images, and caches of latents."""
 
 from __future__ import annotations
 
@@ -24,23 +24,31 @@ from .latents import LatentSet, load_latents
 Source = Literal["digits", "photos", "folder", "latents"]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 METADATA = "metadata.jsonl"
-DIGITS_SIZE, DIGITS_HELD_OUT = 8, 360
+DIGITS_SIZE = 8
+DIGITS_HELD_OUT = 360
 PHOTO_HELD_OUT_COLUMNS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which images to train on and to hold out.
+    """Images to train on and to hold out.
 
-    source: "digits" (1797 8x8 images, 17 levels, 10 classes; 360 held out, stratified; another `size` scales them
-        bilinearly, to three channels of 256 levels), "photos" (crops of `size` from two photographs, a class each; the
-        right 128 columns are held out), "folder" (path/CLASS/*.png and so on, classes from folder names; a fraction
-        `held_out` of each class is held out) or "latents" (path: what `starflow encode` wrote; `size` is theirs).
-    size: side of the images in pixels; images of a folder must have it unless `resize` scales and centre-crops them.
-    seed: of the choice of held-out images.
-    class_names, templates: captions. An image of class i has each of the templates with class_names[i] in place of
-        "{}"; without class_names the classes' own names. A folder with a metadata.jsonl (a line of JSON an image, with
-        file_name relative to it and text) has those captions instead.
+    Args:
+        source: one of four sources.
+            "digits": 1797 images of 8x8 pixels, 17 levels and 10 classes; 360 of them, stratified, are held out.
+            Another `size` scales them bilinearly, to three channels of 256 levels.
+            "photos": crops of two photographs, which are the two classes; the right 128 columns are held out.
+            "folder": images path/CLASS/*.png and so on; a fraction `held_out` of each class is held out.
+            "latents": a cache that `starflow encode` wrote.
+        path: folder of the source "folder" or "latents".
+        size: side of the images in pixels, or of the latents.
+        resize: whether to scale images of a folder to `size` and to crop their center; without it they must have that
+            size.
+        held_out: held-out fraction of a folder.
+        seed: seed of the choice of held-out images.
+        class_names: names of the classes in captions, empty for the names in the source.
+        templates: captions of each image, with "{}" in place of the name of its class. A folder with a metadata.jsonl
+            has the captions in that file instead: JSON per line, with `file_name` relative to the folder and `text`.
     """
 
     source: Source = "digits"
@@ -76,8 +84,15 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet(Dataset):
-    """Images by index. fetch(index) gives uint8 (C, H, W) with values below `levels`; labels is int64 (N,);
-    captions(index) gives the captions of an image, the same number for each."""
+    """Data set of images: a row is an image and its class.
+
+    Args:
+        fetch: function that returns an image by index, uint8 (C, H, W) with values below `levels`.
+        labels: int64 (N,) classes.
+        levels: gray levels.
+        classes: names of the classes.
+        captions: function that returns the captions of an image by index, the same number for each image.
+    """
 
     fetch: Callable[[int], torch.Tensor]
     labels: torch.Tensor
@@ -94,9 +109,16 @@ class ImageSet(Dataset):
 
 @dataclasses.dataclass(frozen=True)
 class ShuffledBatches(Sampler):
-    """Indices of the batches of the steps first .. last - 1, without replacement within an epoch.
+    """Indices of the batches of the steps first .. last - 1, drawn without replacement within an epoch.
 
-    A batch is a function of the seed and its step alone; the remainder of an epoch that fills no batch is left out.
+    A batch depends on the seed and its step only. Images at the end of an epoch that do not fill a batch are left out.
+
+    Args:
+        count: images in the data set.
+        batch_size: images per batch.
+        seed: seed of the order.
+        first: first step.
+        last: step after the last one.
     """
 
     count: int
@@ -118,7 +140,15 @@ class ShuffledBatches(Sampler):
 
 
 def load(config: DataConfig) -> tuple[ImageSet, ImageSet] | tuple[LatentSet, LatentSet]:
-    """Training and held-out images, or latents."""
+    """Return training and held-out images, or latents.
+
+    Args:
+        config: images to load.
+
+    Raises:
+        DataError: the data are missing or unreadable.
+        ConfigError: the settings do not fit the data.
+    """
     if config.source == "latents":
         return load_latents(Path(config.path), config.size)
     return {"digits": _digits, "photos": _photos, "folder": _folder}[config.source](config)
@@ -131,10 +161,14 @@ def generator(*key: int) -> torch.Generator:
 
 
 def dequantize(images: torch.Tensor, levels: int, noise_std: float, random: torch.Generator) -> torch.Tensor:
-    """float32 images on [-1, 1] of integer grey levels.
+    """Return float32 images on [-1, 1] with noise (arXiv 2412.06329, sections 2.4 and 3).
 
-    noise_std 0: uniform dequantization, (k + u) / levels * 2 - 1; otherwise k / (levels - 1) * 2 - 1 plus Gaussian
-    noise (arXiv 2412.06329, sections 2.4 and 3).
+    Args:
+        images: integer gray levels k.
+        levels: number of gray levels.
+        noise_std: standard deviation of Gaussian noise on k / (levels - 1) * 2 - 1. With 0, the result is uniformly
+            dequantized, (k + u) / levels * 2 - 1.
+        random: source of the noise.
     """
     k = images.float()
     if noise_std == 0:
@@ -143,7 +177,13 @@ def dequantize(images: torch.Tensor, levels: int, noise_std: float, random: torc
 
 
 def to_pixels(images: torch.Tensor, levels: int, noise_std: float) -> torch.Tensor:
-    """Nearest uint8 pixel values 0 .. 255 of images on [-1, 1]: the inverse of `dequantize` up to the noise."""
+    """Return uint8 pixel values 0 .. 255, the inverse of `dequantize` up to the noise.
+
+    Args:
+        images: images on [-1, 1].
+        levels: number of gray levels.
+        noise_std: `noise_std` of `dequantize`.
+    """
     unit = (images.float().cpu() + 1) / 2
     k = (unit * levels).floor() if noise_std == 0 else (unit * (levels - 1)).round()
     return (k.clamp(0, levels - 1) * (255 / (levels - 1))).round().to(torch.uint8)
@@ -236,11 +276,11 @@ def _folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         raise DataError(f"no folder of images at {root}")
     texts = _metadata(root)
     names = tuple(sorted(p.name for p in root.iterdir() if p.is_dir()))
-    found = {name: _images(sorted((root / name).rglob("*"))) for name in names}
+    by_class = {name: _images(sorted((root / name).rglob("*"))) for name in names}
     if texts is not None and (flat := _images(sorted(root.iterdir()))):
-        # Captioned images need no classes: those beside the metadata are one class of the folder's name.
-        found[root.name] = found.get(root.name, []) + flat
-    classes, files = tuple(found), list(found.values())
+        # Captioned images need no class folders. Images beside the metadata form one class.
+        by_class[root.name] = by_class.get(root.name, []) + flat
+    classes, files = tuple(by_class), list(by_class.values())
     if not any(files):
         raise DataError(f"no images in {root}: expected {root}/CLASS/*.png (or .jpg, .webp, ...), or a {METADATA}")
     parts: tuple[list, list] = [], []
@@ -269,7 +309,7 @@ def _images(paths: list[Path]) -> list[Path]:
 
 
 def _metadata(root: Path) -> dict[Path, str] | None:
-    """Captions by path of a folder in Hugging Face's imagefolder layout, None where it has no metadata."""
+    """Return captions by path of a folder in Hugging Face's imagefolder layout, None without metadata."""
     path = root / METADATA
     if not path.exists():
         return None
@@ -293,7 +333,16 @@ def _read(paths: list[Path], size: int, resize: bool, index: int) -> torch.Tenso
 
 
 def read_image(path: Path, size: int, resize: bool) -> torch.Tensor:
-    """uint8 (3, size, size) of an image file; with `resize` its shorter side is scaled and its centre cropped."""
+    """Return a uint8 (3, size, size) image.
+
+    Args:
+        path: image file.
+        size: side in pixels.
+        resize: whether to scale the shorter side and to crop the center; without it the image must have that size.
+
+    Raises:
+        DataError: the file is unreadable, or its image has another size.
+    """
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")

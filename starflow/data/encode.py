@@ -151,7 +151,11 @@ def encode(
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 of the files of a model's folder, those of a training run beside them left out."""
+    """Return a SHA-256 of the files of a model, without those of a training run beside them.
+
+    Args:
+        folder: folder of the model.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*")):
         if path.suffix in (".json", ".safetensors", ".model", ".txt"):
@@ -183,7 +187,7 @@ def _encode_images(
 
 
 def _distinct_captions(splits) -> list[str]:
-    """The empty prompt, then each distinct caption, sorted."""
+    """Return the empty prompt, then each distinct caption, sorted."""
     captions = {text for images in splits for i in range(len(images)) for text in images.captions(i)}
     return ["", *sorted(captions - {""})]
 
@@ -207,7 +211,7 @@ def _check_folder(folder: Path, index: CacheIndex) -> None:
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back."""
+    """Return the settings as JSON restores them."""
     return {
         k: _plain(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for k, v in settings.items()
     }

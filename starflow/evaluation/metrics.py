@@ -11,12 +11,19 @@ from torch.utils.data import DataLoader
 from ..data.datasets import ImageSet, dequantize, generator
 from ..models.flow import Flow
 
-COARSE, FINE = 1e-2, 1e-3
+COARSE = 1e-2
+FINE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """Mean bits a dimension of images under uniform dequantisation, its standard error over images, and how many."""
+    """Likelihood of images under uniform dequantization.
+
+    Args:
+        bits_per_dim: mean bits per dimension.
+        standard_error: standard error of that mean over the images.
+        images: number of images.
+    """
 
     bits_per_dim: float
     standard_error: float
@@ -25,7 +32,15 @@ class Likelihood:
 
 @dataclasses.dataclass(frozen=True)
 class RoundTrip:
-    """|difference| of values after both directions of the flow: largest, mean, and counts above 1e-3 and 1e-2."""
+    """Absolute differences of values after both directions of the flow.
+
+    Args:
+        max: largest difference.
+        mean: mean difference.
+        above_1e3: number of differences above 1e-3.
+        above_1e2: number of differences above 1e-2.
+        values: number of values.
+    """
 
     max: float
     mean: float
@@ -36,10 +51,16 @@ class RoundTrip:
 
 @torch.no_grad()
 def likelihood(flow: Flow, images: ImageSet, draws: int = 8, batch_size: int = 256, seed: int = 0) -> Likelihood:
-    """-log2 p a dimension (arXiv 2412.06329, section 3.1), an average over `draws` of the dequantisation noise.
+    """Return -log2 p per dimension (arXiv 2412.06329, section 3.1), averaged over draws of the dequantization noise.
 
-    Uniform noise makes it an upper bound of the bits of the integer image; labels are the images' own where the flow is
-    class-conditional.
+    With uniform noise it is an upper bound of the bits of the integer image.
+
+    Args:
+        flow: flow to evaluate; a class-conditional one gets the class of each image.
+        images: images to evaluate on.
+        draws: draws of the noise per image.
+        batch_size: images per batch.
+        seed: seed of the noise.
     """
     bits = []
     for x, labels in _batches(flow, images, batch_size):
@@ -54,17 +75,23 @@ def likelihood(flow: Flow, images: ImageSet, draws: int = 8, batch_size: int = 2
 def bayes_accuracy(
     flow: Flow, images: ImageSet, prior: torch.Tensor, draws: int = 8, batch_size: int = 256, seed: int = 0
 ) -> float:
-    """Fraction of images whose own class maximises p(x | y) p(y); p(x | y) is averaged over `draws` of the noise.
+    """Return the fraction of images whose class maximizes p(x | y) p(y).
 
-    prior: (num_classes,) probabilities of the classes.
+    Args:
+        flow: class-conditional flow.
+        images: images to classify.
+        prior: (num_classes,) probabilities p(y).
+        draws: draws of the dequantization noise, over which p(x | y) is averaged.
+        batch_size: images per batch.
+        seed: seed of the noise.
     """
     right = 0
     for i, (x, labels) in enumerate(_batches(flow, images, batch_size)):
         scores = []
         for label in range(len(prior)):
             # The same noise for every class.
-            random, tried = generator(seed, i), torch.full_like(labels, label)
-            scores.append(torch.stack([_log_prob(flow, x, tried, random) for _ in range(draws)]).logsumexp(0))
+            random, candidates = generator(seed, i), torch.full_like(labels, label)
+            scores.append(torch.stack([_log_prob(flow, x, candidates, random) for _ in range(draws)]).logsumexp(0))
         scores = torch.stack(scores, dim=1) + prior.log().to(flow.device)
         right += (scores.argmax(1) == labels).sum().item()
     return right / len(images)
@@ -72,7 +99,14 @@ def bayes_accuracy(
 
 @torch.no_grad()
 def round_trips(flow: Flow, images: ImageSet, count: int = 64, seed: int = 0) -> dict[str, RoundTrip]:
-    """inverse(forward(x)) against x of the first `count` images, and forward(inverse(z)) against noise z."""
+    """Return the errors of inverse(forward(x)) for images x and of forward(inverse(z)) for noise z.
+
+    Args:
+        flow: flow to evaluate.
+        images: images to evaluate on.
+        count: number of images, taken from the start.
+        seed: seed of the noise.
+    """
     x, labels = next(_batches(flow, images, min(count, len(images))))
     labels = labels if flow.config.num_classes else None
     x = dequantize(x, images.levels, flow.config.noise_std, generator(seed)).to(flow.device, _dtype(flow))
@@ -84,9 +118,15 @@ def round_trips(flow: Flow, images: ImageSet, count: int = 64, seed: int = 0) ->
 
 
 def logdet_error(flow: Flow, image: torch.Tensor, label: int | None = None, chunk: int = 256) -> float:
-    """|log-determinant - log|det of the autograd Jacobian|| at one float image (C, H, W), in nats.
+    """Return the absolute difference of the log-determinant from that of the Jacobian by autograd, in nats.
 
-    Runs as many backward passes as the image has dimensions, `chunk` of them at a time.
+    It takes as many backward passes as the image has dimensions.
+
+    Args:
+        flow: flow to evaluate.
+        image: (C, H, W) floating image.
+        label: class of the image, None for none.
+        chunk: backward passes per batch.
     """
     dims, rows = image.numel(), []
     for outputs in torch.arange(dims, device=image.device).split(chunk):

@@ -10,11 +10,15 @@ MAX_WIDENING = 8
 
 
 class PatchDiscriminator(nn.Module):
-    """One logit for each patch of an image (B, C, H, W): positive for a real one.
+    """Discriminator with one logit per patch of an image, positive for a real one.
 
-    Convolutions of 4x4: `layers` of stride 2, then two of stride 1; with 3 layers a patch is 70x70 pixels. The width
-    starts at `width` and doubles up to 8 times that. Norms are over an image alone, so that a row does not depend on
-    its batch.
+    It has `layers` 4x4 convolutions of stride 2, then two of stride 1; with 3 layers a patch is 70x70 pixels. The norms
+    are per image, so that a row does not depend on its batch.
+
+    Args:
+        channels: channels of the images.
+        width: channels of the first convolution; they double per layer, up to 8 times.
+        layers: convolutions of stride 2.
     """
 
     def __init__(self, channels: int = 3, width: int = 64, layers: int = 3):
@@ -35,10 +39,19 @@ class PatchDiscriminator(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 1, h, w) logits."""
+        """Return (B, 1, h, w) logits.
+
+        Args:
+            x: (B, C, H, W) images on [-1, 1].
+        """
         return self.network(x)
 
 
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Loss of the discriminator for logits of real and decoded images (arXiv 1705.02894)."""
+    """Return the loss of the discriminator (arXiv 1705.02894).
+
+    Args:
+        real: logits of real images.
+        fake: logits of decoded images.
+    """
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())

@@ -1,4 +1,4 @@
-"""Data sets and dequantisation."""
+"""Data sets and dequantization."""
 
 import pytest
 import torch

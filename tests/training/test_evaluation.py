@@ -39,7 +39,7 @@ def images() -> ImageSet:
 
 def test_likelihood_of_a_gaussian():
     flow = constant_flow(mu=0.5, sigma=0.3)
-    # Dequantised values are uniform on [-1, 0] or [0, 1]: mean square distance 1/12 from the mean at +-0.5.
+    # Dequantized values are uniform on [-1, 0] or [0, 1]: mean square distance 1/12 from the mean at +-0.5.
     nats = 0.5 * math.log(2 * math.pi) + math.log(0.3) + 0.5 / 12 / 0.3**2
     found = likelihood(flow, images(), draws=200)
     assert found.bits_per_dim == pytest.approx(nats / math.log(2) + math.log2(4 / 2), abs=5e-3)
