@@ -26,7 +26,7 @@ def assert_same(flow: Flow, state: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in flow.state_dict().items())
 
 
-def test_names_of_tarflow():
+def test_tarflow_has_its_upstream_names_and_shapes():
     fields = {**TARFLOW, "layers": (1,), "num_classes": 5, "scale": "unit"}
     layer = "blocks.0.attn_blocks.0."
     expected = {
@@ -43,7 +43,7 @@ def test_names_of_tarflow():
     assert {n: tuple(t.shape) for n, t in upstream_state(make(fields)).items()} == expected
 
 
-def test_names_of_starflow():
+def test_starflow_has_its_upstream_names_and_shapes():
     fields = {**FLOWS["gemma"], "layers": (1,)}
     layer = "blocks.0.attn_blocks.0."
     expected = {
@@ -62,7 +62,7 @@ def test_names_of_starflow():
     assert {n: tuple(t.shape) for n, t in upstream_state(make(fields)).items()} == expected
 
 
-def test_round_trip(named, tmp_path):
+def test_export_and_conversion_keep_every_bit(named, tmp_path):
     """Ours, upstream, ours: the same configuration and the same bits; and upstream, ours, upstream."""
     name, flow = named
     stem = name.split("_model_")[0]
@@ -107,7 +107,7 @@ def test_converted_weights_compute_what_the_upstream_code_does(name, tmp_path):
         ("afhq_model_8_768_8_8_0.07", 256, 3, 463_481_856),
     ],
 )
-def test_published_names(name, size, classes, parameters):
+def test_size_and_classes_of_published_files_come_from_the_shapes(name, size, classes, parameters):
     """The size of the images and the number of classes are in the shapes alone."""
     patch, channels, *_, noise = name.split("_model_")[1].split("_")
     fields = {**TARFLOW, "patch_size": int(patch), "channels": int(channels), "layers": (8,) * 8, "image_size": size}
@@ -128,7 +128,7 @@ THREE_BILLION = {
 }  # fmt: skip
 
 
-def test_the_model_of_three_billion_parameters():
+def test_the_published_text_to_image_model_has_its_configuration():
     arguments = parse_arguments({"arguments": [{k: v} for k, v in THREE_BILLION.items()]}, "3B")
     config = flow_config(arguments, {}, "3B")
     assert config == FlowConfig(
@@ -157,7 +157,7 @@ def test_the_model_of_three_billion_parameters():
     assert [config.block_spec(i).flip for i in range(6)] == [True, False] * 3
 
 
-def test_dtypes_and_shards(tarflow):
+def test_weights_are_split_into_files_with_an_index(tarflow):
     path, state, out = tarflow
     report = convert(path, out, dtype=torch.bfloat16, max_shard=100_000)
     shards = sorted(out.glob("*.safetensors"))
@@ -176,7 +176,7 @@ def test_dtypes_and_shards(tarflow):
     ("dtype", "kept"),
     [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float64, torch.float32)],
 )
-def test_dtype_of_the_file(tarflow, dtype, kept):
+def test_the_dtype_of_the_file_is_kept_where_flows_have_it(tarflow, dtype, kept):
     path, state, out = tarflow
     torch.save({name: tensor.to(dtype) for name, tensor in state.items()}, path)
     convert(path, out)
@@ -184,14 +184,14 @@ def test_dtype_of_the_file(tarflow, dtype, kept):
     assert torch.equal(flow.blocks[2].proj_in.weight, state["blocks.2.proj_in.weight"].to(dtype).to(kept))
 
 
-def test_the_old_format_of_torch(tarflow):
+def test_the_old_format_of_torch_is_read(tarflow):
     path, state, out = tarflow
     torch.save(state, path, _use_new_zipfile_serialization=False)
     convert(path, out)
     assert torch.equal(Flow.from_pretrained(out).blocks[0].proj_in.weight, state["blocks.0.proj_in.weight"])
 
 
-def test_command(tarflow, capsys):
+def test_the_command_reports_what_it_did(tarflow, capsys):
     path, _, out = tarflow
     assert main(["convert", str(path), "--out", str(out), "--json", "-"]) == 0
     printed = capsys.readouterr()
@@ -201,11 +201,16 @@ def test_command(tarflow, capsys):
         k: v for k, v in json.loads((out / "conversion.json").read_text()).items() if k != "seconds"
     }
     assert "var is one" in results["checked"] and results["config"]["noise_std"] == 0.15
+
+
+def test_the_other_commands_take_a_converted_folder(tarflow):
+    path, _, out = tarflow
+    convert(path, out)
     assert main(["convert", str(out), "--out", str(out.parent / "back"), "--to", "upstream"]) == 0
     assert main(["sample", "--checkpoint", str(out), "--num", "2", "--out", str(out.parent / "drawn")]) == 0
 
 
-def test_a_folder_of_diffusers(starflow):
+def test_a_folder_of_diffusers_is_exported(starflow):
     path, config, out = starflow
     convert(path, out, config)
     pipeline = out.parent / "pipeline" / "transformer"
@@ -218,7 +223,7 @@ def test_a_folder_of_diffusers(starflow):
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
 
-def test_files_without_checksums(tarflow):
+def test_missing_checksums_are_reported(tarflow):
     path, state, out = tarflow
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

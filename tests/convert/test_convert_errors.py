@@ -1,4 +1,4 @@
-"""What is wrong with an upstream checkpoint is said in one line, and nothing is left behind."""
+"""Errors of conversion: one line that says what is wrong, and nothing is left behind."""
 
 import os
 import pickle
@@ -27,7 +27,7 @@ def refused(message: str, path, out, **options) -> str:
     return str(error.value)
 
 
-def test_targets(tarflow):
+def test_only_a_folder_of_a_conversion_is_overwritten(tarflow):
     path, _, out = tarflow
     convert(path, out)
     refused("exists already", path, out)
@@ -74,14 +74,14 @@ def change(name, value):
         (lambda s: s.clear(), "holds no weights"),
     ],
 )
-def test_weights_that_do_not_fit(tarflow, edit, message):
+def test_weights_that_do_not_fit_are_refused(tarflow, edit, message):
     path, state, out = tarflow
     edit(state)
     torch.save(state, path)
     refused(message, path, out)
 
 
-def test_drop(tarflow):
+def test_unknown_weights_are_dropped_on_request_only(tarflow):
     path, state, out = tarflow
     torch.save(state | {"ema.blocks": torch.zeros(1), "ema.steps": torch.zeros(1)}, path)
     refused("unknown weights ema.blocks", path, out)
@@ -100,7 +100,7 @@ def test_drop(tarflow):
         ("imagenet_model_4_64_3_1_0.15.bin", "give --config"),
     ],
 )
-def test_names_that_lie(tarflow, name, message):
+def test_a_file_name_that_contradicts_the_weights_is_refused(tarflow, name, message):
     path, _, out = tarflow
     refused(message, path.rename(path.parent / name), out)
 
@@ -126,14 +126,14 @@ def test_names_that_lie(tarflow, name, message):
         ({"rope": 0, "txt_size": 0}, "not the weights of a TarFlow.*--config"),
     ],
 )
-def test_configurations_that_do_not_fit(starflow, flags, message):
+def test_a_configuration_that_does_not_fit_is_refused(starflow, flags, message):
     path, config, out = starflow
     arguments = {k: v for entry in yaml.safe_load(config.read_text())["arguments"] for k, v in entry.items()}
     config.write_text(yaml.safe_dump({"arguments": [{k: v} for k, v in {**arguments, **flags}.items()]}))
     refused(message, path, out, config=config)
 
 
-def test_a_file_that_is_no_configuration(starflow):
+def test_a_missing_or_malformed_configuration_is_refused(starflow):
     path, config, out = starflow
     refused("give --config", path, out)
     refused("nowhere.yaml", path, out, config="nowhere.yaml")
@@ -142,7 +142,7 @@ def test_a_file_that_is_no_configuration(starflow):
         refused(message, path, out, config=config)
 
 
-def test_the_denoiser_of_starflow_v(starflow):
+def test_the_denoiser_of_starflow_v_is_dropped_where_the_configuration_has_it(starflow):
     path, config, out = starflow
     torch.save(torch.load(path) | {"learnable_self_denoiser.proj_in.bias": torch.zeros(64)}, path)
     refused("unknown weights learnable_self_denoiser.proj_in.bias", path, out, config=config)
@@ -152,7 +152,7 @@ def test_the_denoiser_of_starflow_v(starflow):
     assert "denoiser" in convert(path, out, config).dropped["learnable_self_denoiser.proj_in.bias"]
 
 
-def test_truncated_files(tarflow):
+def test_truncated_files_are_refused(tarflow):
     path, _, out = tarflow
     whole = path.read_bytes()
     for length in [0, 1, 3, 4, 100, 5000, len(whole) // 2, len(whole) - 100_000, len(whole) - 30, len(whole) - 1]:
@@ -160,7 +160,7 @@ def test_truncated_files(tarflow):
         refused("damaged|not a checkpoint", path, out)
 
 
-def test_damaged_bytes(tarflow):
+def test_damaged_bytes_are_refused_or_harmless(tarflow):
     """Refused, or without harm to the weights."""
     path, state, out = tarflow
     whole = path.read_bytes()
@@ -194,8 +194,8 @@ class Call:
 
 @pytest.mark.parametrize("archive", [True, False, None])
 @pytest.mark.parametrize("place", ["instead", "inside"])
-def test_malicious_pickles(tarflow, archive, place):
-    """As torch saves now, as it did before 1.6, and as a bare pickle: the call is not made."""
+def test_malicious_pickles_are_not_run(tarflow, archive, place):
+    """The call is not made in a file of present torch, of torch before 1.6, or in a bare pickle."""
     path, state, out = tarflow
     victim = out.parent / "in" / "victim"
     victim.write_text("unharmed")
@@ -211,13 +211,13 @@ def test_malicious_pickles(tarflow, archive, place):
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"optimizer": {"state": {}}}, {"a": 1}, torch.zeros(3), "text"])
-def test_other_things_that_torch_saves(tarflow, content):
+def test_a_file_that_holds_no_state_dict_is_refused(tarflow, content):
     path, _, out = tarflow
     torch.save(content, path)
     refused("no state dict|holds no weights", path, out)
 
 
-def test_other_files(tarflow):
+def test_a_file_of_another_kind_is_refused(tarflow):
     path, _, out = tarflow
     refused("no checkpoint at", path.parent / "nothing.pth", out)
     folder = path.parent / "imagenet_model_4_64_3_1_0.16.pth"
@@ -231,7 +231,7 @@ def test_other_files(tarflow):
     refused("truncated or damaged: compressed", path, out)
 
 
-def test_flows_that_the_upstream_code_has_no_settings_for(tmp_path):
+def test_a_flow_without_upstream_settings_is_not_exported(tmp_path):
     for change, message in (
         ({"head_dim": 32}, "head_dim=32"),
         ({"expansion": 2}, "expansion=2"),
@@ -261,7 +261,7 @@ def test_errors_are_one_line(tarflow, capsys):
 
 
 @pytest.mark.parametrize("direction", ["ours", "upstream"])
-def test_a_disk_that_is_full(tarflow, direction):
+def test_a_full_disk_leaves_nothing_behind(tarflow, direction):
     """A limit on the size of files stands for it: the first bytes are written, the rest is refused."""
     path, _, out = tarflow
     if direction == "upstream":

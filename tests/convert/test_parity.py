@@ -25,7 +25,7 @@ def case(request) -> Case:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_forward(case, grad):
+def test_forward_agrees_with_upstream(case, grad):
     with torch.set_grad_enabled(grad):
         z, logdet, _ = case.flow(case.tensors["x"], case.tensors.get("labels"), case.tensors.get("text"))
     assert z.requires_grad is grad
@@ -33,11 +33,11 @@ def test_forward(case, grad):
     assert_parity(logdet, case.tensors["logdet"])
 
 
-def test_inverse(case):
+def test_inverse_agrees_with_upstream(case):
     assert_parity(case.flow.inverse(case.noise(), **case.sampling_context()), case.tensors["sample"])
 
 
-def test_guided_inverse(case):
+def test_guided_inverse_agrees_with_upstream(case):
     guided = case.flow.inverse(
         case.noise(),
         **case.sampling_context(),
@@ -47,11 +47,11 @@ def test_guided_inverse(case):
     assert_parity(guided, case.tensors["guided"])
 
 
-def test_guidance_matters(case):
+def test_guidance_changes_the_samples(case):
     assert (case.tensors["guided"] - case.tensors["sample"]).abs().max() > 1e-2
 
 
-def test_prior_of_volume_preserving_flow():
+def test_the_prior_update_agrees_with_upstream():
     case = load("tarflow_volume_preserving")
     assert (case.flow.prior_variance - 1).abs().max() > 0.1
     case.flow.update_prior(case.flow.tokens(case.tensors["z"]))

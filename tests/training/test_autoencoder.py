@@ -31,7 +31,7 @@ def train(config: AutoencoderRunConfig, folder) -> AutoencoderTrainer:
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
-def test_learns(loss, tmp_path):
+def test_the_reconstruction_improves(loss, tmp_path):
     trainer = train(settings({"loss": loss}, steps=60, sample_every=60), tmp_path)
     errors = [m["reconstruction"] for m in trainer.metrics]
     assert sum(errors[-5:]) < 0.7 * sum(errors[:5])
@@ -41,7 +41,7 @@ def test_learns(loss, tmp_path):
     }
 
 
-def test_the_scaling_factor_normalises_the_latents(tmp_path):
+def test_the_scaling_factor_normalizes_the_latents(tmp_path):
     train(settings(steps=20), tmp_path)
     vae, (images, _) = load_vae(tmp_path), load(DataConfig(size=16))
     x = scale_images(torch.stack([images[i][0] for i in range(400)]), 256, 3)
@@ -83,12 +83,12 @@ def test_resume_repeats_an_uninterrupted_run(tmp_path):
         ({}, {"size": 15}, "size=15"),
     ],
 )
-def test_settings_are_checked(autoencoder, data, message, tmp_path):
+def test_wrong_settings_are_named(autoencoder, data, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         AutoencoderTrainer(settings(autoencoder, data), tmp_path)
 
 
-def test_what_is_no_autoencoder(tmp_path):
+def test_a_folder_without_an_autoencoder_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no autoencoder"):
         load_vae(tmp_path)
     (tmp_path / "config.json").write_text("{}")
@@ -96,7 +96,7 @@ def test_what_is_no_autoencoder(tmp_path):
         load_vae(tmp_path)
 
 
-def test_command(tmp_path, capsys):
+def test_the_command_writes_an_autoencoder_and_keeps_a_run(tmp_path, capsys):
     small = ["--set", "autoencoder.block_channels=[8, 8]", "--set", "data.size=16", "--set", "training.steps=2"]
     arguments = ["train-autoencoder", "--out", str(tmp_path), "--quiet"]
     assert main([*arguments, "--preset", "digits", *small, "--json", str(tmp_path / "report.json")]) == 0

@@ -8,7 +8,7 @@ from starflow import ConfigError, DataError
 from starflow.data.datasets import DataConfig, ShuffledBatches, dequantize, generator, load, to_pixels
 
 
-def test_digits():
+def test_digits_are_split_by_class_without_overlap():
     train, held_out = load(DataConfig())
     assert (len(train), len(held_out)) == (1437, 360)
     assert train.levels == 17 and train.classes == tuple("0123456789")
@@ -29,12 +29,17 @@ def test_photos_hold_out_a_strip():
     assert min(column for _, _, column in held_out.fetch.args[1]) >= 640 - 128
 
 
-def test_folder(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
     for name, count in (("cat", 8), ("dog", 4)):
         (tmp_path / name).mkdir()
         for i in range(count):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / f"{i}.png")
-    config = DataConfig(source="folder", path=str(tmp_path), size=8, held_out=0.25)
+    return tmp_path
+
+
+def test_a_folder_is_split_by_class_in_the_same_way_each_time(folder):
+    config = DataConfig(source="folder", path=str(folder), size=8, held_out=0.25)
     train, held_out = load(config)
     assert train.classes == ("cat", "dog") and (len(train), len(held_out)) == (9, 3)
     assert torch.bincount(train.labels).tolist() == [6, 3]
@@ -42,18 +47,22 @@ def test_folder(tmp_path):
     assert sorted(seen) == list(range(8))
     assert [int(image[0, 0, 0]) for image, _ in load(config)[1]] == [int(image[0, 0, 0]) for image, _ in held_out]
 
-    Image.new("L", (12, 8)).save(tmp_path / "cat" / "wide.png")
-    sizes = DataConfig(source="folder", path=str(tmp_path), size=8, held_out=0)
+
+def test_images_of_another_size_are_resized_on_request_only(folder):
+    Image.new("L", (12, 8)).save(folder / "cat" / "wide.png")
     with pytest.raises(DataError, match=r"wide\.png: 12x8 pixels, expected 8x8"):
-        list(load(sizes)[0])
-    resized = DataConfig(source="folder", path=str(tmp_path), size=4, held_out=0, resize=True)
+        list(load(DataConfig(source="folder", path=str(folder), size=8, held_out=0))[0])
+    resized = DataConfig(source="folder", path=str(folder), size=4, held_out=0, resize=True)
     assert {image.shape for image, _ in load(resized)[0]} == {(3, 4, 4)}
-    (tmp_path / "cat" / "wide.png").write_bytes(b"no image")
+
+
+def test_an_unreadable_image_is_named(folder):
+    (folder / "cat" / "wide.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"wide\.png: not a readable image"):
-        list(load(sizes)[0])
+        list(load(DataConfig(source="folder", path=str(folder), size=8, held_out=0))[0])
 
 
-def test_what_is_not_there(tmp_path):
+def test_missing_data_and_wrong_settings_are_named(tmp_path):
     with pytest.raises(DataError, match="no folder of images"):
         load(DataConfig(source="folder", path=str(tmp_path / "nothing")))
     with pytest.raises(DataError, match="no images in"):

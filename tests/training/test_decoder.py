@@ -49,7 +49,7 @@ def train(config: DecoderRunConfig, folder) -> DecoderTrainer:
     return trainer
 
 
-def test_learns_and_leaves_the_encoder_alone(vae, tmp_path):
+def test_only_the_decoder_learns(vae, tmp_path):
     trainer = train(settings(vae, {"gan_start": 20}, steps=40, sample_every=40), tmp_path / "run")
     errors = [m["square"] for m in trainer.metrics]
     assert sum(errors[-5:]) < 0.7 * sum(errors[:5])
@@ -61,7 +61,7 @@ def test_learns_and_leaves_the_encoder_alone(vae, tmp_path):
     assert (tmp_path / "run" / "samples" / "0000040.png").exists()
 
 
-def test_resume_after_a_kill(vae, tmp_path):
+def test_a_killed_run_is_resumed_to_the_same_weights(vae, tmp_path):
     config = settings(vae, steps=30, checkpoint_every=3)
     whole = train(config, tmp_path / "whole")
     code = (
@@ -97,12 +97,12 @@ def test_a_patch_of_the_discriminator_is_70_pixels():
     assert (reached.amax(0) - reached.amin(0) + 1).tolist() == [70, 70]
 
 
-def test_hinge_loss():
+def test_the_hinge_loss_is_zero_beyond_the_margin():
     assert hinge_loss(torch.tensor([2.0, 1.0]), torch.tensor([-1.0, -3.0])) == 0
     assert hinge_loss(torch.tensor([0.0]), torch.tensor([0.0])) == 1
 
 
-def test_lpips_only_where_its_weights_are(vae, tmp_path, monkeypatch):
+def test_lpips_is_left_out_with_a_warning_where_a_part_is_missing(vae, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.warns(UserWarning, match="without LPIPS: VGG-16's weights"):
         assert load_lpips("cpu") is None
@@ -125,12 +125,12 @@ def test_lpips_only_where_its_weights_are(vae, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [{"noise_std": -1}, {"gan_layers": 0}, {"gan_weight": "much"}, {"gans": 1}])
-def test_settings_are_checked(change, vae):
+def test_wrong_settings_are_named(change, vae):
     with pytest.raises(ConfigError, match=next(iter(change))):
         settings(vae, change)
 
 
-def test_command(vae, tmp_path, capsys):
+def test_the_command_fine_tunes_the_given_autoencoder(vae, tmp_path, capsys):
     small = ["--set", "data.size=16", "--set", "training.steps=2", "--set", "decoder.gan_layers=1"]
     arguments = ["train-decoder", "--preset", "digits", "--out", str(tmp_path / "run"), "--quiet", *small]
     assert main([*arguments, "--vae", vae]) == 0

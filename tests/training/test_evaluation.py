@@ -37,7 +37,7 @@ def images() -> ImageSet:
     return ImageSet(pixels.__getitem__, labels, 4, ("dark", "bright"), lambda index: ())
 
 
-def test_likelihood_of_a_gaussian():
+def test_the_likelihood_of_a_gaussian_is_the_known_one():
     flow = constant_flow(mu=0.5, sigma=0.3)
     # Dequantized values are uniform on [-1, 0] or [0, 1]: mean square distance 1/12 from the mean at +-0.5.
     nats = 0.5 * math.log(2 * math.pi) + math.log(0.3) + 0.5 / 12 / 0.3**2
@@ -46,7 +46,7 @@ def test_likelihood_of_a_gaussian():
     assert found.images == 40 and 0 < found.standard_error < 0.1
 
 
-def test_bayes_accuracy():
+def test_bayes_accuracy_follows_density_and_prior():
     data, even = images(), torch.tensor([0.5, 0.5])
     assert bayes_accuracy(constant_flow(0.5, 0.3), data, even, draws=2) == 1
     assert bayes_accuracy(constant_flow(-0.5, 0.3), data, even, draws=2) == 0

@@ -67,7 +67,7 @@ def bytes_of(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_what_is_stored(parts, cache):
+def test_a_cache_holds_moments_labels_and_text_states(parts, cache):
     index = CacheIndex.load(cache)
     assert index.complete and index.counts == {"train": 16, "held_out": 4, "text": 5}
     assert (index.shape, index.scaling_factor, index.text) == ((2, 8, 8), 0.5, (LENGTH, components.TEXT_DIM))
@@ -135,7 +135,7 @@ def test_a_cache_of_other_settings_is_refused(parts, cache, change, message, tmp
     assert bytes_of(cache) == before
 
 
-def test_what_is_no_cache(parts, tmp_path):
+def test_a_folder_without_a_cache_is_refused(parts, tmp_path):
     config = DataConfig(source="latents", path=str(tmp_path), size=8)
     with pytest.raises(DataError, match="no cached latents"):
         load(config)
@@ -189,7 +189,7 @@ def train(config: FlowRunConfig, folder) -> FlowTrainer:
 
 
 @pytest.mark.parametrize("model", [{}, {"text_dim": 0, "text_len": 0, "num_classes": 2, "condition_blocks": "all"}])
-def test_training_from_latents(cache, model, tmp_path):
+def test_a_flow_learns_from_latents(cache, model, tmp_path):
     trainer = train(run_config(cache, model, steps=40), tmp_path)
     losses = [m["loss"] for m in trainer.metrics]
     assert sum(losses[-5:]) < sum(losses[:5])
@@ -236,18 +236,18 @@ def test_dropped_captions_are_the_empty_prompt(cache, drop, tmp_path):
         ({"text_dim": 4}, "text_dim=4"),
     ],
 )
-def test_model_must_fit_the_latents(cache, model, message, tmp_path):
+def test_a_model_that_does_not_fit_the_latents_is_refused(cache, model, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         FlowTrainer(run_config(cache, model), tmp_path)
 
 
-def test_text_needs_text(parts, tmp_path):
+def test_a_text_model_needs_a_cache_with_text(parts, tmp_path):
     encode(encode_config(parts, text=""), tmp_path / "cache", quiet=True)
     with pytest.raises(ConfigError, match="has no text"):
         FlowTrainer(run_config(tmp_path / "cache"), tmp_path)
 
 
-def test_commands(parts, tmp_path, capsys):
+def test_the_command_fills_a_cache_once(parts, tmp_path, capsys):
     settings = tmp_path / "data.yaml"
     settings.write_text(f"data: {{source: folder, path: {parts / 'images'}, size: 16}}")
     arguments = ["encode", "--vae", str(parts / "vae"), "--config", str(settings), "--out", str(tmp_path / "cache")]
@@ -256,13 +256,16 @@ def test_commands(parts, tmp_path, capsys):
     assert main(arguments) == 0 and "already complete" in capsys.readouterr().out
     assert main([*arguments, "--set", "data.seed=3"]) == 2
     assert "data.seed=0, not 3" in capsys.readouterr().err
-    train(run_config(tmp_path / "cache"), tmp_path / "run")
+
+
+def test_pixel_commands_refuse_a_flow_on_latents(cache, tmp_path, capsys):
+    train(run_config(cache), tmp_path / "run")
     for command in (["sample", "--out", str(tmp_path / "drawn")], ["eval"]):
         assert main([*command, "--checkpoint", str(tmp_path / "run")]) == 2
         assert "latents" in capsys.readouterr().err
 
 
-def test_captions_of_a_metadata_file(tmp_path):
+def test_captions_come_from_a_metadata_file(tmp_path):
     for i in range(3):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
     config = DataConfig(source="folder", path=str(tmp_path), size=8, held_out=0)

@@ -46,7 +46,7 @@ def same(one, other) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def test_learns_and_writes_a_run(tmp_path):
+def test_a_run_learns_and_writes_metrics_and_samples(tmp_path):
     trainer = train(settings(steps=60, sample_every=60, dropout=0.0), tmp_path)
     bits = [m["bits_per_dim"] for m in trainer.metrics]
     assert sum(bits[-5:]) / 5 < sum(bits[:5]) / 5 - 0.5
@@ -77,7 +77,7 @@ def test_resume_repeats_an_uninterrupted_run(tmp_path, model):
     assert resumed.metrics == whole.metrics
 
 
-def test_resume_after_a_kill(tmp_path):
+def test_a_killed_run_is_resumed_to_the_same_weights(tmp_path):
     config = settings(steps=40, checkpoint_every=5)
     train(config, tmp_path / "whole")
     code = (
@@ -97,7 +97,7 @@ def test_resume_after_a_kill(tmp_path):
     assert same(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_what_cannot_be_resumed(tmp_path):
+def test_a_missing_or_damaged_checkpoint_is_not_resumed(tmp_path):
     with pytest.raises(CheckpointError, match="nothing to resume"):
         FlowTrainer.resume(tmp_path)
     train(settings(steps=1), tmp_path)
@@ -120,7 +120,7 @@ def test_bf16_autocast_trains(tmp_path):
     assert trainer.metrics[-1]["bits_per_dim"] < trainer.metrics[0]["bits_per_dim"]
 
 
-def test_learning_rate_schedule():
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
     config = FlowTrainingConfig(steps=110, batch_size=1, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
     assert config.learning_rate_at(0) == pytest.approx(0.1)
     assert config.learning_rate_at(9) == 1.0
@@ -140,7 +140,7 @@ def test_learning_rate_schedule():
         ("model", {"image_size": 16}, "image_size=16"),
     ],
 )
-def test_settings_are_checked(section, change, message):
+def test_wrong_settings_are_named(section, change, message):
     with pytest.raises(ConfigError, match=message):
         config = {"model": dict(MODEL), "data": {}, "training": dict(TRAINING)}
         config[section].update(change)
@@ -155,6 +155,6 @@ def test_settings_are_checked(section, change, message):
         ({"image_channels": 3}, "image_channels=3"),
     ],
 )
-def test_model_must_fit_the_data(tmp_path, model, message):
+def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path, model, message):
     with pytest.raises(ConfigError, match=message):
         FlowTrainer(settings(model), tmp_path)
