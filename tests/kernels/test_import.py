@@ -9,43 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.imports import python
 
 import starflow_kernels
 
 PACKAGE = Path(starflow_kernels.__file__).parent
 
 STRICT = """
-import importlib.metadata as metadata, re, sys
-
-def requirements(name):
-    found, queue = set(), [name]
-    while queue:
-        distribution = re.sub("[-_.]+", "-", queue.pop()).lower()
-        if distribution in found or distribution == "triton":
-            continue
-        try:
-            wanted = metadata.requires(distribution) or []
-        except metadata.PackageNotFoundError:
-            continue
-        found.add(distribution)
-        queue += [re.match("[A-Za-z0-9._-]+", w)[0] for w in wanted if "extra ==" not in w]
-    return found
-
-distributions = requirements("torch") | {"numpy"}
-allowed = {*sys.stdlib_module_names, "starflow_kernels", "__mp_main__"}
-for module, owners in metadata.packages_distributions().items():
-    if distributions & {re.sub("[-_.]+", "-", owner).lower() for owner in owners}:
-        allowed.add(module)
-refused = set()
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top not in allowed:
-            refused.add(top)
-            raise ModuleNotFoundError(f"{name} is refused", name=name)
-
-sys.meta_path.insert(0, Finder())
 before = set(sys.modules)
 import starflow_kernels
 import torch
@@ -66,8 +36,7 @@ print("imported", starflow_kernels.__file__)
 
 def test_importing_needs_torch_alone():
     """In a process in which only the standard library, torch, what torch requires and numpy can be imported."""
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    process = subprocess.run([sys.executable, "-c", STRICT], capture_output=True, text=True, env=environment)
+    process = python(STRICT, distributions=["torch", "numpy"], modules=["starflow_kernels"])
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["imported", str(PACKAGE / "__init__.py")]
 
