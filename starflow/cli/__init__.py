@@ -62,7 +62,8 @@ def commands() -> dict[str, ModuleType]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    from .. import __version__
+    from starflow_kernels import __version__
+
     from .common import Parser, positive
 
     root = Parser(prog="starflow", description="Train, sample and evaluate TarFlow and STARFlow models.")

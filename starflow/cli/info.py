@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from starflow_kernels import backends
+from starflow_kernels import __version__, backends
 
-from .. import __version__
 from ..inversion.solvers import Measurement
 from ..models.checkpoint import BUNDLED, CONFIG, resolve
 from ..models.flow import Flow

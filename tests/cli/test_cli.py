@@ -12,10 +12,11 @@ import yaml
 from PIL import Image
 from support.commands import fails
 
-from starflow import Flow, __version__
+from starflow import Flow
 from starflow.cli import commands, main, parser
 from starflow.inversion.solvers import TOLERANCE
 from starflow.settings import PRESETS, presets, read_settings
+from starflow_kernels import __version__
 
 TINY = {
     "model": {

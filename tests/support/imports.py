@@ -34,14 +34,20 @@ for module, owners in metadata.packages_distributions().items():
         allowed.add(module)
 refused = set()
 
-class Finder:
+class Allowing:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top not in allowed and not top.startswith("_sysconfigdata"):
-            refused.add(top)
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if top in allowed or top.startswith("_sysconfigdata"):
+            return self.finder.find_spec(name, path, target)
+        refused.add(top)
 
-sys.meta_path.insert(0, Finder())
+sys.meta_path[:] = map(Allowing, sys.meta_path)
 """
 
 
