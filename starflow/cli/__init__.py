@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
 
     root = Parser(prog="starflow", description="Train, sample and evaluate TarFlow and STARFlow models.")
     root.add_argument("--version", action="version", version=f"starflow {__version__}", help="Print the version.")
-    subparsers = root.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    subparsers = root.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True, parser_class=Parser
+    )
     for name, command in commands().items():
         sub = subparsers.add_parser(
             name,
