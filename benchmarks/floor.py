@@ -1,18 +1,18 @@
-"""The least time of sampling, whatever the code: what a token step has to read and to multiply.
+"""Least time of sampling, whatever the code: the bytes that a token step reads and the operations that it does.
 
-The larger of bytes / copy bandwidth and operations / matrix product peak in the dtype of the weights, both measured in
-the same run. A step of a block, for all rows (2B under guidance), has to
+The floor is the larger of bytes / copy bandwidth and operations / peak of matrix products in the dtype of the
+weights, both measured in the same run. A step of a block, for all rows (2B under guidance), has to
 
-- read every weight once, of position table and text projection nothing but one row of the table;
-- read the keys and values of the slots that it sees, text included, once for each row and KV head: at step s that is
-  prefix + s + 1 slots, on average over the steps prefix + (steps + 1) / 2; and write those of one slot;
+- read every weight once; of the position table only one row, of the text projection nothing;
+- read the keys and values of the slots that it sees, text included, once per row and KV head. Step s sees prefix + s
+  + 1 slots, on average prefix + (steps + 1) / 2. It also writes one slot;
 - read the noise of a token and write the token;
-- do two operations for each weight of a matrix and row, and four for each seen slot, row, head and value of a head.
+- do two operations per weight of a matrix and row, and four per visible slot, row, head and value of a head.
 
-Weights and cache count with the bytes a value in which they lie in memory. Of a `resident` block, whose weights fit on
-the chip, weights are read once a call and the cache never leaves the chip. Not counted: norms, GELU, softmax, guidance,
-activations between kernels, the text's own pass, and whatever a device keeps in its cache from one step to the next: a
-block smaller than that cache can be faster than its floor.
+Weights and cache count with the bytes per value that they have in memory. A `resident` block fits on the chip: its
+weights are read once per call, and its cache never leaves the chip. Not counted are norms, GELU, softmax, guidance,
+activations between kernels, the pass over the text, and what a device keeps in its cache from one step to the next. A
+block smaller than that cache can therefore be faster than its floor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from starflow_kernels import BlockSpec
 
 
 class Work(NamedTuple):
-    """Bytes and operations of a whole call, and the token steps that it takes."""
+    """Bytes, operations and token steps of a whole call."""
 
     bytes: float
     operations: float
@@ -35,7 +35,7 @@ class Work(NamedTuple):
         return Work(*(a + b for a, b in zip(self, other)))
 
     def seconds(self, ceilings: dict[str, float], dtype: torch.dtype) -> float:
-        """The floor of the call."""
+        """Return the floor of the call."""
         peak = ceilings["float32_operations_a_second" if dtype == torch.float32 else "operations_a_second"]
         return max(self.bytes / ceilings["bytes_a_second"], self.operations / peak)
 
@@ -51,7 +51,7 @@ def block_work(
     cache_bytes: float = 2,
     resident: bool = False,
 ) -> Work:
-    """Work of `tokens` tokens of each sample through one block; copies: 2 under guidance, else 1."""
+    """Return the work of `tokens` tokens of each sample through one block; copies is 2 under guidance, else 1."""
     steps, rows = tokens if spec.start else tokens - 1, samples * copies
     sizes = {n: shape for n, shape in spec.weight_shapes.items() if n != "pos_embed" and not n.startswith("proj_text")}
     matrices = sum(shape[0] * shape[1] for shape in sizes.values() if len(shape) == 2)

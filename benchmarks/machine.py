@@ -1,4 +1,4 @@
-"""Ceilings of this machine's CPU, measured: memory read bandwidth by working set, and float32 multiply-adds."""
+"""Measured ceilings of this machine's CPU: read bandwidth by working set, and float32 multiply-adds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ float multiply_add(long rounds) {
     return s[0];
 }
 """
-FLOPS_A_ROUND = 16 * 16 * 2
+FLOPS_PER_ROUND = 16 * 16 * 2
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _seconds(calls: list, repeats: int) -> float:
-    """Shortest time in which the calls, a thread each, all end."""
+    """Return the shortest time in which all calls end, one thread per call."""
     best = float("inf")
     for _ in range(repeats):
         threads = [threading.Thread(target=call) for call in calls]
@@ -68,7 +68,7 @@ def _seconds(calls: list, repeats: int) -> float:
 
 
 def _huge_pages(floats: int) -> torch.Tensor:
-    """Ones behind huge pages where the system has them: they stream faster than small ones."""
+    """Return float32 ones in huge pages, which stream faster, where the system has them."""
     memory = mmap.mmap(-1, 4 * floats)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -76,7 +76,7 @@ def _huge_pages(floats: int) -> torch.Tensor:
 
 
 def read_bandwidth(total_bytes: int, repeats: int = 5) -> float:
-    """Bytes a second that torch's number of threads read, each its share of a buffer of `total_bytes`."""
+    """Return bytes per second read by torch's number of threads, each from its share of `total_bytes`."""
     threads, library = torch.get_num_threads(), _library()
     vectors = max(4, total_bytes // threads // 64 // 4 * 4)
     buffers = [_huge_pages(vectors * 16) for _ in range(threads)]
@@ -86,7 +86,7 @@ def read_bandwidth(total_bytes: int, repeats: int = 5) -> float:
 
 
 def copy_bandwidth(total_bytes: int, repeats: int = 20) -> float:
-    """Bytes a second, read and written, of torch's copy with a source and a target of half of `total_bytes` each."""
+    """Return bytes per second, read and written, of torch's copy between two buffers of half of `total_bytes`."""
     source = torch.ones(max(1, total_bytes // 8))
     target = torch.empty_like(source)
     target.copy_(source)
@@ -100,14 +100,14 @@ def copy_bandwidth(total_bytes: int, repeats: int = 20) -> float:
 
 @functools.cache
 def peak_flops(repeats: int = 25) -> float:
-    """float32 operations a second of fused multiply-adds on torch's number of threads."""
+    """Return float32 operations per second of fused multiply-adds on torch's number of threads."""
     rounds = 2_000_000
     calls = [functools.partial(_library().multiply_add, rounds)] * torch.get_num_threads()
-    return len(calls) * rounds * FLOPS_A_ROUND / _seconds(calls, repeats)
+    return len(calls) * rounds * FLOPS_PER_ROUND / _seconds(calls, repeats)
 
 
 def description() -> dict[str, str | int]:
-    """CPU, threads, versions, commit and date, for the head of a result."""
+    """Return CPU, threads, versions, commit and date, for the head of a result."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)

@@ -25,7 +25,7 @@ CONFIG = FlowConfig(image_size=32, image_channels=3, patch_size=2, channels=128,
 
 
 def make(peer):
-    """The released model and ours with the same random weights."""
+    """Return the released model and ours with the same random weights."""
     torch.manual_seed(0)
     model, flow = peer.Model(3, 32, 2, 128, 4, 4), Flow(CONFIG)
     with torch.no_grad():
@@ -38,18 +38,18 @@ def make(peer):
 
 
 def released_loss(model, images):
-    """Loss by the released code."""
+    """Return the loss by the released code."""
     z, _, logdets = model(images)
     return model.get_loss(z, logdets)
 
 
 def own_loss(flow, images):
-    """The same number by ours."""
+    """Return the same loss by our code."""
     return flow.loss(flow(images))
 
 
 def trainer(module, loss, images):
-    """A function that takes one training step."""
+    """Return a function that takes one training step."""
     optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), lr=1e-6, weight_decay=1e-4)
 
     def step() -> None:
@@ -61,14 +61,14 @@ def trainer(module, loss, images):
 
 
 def operations(batch: int) -> int:
-    """Of one density pass: every product, and of the attention the causal half."""
+    """Return the operations of one density pass: every product, and the causal half of the attention."""
     T, C, D = 256, 128, 12
     layer = 2 * T * 12 * C * C + 2 * T * T * C
     return batch * 4 * (4 * layer + 2 * T * (D + 2 * D) * C)
 
 
 def measure(peer, batch: int, repeats: int) -> list[dict]:
-    """Rows of the table: both passes of both codes, in turns."""
+    """Return the rows of the table: both passes of both codes, in turns."""
     model, flow = make(peer)
     images = torch.randn(batch, 3, 32, 32)
     codes = {"released": (model, released_loss), "ours": (flow, own_loss)}

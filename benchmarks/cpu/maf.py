@@ -1,4 +1,4 @@
-"""Inverting a trained MAF of zuko: its own inverse, D passes a transform, against solve_inverse on the same network.
+"""Inverse of a trained MAF of zuko: its own, with D passes per transform, against solve_inverse on the same network.
 
     pip install starflow-kernels[zuko,models]
     python -m benchmarks.cpu.maf --json benchmarks/results/maf_cpu.json
@@ -28,14 +28,14 @@ from ..machine import description
 from ..peers.released import timed
 
 D, TRANSFORMS, STEPS, BATCH = 64, 5, 3000, 256
-# In float32 a smaller one is below what rounding leaves.
+# In float32, a smaller tolerance is below rounding.
 TOLERANCES = {torch.float64: 5e-7, torch.float32: 1e-6}
-# The pixel to the left and the one above; half of the transforms run backwards, where they are right and below.
+# The pixels to the left and above. Half of the transforms run backwards, where these are right and below.
 NEIGHBOURS = (1, 8)
 
 
 def solvers(dtype: torch.dtype) -> dict[str, Solver]:
-    """What is compared."""
+    """Settings of the comparison."""
     plain = Solver("jacobi", tol=TOLERANCES[dtype])
     return {
         "sequential": Solver(),
@@ -45,7 +45,7 @@ def solvers(dtype: torch.dtype) -> dict[str, Solver]:
 
 
 def train() -> tuple[zuko.flows.MAF, float]:
-    """The flow, and the mean log-density of held-out images in nats."""
+    """Return the flow, and the mean log density of held-out images in nats."""
     torch.manual_seed(0)
     parts = [torch.stack([part.fetch(i) for i in range(len(part))]).flatten(1) for part in load(DataConfig("digits"))]
     random = torch.Generator().manual_seed(0)
@@ -65,7 +65,7 @@ def train() -> tuple[zuko.flows.MAF, float]:
 
 
 def conditioner(transform: zuko.flows.MaskedAutoregressiveTransform) -> Callable:
-    """zuko computes z = scale x + shift: raw parameters [log sigma | mu] of x = mu + sigma z, a scalar a token."""
+    """Return raw parameters [log sigma | mu], one scalar per token, from zuko's z = scale x + shift."""
 
     def raw(x: torch.Tensor) -> torch.Tensor:
         affine = transform.meta(None, x.squeeze(-1)).base
@@ -75,7 +75,7 @@ def conditioner(transform: zuko.flows.MaskedAutoregressiveTransform) -> Callable
 
 
 def inverse(flow, z: torch.Tensor, solver: Solver) -> torch.Tensor:
-    """x (N, D) of the noise z."""
+    """Return x (N, D) for the noise z."""
     for transform in reversed(flow.transform.transforms):
         z = solve_inverse(conditioner(transform), z[..., None], order=transform.order.argsort(), solver=solver)[0]
         z = z.squeeze(-1)
@@ -83,7 +83,7 @@ def inverse(flow, z: torch.Tensor, solver: Solver) -> torch.Tensor:
 
 
 def counted(flow, run: Callable) -> tuple[torch.Tensor, list[int]]:
-    """What run() returns, and the passes of each transform's network, in the order of sampling."""
+    """Return the result of run(), and the passes of each transform's network in the order of sampling."""
     passes = [0] * TRANSFORMS
 
     def hook(i: int) -> Callable:
@@ -100,7 +100,7 @@ def counted(flow, run: Callable) -> tuple[torch.Tensor, list[int]]:
 
 
 def measure(flow, dtype: torch.dtype, batch: int, repeats: int) -> list[dict]:
-    """Rows of the table: every method on the same noise, in turns."""
+    """Return the rows of the table: every method on the same noise, in turns."""
     z = torch.randn(batch, D, generator=torch.Generator().manual_seed(batch))
     exact = flow.double()().transform.inv(z.double())
     flow, z = flow.to(dtype), z.to(dtype)

@@ -3,10 +3,10 @@
     python -m benchmarks.cpu.parallel CHECKPOINT ... --peer DIR --json benchmarks/results/parallel_cpu.json
     python -m benchmarks.cpu.parallel CHECKPOINT ... --samples 1000 --json benchmarks/results/parallel_samples_cpu.json
 
-A checkpoint is a folder or the name of a bundled one. `DIR` holds transformer_flow.py of github.com/apple/ml-tarflow;
-without it, or where a flow has another shape, its loop is left out. Every method inverts all blocks one after the
-other; its error is max |x - x of our sequential kernel|, its certificate max |forward(x) - z|. Steps / passes, token
-steps of the sequential loop over passes, is the speed-up on a device where many tokens take as long as one.
+A checkpoint is a folder or the name of a bundled one. `DIR` holds transformer_flow.py of github.com/apple/ml-tarflow.
+The released loop is left out without it, and where a flow has another shape. Every method inverts all blocks. Its
+error is max |x - x of our sequential kernel|, its certificate max |forward(x) - z|. Steps / passes (token steps of
+the sequential loop over passes of the method) is the speed-up on a device where many tokens take as long as one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ERROR = 1e-4
 
 
 class Work(NamedTuple):
-    """What a method made of a block; tokens over all samples."""
+    """Result of a method on a block; tokens count over all samples."""
 
     x: torch.Tensor
     passes: int
@@ -50,7 +50,7 @@ Method = Callable[[int, torch.Tensor], Work]
 
 
 class Case:
-    """A flow, noise of the prior as tokens, and what its blocks take beside them; labels go round."""
+    """A flow, noise of the prior as tokens, and the conditions of its blocks; labels take turns."""
 
     def __init__(self, name: str, flow: Flow, batch: int, seed: int = 0, z: torch.Tensor | None = None):
         self.name, self.flow, self.batch = name, flow, batch
@@ -65,12 +65,12 @@ class Case:
         ]
 
     def eager(self, i: int) -> EagerBlock:
-        """A block for the published rules."""
+        """Return a block for the published rules."""
         weights, spec, context = self.blocks[i]
         return EagerBlock(weights, spec, *self.z.shape[:2], **{k: v for k, v in context.items() if k != "prefix"})
 
     def run(self, method: Method) -> list[tuple[Work, float]]:
-        """Work and seconds of every block, at the index of the block: each inverts what the one before made."""
+        """Return work and seconds by block; each block inverts the output of the block before."""
         found, x = [], self.z
         for i in reversed(range(len(self.blocks))):
             work, seconds = timed(lambda i=i, x=x: method(i, x))
@@ -79,12 +79,12 @@ class Case:
         return found[::-1]
 
     def certificate(self, x: torch.Tensor) -> float:
-        """max |forward(x) - z|."""
+        """Return max |forward(x) - z|."""
         return certificate(self.flow, self.flow.images(x), self.images, self.labels).max
 
 
 def own(case: Case, solvers: Solver | list[Solver]) -> Method:
-    """Our op, with one solver or one a block."""
+    """Return our op as a method, with one solver for all blocks or one per block."""
 
     def run(i: int, z: torch.Tensor) -> Work:
         weights, spec, context = case.blocks[i]
@@ -96,7 +96,7 @@ def own(case: Case, solvers: Solver | list[Solver]) -> Method:
 
 
 def published(case: Case, rules: list[Rule]) -> Method:
-    """The rule of each block."""
+    """Return a published method, with one rule per block."""
 
     def run(i: int, z: torch.Tensor) -> Work:
         block = case.eager(i)
@@ -106,7 +106,7 @@ def published(case: Case, rules: list[Rule]) -> Method:
 
 
 def released(case: Case, model) -> Method:
-    """The released loop."""
+    """Return the released loop as a method."""
     steps = case.z.shape[1] - 1
 
     @torch.no_grad()
@@ -117,13 +117,13 @@ def released(case: Case, model) -> Method:
 
 
 def inputs_and_results(case: Case) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Noise and data of every block by our sequential kernel."""
+    """Return noise and data of every block by our sequential kernel."""
     x = [work.x for work, _ in case.run(own(case, Solver()))]
     return [*x[1:], case.z], x
 
 
 def own_methods(case: Case, tol: float) -> dict[str, Method]:
-    """Ours: sequential, and both iterations over all tokens, over windows that slide and over fixed modules."""
+    """Return our methods: sequential, and both iterations over all tokens, sliding windows and fixed modules."""
     methods = {"sequential": own(case, Solver())}
     for name in ("Jacobi", "quasi-Newton"):
         shapes = {"": (0, True), ", modules of 32": (32, False)}
@@ -139,7 +139,7 @@ def own_methods(case: Case, tol: float) -> dict[str, Method]:
 
 
 def published_methods(case: Case, model) -> dict[str, Method]:
-    """The released loop and the published rules."""
+    """Return the released loop and the published rules."""
     count = len(case.blocks)
     noise, data = inputs_and_results(case)
     methods = {} if model is None else {"released loop": released(case, model)}
@@ -154,17 +154,17 @@ def published_methods(case: Case, model) -> dict[str, Method]:
 
 
 def finite(value: float) -> float | None:
-    """None in place of what JSON cannot say."""
+    """Replace a value that JSON does not have by None."""
     return value if math.isfinite(value) else None
 
 
 def largest(difference: torch.Tensor) -> float | None:
-    """max |difference|, None where it is not finite."""
+    """Return max |difference|, or None where it is not finite."""
     return finite(difference.abs().max().item())
 
 
 def measure(case: Case, methods: dict[str, Method], repeats: int, budget: float) -> list[dict]:
-    """Rows of the table; the methods run in turns, fewer than `repeats` where that takes more than `budget` seconds."""
+    """Return the rows of the table. Methods run in turns, `repeats` times or for about `budget` seconds."""
     _, exact = inputs_and_results(case)
     runs: dict[str, list[list[tuple[Work, float]]]] = {name: [] for name in methods}
     end = time.perf_counter() + budget
@@ -203,7 +203,7 @@ def measure(case: Case, methods: dict[str, Method], repeats: int, budget: float)
 
 
 def check_samples(name: str, flow: Flow, count: int, tol: float, wanted: Callable) -> list[dict]:
-    """Worst of `count` samples, a batch at a time, by every method of ours that is wanted."""
+    """Return the worst of `count` samples, in batches, by each of our methods that is wanted."""
     errors: dict[str, list[torch.Tensor]] = {}
     residuals: dict[str, float] = {}
     passes: dict[str, int] = {}
@@ -237,12 +237,12 @@ def check_samples(name: str, flow: Flow, count: int, tol: float, wanted: Callabl
 
 
 def number(value: float | None) -> str:
-    """A small number of a table."""
+    """Format a small number for a table."""
     return "not finite" if value is None else f"{value:.1e}"
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as tables, one for every case; blocks in the order in which they are sampled."""
+    """Format the rows as one table per case, with blocks in the order in which they are sampled."""
     lines = []
     for key in dict.fromkeys((row["case"], row["batch"]) for row in rows):
         lines += [
@@ -264,7 +264,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def markdown_samples(rows: list[dict]) -> str:
-    """The rows of `check_samples` as a table."""
+    """Format the rows of `check_samples` as a table."""
     lines = [
         f"| model | method | tol | samples | worst error | median | samples above {ERROR:.0e} | worst certificate |",
         "|---|---|---|---|---|---|---|---|",
@@ -278,7 +278,7 @@ def markdown_samples(rows: list[dict]) -> str:
 
 
 def load(checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[str, Flow]:
-    """Name and flow of a checkpoint."""
+    """Return name and flow of a checkpoint."""
     return Path(checkpoint).name, Flow.from_pretrained(checkpoint, dtype=dtype).requires_grad_(False)
 
 

@@ -1,6 +1,6 @@
-"""How fast parallel inverses of a flow's blocks converge: a picture of the error after every pass.
+"""Convergence of parallel inverses of a flow's blocks: a picture of the error after every pass.
 
-    python -m benchmarks.cpu.parallel_trace CHECKPOINT --picture docs/parallel.png
+    python -m benchmarks.cpu.parallel_trace CHECKPOINT --picture docs/img/parallel.png
 
 The methods of benchmarks.cpu.parallel, in plain PyTorch and without an end at a tolerance; each block starts from its
 exact
@@ -32,7 +32,7 @@ SMALLEST = 1e-7
 def quasi_newton(
     block: EagerBlock, z: torch.Tensor, offsets: tuple[int, ...], passes: int, watch: Callable[[torch.Tensor], None]
 ) -> None:
-    """Sweeps over all tokens with the steps of our quasi-Newton iteration."""
+    """Run sweeps over all tokens with the steps of our quasi-Newton iteration."""
     z = z.flip(1) if block.spec.flip else z
     x, first, tokens = z.clone(), block.first, slice(block.first, block.size)
     model, rows = QuasiNewton(offsets, z), torch.arange(len(z))
@@ -44,7 +44,7 @@ def quasi_newton(
 
 
 def traces(case: Case, passes: int) -> list[dict[str, list[float]]]:
-    """max |x - exact| after every pass of every method, block by block."""
+    """Return max |x - exact| after every pass, by block and method."""
     noise, data = inputs_and_results(case)
     strategy = gs_jacobi_rules([case.eager(i) for i in range(len(data))], noise, data, rest=10)
     found = []
@@ -75,7 +75,7 @@ def _error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def draw(blocks: list[dict[str, list[float]]], title: str, path: Path) -> None:
-    """A panel for every block in the order in which they are sampled."""
+    """Draw a panel per block, in the order in which blocks are sampled."""
     import matplotlib
 
     matplotlib.use("Agg")

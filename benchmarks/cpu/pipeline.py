@@ -1,4 +1,4 @@
-"""Where the time of a text-to-image pipeline goes: text, flow, denoising, decoding. Random weights, real classes.
+"""Times of the stages of a text-to-image pipeline: text, flow, denoising, decoding. Random weights, real classes.
 
     python -m benchmarks.cpu.pipeline --json benchmarks/results/pipeline_cpu.json
 
@@ -26,7 +26,7 @@ TEXT_DIM, TEXT_LEN, GUIDANCE, CERTIFICATE = 256, 128, 3.6, 1e-4
 
 
 def build() -> STARFlowPipeline:
-    """A pipeline of 128-pixel images."""
+    """Return a pipeline of 128-pixel images."""
     torch.manual_seed(0)
     flow = FlowModel(
         image_size=16, image_channels=4, patch_size=1, channels=256, layers=[2, 2, 2, 12], scale="softplus",
@@ -56,7 +56,7 @@ def build() -> STARFlowPipeline:
 
 
 def operations(flow: FlowModel, batch: int, guided: bool) -> int:
-    """Of one pass over every token, the causal half of the attention; the rows that guidance adds where it acts."""
+    """Return the operations of one pass over all tokens: products, causal half of attention, rows of guidance."""
     total, tokens = 0, flow.config.grid[0] * flow.config.grid[1]
     for i, layers in enumerate(flow.config.layers):
         reached = flow.config.conditioned(i)
@@ -67,7 +67,7 @@ def operations(flow: FlowModel, batch: int, guided: bool) -> int:
 
 
 def measure(batch: int, repeats: int) -> dict:
-    """Medians of the stages and their shares."""
+    """Return the medians of the stages and their shares."""
     pipe, prompts = build(), [f"prompt {chr(97 + i)}" for i in range(batch)]
 
     def draw():

@@ -29,8 +29,8 @@ from ..peers.released import convert, load_peer, median_seconds, timed
 class Case:
     """Blocks of `layers` layers of width `channels` on a square image, `batch` samples, guided or not.
 
-    checked: tokens that are compared with float64, 0 for all. A part will do for one block, which is causal; the
-    reference, which takes many minutes there, is not timed.
+    `checked` is the number of tokens that are compared with float64, 0 for all. For one block a part is enough, since
+    it is causal; the reference takes many minutes there and is not timed.
     """
 
     name: str
@@ -63,18 +63,18 @@ CASES = [
 
 
 def make_peer(peer, case: Case):
-    """The released model with random weights; guidance needs classes."""
+    """Return the released model with random weights; guidance needs classes."""
     torch.manual_seed(0)
     channels, size = case.image
     classes = 10 if case.guidance else 0
     model = peer.Model(channels, size, case.patch, case.channels, case.blocks, case.layers, num_classes=classes).eval()
-    for block in model.blocks:  # guidance that extrapolates wild parameters leaves the range of floats
+    for block in model.blocks:  # with larger parameters, guidance overflows
         torch.nn.init.normal_(block.proj_out.weight, std=0.002 if case.guidance else 0.02)
     return model
 
 
 def ours(model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend: str | None = None):
-    """A function that inverts all blocks with our op."""
+    """Return a function that inverts all blocks with our op."""
     blocks = []
     for index, block in enumerate(model.blocks):
         spec, weights = convert(block, index)
@@ -85,7 +85,7 @@ def ours(model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend
             embed = block.class_embed.detach().squeeze(1)
             options["cond"] = torch.cat([embed[labels], embed.mean(0).expand(len(labels), -1)]).to(z.dtype)
             options["guidance"] = case.guidance
-        # Rounded to the dtype of the case first: the error is that of the arithmetic.
+        # Rounded to the dtype of the case first, so that the error is of the arithmetic alone.
         blocks.append(({name: weight.to(case.dtype).to(dtype) for name, weight in weights.items()}, spec, options))
 
     def run() -> torch.Tensor:
@@ -98,7 +98,7 @@ def ours(model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend
 
 
 def floor_seconds(model, case: Case) -> tuple[float, str]:
-    """Least time of a token step: weights and, on average, half of the KV cache are read, every product is done."""
+    """Return the floor of a token step, which reads all weights and on average half of the KV cache."""
     spec, _ = convert(model.blocks[0], 0)
     shapes = [shape for shape in spec.weight_shapes.values() if len(shape) == 2 and shape[0] != spec.positions]
     products = sum(a * b for a, b in shapes)
@@ -111,7 +111,7 @@ def floor_seconds(model, case: Case) -> tuple[float, str]:
 
 
 def compiled_peer(model, z, labels, case: Case) -> float | str:
-    """Seconds of the released loop with its step under torch.compile, or why that does not work."""
+    """Return the seconds of the released loop with its step under torch.compile, or the reason why that fails."""
     try:
         for block in model.blocks:
             block.reverse_step = torch.compile(block.reverse_step, dynamic=True)
@@ -124,7 +124,7 @@ def compiled_peer(model, z, labels, case: Case) -> float | str:
 
 @torch.no_grad()
 def measure(peer, case: Case, compile_peer: bool) -> dict:
-    """One row of the table; times are of one token step."""
+    """Return one row of the table, with times per token step."""
     model = make_peer(peer, case)
     z = torch.randn(case.batch, model.num_patches, case.image[0] * case.patch**2)
     labels = torch.arange(case.batch) % 10 if case.guidance else None
@@ -141,8 +141,8 @@ def measure(peer, case: Case, compile_peer: bool) -> dict:
     steps = case.blocks * (model.num_patches - 1)
     runs = {"ours": own, "released": released} | ({} if case.checked else {"reference": reference})
     found, times = {"ours": own()}, {name: [] for name in runs}
-    # The machine is shared and its speed moves within seconds: all in turns, each long enough to be warm, and the
-    # better of two floors.
+    # The speed of a shared machine moves within seconds, so methods take turns, each long enough to be warm, and the
+    # better of two floors counts.
     before = floor_of_case()
     for _ in range(case.repeats):
         for name, run in runs.items():
@@ -155,7 +155,7 @@ def measure(peer, case: Case, compile_peer: bool) -> dict:
     floor, bound = min(before, floor_of_case())
     seconds = {name: statistics.median(values) / steps for name, values in times.items()}
     if case.dtype != torch.float32:
-        del found["released"]  # of other weights
+        del found["released"]  # it runs other weights
     errors = {name: (result[:, :checked] - exact).abs().max().item() for name, result in found.items()}
     row = {
         "case": case.name,
@@ -173,7 +173,7 @@ def measure(peer, case: Case, compile_peer: bool) -> dict:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as a table."""
+    """Format the rows as a table."""
     lines = [
         "| case | ours, us a step | floor, us (bound) | released / ours | our reference / ours | error (released) |",
         "|---|---|---|---|---|---|",

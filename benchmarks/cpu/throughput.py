@@ -1,4 +1,4 @@
-"""Samples a second of the throughput sampler, beside those of its flow alone, and its memory beside what is predicted.
+"""Samples per second of `starflow sample` beside those of its flow alone, and its memory beside the prediction.
 
     python -m benchmarks.cpu.throughput --json benchmarks/results/throughput_cpu.json
 
@@ -41,7 +41,7 @@ SHAPES = {
         **IMAGE, "image_size": 16, "patch_size": 1, "channels": 128, "head_dim": 64, "layers": [1, 6],
     },
 }  # fmt: skip
-# Method, window, guidance weight, whether certified, whether denoised.
+# Method, window, guidance weight, certified or not, denoised or not.
 WAYS = {
     "sequential": ("sequential", None, 0.0, False, False),
     "sequential, guidance": ("sequential", None, 1.0, False, False),
@@ -61,7 +61,7 @@ def _high_water() -> int:
 def growth(
     flow: Flow, guidance: Guidance, inversion: Inversion, certify: bool, count: int, denoise: bool = False
 ) -> tuple[int, float]:
-    """Bytes of an image, predicted and measured in a batch of `count`. On Linux."""
+    """Return bytes per image, predicted and measured in a batch of `count` (on Linux)."""
     tokens = flow.config.grid[0] * flow.config.grid[1]
     said = denoise_bytes(flow, tokens) if denoise else image_bytes(flow, guidance, inversion, certify=certify)
 
@@ -84,7 +84,7 @@ def growth(
 
 
 def model(name: str) -> Flow:
-    """One of SHAPES with random weights, or a checkpoint."""
+    """Return a flow: one of SHAPES with random weights, or a checkpoint."""
     if name not in SHAPES:
         return Flow.from_pretrained(name)
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def model(name: str) -> Flow:
 
 
 def memory(name: str, way: str) -> dict:
-    """A row of the table of memory."""
+    """Return a row of the table of memory."""
     flow, (method, window, weight, certify, denoise) = model(name), WAYS[way]
     inversion, tokens = Inversion(method, window), flow.config.grid[0] * flow.config.grid[1]
     said = denoise_bytes(flow, tokens) if denoise else image_bytes(flow, Guidance(weight), inversion, certify=certify)
@@ -108,7 +108,7 @@ def memory(name: str, way: str) -> dict:
 
 
 def floor(flow: Flow, count: int, batch_size: int) -> tuple[float, torch.Tensor]:
-    """Images a second of the flow alone, and its images; labels in turn as `starflow sample` has them."""
+    """Return images per second of the flow alone, and its images, with the labels of `starflow sample`."""
     classes = flow.config.num_classes
     keys = [(i % classes, i // classes) if classes else (0, i) for i in range(count)]
     z = flow.noise(count, [generator(0, *key) for key in keys])
@@ -122,7 +122,7 @@ def floor(flow: Flow, count: int, batch_size: int) -> tuple[float, torch.Tensor]
 
 
 def throughput(name: str, count: int, batch_size: int, processes: int, form: str) -> dict:
-    """A row of the table of speed."""
+    """Return a row of the table of speed."""
     alone, images = floor(Flow.from_pretrained(name), count, batch_size)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m"]
@@ -175,7 +175,7 @@ def main() -> None:
                     print(json.dumps(rows[-1]), flush=True)
     for name in (*SHAPES, "digits", *([args.photos] if args.photos else [])):
         for way in WAYS:
-            # The peak of a process stays: each has one of its own.
+            # The peak memory of a process never falls, so each case has a process of its own.
             command = [sys.executable, "-m", "benchmarks.cpu.throughput", "--memory-of", name, way]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             used.append(json.loads(done.stdout))

@@ -10,7 +10,7 @@ SPEC = AffineSpec("softplus", 4.0)
 
 
 def eager(z, params, guidance):
-    """Plain torch."""
+    """Compute the op in plain torch."""
     return plain_affine_flow_inverse(z, params, guidance, SPEC.scale, SPEC.soft_clip, "starflow")
 
 

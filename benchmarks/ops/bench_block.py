@@ -5,7 +5,7 @@ import torch
 
 from starflow_kernels import BlockSpec, backends, block_forward, block_inverse
 
-# Those of a GPU are timed by benchmarks.gpu.
+# benchmarks.gpu times the GPU backends.
 BACKENDS = [name for name in backends()["block_inverse"] if name not in ("triton", "cuda")]
 
 SHAPES = {
@@ -15,7 +15,7 @@ SHAPES = {
 
 
 def random_weights(spec: BlockSpec) -> dict[str, torch.Tensor]:
-    """Weights of a block whose tokens neither grow nor shrink much."""
+    """Return weights of a block whose tokens neither grow nor shrink much."""
     weights = {}
     for name, shape in spec.weight_shapes.items():
         scale = shape[1] ** -0.5 if len(shape) == 2 and name != "pos_embed" else 0.2

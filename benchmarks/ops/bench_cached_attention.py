@@ -9,7 +9,7 @@ from starflow_kernels.causal_attention.reference import rotate
 
 
 def separate(q, k, v, k_cache, v_cache, cos, sin):
-    """Rotation and append, then torch's attention over the cache, which the new token fills."""
+    """Rotate and append, then run torch's attention over the cache, which the new token fills."""
     length = k_cache.shape[1] - 1
     q, k = (rotate(t, cos[length:], sin[length:], "interleaved") for t in (q, k))
     k_cache[:, length:], v_cache[:, length:] = k, v
@@ -18,7 +18,7 @@ def separate(q, k, v, k_cache, v_cache, cos, sin):
 
 
 def ours(backend):
-    """Our op on a backend."""
+    """Run our op on a backend."""
 
     def run(q, k, v, k_cache, v_cache, cos, sin):
         length = k_cache.shape[1] - 1

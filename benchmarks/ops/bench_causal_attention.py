@@ -9,14 +9,14 @@ from starflow_kernels.causal_attention.reference import rotate
 
 
 def separate(q, k, v, cos, sin):
-    """torch's fused attention behind a separate rotation."""
+    """Rotate, then run torch's fused attention."""
     q, k = (rotate(t, cos, sin, "interleaved") for t in (q, k))
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
 
 
 def ours(backend):
-    """Our op on a backend."""
+    """Run our op on a backend."""
     return lambda q, k, v, cos, sin: causal_attention(q, k, v, cos=cos, sin=sin, rotary="interleaved", backend=backend)
 
 

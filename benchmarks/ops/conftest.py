@@ -1,4 +1,4 @@
-"""What the benchmarks share: check first, then time, with the floor beside it."""
+"""Shared fixtures of the benchmarks: check first, then time, beside the floor."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ..machine import copy_bandwidth, description, peak_flops
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_peak():
-    """Measure the peak before compilers of torch.compile are at work."""
+    """Measure the peak before the compiler processes of torch.compile start."""
     peak_flops()
 
 
 @pytest.fixture
 def timed(benchmark):
-    """timed(run, exact, plain, bytes, flops, own): check run() against float64, then time it.
+    """Return timed(run, exact, plain, bytes, flops, own), which checks run() against float64 and then times it.
 
-    own: it is ours and the error contract holds; the error of others is noted.
-    exact and plain are the same outputs in float64 and by torch in the dtype of run's. bytes and flops are what the op
-    has to move and compute; the floor is the larger of bytes / copy bandwidth at that working set and flops / peak.
+    `exact` and `plain` are the outputs in float64, and by torch in the dtype of run(). `bytes` and `flops` are what the
+    op has to move and compute. The floor is the larger of bytes / copy bandwidth at that working set and flops / peak.
+    `own` says that run() is ours, so that the error contract holds; otherwise its error is recorded.
     """
 
     def time(run, exact, plain, bytes: int, flops: int = 0, own: bool = True) -> None:
@@ -42,5 +42,5 @@ def timed(benchmark):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Put threads, instruction set and versions into saved results."""
+    """Write threads, instruction set and versions into saved results."""
     machine_info.update(description())

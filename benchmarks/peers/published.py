@@ -1,9 +1,10 @@
-"""Published parallel inverses that need no training, on the blocks of a flow: what ours is compared with.
+"""Published parallel inverses that need no training, on the blocks of a flow.
 
 GS-Jacobi (arXiv 2505.12849), SeJD (arXiv 2505.24791) and the released STARFlow code (arXiv 2506.06276) are one loop
-with other settings: modules of tokens one after the other over a KV cache, Jacobi sweeps within a module until the
-change of the whole batch is small. As there, the cache keeps what the last sweep of a module saw, and finished samples
-stay in the batch. Plain eager PyTorch; the cache has a static size, where the released codes concatenate.
+with different settings. Modules of tokens follow each other over a KV cache. Within a module, Jacobi sweeps go on
+until the change of the whole batch is small. As in the released code, the cache keeps what the last sweep of a module
+saw, and finished samples stay in the batch. All of it is eager PyTorch. The cache has a static size, where the
+released code concatenates.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from starflow_kernels.flow_head.reference import rms_norm
 class EagerBlock:
     """A flow block over a KV cache of static size, tokens in its own order.
 
-    first: the first token that is transformed, 1 where token 0 passes unchanged. passes, tokens: calls of the network
-    and the tokens that it evaluated in them, over all rows.
+    Attributes:
+        first: the first token that is transformed; 1 where token 0 passes unchanged.
+        passes: calls of the network.
+        tokens: tokens that were evaluated in these calls, over all rows.
     """
 
     def __init__(self, weights: Weights, spec: BlockSpec, rows: int, tokens: int, cond=None, cos=None, sin=None):
@@ -39,7 +42,7 @@ class EagerBlock:
         self.passes = self.tokens = 0
 
     def moments(self, x: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """mu and log sigma of the tokens begin .. end - 1, from the token before each of them and the cache."""
+        """Return mu and log sigma of the tokens begin .. end - 1, from the token before each of them and the cache."""
         spec, w = self.spec, self.weights
         inputs = x[:, max(begin - 1, 0) : end - 1]
         if begin == 0:
@@ -74,11 +77,16 @@ class EagerBlock:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How a block is solved.
+    """Settings of the loop that solves a block.
 
-    modules: the tokens are cut into so many, one after the other; or size: tokens a module. limit: most sweeps of a
-    module. change, bound: sweeps end once this measure of a sweep's change of all samples is not above the bound.
-    guess: where tokens start. clamp: bound on the values after every sweep.
+    Attributes:
+        modules: number of modules that the tokens are cut into, unless `size` is given.
+        size: tokens per module.
+        limit: largest number of sweeps of a module.
+        change: how the change of a sweep over all samples is measured.
+        bound: sweeps end once the change is at most this.
+        guess: first values of the tokens.
+        clamp: bound on the values after every sweep.
     """
 
     modules: int = 1
@@ -90,12 +98,12 @@ class Rule:
     clamp: float = math.inf
 
     def spans(self, first: int, tokens: int) -> list[tuple[int, int]]:
-        """Begin and end of every module."""
+        """Return begin and end of every module."""
         size = self.size or tokens // self.modules
         return [(begin, min(begin + size, tokens)) for begin in range(first, tokens, size)]
 
     def measured(self, new: torch.Tensor, old: torch.Tensor) -> float:
-        """The change of a sweep."""
+        """Return the change of a sweep."""
         difference = new - old
         if self.change == "norm":
             return (difference.norm() / (len(new) * new.shape[-1])).item()
@@ -114,7 +122,7 @@ GS_JACOBI = Rule(change="norm", bound=1e-6, clamp=3.0)
 def solve(
     block: EagerBlock, z: torch.Tensor, rule: Rule, watch: Callable[[torch.Tensor], None] = lambda x: None
 ) -> torch.Tensor:
-    """x of noise z (B, T, D), both in the order of the data; watch gets x in the block's order after every sweep."""
+    """Return x for noise z, both (B, T, D) in the data's order; watch gets x in the block's order after a sweep."""
     z = z.flip(1) if block.spec.flip else z
     x, spans = z.clone(), rule.spans(block.first, block.size)
     if rule.guess == "zero":
@@ -125,7 +133,7 @@ def solve(
             new = (mu + log_sigma.exp() * z[:, begin:end]).clamp(-rule.clamp, rule.clamp)
             change = rule.measured(new, x[:, begin:end])
             x[:, begin:end] = new
-            if len(spans) == 1:  # there the released GS-Jacobi clamps the token that passes unchanged, too
+            if len(spans) == 1:  # the released GS-Jacobi also clamps the token that passes unchanged
                 x[:, :begin].clamp_(-rule.clamp, rule.clamp)
             watch(x)
             if change <= rule.bound:
@@ -134,7 +142,7 @@ def solve(
 
 
 def sejd_rules(count: int) -> list[Rule]:
-    """SeJD: the block that is sampled first, the last one, token after token, the others by sweeps."""
+    """Return the rules of SeJD: the last block, which is sampled first, token by token, the others by sweeps."""
     return [SEJD] * (count - 1) + [SEQUENTIAL]
 
 
@@ -142,12 +150,13 @@ def sejd_rules(count: int) -> list[Rule]:
 def gs_jacobi_rules(
     blocks: list[EagerBlock], z: list[torch.Tensor], x: list[torch.Tensor], rest: int, share: float = 0.3
 ) -> list[Rule]:
-    """GS-Jacobi's strategy [tough-8-32-rest] by the paper's two metrics.
+    """Return the rules of GS-Jacobi's strategy [tough-8-32-rest], by the paper's two metrics.
 
-    Tough blocks, those with at least `share` of the sum of the convergence ranking metrics (the published strategies
-    pick blocks of 33 % and more) and always the largest, get 8 modules of at most 32 sweeps, the others one of at most
-    `rest`. A block starts from noise or zero, whichever leaves the smaller residual by the initial guessing metric.
-    z, x: noise and data of each block, the metrics' sample.
+    A block is tough if its convergence ranking metric is at least `share` of the sum over all blocks (the published
+    strategies pick blocks of 33 % and more); the block with the largest metric always is. Tough blocks get 8 modules
+    of at most 32 sweeps, the others one module of at most `rest` sweeps. A block starts from noise or from zero,
+    whichever leaves the smaller residual by the initial guessing metric. z and x are noise and data of each block, on
+    which the metrics are computed.
     """
     metrics, guesses = [], []
     for block, noise, data in zip(blocks, z, x):
@@ -163,7 +172,7 @@ def gs_jacobi_rules(
 
 
 def _metrics(block: EagerBlock, z: torch.Tensor, x: torch.Tensor) -> tuple[float, dict[str, float]]:
-    """The convergence ranking metric, and the residual of one sweep from each first guess: spectral norms of means."""
+    """Return the convergence ranking metric, and the residual of one sweep from each first guess, by spectral norms."""
 
     def spectral(matrix: torch.Tensor) -> float:
         return torch.linalg.matrix_norm(matrix.float(), ord=2).item()

@@ -1,7 +1,6 @@
-"""The released TarFlow beside ours: its module, its weights under our names.
+"""The TarFlow code that Apple released: its module, and its weights under our names.
 
-`transformer_flow.py` of github.com/apple/ml-tarflow is not part of this repository; whoever runs a comparison names its
-folder.
+`transformer_flow.py` of github.com/apple/ml-tarflow is not part of this repository. A comparison is given its folder.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ RENAMED = {
 
 
 def load_peer(folder: Path):
-    """The module transformer_flow of the released code."""
+    """Return the module transformer_flow of the released code."""
     spec = importlib.util.spec_from_file_location("transformer_flow", folder / "transformer_flow.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -34,7 +33,7 @@ def load_peer(folder: Path):
 
 
 def convert(block, index: int) -> tuple[BlockSpec, dict[str, torch.Tensor]]:
-    """Spec and weights of a released block."""
+    """Return spec and weights of a released block."""
     tokens, channels = block.pos_embed.shape
     heads = block.attn_blocks[0].attention.num_heads
     spec = BlockSpec(
@@ -46,7 +45,7 @@ def convert(block, index: int) -> tuple[BlockSpec, dict[str, torch.Tensor]]:
 
 
 def own_name(name: str) -> str:
-    """Our name of a weight of a released block."""
+    """Return our name of a weight of a released block."""
     name = name.replace("attn_blocks", "layers")
     for theirs, own in RENAMED.items():
         name = name.replace(theirs, own)
@@ -55,7 +54,7 @@ def own_name(name: str) -> str:
 
 @torch.no_grad()
 def released_model(peer, flow: Flow):
-    """The released model with the weights of a flow, None where it has no such shape."""
+    """Return the released model with the weights of a flow, or None where it has no such shape."""
     config = flow.config
     if config.channels % 64:
         return None
@@ -79,7 +78,7 @@ def released_model(peer, flow: Flow):
 
 @torch.no_grad()
 def released_block(peer, weights: dict[str, torch.Tensor], spec: BlockSpec):
-    """A block of the released code with weights of ours, in float32 as there; None where it has no such block."""
+    """Return a block of the released code with our weights in float32, or None where it has no such block."""
     D, C, T = spec.token_dim, spec.channels, spec.positions
     if C % 64 or not T:
         return None
@@ -99,8 +98,16 @@ def released_block(peer, weights: dict[str, torch.Tensor], spec: BlockSpec):
 
 @torch.no_grad()
 def step_seconds(block, x: torch.Tensor, lengths: list[int], wall, repeats: int = 3) -> list[float]:
-    """Median seconds of a step of the released loop at some lengths of its cache, ascending; wall(run) gives what run()
-    returns and its seconds. The cache holds what it would: views into the projections of the tokens, one by one."""
+    """Return the median seconds of a step of the released loop at some lengths of its cache.
+
+    Args:
+        block: the released block.
+        x: (B, T, D) tokens.
+        lengths: lengths of the cache in tokens, ascending.
+        wall: wall(run) returns the result of run() and its seconds.
+        repeats: timed steps per length.
+    """
+    # The cache holds what the released loop puts there: one view into the projections per token.
     attentions = [layer.attention for layer in block.attn_blocks]
     like, found = block.attn_blocks[0].attention.qkv, []
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else like.weight.dtype
@@ -126,12 +133,12 @@ def step_seconds(block, x: torch.Tensor, lengths: list[int], wall, repeats: int 
 
 
 def timed(run) -> tuple[object, float]:
-    """What run() returns, and its seconds."""
+    """Return the result of run() and its seconds."""
     start = time.perf_counter()
     result = run()
     return result, time.perf_counter() - start
 
 
 def median_seconds(run, repeats: int) -> float:
-    """Median seconds of run()."""
+    """Return the median seconds of run()."""
     return statistics.median(timed(run)[1] for _ in range(repeats))

@@ -1,8 +1,8 @@
-"""The peer of the sampling engine: a flow block over a static KV cache in plain PyTorch, its step one CUDA graph.
+"""A flow block over a static KV cache in plain PyTorch, with one CUDA graph per step: the peer of the sampling kernels.
 
-What a careful user writes without kernels of their own: everything is allocated once, the position is on the device, a
-step has the same launches for every token, and the mask hides the slots that are not yet written. Torch does the
-products, the norms and the attention.
+A careful user without kernels of their own writes this. Everything is allocated once, and the position is on the
+device. A step has the same launches for every token. The mask hides the slots that are not written yet. Torch does
+the products, the norms and the attention.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from starflow_kernels.block.reference import Glue, embed, network, norm, positio
 from starflow_kernels.causal_attention.reference import rotate
 from starflow_kernels.flow_head.reference import rms_norm
 
-# Torch's fused attention with a mask, or two matrix products and a softmax: which is faster depends on the shape.
+# Torch's fused attention with a mask, or two matrix products and a softmax; the faster one depends on the shape.
 Attention = Literal["fused", "products"]
 
 
 def add_norm(h: torch.Tensor, update: torch.Tensor | None, w: dict, name: str, spec: BlockSpec):
-    """Sum and norm; torch's layer norm takes narrow dtypes and adds in float32."""
+    """Return sum and norm. Torch's layer norm takes narrow dtypes and adds in float32."""
     h = h if update is None else h + update
     if spec.norm != "layer_norm":
         return h, norm(h, w, name, spec)
@@ -31,7 +31,10 @@ def add_norm(h: torch.Tensor, update: torch.Tensor | None, w: dict, name: str, s
 
 
 class PlainDecoder:
-    """x of z (samples, tokens, D) by a block; copies: 2 under guidance. A call takes what `block_inverse` does."""
+    """Decoder from noise z to data x, both (samples, tokens, D), with the arguments of `block_inverse`.
+
+    `copies` is 2 under guidance, else 1.
+    """
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class PlainDecoder:
         self.graph = None
 
     def _network(self, h: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """The layers on tokens in the slots `at`."""
+        """Run the layers on tokens in the slots `at`."""
         spec, seen = self.spec, self.slots <= at.unsqueeze(1)
         turned = spec.rotary != "none"
         cos, sin = (angle.index_select(0, at) if turned else None for angle in (self.cos, self.sin))
@@ -85,7 +88,7 @@ class PlainDecoder:
         return network(h, self.w, spec, attend, glue=Glue(add_norm=add_norm))
 
     def step(self) -> None:
-        """One token of every sample."""
+        """Solve one token of every sample."""
         spec, w, t = self.spec, self.w, self.slot + (0 if self.spec.start else 1)
         row = None if self.table is None else self.table.index_select(0, self.slot)
         h = self._network(embed(self.token.repeat(self.copies, 1, 1), w, self.cond, row), self.slot + self.prefix)
@@ -97,12 +100,12 @@ class PlainDecoder:
         self.slot += 1
 
     def _begin(self) -> None:
-        """The first slot: a learned token, or token 0, which passes unchanged."""
+        """Fill the first slot: a learned token, or token 0, which passes unchanged."""
         self.slot.zero_()
         self.token.copy_(self.w["start"].expand_as(self.token) if self.spec.start else self.x[:, :1])
 
     def _capture(self) -> None:
-        """The step as a CUDA graph; torch asks for a few steps on a side stream before it."""
+        """Capture the step as a CUDA graph, after a few steps on a side stream, as torch asks for."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -116,7 +119,7 @@ class PlainDecoder:
 
     @torch.no_grad()
     def __call__(self, z, *, cond=None, prefix=None, cos=None, sin=None, guidance=None, steps=None) -> torch.Tensor:
-        """The data; with `steps` only so many token steps, after which tokens are noise."""
+        """Return the data. With `steps`, only that many token steps run, and later tokens stay noise."""
         z = z.flip(1) if self.spec.flip else z
         self.z.copy_(z)
         self.x.copy_(z)
