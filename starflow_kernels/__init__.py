@@ -6,7 +6,7 @@ from .affine_flow.api import affine_flow
 from .affine_flow_inverse.api import affine_flow_inverse
 from .attention_flow.api import attention_flow
 from .bias_gelu.api import bias_gelu
-from .block.api import block_forward, block_inverse
+from .block.api import block_forward, block_inverse, block_params
 from .cached_attention.api import cached_attention
 from .causal_attention.api import causal_attention
 from .flow_head.api import flow_head
@@ -31,6 +31,7 @@ __all__ = [
     "bias_gelu",
     "block_forward",
     "block_inverse",
+    "block_params",
     "cached_attention",
     "causal_attention",
     "flow_head",

@@ -1,33 +1,29 @@
-"""How the sampling direction is solved, and what solving it took."""
+"""Choice of a solver for the sampling direction, and the report of a solve."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import torch
 
-from .spec import check_choice
-
-Method = Literal["sequential", "jacobi"]
-Guess = Literal["noise", "zero"]
-# A window of values that leaves this many times the size of its noise is given up.
-DIVERGED = 1e6
+from .spec import Guess, Method, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How x = mu(x) + sigma(x) z, whose token t depends on earlier tokens alone, is solved for x.
+    """Solver of x = mu(x) + sigma(x) z for x, where the parameters of token t depend on earlier tokens alone.
 
-    method: "sequential", one token after the other, or "jacobi", x <- mu(x) + sigma(x) z for many tokens at once until
-        x stands still, which gives the same x: after k sweeps the first k tokens are exact.
-    window: tokens that iterate together, 0 for all. slide: tokens at the front of the window that stand still are done
-        and new ones enter at its back; otherwise all of a window are done before the next ones begin.
-    guess: first values of a token, its noise or zeros.
-    tol: tokens stand still when a sweep changes none of their values v by more than tol max(1, |v|); 0: when they
-        repeat bit for bit.
-    neighbours: ascending distances, in tokens of the block's own order, of earlier tokens that a token depends on most:
-        (1, 16) in rows of 16. They turn sweeps into quasi-Newton steps; () is plain Jacobi.
+    Args:
+        method: "sequential", token by token, or "jacobi", the fixed-point iteration x <- mu(x) + sigma(x) z on many
+            tokens at once. Both solve the same equation: after k Jacobi sweeps the first k tokens are exact.
+        window: number of tokens that iterate together, 0 for all.
+        slide: with True, a converged token at the front of the window leaves it and a new one enters at the back. With
+            False, the next window begins once all tokens of this one have converged.
+        guess: initial value of a token, its noise or zeros.
+        tol: a token has converged when a sweep changes none of its values v by more than tol max(1, |v|); 0: when it
+            repeats bit for bit.
+        neighbours: ascending distances, in tokens of the block's own order, to the earlier tokens on which a token
+            depends most, such as (1, 16) for rows of 16. They turn sweeps into quasi-Newton steps; () is plain Jacobi.
     """
 
     method: Method = "sequential"
@@ -51,13 +47,18 @@ class Solver:
 
 @dataclasses.dataclass(frozen=True)
 class SolveReport:
-    """What a solver did.
+    """Work and accuracy of one solve.
 
-    passes: calls of the network one after the other, those of the sample that took most. tokens: tokens that it
-    evaluated, over all passes and samples. seconds: wall time. sweeps: (B, T) int32, in how many passes each token took
-    part, in the block's own order. residual: the largest change of a value v in the pass that it was accepted in, over
-    max(1, |v|), 0 where every token followed from exact ones. fallbacks: samples of which a window diverged and was
-    solved one token a pass. certificate: on request, max |forward(x) - z| of one density pass over the result.
+    Attributes:
+        method: the method that ran.
+        passes: consecutive network passes of the sample that took most.
+        tokens: token evaluations, summed over passes and samples.
+        seconds: wall time.
+        sweeps: (B, T) int32, number of passes in which each token took part, in the block's own order.
+        residual: largest change of a value v in the pass that accepted it, relative to max(1, |v|); 0 where every
+            token was computed from exact ones.
+        fallbacks: number of samples with a window that diverged and was solved token by token.
+        certificate: max |forward(x) - z| of one density pass over the result, None unless requested.
     """
 
     method: Method

@@ -1,4 +1,7 @@
-"""Frozen descriptions of what the ops compute: they hold no tensors and travel through op schemas as text."""
+"""Frozen descriptions of what the ops compute, and every set of names that an argument accepts.
+
+Specs hold no tensors and pass through op schemas as JSON.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ Logdet = Literal["sum", "mean", "none"]
 GuidanceRule = Literal["tarflow", "starflow"]
 Rotary = Literal["none", "interleaved", "half"]
 Norm = Literal["layer_norm", "rms_norm", "none"]
+NormKind = Literal["layer_norm", "rms_norm"]
 Mlp = Literal["gelu", "swiglu"]
+Quantize = Literal["none", "int8", "fp8"]
+Method = Literal["sequential", "jacobi"]
+Guess = Literal["noise", "zero"]
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -21,13 +28,19 @@ def check_choice(name: str, value: object, choices: object) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, get_args(choices)))}")
 
 
+def choice_index(value: str, choices: object) -> int:
+    """Return the position of `value` in the Literal `choices`, which is its number in the compiled kernels."""
+    return get_args(choices).index(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class AffineSpec:
-    """How raw head outputs become the mean and standard deviation of a token.
+    """Map from raw network outputs to the mean and standard deviation of a token.
 
-    scale: "exp" (TarFlow), sigma = exp(a); "softplus" (STARFlow), sigma = softplus(a + 0.5413), 1 at a = 0;
-        "unit", sigma = 1: the volume-preserving variant, whose parameters are the mean alone.
-    soft_clip: c > 0 bounds every raw output first, r <- c tanh(r / c); 0 leaves them as they are.
+    Args:
+        scale: "exp" (TarFlow): sigma = exp(a). "softplus" (STARFlow): sigma = softplus(a + 0.5413), which is 1 at
+            a = 0. "unit": sigma = 1, the volume-preserving variant, whose parameters are the mean alone.
+        soft_clip: c > 0 first bounds every raw output r to c tanh(r / c); 0 turns this off.
     """
 
     scale: Scale = "exp"
@@ -39,18 +52,35 @@ class AffineSpec:
             raise ValueError(f"soft_clip={self.soft_clip}: expected a finite number >= 0 (0 turns it off)")
 
     def params_dim(self, token_dim: int) -> int:
-        """Width of the raw parameters of a token of width `token_dim`."""
+        """Return the number of raw parameters of a token with `token_dim` values."""
         return token_dim if self.scale == "unit" else 2 * token_dim
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """One flow block: a causal transformer over tokens and the affine transform that it parametrises.
+    """One flow block: a causal transformer over tokens and the affine transform whose parameters it computes.
 
-    token_dim D, channels C, layers, heads H, kv_heads, head_dim, mlp_dim: sizes. positions: rows of the learned
-    position table, 0 for none. start: a learned token replaces the input at t = 0, so that token 0 is transformed
-    too; otherwise head outputs shift right by one and token 0 passes unchanged. flip: the block's own token order is
-    the reverse of the data's. text_dim: width of the states that may stand in front of the tokens, 0 for none.
+    Args:
+        token_dim: D, values per token.
+        channels: C, width of the transformer.
+        layers: number of layers.
+        heads: H, number of query heads.
+        head_dim: values per head.
+        kv_heads: number of key and value heads; divides `heads`.
+        mlp_dim: hidden width of the MLP.
+        affine: map from raw outputs to mean and standard deviation.
+        mlp: "gelu" or the gated "swiglu".
+        norm: norm before attention and MLP.
+        rotary: pairing of rotary positions, or "none".
+        positions: rows of the learned position table, 0 for no table.
+        text_dim: width of the text states that may precede the tokens, 0 for none.
+        start: a learned token replaces the input at t = 0, so that token 0 is transformed too. Without it, the
+            network's outputs shift right by one token and token 0 passes unchanged.
+        flip: the block's own token order is the reverse of the data's.
+        bias: whether the linear layers inside the transformer layers have biases.
+        qk_norm: RMSNorm of queries and keys.
+        post_norm: RMSNorm of the outputs of attention and MLP.
+        final_norm: RMSNorm before the output projection.
     """
 
     token_dim: int
@@ -84,13 +114,13 @@ class BlockSpec:
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if self.rotary != "none" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even head size")
-        # Computed here and not on demand: torch.compile traces neither cached_property nor json.
+        # Computed here because torch.compile traces neither cached_property nor json.
         object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self)))
         object.__setattr__(self, "_weight_shapes", self._shapes())
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every weight, in the order in which the block ops take them."""
+        """Name -> shape of every weight, in the order of the block ops."""
         return self._weight_shapes
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -137,12 +167,12 @@ class BlockSpec:
         return shapes
 
     def to_json(self) -> str:
-        """Text form, as the `spec` argument of the registered block ops takes it."""
+        """Return the spec as JSON, the `spec` argument of the registered block ops."""
         return self._json
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
-    def from_json(text: str) -> BlockSpec:
-        """Inverse of `to_json`."""
-        fields = json.loads(text)
+    def from_json(spec_json: str) -> BlockSpec:
+        """Return the spec from the JSON of `to_json`."""
+        fields = json.loads(spec_json)
         return BlockSpec(**{**fields, "affine": AffineSpec(**fields["affine"])})

@@ -100,7 +100,7 @@ class Bench:
                 run()
                 torch.cuda.synchronize()
             return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
-        if runtime.missing():
+        if runtime.unavailable():
             run()
             return 0
         from triton.runtime.interpreter import GridExecutor

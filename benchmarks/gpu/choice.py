@@ -94,7 +94,7 @@ def candidates(tensors: dict[str, torch.Tensor], window: int | None) -> list[str
     can = (
         name
         for name, kernel in kernels.items()
-        if kernel.missing() is None and kernel.refuse(*arguments(tensors, window)) is None
+        if kernel.unavailable() is None and kernel.refuse(*arguments(tensors, window)) is None
     )
     return [name for name in can if name != "reference"]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import starflow_kernels
 from starflow_kernels import AffineSpec
-from starflow_kernels.causal_attention.reference import rotate
+from starflow_kernels._core.numerics import apply_rotary
 
 SPEC = AffineSpec("softplus", 4.0)
 
@@ -91,7 +91,9 @@ def causal_attention(shape, dtype, device) -> Case:
     cos, sin = turns[dtype]
 
     def sdpa(tensors):
-        q, k, v = (t.transpose(1, 2) for t in (*(rotate(t, cos, sin, "interleaved") for t in tensors[:2]), tensors[2]))
+        q, k, v = (
+            t.transpose(1, 2) for t in (*(apply_rotary(t, cos, sin, "interleaved") for t in tensors[:2]), tensors[2])
+        )
         return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2),)
 
     peers = {"torch's choice after rotary": sdpa}

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from starflow_kernels import backends, cached_attention
-from starflow_kernels.causal_attention.reference import rotate
+from starflow_kernels._core.numerics import apply_rotary
 
 
 def separate(q, k, v, k_cache, v_cache, cos, sin):
     """Rotate and append, then run torch's attention over the cache, which the new token fills."""
     length = k_cache.shape[1] - 1
-    q, k = (rotate(t, cos[length:], sin[length:], "interleaved") for t in (q, k))
+    q, k = (apply_rotary(t, cos[length:], sin[length:], "interleaved") for t in (q, k))
     k_cache[:, length:], v_cache[:, length:] = k, v
     heads_first = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
     return F.scaled_dot_product_attention(*heads_first, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from starflow_kernels import backends, causal_attention
-from starflow_kernels.causal_attention.reference import rotate
+from starflow_kernels._core.numerics import apply_rotary
 
 
 def separate(q, k, v, cos, sin):
     """Rotate, then run torch's fused attention."""
-    q, k = (rotate(t, cos, sin, "interleaved") for t in (q, k))
+    q, k = (apply_rotary(t, cos, sin, "interleaved") for t in (q, k))
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
 

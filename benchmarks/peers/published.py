@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from starflow_kernels import BlockSpec
+from starflow_kernels._core.numerics import apply_rotary
 from starflow_kernels.affine_flow.reference import raw_outputs, sigma_of
-from starflow_kernels.block.reference import Weights, embed, network, positions, project
-from starflow_kernels.causal_attention.reference import rotate
-from starflow_kernels.flow_head.reference import rms_norm
+from starflow_kernels.block.network import Weights, embed, layers, position_table, raw_params
 
 
 class EagerBlock:
@@ -38,7 +37,7 @@ class EagerBlock:
         self.size, self.first = tokens, 0 if spec.start else 1
         shape = (2, spec.layers, rows, spec.kv_heads, tokens, spec.head_dim)
         self.keys, self.values = weights["proj_in.weight"].new_empty(shape)
-        self.position = positions(weights, spec)
+        self.position = position_table(weights, spec)
         self.passes = self.tokens = 0
 
     def moments(self, x: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,10 +48,8 @@ class EagerBlock:
             inputs = torch.cat([w["start"].to(x.dtype).expand(len(x), 1, -1), inputs], dim=1)
         slots = slice(begin - self.first, end - self.first)
         row = None if self.position is None else self.position[slots]
-        h = network(embed(inputs, w, self.cond, row), w, spec, self._attention(slots))
-        if spec.final_norm:
-            h = rms_norm(h, w["final_norm.weight"])
-        a, mu = raw_outputs(project(h, w, "proj_out"), spec.affine.scale, spec.affine.soft_clip)
+        h = layers(embed(inputs, w, self.cond, row), w, spec, self._attention(slots))
+        a, mu = raw_outputs(raw_params(h, w, spec), spec.affine.scale, spec.affine.soft_clip)
         self.passes, self.tokens = self.passes + 1, self.tokens + len(x) * (end - begin)
         return mu.to(x.dtype), sigma_of(a, mu, spec.affine.scale)[1].to(x.dtype)
 
@@ -65,7 +62,7 @@ class EagerBlock:
         def attention(layer, q, k, v):
             if self.cos is not None:
                 cos, sin = self.cos[slots], self.sin[slots]
-                q, k = rotate(q, cos, sin, self.spec.rotary), rotate(k, cos, sin, self.spec.rotary)
+                q, k = apply_rotary(q, cos, sin, self.spec.rotary), apply_rotary(k, cos, sin, self.spec.rotary)
             keys, values = self.keys[layer], self.values[layer]
             keys[:, :, slots], values[:, :, slots] = k.transpose(1, 2), v.transpose(1, 2)
             seen = (cache[:, :, :used] for cache in (keys, values))

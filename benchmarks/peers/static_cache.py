@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from starflow_kernels import BlockSpec
+from starflow_kernels._core.numerics import apply_rotary
 from starflow_kernels.affine_flow_inverse.reference import affine_flow_inverse
-from starflow_kernels.block.reference import Glue, embed, network, norm, positions, project
-from starflow_kernels.causal_attention.reference import rotate
-from starflow_kernels.flow_head.reference import rms_norm
+from starflow_kernels.block.network import FusedOps, embed, embed_text, layers, norm, position_table, raw_params
 
 # Torch's fused attention with a mask, or two matrix products and a softmax; the faster one depends on the shape.
 Attention = Literal["fused", "products"]
@@ -61,7 +60,7 @@ class PlainDecoder:
         self.cond = like.new_zeros(rows, spec.channels)
         self.slots = torch.arange(slots, device=like.device)
         self.slot = torch.zeros(1, dtype=torch.int64, device=like.device)
-        self.table = positions(weights, spec)
+        self.table = position_table(weights, spec)
         self.graph = None
 
     def _network(self, h: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -72,7 +71,7 @@ class PlainDecoder:
         groups = spec.heads // spec.kv_heads
 
         def attend(i, q, k, v):
-            q, k = (rotate(t, cos, sin, spec.rotary) for t in (q, k))
+            q, k = (apply_rotary(t, cos, sin, spec.rotary) for t in (q, k))
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             keys, values = self.k_cache[i].index_copy_(2, at, k), self.v_cache[i].index_copy_(2, at, v)
             if self.attention == "fused":
@@ -85,17 +84,16 @@ class PlainDecoder:
             out = scores.softmax(-1, dtype=wide).to(q.dtype) @ values
             return (out.flatten(1, 2) if groups > 1 else out).transpose(1, 2)
 
-        return network(h, self.w, spec, attend, glue=Glue(add_norm=add_norm))
+        return layers(h, self.w, spec, attend, fused=FusedOps(add_norm=add_norm))
 
     def step(self) -> None:
         """Solve one token of every sample."""
         spec, w, t = self.spec, self.w, self.slot + (0 if self.spec.start else 1)
         row = None if self.table is None else self.table.index_select(0, self.slot)
         h = self._network(embed(self.token.repeat(self.copies, 1, 1), w, self.cond, row), self.slot + self.prefix)
-        h = rms_norm(h, w["final_norm.weight"]) if spec.final_norm else h
         weight = self.guidance.index_select(1, t) if self.copies == 2 else None
         z, (scale, clip) = self.z.index_select(1, t), (spec.affine.scale, spec.affine.soft_clip)
-        self.token.copy_(affine_flow_inverse(z, project(h, w, "proj_out"), weight, scale, clip, self.rule))
+        self.token.copy_(affine_flow_inverse(z, raw_params(h, w, spec), weight, scale, clip, self.rule))
         self.x.index_copy_(1, t, self.token)
         self.slot += 1
 
@@ -134,7 +132,7 @@ class PlainDecoder:
             self._begin()
             self._capture()
         if prefix is not None:
-            self._network(project(prefix.to(self.k_cache.dtype), self.w, "proj_text"), self.slots[: self.prefix])
+            self._network(embed_text(prefix, self.w), self.slots[: self.prefix])
         self._begin()
         for _ in range(self.steps if steps is None else steps):
             self.graph.replay() if self.graph else self.step()

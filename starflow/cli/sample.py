@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from starflow_kernels.block.quantize import Quantize
+from starflow_kernels.spec import Quantize
 
 from ..errors import ConfigError, DataError
 from ..inversion.solvers import METHODS, TOLERANCE, BlockReport, Inversion

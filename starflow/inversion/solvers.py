@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from starflow_kernels import Solver, SolveReport
-from starflow_kernels.block.quantize import Quantize
+from starflow_kernels.spec import Quantize
 
 from ..errors import ConfigError
 

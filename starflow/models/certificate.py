@@ -1,4 +1,4 @@
-"""How exact a sample is: one parallel pass from it back to its noise, guidance included."""
+"""Exactness of a sample: one parallel pass maps it back to its noise, guidance included."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 import torch
 
+from starflow_kernels import block_params
+from starflow_kernels.affine_flow_inverse.reference import gaussian
+
 from .flow import Flow, Guidance
 
 
 class Certificate(NamedTuple):
-    """Largest and mean |map(x) - z| over the values of a batch, map the inverse of how x was made of z."""
+    """Largest and mean |map(x) - z| over the values of a batch, where x was sampled as the inverse of map at z."""
 
     max: float
     mean: float
@@ -27,55 +30,44 @@ def certificate(
     guidance: Guidance = Guidance(),
     empty_text: torch.Tensor | None = None,
 ) -> Certificate | None:
-    """Certificate of x = flow.inverse(z) with the same arguments.
+    """Certify x = flow.inverse(z) with the same arguments.
 
-    Under guidance the map is not flow(x): every block is evaluated on x with and without the condition, and z follows
-    from the guided mean and standard deviation. None where a temperature acts, of which there is no parallel pass.
+    Under guidance the map is not flow(x): each block computes its parameters with and without the condition, and z
+    follows from the guided mean and standard deviation.
+
+    Args:
+        flow: the flow.
+        x: (B, C, H, W) samples.
+        z: (B, C, H, W) their noise.
+        labels: (B,) int64 classes, as in `Flow.inverse`.
+        text: (B, L, text_dim) text states, as in `Flow.inverse`.
+        guidance: guidance of the samples.
+        empty_text: states of the prompt that guidance moves away from, as in `Flow.inverse`.
+
+    Returns:
+        The certificate, or None for an attention temperature other than 1, which has no parallel pass.
     """
     if guidance.weight and guidance.temperature != 1:
         return None
     grid, tokens = flow.grid(x), flow.tokens(x)
     contexts = flow.contexts(labels, text, x, guidance, empty_text)
     for i, (block, (context, guided)) in enumerate(zip(flow.blocks, contexts)):
-        rotary = flow.rotary(i, grid, tokens)
+        rotary, spec = flow.rotary(i, grid, tokens), block.spec
         if not guided:
             tokens, _ = block(tokens, *context, rotary)
             continue
-        twice = torch.cat([tokens, tokens])
-        noise, log_scale = block(twice, *context, rotary, logdet="none")
-        sigma = (-log_scale).exp().to(tokens.dtype)
-        weight = guidance.weights(tokens.shape[1], block.spec.start, tokens.device).to(tokens.dtype).unsqueeze(-1)
-        if block.spec.flip:
-            weight = weight.flip(0)
-        mu, sigma = _guided(twice - sigma * noise, sigma, weight, guidance.rule, block.spec.affine.scale)
-        tokens = (tokens - mu) / sigma
+        params = block_params(tokens.repeat(2, 1, 1), block.weights(), spec, **block.context(*context, rotary))
+        weight = guidance.weights(tokens.shape[1], spec.start, tokens.device)
+        weight = weight.flip(0) if spec.flip else weight
+        mu, sigma = gaussian(params, weight, spec.affine.scale, spec.affine.soft_clip, guidance.rule)
+        tokens = ((tokens - mu) / sigma).to(tokens.dtype)
     error = (flow.images(tokens, grid) - z).abs()
     return Certificate(error.max().item(), error.mean().item())
 
 
-def combine(found: Sequence[tuple[Certificate, int]]) -> tuple[float, float] | tuple[None, None]:
-    """Largest and mean error over batches of (certificate, rows); Nones of no batch."""
-    if not found:
+def combine(batches: Sequence[tuple[Certificate, int]]) -> tuple[float, float] | tuple[None, None]:
+    """Return the largest and mean error over batches of (certificate, rows), Nones for no batch."""
+    if not batches:
         return None, None
-    rows = sum(count for _, count in found)
-    return max(each.max for each, _ in found), sum(each.mean * count for each, count in found) / rows
-
-
-def _guided(mu, sigma, weight, rule: str, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Guided mean and standard deviation of rows [condition | no condition], see `affine_flow_inverse`."""
-    (mu_c, mu_u), (sigma_c, sigma_u) = mu.chunk(2), sigma.chunk(2)
-    if rule == "starflow":
-        s = (sigma_c / sigma_u).clamp(max=1).square()
-        precision = 1 + weight - weight * s
-        return ((1 + weight) * mu_c - weight * s * mu_u) / precision, sigma_c / precision.sqrt()
-    mu = mu_c + weight * (mu_c - mu_u)
-    if scale == "unit":
-        return mu, sigma_c
-    # The constant inside softplus cancels: the weights of the two branches add up to one.
-    raw_c, raw_u = (sigma_c.log(), sigma_u.log()) if scale == "exp" else (_softplus_inverse(s) for s in sigma.chunk(2))
-    raw = raw_c + weight * (raw_c - raw_u)
-    return mu, raw.exp() if scale == "exp" else torch.logaddexp(raw, torch.zeros_like(raw))
-
-
-def _softplus_inverse(sigma: torch.Tensor) -> torch.Tensor:
-    return sigma + torch.log(-torch.expm1(-sigma))
+    rows = sum(count for _, count in batches)
+    return max(each.max for each, _ in batches), sum(each.mean * count for each, count in batches) / rows

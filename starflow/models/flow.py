@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from starflow_kernels.block.quantize import Quantize
 from starflow_kernels.solver import Solver, SolveReport
-from starflow_kernels.spec import GuidanceRule, check_choice
+from starflow_kernels.spec import GuidanceRule, Quantize, check_choice
 
 from ..errors import ConfigError, InverseError
 from .block import FlowBlock

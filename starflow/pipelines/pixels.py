@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from starflow_kernels.block.quantize import Quantize
-from starflow_kernels.spec import GuidanceRule
+from starflow_kernels.spec import GuidanceRule, Quantize
 
 from ..data.datasets import to_pixels
 from ..errors import ConfigError

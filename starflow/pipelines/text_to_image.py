@@ -8,8 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from starflow_kernels.block.quantize import Quantize
-from starflow_kernels.spec import GuidanceRule
+from starflow_kernels.spec import GuidanceRule, Quantize
 
 from ..data.prompts import encode_prompts, nearest_ratio, with_aspect_ratio
 from ..errors import ConfigError

@@ -1,1 +1,1 @@
-"""Foundation of every op: registration, dispatch, argument checks, compiled libraries. Imports no op and no Triton."""
+"""Foundation of every op: registration, dispatch, argument checks, numerics, compiled libraries."""

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: each names the argument, what was given and what is accepted."""
+"""Argument checks of the public functions: an error names the argument, what was given and what is accepted."""
 
 from __future__ import annotations
 
@@ -10,26 +10,42 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, value: object, shape: tuple[int | str, ...], like: torch.Tensor | None = None) -> None:
-    """Raise unless `value` is a floating tensor of `shape` on the device of `like`.
+    """Check that `value` is a floating tensor of `shape` on the device of `like`.
 
-    Names stand for any size, "B" for none too.
+    Args:
+        name: name of the argument, for the error.
+        value: the argument.
+        shape: expected sizes; a string accepts every size above 0, "B" also 0.
+        like: tensor on the expected device; None accepts every device.
+
+    Raises:
+        TypeError: not a tensor, or not of a floating dtype.
+        ValueError: another shape or device.
     """
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape {_text(shape)}, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a tensor of shape {_format(shape)}, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: dtype {value.dtype} is not one of {', '.join(map(str, FLOATS))}")
     fits = (s == "B" or n > 0 if isinstance(s, str) else s == n for s, n in zip(shape, value.shape))
     if value.shape != shape and (value.ndim != len(shape) or not all(fits)):
-        raise ValueError(f"{name}: expected shape {_text(shape)}, got {_text(tuple(value.shape))}")
+        raise ValueError(f"{name}: expected shape {_format(shape)}, got {_format(tuple(value.shape))}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: on {value.device}, expected {like.device}")
 
 
+def check_same_dtype(like: str, tensors: dict[str, torch.Tensor | None]) -> None:
+    """Raise TypeError unless every tensor that is not None has the dtype of `tensors[like]`."""
+    dtype = tensors[like].dtype
+    for name, value in tensors.items():
+        if value is not None and value.dtype != dtype:
+            raise TypeError(f"{name}: dtype {value.dtype}, expected that of {like}, {dtype}")
+
+
 def check_finite(name: str, value: torch.Tensor) -> None:
-    """Raise ValueError when a sampler's input holds NaN or infinity; compiled code goes without."""
+    """Raise ValueError if a sampler's input holds NaN or infinity; compiled code skips the check."""
     if torch.compiler.is_compiling():
         return
-    # The largest magnitude: one pass, and in small tensors a third of the time of isfinite().all().
+    # The largest magnitude takes one pass, and for small tensors a third of the time of isfinite().all().
     if value.numel() and not math.isfinite(torch.linalg.vector_norm(value, math.inf).item()):
         bad = (~value.isfinite()).sum().item()
         raise ValueError(f"{name}: {bad} of {value.numel()} values are not finite")
@@ -42,7 +58,7 @@ def check_range(name: str, value: float, low: float) -> None:
 
 
 def check_guidance(value: object, rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Guidance weights as a (rows, tokens) tensor."""
+    """Return the guidance weights as a (rows, tokens) tensor, or raise TypeError or ValueError."""
     if not isinstance(value, (int, float, torch.Tensor)):
         raise TypeError(f"guidance: expected a number or a tensor, got {type(value).__name__}")
     weight = torch.as_tensor(value, dtype=dtype, device=device)
@@ -52,5 +68,5 @@ def check_guidance(value: object, rows: int, tokens: int, dtype: torch.dtype, de
         raise ValueError(f"guidance: shape {tuple(weight.shape)} does not broadcast to ({rows}, {tokens})") from None
 
 
-def _text(shape: tuple) -> str:
+def _format(shape: tuple) -> str:
     return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"

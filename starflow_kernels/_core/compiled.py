@@ -1,40 +1,81 @@
-"""The compiled library of csrc/, loaded at first use."""
+"""Compiled libraries of csrc/, each loaded at first use, and registration of their kernels."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-HERE = Path(__file__).parents[1]
-HUGE_PAGES_FROM = 2**20  # values
+from . import dispatch
+
+FOLDER = Path(__file__).parents[1]
+# Number of values from which `empty` asks for huge pages.
+HUGE_PAGES_FROM = 2**20
 
 
-def load(name: str, kind: str) -> str | None:
-    """Load the library _<name> beside this file; why it cannot be, or None. kind: of its kernels, in words."""
+def load_error(name: str, title: str) -> str | None:
+    """Load the library _<name>.abi3.so. Returns None, or why it cannot be loaded, with `title` for its kernels."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
-        return f"{kind} kernels need torch >= 2.10, this is {torch.__version__}"
-    library, note = HERE / f"_{name}.abi3.so", HERE / f"_{name}.txt"
+        return f"{title} kernels need torch >= 2.10, this is {torch.__version__}"
+    library, note = FOLDER / f"_{name}.abi3.so", FOLDER / f"_{name}.txt"
     if not library.exists():
         why = note.read_text().strip() if note.exists() else "not built when the package was installed"
-        return f"no {kind} kernels: {why}"
+        return f"no {title} kernels: {why}"
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"{kind} kernels do not load: {error}"
+        return f"{title} kernels do not load: {error}"
     return None
 
 
 @functools.cache
-def missing() -> str | None:
-    """Why the native kernels cannot be used, or None; loads them."""
-    return load("native", "native")
+def native_unavailable() -> str | None:
+    """Load the CPU kernels. Returns None, or why they cannot be used."""
+    return load_error("native", "native")
+
+
+@functools.cache
+def cuda_load_error() -> str | None:
+    """Load the CUDA kernels, which needs no GPU. Returns None, or why they cannot be loaded."""
+    return load_error("cuda", "CUDA")
+
+
+def cuda_unavailable() -> str | None:
+    """Load the CUDA kernels. Returns None, or why they cannot be used."""
+    if reason := cuda_load_error():
+        return reason
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "CUDA kernels need compute capability 8.0"
+    return None
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Uninitialised CPU memory for a kernel, in huge pages where it is large."""
+    """Return uninitialized CPU memory for a kernel, in huge pages where it is large."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if tensor.numel() >= HUGE_PAGES_FROM:
         torch.ops.starflow_native.use_huge_pages(tensor)
     return tensor
+
+
+def refuse_tensors(dtypes: tuple[torch.dtype, ...], **tensors: torch.Tensor | None) -> str | None:
+    """Return why the CPU kernels cannot take these tensors, or None."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"it runs on the CPU, {name} is on {tensor.device}"
+        if tensor is not None and tensor.dtype not in dtypes:
+            return f"{name} is {tensor.dtype}, it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+    return None
+
+
+def register(op: str, module: ModuleType, backward: bool = True) -> None:
+    """Register backend "native" of an op: the functions `op` and `op_backward` of `module`, guarded by its `refuse`."""
+    dispatch.register(op, "native", getattr(module, op), module.refuse, native_unavailable)
+    if backward:
+        run = getattr(module, f"{op}_backward")
+        dispatch.register(
+            f"{op}_backward", "native", run, lambda grads, outputs, *args: module.refuse(*args), native_unavailable
+        )

@@ -1,25 +1,31 @@
-"""Backend choice: the one that the caller names, else the one that was measured fastest, else the first that can."""
+"""Choice of a backend: the one that the caller names, else the one measured fastest, else the first that can run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
+from .torch_private import disable_autocast
 
 
 class Kernel(NamedTuple):
-    """`run(*op arguments)` computes the op; `refuse(*op arguments)` says why it cannot, or returns None; `missing()`
-    says why it cannot run anything on this machine, or returns None."""
+    """Functions of one backend of an op.
+
+    `run(*op arguments)` computes the op. `refuse(*op arguments)` returns why it cannot, or None. `unavailable()`
+    returns why the backend cannot run on this machine, or None.
+    """
 
     run: Callable
     refuse: Callable[..., str | None]
-    missing: Callable[[], str | None]
+    unavailable: Callable[[], str | None]
 
 
 class Preference(NamedTuple):
-    """`name(*op arguments)` gives the backend that was measured to be the fastest for them, or None; `here()` tells of
-    each backend that it names on this machine for what."""
+    """Measured choice between the backends of an op.
+
+    `name(*op arguments)` returns the backend measured fastest for these arguments, or None. `here()` maps each backend
+    that `name` can return on this machine to a description of the arguments.
+    """
 
     name: Callable[..., str | None]
     here: Callable[[], dict[str, str]]
@@ -34,51 +40,53 @@ def register(
     backend: str,
     run: Callable,
     refuse: Callable[..., str | None] = lambda *args: None,
-    missing: Callable[[], str | None] = lambda: None,
+    unavailable: Callable[[], str | None] = lambda: None,
 ) -> None:
-    """Add a backend to an op; those registered later are preferred."""
+    """Add a backend to an op; backends registered later are preferred."""
     others = {name: kernel for name, kernel in _kernels.get(op, {}).items() if name != backend}
-    _kernels[op] = {backend: Kernel(run, refuse, missing), **others}
+    _kernels[op] = {backend: Kernel(run, refuse, unavailable), **others}
 
 
 def prefer(op: str, name: Callable[..., str | None], here: Callable[[], dict[str, str]]) -> None:
-    """Put a backend first that depends on the arguments; where it cannot run them the others have their turn."""
+    """Try the backend that `name` returns first; if it cannot run the arguments, the usual order applies."""
     _preferences[op] = Preference(name, here)
 
 
 def choose(op: str, *args) -> str:
-    """Name of the backend of `op` that is preferred for these arguments, or of the first that takes them."""
+    """Return the name of the backend that runs `op` on these arguments when the caller names none."""
     kernels = _kernels[op]
     first = _preferences[op].name(*args) if op in _preferences else None
     order = (first, *kernels) if first in kernels else kernels
-    return next(name for name in order if kernels[name].missing() is None and kernels[name].refuse(*args) is None)
+    return next(name for name in order if kernels[name].unavailable() is None and kernels[name].refuse(*args) is None)
 
 
 def run(op: str, backend: str | None, *args):
-    """Call `op` on the backend that is named, or on the first that takes these arguments.
+    """Run `op` on the named backend, or on the one that `choose` returns.
 
-    Raises ValueError for an unknown backend and for a named backend that cannot run, with the reason.
+    Raises:
+        ValueError: the backend is unknown, or it cannot run, with the reason.
     """
     kernels = _kernels[op]
     if backend is not None:
         if backend not in kernels:
             raise ValueError(f"backend={backend!r}: {op} has {', '.join(map(repr, kernels))}")
-        if reason := kernels[backend].missing() or kernels[backend].refuse(*args):
+        if reason := kernels[backend].unavailable() or kernels[backend].refuse(*args):
             raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
     kernel = kernels[backend or choose(op, *args)]
-    # The ops compute in the dtypes of their inputs; autocast has acted before them.
-    with torch._C._DisableAutocast():
+    # Ops compute in the dtypes of their inputs; autocast acts before they are called.
+    with disable_autocast():
         return kernel.run(*args)
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """The backends of each op, most preferred first: "available", or the reason why it is not on this machine.
+    """List the backends of every op on this machine, in order of preference.
 
-    Of a backend that was measured to be the fastest for some arguments on a device of this machine, and that they get
-    where the caller names none: "available; first choice" and for which.
+    Returns:
+        Op -> backend -> "available", or the reason why the backend cannot run here. A backend that was measured fastest
+        on a device of this machine has "available; first choice" and the arguments for which it is tried first.
     """
     listing = {
-        op: {name: kernel.missing() or "available" for name, kernel in kernels.items()}
+        op: {name: kernel.unavailable() or "available" for name, kernel in kernels.items()}
         for op, kernels in sorted(_kernels.items())
         if not op.endswith("_backward")
     }

@@ -1,4 +1,4 @@
-"""Registration with torch.library: one schema an op, a fake, autograd, and dispatch to the backends."""
+"""Registration with torch.library: one schema per op, a fake, a gradient, and dispatch to the backends."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import dispatch
+from .torch_private import is_in_torch_dispatch_mode, is_in_transform
 
 _library = torch.library.Library("starflow", "DEF")
+_functions: dict[str, type[torch.autograd.Function]] = {}
 
 
 def define(op: str, arguments: str, returns: str, *, fake: Callable, reference: Callable) -> None:
     """Register `starflow::op(arguments, *, str? backend=None) -> returns` with its reference backend.
 
-    fake and reference take the op's arguments without `backend`. Every output is contiguous.
+    `fake` and `reference` take the op's arguments without `backend`. Every output of the op is contiguous.
     """
     _library.define(f"{op}({arguments}, *, str? backend=None) -> {returns}")
     dispatch.register(op, "reference", reference)
@@ -37,24 +38,21 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
     return [t for t in flat if isinstance(t, torch.Tensor)]
 
 
-def _plain(tensors: list[torch.Tensor]) -> bool:
-    """Whether nothing but autograd and a backend would look at an op: no compiler, mode, transform or subclass."""
+def _needs_no_dispatcher(tensors: list[torch.Tensor]) -> bool:
+    """Return whether no compiler, dispatch mode, transform or tensor subclass would see a call."""
     return (
         all(t.is_cpu and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
-        and torch._C._functorch.maybe_current_level() is None
+        and not is_in_transform()
     )
 
 
-_functions: dict[str, type[torch.autograd.Function]] = {}
-
-
 def call(op: str, *args, backend: str | None):
-    """torch.ops.starflow.op, straight to its backend where that is the same: short calls are spared the dispatcher."""
+    """Call torch.ops.starflow.op, but skip torch's dispatcher where it would do nothing: it dominates short calls."""
     tensors = _tensors(args)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not _plain(tensors) or (needs_grad and op not in _functions):
+    if not _needs_no_dispatcher(tensors) or (needs_grad and op not in _functions):
         return getattr(torch.ops.starflow, op)(*args, backend=backend)
     return _functions[op].apply(backend, *args) if needs_grad else _run(op, backend, *args)
 
@@ -67,12 +65,19 @@ def differentiable(
     keep_outputs: bool = True,
     shared: Mapping[int, int] = MappingProxyType({}),
 ) -> None:
-    """Give `op` a gradient with respect to its first `inputs` arguments, tensors or None.
+    """Give `op` a gradient, as the op `starflow::op_backward(grads, outputs, arguments)`.
 
-    Registers `starflow::op_backward(grads, outputs, arguments)`, which returns a list of one gradient for each of those
-    arguments that is there; grads is None for an output that was not used. `reference` gets zeros there. outputs is
-    empty without keep_outputs, which is for ops of one output. shared: argument -> the other one whose gradient it has
-    too, as in a sum; such an argument is not kept, and backward gets None in its place and returns no gradient of it.
+    The backward op returns a list with one gradient for each differentiable argument that is not None. An entry of
+    grads is None for an output that was not used; the reference gets zeros there.
+
+    Args:
+        op: name of an op registered by `define`.
+        arguments: the arguments of its schema.
+        inputs: number of leading arguments that are differentiable, each a tensor or None.
+        reference: backward in plain PyTorch.
+        keep_outputs: whether backward needs the outputs. Where it is False, `outputs` is empty; the op has one output.
+        shared: argument -> argument with the same gradient, as in a sum. The former is not kept: backward gets None in
+            its place and returns no gradient for it.
     """
     backward = f"{op}_backward"
 
@@ -107,11 +112,11 @@ def differentiable(
         args = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
         if all(grad is None for grad in grads):
             return (None,) * len(args)
-        found = iter(call(backward, list(grads), outputs, *args, backend=ctx.backend))
-        found = [next(found) if i < inputs and a is not None else None for i, a in enumerate(args)]
+        computed = iter(call(backward, list(grads), outputs, *args, backend=ctx.backend))
+        gradients = [next(computed) if i < inputs and a is not None else None for i, a in enumerate(args)]
         for i, dtype in ctx.dtypes.items():
-            found[i] = found[shared[i]].to(dtype)
-        return tuple(found)
+            gradients[i] = gradients[shared[i]].to(dtype)
+        return tuple(gradients)
 
     def no_second_derivative(ctx, *grads):
         raise NotImplementedError(f"starflow::{op} has no second derivative; its reference.py does, by autograd")

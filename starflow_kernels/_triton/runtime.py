@@ -23,7 +23,7 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def missing() -> str | None:
+def unavailable() -> str | None:
     """Why Triton cannot be used on this machine, or None."""
     if not interpreted() and torch.cuda.device_count() == 0:
         return "torch sees no GPU, and TRITON_INTERPRET is not 1"
@@ -84,9 +84,11 @@ def register(op: str, module: str | None = None, backward: bool = True) -> None:
     The guards see arguments on a device that Triton runs on, and launches happen on that device.
     """
     module = module or f"{op}.triton"
-    dispatch.register(op, "triton", *_deferred(module, op, "refuse"), missing)
+    dispatch.register(op, "triton", *_deferred(module, op, "refuse"), unavailable)
     if backward:
-        dispatch.register(f"{op}_backward", "triton", *_deferred(module, f"{op}_backward", "refuse_backward"), missing)
+        dispatch.register(
+            f"{op}_backward", "triton", *_deferred(module, f"{op}_backward", "refuse_backward"), unavailable
+        )
 
 
 def warmup(op: Callable, *args, **options) -> None:
@@ -103,7 +105,7 @@ def warmup(op: Callable, *args, **options) -> None:
     Raises:
         ValueError: Triton cannot run the call, with the reason.
     """
-    if reason := missing():
+    if reason := unavailable():
         raise ValueError(f"no Triton kernels to compile: {reason}")
     device = "cpu" if interpreted() else "cuda"
 

@@ -1,4 +1,4 @@
-"""Affine flow transform, density direction."""
+"""Affine flow transform, data to noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from .._core import compiled
 from .._core.checks import check_tensor
-from .._core.dispatch import register
+from .._core.numerics import accumulation_dtype
 from .._core.registration import call, define, differentiable
 from .._triton import runtime
 from ..spec import AffineSpec, Logdet, check_choice
@@ -16,8 +16,8 @@ ARGUMENTS = "Tensor x, Tensor params, str scale, float soft_clip, bool shift, bo
 
 
 def empty_logdet(x: torch.Tensor, logdet: str) -> torch.Tensor:
-    """Output of the log-determinant: (B, T, D) for "none", else (B,)."""
-    return x.new_empty(x.shape if logdet == "none" else x.shape[:1], dtype=reference.accumulation_dtype(x.dtype))
+    """Return an empty log-determinant: (B, T, D) for "none", else (B,)."""
+    return x.new_empty(x.shape if logdet == "none" else x.shape[:1], dtype=accumulation_dtype(x.dtype))
 
 
 define(
@@ -28,8 +28,7 @@ define(
     reference=reference.affine_flow,
 )
 differentiable("affine_flow", ARGUMENTS, 2, reference.affine_flow_backward)
-register("affine_flow", "native", native.affine_flow, native.refuse, compiled.missing)
-register("affine_flow_backward", "native", native.affine_flow_backward, native.refuse_backward, compiled.missing)
+compiled.register("affine_flow", native)
 runtime.register("affine_flow")
 
 
@@ -43,23 +42,33 @@ def affine_flow(
     logdet: Logdet = "sum",
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transform data to noise, z_t = (x_t - mu_t) / sigma_t, with the log-determinant (arXiv 2412.06329, eq. 3).
+    """Transform data to noise, z_t = (x_t - mu_t) / sigma_t, with the log-determinant.
+
+    TarFlow (arXiv 2412.06329), eq. 3; STARFlow (arXiv 2506.06276), section 3.
 
     Args:
         x: (B, T, D) tokens, any floating dtype.
-        params: (B, T, 2D) raw head outputs [a | b], or (B, T, D) where spec.scale is "unit".
-        spec: how a and b become sigma and mu.
+        params: (B, T, 2D) raw network outputs [a | b], or (B, T, D) where spec.scale is "unit"; any floating dtype.
+        spec: map from a and b to sigma and mu.
         shift: params[:, t] belongs to token t + 1, and token 0 passes unchanged.
         flip: params are in the reverse of the token order of x; z keeps the order of x.
-        logdet: "sum" over T and D, "mean" over T and D, or "none": one value an element, in the order of x.
-        backend: name of a backend; None takes the first that can.
+        logdet: "sum" over T and D, "mean" over T and D, or "none": one value per element, in the order of x.
+        backend: name of a backend; None takes the first that can run.
 
     Returns:
         z (B, T, D) in the dtype of x, and log|det dz/dx| = -log sigma, (B,) or (B, T, D), float32 (float64 for
         float64 x). Both are differentiable, once, with respect to x and params.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, device or value.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape, device or value.
+
+    Equivalent to:
+        ```python
+        a, mu = params.chunk(2, dim=-1)
+        z = (x - mu) * torch.exp(-a)
+        logdet = -a.sum(dim=(1, 2))
+        ```
     """
     check_choice("logdet", logdet, Logdet)
     check_tensor("x", x, ("B", "T", "D"))

@@ -5,17 +5,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .._core.numerics import accumulation_dtype
+
 # softplus(SOFTPLUS_ONE) = 1: zero outputs of the network are the identity transform.
 SOFTPLUS_ONE = 0.541324854612918
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.promote_types(dtype, torch.float32)
+def by_token(params: torch.Tensor, shift: bool, flip: bool) -> torch.Tensor:
+    """Return raw parameters in the token order of x, zeros (the identity) for a token that passes unchanged."""
+    if shift:
+        params = F.pad(params[:, :-1], (0, 0, 1, 0))
+    return params.flip(1) if flip else params
 
 
 def raw_outputs(params: torch.Tensor, scale: str, soft_clip: float) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Soft-clipped (a, b) of raw parameters; a is None where sigma = 1."""
+    """Return the soft-clipped (a, b) of raw parameters; a is None where sigma = 1."""
     params = params.to(accumulation_dtype(params.dtype))
     if soft_clip:
         params = soft_clip * torch.tanh(params / soft_clip)
@@ -23,7 +27,7 @@ def raw_outputs(params: torch.Tensor, scale: str, soft_clip: float) -> tuple[tor
 
 
 def sigma_of(a: torch.Tensor | None, b: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Standard deviation and its logarithm."""
+    """Return the standard deviation and its logarithm."""
     if scale == "unit":
         return torch.ones_like(b), torch.zeros_like(b)
     if scale == "exp":
@@ -36,12 +40,8 @@ def sigma_of(a: torch.Tensor | None, b: torch.Tensor, scale: str) -> tuple[torch
 def affine_flow(
     x: torch.Tensor, params: torch.Tensor, scale: str, soft_clip: float, shift: bool, flip: bool, logdet: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """z_t = (x_t - mu_t) / sigma_t and -log sigma, all t at once."""
-    if shift:
-        params = F.pad(params[:, :-1], (0, 0, 1, 0))
-    if flip:
-        params = params.flip(1)
-    a, mu = raw_outputs(params, scale, soft_clip)
+    """Return z_t = (x_t - mu_t) / sigma_t and -log sigma, all t at once."""
+    a, mu = raw_outputs(by_token(params, shift, flip), scale, soft_clip)
     sigma, log_sigma = sigma_of(a, mu, scale)
     z = ((x - mu) / sigma).to(x.dtype)
     if logdet == "none":
@@ -61,16 +61,12 @@ def params_gradient(
     flip: bool,
     logdet: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients with respect to x and params, in the accumulation dtype.
+    """Return the gradients with respect to x and params, in the accumulation dtype.
 
     With l = -log sigma: dL/dmu = -dL/dz / sigma and dL/dlog sigma = -z dL/dz - dL/dl.
     """
     grad_z, grad_l = grads
-    if shift:
-        params = F.pad(params[:, :-1], (0, 0, 1, 0))
-    if flip:
-        params = params.flip(1)
-    a, mu = raw_outputs(params, scale, soft_clip)
+    a, mu = raw_outputs(by_token(params, shift, flip), scale, soft_clip)
     sigma, _ = sigma_of(a, mu, scale)
     if logdet != "none":
         grad_l = grad_l[:, None, None] / (1 if logdet == "sum" else x.shape[1] * x.shape[2])
@@ -92,6 +88,6 @@ def params_gradient(
 
 
 def affine_flow_backward(grads, outputs, x, params, *options) -> list[torch.Tensor]:
-    """Gradients with respect to x and params."""
+    """Return the gradients with respect to x and params."""
     grad_x, grad_params = params_gradient(grads, outputs[0], x, params, *options)
     return [grad_x.to(x.dtype), grad_params.to(params.dtype)]

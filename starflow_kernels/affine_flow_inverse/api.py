@@ -1,4 +1,4 @@
-"""Inverse affine transform with guidance, sampling direction."""
+"""Inverse affine transform with guidance, noise to data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from .._core import compiled
 from .._core.checks import check_guidance, check_tensor
-from .._core.dispatch import register
+from .._core.numerics import accumulation_dtype
 from .._core.registration import call, define
 from ..spec import AffineSpec, GuidanceRule, check_choice
 from . import native, reference
@@ -27,8 +27,8 @@ define(
     fake=lambda *args: None,
     reference=reference.affine_flow_inverse_out,
 )
-register("affine_flow_inverse", "native", native.affine_flow_inverse, native.refuse, compiled.missing)
-register("affine_flow_inverse_out", "native", native.affine_flow_inverse_out, native.refuse, compiled.missing)
+compiled.register("affine_flow_inverse", native, backward=False)
+compiled.register("affine_flow_inverse_out", native, backward=False)
 
 
 def affine_flow_inverse(
@@ -43,23 +43,33 @@ def affine_flow_inverse(
 ) -> torch.Tensor:
     """Transform noise to data where the parameters are known: x_t = mu_t + sigma_t z_t.
 
+    The inverse of TarFlow (arXiv 2412.06329), eq. 3; guidance by its section 2.6 or by STARFlow (arXiv 2506.06276),
+    section 3.4.
+
     Args:
-        z: (B, n, D) noise tokens, any floating dtype; float32 is the dtype of a sampled state.
-        params: (B, n, 2D) raw head outputs [a | b], (B, n, D) where spec.scale is "unit". Under guidance 2B rows:
+        z: (B, n, D) noise tokens, any floating dtype; a sampled state is float32.
+        params: (B, n, 2D) raw network outputs [a | b], (B, n, D) where spec.scale is "unit". Under guidance 2B rows:
             first the B with the condition, then the same B without.
+        spec: map from a and b to sigma and mu.
         guidance: weight w, a number or a tensor that broadcasts to (B, n); None for one set of parameters.
-        rule: "tarflow" extrapolates the raw outputs, r_c + w (r_c - r_u), after the soft clip (arXiv 2412.06329,
-            section 2.6); "starflow" takes the Gaussian of density p_c^(1 + w) / p_u^(w k) with
-            k = min(sigma_u / sigma_c, 1)^2 (arXiv 2506.06276, section 3.4).
-        out: (B, n, D) tensor of the dtype of z to write into, z itself allowed; no gradient then.
-        backend: name of a backend; None takes the first that can.
+        rule: "tarflow" extrapolates the raw outputs after the soft clip, r_c + w (r_c - r_u). "starflow" takes the
+            Gaussian of density p_c^(1 + w) / p_u^(w k) with k = min(sigma_u / sigma_c, 1)^2.
+        out: (B, n, D) tensor in the dtype of z to write into, which may be z itself; it receives no gradient.
+        backend: name of a backend; None takes the first that can run.
 
     Returns:
-        x (B, n, D) in the dtype of z: `out` where it is given, else new. Where a gradient is asked for, plain PyTorch
-        computes it.
+        x (B, n, D) in the dtype of z: `out` where it is given, else a new tensor. Where a gradient is needed, plain
+        PyTorch computes x.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, device or value.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape, device or value.
+
+    Equivalent to:
+        ```python
+        a, mu = params.chunk(2, dim=-1)
+        x = mu + torch.exp(a) * z
+        ```
     """
     check_choice("rule", rule, GuidanceRule)
     check_tensor("z", z, ("B", "n", "D"))
@@ -67,7 +77,7 @@ def affine_flow_inverse(
     rows = B if guidance is None else 2 * B
     check_tensor("params", params, (rows, n, spec.params_dim(D)), like=z)
     if guidance is not None:
-        guidance = check_guidance(guidance, B, n, reference.accumulation_dtype(z.dtype), z.device)
+        guidance = check_guidance(guidance, B, n, accumulation_dtype(z.dtype), z.device)
     args = (z, params, guidance, spec.scale, spec.soft_clip, rule)
     needs_grad = any(t is not None and t.requires_grad for t in (z, params, guidance))
     if out is None and torch.is_grad_enabled() and needs_grad:

@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import torch
 
-from .._core.compiled import empty
-from ..affine_flow.native import DTYPES, SCALES, WIDEST
-
-RULES = ("tarflow", "starflow")
+from .._core.compiled import empty, refuse_tensors
+from .._core.numerics import last_dim_contiguous
+from ..affine_flow.native import DTYPES, refuse_width
+from ..spec import GuidanceRule, Scale, choice_index
 
 
 def refuse(z: torch.Tensor, params: torch.Tensor, *others) -> str | None:
-    """Why the kernel cannot run, or None."""
-    if z.device.type != "cpu":
-        return f"it runs on the CPU, z is on {z.device}"
-    if not (z.dtype in DTYPES and params.dtype in DTYPES):
-        return f"z is {z.dtype} and params are {params.dtype}, it takes float32, bfloat16 and float16"
-    return f"tokens of {z.shape[2]} values, it takes up to {WIDEST}" if z.shape[2] > WIDEST else None
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy, with the values of a token side by side."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """Return why the kernel cannot run, or None."""
+    return refuse_tensors(DTYPES, z=z, params=params) or refuse_width(z)
 
 
 def affine_flow_inverse_out(z, params, guidance, scale, soft_clip, rule, out) -> None:
-    """x = mu + sigma z, written into `out`."""
+    """See reference.affine_flow_inverse_out."""
     guidance = None if guidance is None else guidance.to(torch.float32).contiguous()
-    to = out if out.stride(-1) == 1 else empty(*out.shape, dtype=out.dtype)
-    options = SCALES.index(scale), soft_clip, RULES.index(rule)
-    torch.ops.starflow_native.affine_flow_inverse(_dense(z), params.contiguous(), guidance, *options, to)
-    if to is not out:
-        out.copy_(to)
+    target = out if out.stride(-1) == 1 else empty(*out.shape, dtype=out.dtype)
+    options = choice_index(scale, Scale), soft_clip, choice_index(rule, GuidanceRule)
+    (z,) = last_dim_contiguous(z)
+    torch.ops.starflow_native.affine_flow_inverse(z, params.contiguous(), guidance, *options, target)
+    if target is not out:
+        out.copy_(target)
 
 
 def affine_flow_inverse(z, *args) -> torch.Tensor:
-    """The same, new."""
+    """See reference.affine_flow_inverse."""
     out = empty(*z.shape, dtype=z.dtype)
     affine_flow_inverse_out(z, *args, out)
     return out

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ..affine_flow.reference import accumulation_dtype, raw_outputs, sigma_of
+from .._core.numerics import accumulation_dtype
+from ..affine_flow.reference import raw_outputs, sigma_of
 
 
 def guided(
     params: torch.Tensor, guidance: torch.Tensor, scale: str, soft_clip: float, rule: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """mu and sigma of rows [condition | no condition] under guidance of weight w per (row, token)."""
+    """Return the guided mu and sigma of rows [condition | no condition], with a weight per (row, token)."""
     w = guidance.to(accumulation_dtype(params.dtype)).unsqueeze(-1)
     a, b = raw_outputs(params, scale, soft_clip)
     if rule == "tarflow":
@@ -29,7 +30,7 @@ def guided(
 def gaussian(
     params: torch.Tensor, guidance: torch.Tensor | None, scale: str, soft_clip: float, rule: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """mu and sigma, guided where there is a weight."""
+    """Return mu and sigma, guided where `guidance` is given."""
     if guidance is not None:
         return guided(params, guidance, scale, soft_clip, rule)
     a, mu = raw_outputs(params, scale, soft_clip)
@@ -39,11 +40,11 @@ def gaussian(
 def affine_flow_inverse(
     z: torch.Tensor, params: torch.Tensor, guidance: torch.Tensor | None, scale: str, soft_clip: float, rule: str
 ) -> torch.Tensor:
-    """x = mu + sigma z."""
+    """Return x = mu + sigma z."""
     mu, sigma = gaussian(params, guidance, scale, soft_clip, rule)
     return (mu + sigma * z).to(z.dtype)
 
 
 def affine_flow_inverse_out(z, params, guidance, scale, soft_clip, rule, out) -> None:
-    """The same, written into `out`."""
+    """Write x = mu + sigma z into `out`."""
     out.copy_(affine_flow_inverse(z, params, guidance, scale, soft_clip, rule))

@@ -1,15 +1,15 @@
-"""Attention flow: a flow of one attention layer, from queries, keys and values to noise and log-determinant."""
+"""Flow of one attention layer, from queries, keys and values to noise and log-determinant."""
 
 from __future__ import annotations
 
 import torch
 
-from .._core.checks import check_tensor
+from .._core.checks import check_same_dtype, check_tensor
 from .._core.dispatch import register
+from .._core.numerics import accumulation_dtype
 from .._core.registration import call, define, differentiable
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
-from ..affine_flow.reference import accumulation_dtype
 from ..causal_attention.api import check_attention
 from ..spec import AffineSpec, Logdet, Rotary, check_choice
 from . import composed, reference
@@ -52,22 +52,43 @@ def attention_flow(
     logdet: Logdet = "sum",
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`causal_attention`, projection of its heads to raw parameters, `affine_flow`; keeps neither of the first two.
+    """Apply `causal_attention`, project its heads to raw parameters and apply `affine_flow`, keeping neither result.
+
+    TarFlow (arXiv 2412.06329), eq. 3, with one attention layer as the network.
 
     Args:
-        x: (B, T, D) tokens.
-        q, k, v: (B, T, H, d), (B, T, H_kv, d) twice, as in `causal_attention`, in the network's token order.
-        weight, bias: (P, H d) and (P,), the projection to P = 2D raw outputs [a | b], P = D for spec.scale "unit";
-            in the dtype of q.
-        cos, sin, rotary, window, temperature: as in `causal_attention`.
-        spec, shift, flip, logdet, backend: as in `affine_flow`.
+        x: (B, T, D) tokens, any floating dtype.
+        q: (B, T, H, d) queries in the network's token order, any floating dtype.
+        k: (B, T, H_kv, d) keys in the dtype of q, as in `causal_attention`.
+        v: (B, T, H_kv, d) values in the dtype of q, as in `causal_attention`.
+        weight: (P, H d) in the dtype of q, the projection to P = 2D raw outputs [a | b], P = D where spec.scale is
+            "unit".
+        bias: (P,) in the dtype of q, or None.
+        spec: map from a and b to sigma and mu, as in `affine_flow`.
+        cos: as in `causal_attention`.
+        sin: as in `causal_attention`.
+        rotary: as in `causal_attention`.
+        window: as in `causal_attention`.
+        temperature: as in `causal_attention`.
+        shift: as in `affine_flow`.
+        flip: as in `affine_flow`.
+        logdet: as in `affine_flow`.
+        backend: name of a backend; None takes the first that can run.
 
     Returns:
         z (B, T, D) in the dtype of x, and the log-determinant, (B,) or (B, T, D), float32 (float64 for float64 x).
         Differentiable, once, with respect to x, q, k, v, weight and bias.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, device or value.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape, device or value.
+
+    Equivalent to:
+        ```python
+        heads = causal_attention(q, k, v, cos=cos, sin=sin, rotary=rotary)
+        params = torch.nn.functional.linear(heads.flatten(2), weight, bias)
+        z, logdet = affine_flow(x, params, spec)
+        ```
     """
     check_choice("logdet", logdet, Logdet)
     check_tensor("x", x, ("B", "T", "D"))
@@ -78,9 +99,6 @@ def attention_flow(
     check_tensor("weight", weight, (params_dim, q.shape[2] * q.shape[3]), like=x)
     if bias is not None:
         check_tensor("bias", bias, (params_dim,), like=x)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != q.dtype:
-            raise TypeError(f"{name}: dtype {value.dtype}, expected that of q, {q.dtype}")
+    check_same_dtype("q", {"q": q, "weight": weight, "bias": bias})
     options = rotary, window or 0, temperature, spec.scale, spec.soft_clip, shift, flip, logdet
-    z, found, _ = call("attention_flow", x, q, k, v, weight, bias, cos, sin, *options, backend=backend)
-    return z, found
+    return call("attention_flow", x, q, k, v, weight, bias, cos, sin, *options, backend=backend)[:2]

@@ -1,4 +1,4 @@
-"""Attention flow: the specification in plain PyTorch."""
+"""Flow of one attention layer: the specification in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attention_flow(
     temperature: float,
     *options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention, projection of all heads to raw parameters, affine transform; the log-sum-exp of the scores too."""
+    """Return z and log-determinant of attention, projection and affine transform, and the log-sum-exp of the scores."""
     out, lse = causal_attention(q, k, v, cos, sin, rotary, window, temperature)
     return *affine_flow(x, F.linear(out.flatten(2), weight, bias), *options), lse
 
@@ -31,16 +31,16 @@ def attention_flow(
 def attention_flow_backward(
     grads, outputs, x, q, k, v, weight, bias, cos, sin, rotary, window, temperature, *options
 ) -> list[torch.Tensor]:
-    """Gradients with respect to x, q, k, v, weight and bias; attention and raw parameters are computed anew."""
+    """Return the gradients with respect to x, q, k, v, weight and bias; attention and parameters are recomputed."""
     attention = q, k, v, cos, sin, rotary, window, temperature
-    (*of_flow, grad_lse), (z, _, lse) = grads, outputs
+    (*flow_grads, grad_lse), (z, _, lse) = grads, outputs
     out, _ = causal_attention(*attention)
     h = out.flatten(2)
-    grad_x, grad_params = params_gradient(of_flow, z, x, F.linear(h, weight, bias), *options)
+    grad_x, grad_params = params_gradient(flow_grads, z, x, F.linear(h, weight, bias), *options)
     grad_out = (grad_params @ weight.to(grad_params.dtype)).view(out.shape)
-    found = [grad_x, *causal_attention_backward([grad_out, grad_lse], [out, lse], *attention)]
-    found.append(grad_params.flatten(0, 1).T @ h.flatten(0, 1).to(grad_params.dtype))
+    gradients = [grad_x, *causal_attention_backward([grad_out, grad_lse], [out, lse], *attention)]
+    gradients.append(grad_params.flatten(0, 1).T @ h.flatten(0, 1).to(grad_params.dtype))
     if bias is not None:
-        found.append(grad_params.sum((0, 1)))
+        gradients.append(grad_params.sum((0, 1)))
     inputs = (t for t in (x, q, k, v, weight, bias) if t is not None)
-    return [grad.to(like.dtype) for grad, like in zip(found, inputs)]
+    return [grad.to(like.dtype) for grad, like in zip(gradients, inputs)]

@@ -1,4 +1,4 @@
-"""Exact GELU behind a bias, the activation of a transformer's perceptron."""
+"""Bias and exact GELU, the activation of a transformer's MLP."""
 
 from __future__ import annotations
 
@@ -17,18 +17,27 @@ runtime.register("bias_gelu")
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None) -> torch.Tensor:
-    """y Phi(y) of y = x + bias, Phi the normal distribution function; float32 inside, computed anew for the gradient.
+    """Add a bias and apply the exact GELU: y Phi(y) for y = x + bias, Phi the normal distribution function.
+
+    GELU (arXiv 1606.08415), in the MLP of TarFlow (arXiv 2412.06329). Computed in float32 or wider, and again for the
+    gradient, so that y is never stored.
 
     Args:
         x: (B, T, C), any floating dtype.
-        bias: (C,) of any floating dtype, or None.
-        backend: name of a backend; None takes the first that can.
+        bias: (C,), any floating dtype, or None.
+        backend: name of a backend; None takes the first that can run.
 
     Returns:
         (B, T, C) in the dtype of x. Differentiable, once, with respect to x and bias.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape or device.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape or device.
+
+    Equivalent to:
+        ```python
+        out = torch.nn.functional.gelu(x + bias)
+        ```
     """
     check_tensor("x", x, ("B", "T", "C"))
     if bias is not None:

@@ -1,4 +1,4 @@
-"""Exact GELU behind a bias: the specification in plain PyTorch."""
+"""Bias and exact GELU: the specification in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..affine_flow.reference import accumulation_dtype
+from .._core.numerics import accumulation_dtype
 
 
 def _sum(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -16,14 +16,14 @@ def _sum(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """y Phi(y) of y = x + bias, Phi the normal distribution function."""
+    """Return y Phi(y) for y = x + bias, where Phi is the normal distribution function."""
     return F.gelu(_sum(x, bias)).to(x.dtype)
 
 
 def bias_gelu_backward(grads, outputs, x, bias) -> list[torch.Tensor]:
-    """Gradients with respect to x and bias: Phi(y) + y phi(y) times that of the output."""
+    """Return the gradients with respect to x and bias; the derivative of y Phi(y) is Phi(y) + y phi(y)."""
     y = _sum(x, bias)
     density = torch.exp(-0.5 * y.square()) / math.sqrt(2 * math.pi)
     grad = grads[0].to(y.dtype) * (0.5 * (1 + torch.erf(y * math.sqrt(0.5))) + y * density)
-    found = [grad.to(x.dtype)]
-    return found if bias is None else [*found, grad.sum((0, 1)).to(bias.dtype)]
+    grad_x = grad.to(x.dtype)
+    return [grad_x] if bias is None else [grad_x, grad.sum((0, 1)).to(bias.dtype)]

@@ -1,4 +1,4 @@
-"""A whole flow block from its weights, density and sampling direction."""
+"""Flow block from its weights: data to noise, noise to data, and its raw parameters."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .._core import compiled, compiled_cuda
+from .._core import compiled
 from .._core.checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
 from .._core.dispatch import register
+from .._core.numerics import NORM_EPS
 from .._core.registration import call, define
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
-from ..residual_norm.api import EPS
 from ..solver import Solver, SolveReport
-from ..spec import BlockSpec, GuidanceRule, Logdet, check_choice
-from . import cuda, jacobi, native, reference
+from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
+from . import cuda, jacobi, native, network, reference
 from .progress import reporting_to
-from .quantize import Quantize, on_rounded, rounded
+from .quantize import fake_quantize
 
 CONTEXT = "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin"
+
+
+def _empty_params(x, *args) -> torch.Tensor:
+    spec = BlockSpec.from_json(args[-1])
+    return x.new_empty(*x.shape[:2], spec.affine.params_dim(spec.token_dim))
+
 
 define(
     "block_forward",
@@ -32,12 +38,19 @@ define(
     reference=reference.block_forward,
 )
 define(
+    "block_params",
+    f"Tensor x, Tensor[] weights, {CONTEXT}, str spec",
+    "Tensor",
+    fake=_empty_params,
+    reference=reference.block_params,
+)
+define(
     "block_inverse",
     f"Tensor z, Tensor[] weights, {CONTEXT}, Tensor? guidance, str spec, str rule, float temperature, "
     'str quantize="none"',
     "Tensor",
     fake=lambda z, *args: z.new_empty(z.shape),
-    reference=on_rounded(reference.block_inverse),
+    reference=reference.block_inverse,
 )
 define(
     "block_jacobi",
@@ -52,12 +65,11 @@ define(
     ),
     reference=jacobi.block_jacobi,
 )
-register("block_forward", "native", native.block_forward, native.refuse, compiled.missing)
-register("block_inverse", "native", on_rounded(native.block_inverse), native.refuse, compiled.missing)
-register("block_jacobi", "native", native.block_jacobi, native.refuse_jacobi, compiled.missing)
+for _op in ("block_forward", "block_params", "block_inverse", "block_jacobi"):
+    compiled.register(_op, native, backward=False)
 runtime.register("block_inverse", "block.triton.sequential", backward=False)
-# Preferred where a block fits: one launch in place of some for every token.
-register("block_inverse", "cuda", on_rounded(cuda.block_inverse), on_rounded(cuda.refuse), compiled_cuda.missing)
+# Registered last, so preferred where a block fits: one launch in place of several per token.
+register("block_inverse", "cuda", cuda.block_inverse, cuda.refuse, compiled.cuda_unavailable)
 runtime.register("block_jacobi", "block.triton.sweeps", backward=False)
 
 
@@ -74,36 +86,47 @@ def block_forward(
     dropout: float = 0.0,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Data to noise through one flow block, all tokens at once (arXiv 2412.06329, eq. 3; 2506.06276, section 3).
+    """Transform data to noise through one flow block, all tokens at once.
+
+    TarFlow (arXiv 2412.06329), eq. 3; STARFlow (arXiv 2506.06276), section 3.
+
+    Where a gradient is needed, the block is composed of the differentiable ops `causal_attention` and `flow_head` on
+    `backend`, on a GPU also `residual_norm` and `bias_gelu`, and of torch's linear layers, on which autocast acts.
+    Elsewhere the network computes in the dtype of the weights.
 
     Args:
-        x: (B, T, D) tokens in the order of the data; float32 (float64) is the dtype of a state.
-        weights: name -> tensor, as `spec.weight_shapes` lists them, all of one dtype and device.
+        x: (B, T, D) tokens in the order of the data. A state is float32, or float64.
+        weights: name -> tensor, as listed by `spec.weight_shapes`, all of one floating dtype and device.
         spec: the block.
-        cond: (B, C) added to every token, a class embedding say.
-        prefix: (B, L, text_dim) states that stand in front of the tokens, causal with them.
-        cos, sin: (L + T, head_dim / 2) of the rotary angles, in the block's own order.
+        cond: (B, C), added to every token, such as a class embedding.
+        prefix: (B, L, text_dim) text states that precede the tokens, causal with them.
+        cos: (L + T, head_dim / 2) of the rotary angles, in the block's own order, float32 or wider.
+        sin: (L + T, head_dim / 2), as cos.
         logdet: "sum", "mean" or "none", as in `affine_flow`.
-        dropout: probability of dropout on the residual branches, where a gradient is asked for.
-        backend: name of a backend; None takes the first that can.
+        dropout: probability of zeroing an element of the residual branches, where a gradient is needed.
+        backend: name of a backend; None takes the first that can run.
 
     Returns:
-        z (B, T, D) in the dtype of x and log|det dz/dx|, (B,) or (B, T, D). Where a gradient is asked for, the
-        block is composed of `causal_attention` and `flow_head` on `backend`, which carry theirs, on a GPU of
-        `residual_norm` and `bias_gelu` too, and of layers of torch, which autocast acts on; elsewhere the dtype of the
-        weights is that of the network.
+        z (B, T, D) in the dtype of x, and log|det dz/dx|, (B,) or (B, T, D), float32 (float64 for float64 x).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, device or value.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape, device or value.
+
+    Equivalent to:
+        ```python
+        params = block_params(x, weights, spec)
+        z, logdet = affine_flow(x, params, spec.affine)
+        ```
     """
     check_choice("logdet", logdet, Logdet)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: expected a probability of at least 0 and below 1")
     check_tensor("x", x, ("B", "T", spec.token_dim))
     tensors = _check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
-    context, inputs = (cond, prefix, cos, sin), (x, *tensors, cond, prefix)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return reference.compose(
+    context = cond, prefix, cos, sin
+    if _needs_gradient(x, *tensors, cond, prefix):
+        return network.compose(
             x,
             tensors,
             *context,
@@ -113,9 +136,56 @@ def block_forward(
             head=functools.partial(call, "flow_head", backend=backend),
             linear=_linear(tensors[0], backend),
             dropout=dropout,
-            glue=_glue(x, backend),
+            fused=_fused_ops(x, backend),
         )
     return torch.ops.starflow.block_forward(x, tensors, *context, spec.to_json(), logdet, backend=backend)
+
+
+def block_params(
+    x: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    spec: BlockSpec,
+    *,
+    cond: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Compute the raw parameters of every token of data in one parallel pass of a block's network.
+
+    The arguments of the affine transform in TarFlow (arXiv 2412.06329), eq. 3, before soft clip and guidance.
+
+    Args:
+        x: as in `block_forward`.
+        weights: as in `block_forward`.
+        spec: as in `block_forward`.
+        cond: as in `block_forward`.
+        prefix: as in `block_forward`.
+        cos: as in `block_forward`.
+        sin: as in `block_forward`.
+        backend: name of a backend; None takes the first that can run.
+
+    Returns:
+        (B, T, P) raw outputs [a | b] in the order and dtype of x, with P = spec.affine.params_dim(D). A token that
+        passes unchanged has zeros, which are the identity. Not differentiable.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape, device or value, or one that requires a gradient.
+
+    Equivalent to:
+        ```python
+        h = transformer(x, weights)  # token t sees the tokens before it
+        params = torch.nn.functional.linear(h, weights["proj_out.weight"], weights["proj_out.bias"])
+        ```
+    """
+    check_tensor("x", x, ("B", "T", spec.token_dim))
+    tensors = _check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
+    context = cond, prefix, cos, sin
+    if _needs_gradient(x, *tensors, cond, prefix):
+        raise ValueError("block_params has no gradient: call it under torch.no_grad(), or use block_forward")
+    return torch.ops.starflow.block_params(x, tensors, *context, spec.to_json(), backend=backend)
 
 
 def block_inverse(
@@ -137,32 +207,48 @@ def block_inverse(
     progress: Callable[[int, int], None] | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, SolveReport]:
-    """Noise to data through one flow block over a KV cache: T sequential steps, or fewer passes over many tokens each.
+    """Transform noise to data through one flow block: T steps over a KV cache, or fewer passes over many tokens each.
+
+    The inverse of TarFlow (arXiv 2412.06329), eq. 3; guidance by its section 2.6 or by STARFlow (arXiv 2506.06276),
+    section 3.4; Jacobi by arXiv 2505.12849.
 
     Args:
-        z: (B, T, D) finite noise in the order of the data; float32 (float64) is the dtype of a sampled state.
-        weights, spec, cos, sin, backend: as in `block_forward`.
-        cond, prefix: as in `block_forward`; under guidance of 2B rows, first the B with the condition, then the same
-            B without. Both kinds of row run as one batch.
-        guidance: weight, a number or a tensor that broadcasts to (B, T), token t in the block's own order; None
+        z: (B, T, D) finite noise in the order of the data. A sampled state is float32, or float64.
+        weights: as in `block_forward`.
+        spec: as in `block_forward`.
+        cond: as in `block_forward`. Under guidance 2B rows: first the B with the condition, then the same B without.
+            Both branches run as one batch.
+        prefix: as in `block_forward`; under guidance 2B rows, as cond.
+        cos: as in `block_forward`.
+        sin: as in `block_forward`.
+        guidance: weight, a number or a tensor that broadcasts to (B, T), with token t in the block's own order; None
             for no guidance.
         rule: "tarflow" or "starflow", as in `affine_flow_inverse`.
-        temperature: attention temperature of the rows without a condition.
-        solver: sequential, or Jacobi sweeps over windows of tokens, each sample in its own number of passes.
-        guess: (B, T, D) finite first values of Jacobi in the order of the data, in place of the solver's.
-        quantize: "int8" or "fp8" (torch.float8_e4m3fn) rounds the matrices of the layers to one byte a value, with a
-            float32 scale for every output channel; norms, biases, position table, start token and the projections of
-            tokens, text and head stay as they are. "none" for none. The README of this op has its error.
-        return_report: return a SolveReport beside x.
-        progress: called as progress(done, B T) with the tokens that are done, now and then; what it raises ends the
-            call.
+        temperature: attention temperature of the branch without a condition.
+        solver: sequential, or Jacobi sweeps over windows of tokens, where each sample takes its own number of passes.
+        guess: (B, T, D) finite initial values of Jacobi in the order of the data, in place of the solver's.
+        quantize: "int8" or "fp8" (torch.float8_e4m3fn) rounds the matrices of the layers to one byte per value, with a
+            float32 scale per output channel; all other weights are kept. The op's README lists the error.
+        return_report: also return a SolveReport.
+        progress: called from time to time as progress(done, B T) with the number of finished tokens. An exception that
+            it raises ends the call.
+        backend: name of a backend; None takes the first that can run.
 
     Returns:
-        x (B, T, D) in the dtype of z: block_forward(x) = z. Not differentiable.
+        x (B, T, D) in the dtype of z, with block_forward(x) = z. Not differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, device or value; z, cond or prefix not finite; by
-            Jacobi a result that is not finite, with its sample and token.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape, device or value; z, cond or prefix not finite; with Jacobi, a result
+            that is not finite, with its sample and token.
+
+    Equivalent to:
+        ```python
+        x = z.clone()
+        for t in range(z.shape[1]):
+            params = block_params(x, weights, spec)
+            x[:, t] = affine_flow_inverse(z, params, spec.affine)[:, t]
+        ```
     """
     check_choice("rule", rule, GuidanceRule)
     check_choice("quantize", quantize, Quantize)
@@ -173,19 +259,19 @@ def block_inverse(
     if guidance is not None:
         guidance = check_guidance(guidance, B, T, torch.float64, z.device)
     elif temperature != 1:
-        raise ValueError(f"temperature={temperature} tempers the rows without a condition: it needs guidance")
+        raise ValueError(f"temperature={temperature} needs guidance: it acts on the branch without a condition")
     rows = B if guidance is None else 2 * B
     tensors = _check_block(z, weights, spec, cond, prefix, cos, sin, rows)
     for name, value in (("cond", cond), ("prefix", prefix)):
         if value is not None:
             check_finite(name, value)
     if guess is not None and solver.method != "jacobi":
-        raise ValueError("guess: given, but the sequential solver needs none")
+        raise ValueError("guess: given, but the sequential solver takes none")
     context = cond, prefix, cos, sin, guidance
     with torch.no_grad(), reporting_to(progress) if progress else contextlib.nullcontext():
         if solver.method == "jacobi":
-            # Its kernels have no values of one byte: they get weights that are rounded to them.
-            tensors = rounded(spec.to_json(), tensors, quantize)
+            # No Jacobi kernel reads one-byte values.
+            tensors = fake_quantize(spec.to_json(), tensors, quantize)
             x, report = _jacobi(z, guess, tensors, context, spec, rule, temperature, solver, backend)
             return (x, report) if return_report else x
         start = time.perf_counter() if return_report else 0.0
@@ -224,9 +310,9 @@ def _jacobi(z, guess, tensors, context, spec: BlockSpec, rule, temperature, solv
 
 
 def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
-    """torch's linear layer, which autocast acts on, or ours where that is faster."""
+    """Return the linear layer of training: the op `linear` where it is faster, else torch's, on which autocast acts."""
     plain = backend is not None or weight.device.type != "cpu" or weight.dtype != torch.float32
-    if plain or compiled.missing() or torch.is_autocast_enabled("cpu"):
+    if plain or compiled.native_unavailable() or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear
     return functools.partial(call, "linear", backend=None)
 
@@ -235,22 +321,26 @@ def _on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def _glue(x: torch.Tensor, backend: str | None) -> reference.Glue:
-    """Sums with their norms and GELU with its bias: torch's, or one op each on a GPU."""
+def _fused_ops(x: torch.Tensor, backend: str | None) -> network.FusedOps:
+    """Return the operations between the products of a layer: torch's, or on a GPU one op each."""
     if not _on_gpu(x):
-        return reference.Glue()
+        return network.FusedOps()
 
-    def add_norm(h, update, w, name, spec):
-        if spec.norm == "none" or (update is not None and torch.promote_types(h.dtype, update.dtype) != h.dtype):
-            return reference.add_norm(h, update, w, name, spec)
-        weight, bias = w[f"{name}.weight"], w.get(f"{name}.bias")
-        total, normed = call("residual_norm", h, update, weight, bias, spec.norm, EPS[spec.norm], backend=backend)
-        return h if update is None else total, normed
+    def add_norm(h, residual, w, name, spec):
+        if spec.norm == "none" or (residual is not None and torch.promote_types(h.dtype, residual.dtype) != h.dtype):
+            return network.add_norm(h, residual, w, name, spec)
+        options = w[f"{name}.weight"], w.get(f"{name}.bias"), spec.norm, NORM_EPS[spec.norm]
+        total, normed = call("residual_norm", h, residual, *options, backend=backend)
+        return h if residual is None else total, normed
 
     def up_gelu(x, w, name, linear):
         return call("bias_gelu", linear(x, w[f"{name}.weight"], None), w.get(f"{name}.bias"), backend=backend)
 
-    return reference.Glue(add_norm, up_gelu)
+    return network.FusedOps(add_norm, up_gelu)
+
+
+def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[torch.Tensor]:
@@ -283,7 +373,7 @@ def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[to
 
 
 def _alike(tensors: list, spec: BlockSpec, x: torch.Tensor) -> bool:
-    """Whether the weights are as they should be, all at once: a token of a small block takes a few microseconds."""
+    """Return whether all weights fit the spec; checking each takes longer than a token of a small block."""
     if not all(isinstance(w, torch.Tensor) for w in tensors):
         return False
     dtype, device = tensors[0].dtype, x.device

@@ -1,14 +1,14 @@
-"""Noise to data through one block by Jacobi sweeps over windows of tokens: the specification in plain PyTorch."""
+"""Inverse of a block by Jacobi sweeps over windows of tokens: the specification in plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
 
+from .._core.numerics import DIVERGED
 from ..affine_flow_inverse.reference import gaussian
 from ..solve_inverse.quasi_newton import QuasiNewton
-from ..solver import DIVERGED
+from .network import CachedNetwork
 from .progress import report
-from .reference import CachedNetwork
 
 
 def block_jacobi(
@@ -21,28 +21,29 @@ def block_jacobi(
     sin: torch.Tensor | None,
     guidance: torch.Tensor | None,
     neighbours: list[int],
-    spec: str,
+    spec_json: str,
     rule: str,
     temperature: float,
     window: int,
     slide: bool,
     tol: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Data x (B, T, D), sample after sample.
+    """Return the data of noise, sample by sample, and what it took.
 
-    Also returns sweeps (B, T) int32, in how many passes a token took part; counts (B, 3) int64, passes, windows that
-    fell back to single tokens, and 1 + the first token without a finite value, 0 for none; and residual (B,), the
-    largest change in the pass that a token was accepted in.
+    Returns:
+        x (B, T, D). sweeps (B, T) int32: number of passes in which a token took part. counts (B, 3) int64: passes;
+        windows that fell back to single tokens; 1 + the first token without a finite value, 0 for none. residual (B,):
+        largest relative change of a token in the pass that accepted it.
     """
-    (B, T, _), copies = z.shape, 1 if guidance is None else 2
+    (B, T, _), branches = z.shape, 1 if guidance is None else 2
     x = guess.clone()
     sweeps = torch.zeros(B, T, dtype=torch.int32, device=z.device)
     counts = torch.zeros(B, 3, dtype=torch.int64, device=z.device)
     residual = z.new_zeros(B)
     for b in range(B):
-        given = (None if c is None else c.unflatten(0, (copies, B))[:, b] for c in (cond, prefix))
+        context = (None if c is None else c.unflatten(0, (branches, B))[:, b] for c in (cond, prefix))
         weight = None if guidance is None else guidance[b : b + 1]
-        network = CachedNetwork(z[b : b + 1], weights, *given, cos, sin, weight, spec, temperature)
+        network = CachedNetwork(z[b : b + 1], weights, *context, cos, sin, weight, spec_json, temperature)
         sample = Sample(network, z[b], x[b], weight, rule, neighbours, tol)
         while sample.done < T and not sample.failed:
             sample.sweep(window, slide)
@@ -54,7 +55,7 @@ def block_jacobi(
 
 
 class Sample:
-    """One sample in the block's own order: its first `done` tokens are final."""
+    """State of one sample in the block's own order; its first `done` tokens are final."""
 
     def __init__(self, network: CachedNetwork, z, x, weight, rule, neighbours, tol):
         spec = network.spec
@@ -71,9 +72,9 @@ class Sample:
         self.bound = DIVERGED * max(1.0, z.abs().max().item())
 
     def sweep(self, window: int, slide: bool) -> None:
-        """One pass of the network over a window."""
+        """Run one pass of the network over a window."""
         first, T = self.done, len(self.x)
-        # Where `slide` is false windows begin at multiples of their size.
+        # Without `slide`, windows begin at multiples of their size.
         end = first + window if slide else (first // window + 1) * window
         count = 1 if first < self.single else min(end, T) - first
         tokens, spec = slice(first, first + count), self.network.spec.affine
@@ -92,7 +93,7 @@ class Sample:
                     self.model.forget()
                 return
         change = ((y - self.x[tokens]).abs() / y.abs().clamp(min=1)).amax(1)
-        # A token is final where all before it are: it follows from values that stood still.
+        # A token is final where all tokens before it have converged.
         accepted = min(count, 1 + int((change <= self.tol).long().cumprod(0).sum()))
         self.residual = max(self.residual, change[: accepted - 1].max().item() if accepted > 1 else 0.0)
         self.x[tokens] = y if self.model is None else self._newton(tokens, y, mu, sigma)

@@ -1,33 +1,42 @@
-"""A whole flow block on the CPU: plans memory and threads for the kernel of csrc/cpu/block.cpp."""
+"""Flow block on the CPU: plans memory and threads for the kernel of csrc/cpu/block.cpp."""
 
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from .._core.compiled import empty
+from .._core.compiled import empty, refuse_tensors
 from ..affine_flow.native import affine_flow
-from ..spec import BlockSpec
+from ..affine_flow.reference import by_token
+from ..spec import BlockSpec, GuidanceRule, choice_index
 from .cache_budget import cache_bytes
-from .packing import Remembered, spec_fields
+from .packing import WeightCache, spec_fields
 from .progress import report
+from .quantize import with_fake_quantized_weights
 
-# Rows that one team of threads takes at a time: enough to use each weight often, few enough for the caches.
-SAMPLING_ROWS, DENSITY_TOKENS = 64, 128
-# A call of the kernel should last about this long, in seconds at a tenth of the usual speed: Python handles Ctrl-C
-# between calls.
-CALL_SECONDS, SLOW_FLOPS, SLOW_BYTES = 0.3, 2e10, 4e9
-# Rough speed of one core, and what a member of a team needs to do in a token step to be worth its barriers.
-FLOPS, BYTES, MEMBER_SECONDS = 2e11, 1e11, 8e-6
-SMALL_CACHE, LARGE_CACHE = 2**20, 2**24
+# Rows, or tokens, that a team of threads takes at a time: enough to reuse each weight, few enough for the caches.
+SAMPLING_ROWS = 64
+DENSITY_TOKENS = 128
+# Longest kernel call in seconds, since Python handles Ctrl-C between calls, and the speed of a slow core: floating
+# point operations and bytes of weights per second.
+CALL_SECONDS = 0.3
+SLOW_FLOPS = 2e10
+SLOW_BYTES = 4e9
+# Typical speed of a core, and the least work in seconds per token step that is worth the barriers of another thread.
+FLOPS = 2e11
+BYTES = 1e11
+MEMBER_SECONDS = 8e-6
+# Bytes of weights that fit the inner caches of a core, and its share of the outer one.
+SMALL_CACHE = 2**20
+LARGE_CACHE = 2**24
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Packed(NamedTuple):
-    """Weights in the layout of csrc/cpu/product.h, all in one float32 buffer."""
+    """Weights in the layout of csrc/cpu/product.h: one float32 buffer, the offset of each weight, the spec."""
 
     buffer: torch.Tensor
     offsets: list[int]
@@ -35,7 +44,7 @@ class Packed(NamedTuple):
 
 
 def _tiles(weight: torch.Tensor) -> torch.Tensor:
-    """(N, K) as [N / 16][K][16], in bfloat16 as [N / 16][K / 2][16][2]; flat float32 bits, zeros where it is padded."""
+    """Return (N, K) as [N / 16][K][16], in bfloat16 as [N / 16][K / 2][16][2], padded by zeros; flat float32 bits."""
     N, K = weight.shape
     pair = 1 if weight.dtype == torch.float32 else 2
     weight = torch.nn.functional.pad(weight, (0, -K % pair, 0, -N % 16))
@@ -43,12 +52,12 @@ def _tiles(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _vector(weight: torch.Tensor) -> torch.Tensor:
-    """Rows padded to 16 values, flat float32."""
+    """Return rows padded to 16 values, flat float32."""
     return torch.nn.functional.pad(weight.float(), (0, -weight.shape[-1] % 16)).flatten()
 
 
 def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
-    """Copy of the weights for the kernel. A product without bias gets zeros."""
+    """Copy the weights for the kernel; a product without bias gets zeros."""
     pieces = []
     for name, weight in zip(spec.weight_shapes, weights):
         weight = weight.detach()
@@ -68,41 +77,36 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
     return Packed(buffer, offsets, tuple(spec_fields(spec, weights[0].dtype)))
 
 
-packed, _dtype = Remembered(pack), operator.attrgetter("dtype")
+packed = WeightCache(pack)
 
 
-def refuse(x, weights, *others) -> str | None:
-    """Why the kernels cannot run a block, or None."""
-    if x.device.type != "cpu":
-        return f"it runs on the CPU, tokens are on {x.device}"
-    if x.dtype != torch.float32:
-        return f"tokens are {x.dtype}, it takes float32"
+def refuse(x, *others) -> str | None:
+    """Return why the kernels cannot run a block, or None."""
+    weights = next(arg for arg in others if isinstance(arg, list))
     dtype = weights[0].dtype
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"weights are {dtype}, it takes float32 and bfloat16"
-    if set(map(_dtype, weights)) != {dtype}:
-        return "weights are of different dtypes"
-    return None
+    if reason := refuse_tensors((torch.float32,), x=x) or refuse_tensors(WEIGHT_DTYPES, weight=weights[0]):
+        return reason
+    return "weights are of different dtypes" if any(w.dtype != dtype for w in weights) else None
 
 
-def _plain(value: torch.Tensor | None) -> torch.Tensor | None:
+def _float32(value: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value.to(torch.float32).contiguous()
 
 
 def _call_tokens(weight_floats: int, rows: int) -> int:
-    """Tokens a row in one call of the kernel."""
+    """Return the number of tokens per row in one kernel call."""
     seconds = max(4 * weight_floats / SLOW_BYTES, 2 * rows * weight_floats / SLOW_FLOPS)
     return max(1, int(CALL_SECONDS / max(seconds, 1e-9)))
 
 
-def _sampling_group(B: int, copies: int, weight_bytes: int, threads: int) -> int:
-    """Sequences that a team takes at a time.
+def _sampling_group(B: int, branches: int, weight_bytes: int, threads: int) -> int:
+    """Return the number of sequences that a team of threads takes at a time.
 
-    Threads that share their rows read the weights once between them and meet at barriers; threads with rows of their
-    own read all the weights each, which is better where those fit the inner caches or the rows are many.
+    Threads that share rows read the weights once, and wait for each other at barriers. Threads with rows of their own
+    read all weights each, which is faster where the weights fit the inner caches or the rows are many.
     """
     worth = 1 if weight_bytes <= SMALL_CACHE else 8 if weight_bytes <= LARGE_CACHE else SAMPLING_ROWS
-    rows = B * copies
+    rows = B * branches
     groups = max(1, min(rows // worth, threads))
     if rows > groups * SAMPLING_ROWS:
         groups = -(-rows // (SAMPLING_ROWS * threads)) * threads
@@ -110,17 +114,17 @@ def _sampling_group(B: int, copies: int, weight_bytes: int, threads: int) -> int
 
 
 def _useful_threads(threads: int, groups: int, weight_floats: int, rows: int) -> int:
-    """Threads that pay for their barriers: every one needs some microseconds of a token step to itself."""
+    """Return the number of threads with enough work per token step to be worth their barriers."""
     seconds = 2 * rows * weight_floats / FLOPS + 4 * weight_floats / BYTES
     return min(threads, groups * max(1, int(seconds / MEMBER_SECONDS)))
 
 
-def block_params(x, weights, cond, prefix, cos, sin, text: str, tokens: int = DENSITY_TOKENS) -> torch.Tensor:
-    """Raw parameters (B, T, P) in the block's own order of data x (B, T, D); `tokens` of them in one pass."""
-    spec = BlockSpec.from_json(text)
-    model, threads = packed(text, weights), torch.get_num_threads()
+def network_outputs(x, weights, cond, prefix, cos, sin, spec_json: str, tokens: int = DENSITY_TOKENS) -> torch.Tensor:
+    """Return the network's outputs (B, T, P) for data x (B, T, D) in the block's own order, `tokens` in one pass."""
+    spec = BlockSpec.from_json(spec_json)
+    model, threads = packed(spec_json, weights), torch.get_num_threads()
     (B, T, _), L = x.shape, 0 if prefix is None else prefix.shape[1]
-    x, cond, prefix, cos, sin = map(_plain, (x, cond, prefix, cos, sin))
+    x, cond, prefix, cos, sin = map(_float32, (x, cond, prefix, cos, sin))
     params = x.new_empty(B, T, spec.affine.params_dim(spec.token_dim))
     group = max(1, min(-(-B // threads), tokens // (L + T)))
     chunk = max(1, tokens // group)
@@ -150,16 +154,25 @@ def block_params(x, weights, cond, prefix, cos, sin, text: str, tokens: int = DE
     return params
 
 
-def block_forward(x, weights, cond, prefix, cos, sin, text: str, logdet: str):
-    """Noise and log-determinant of data."""
-    spec = BlockSpec.from_json(text)
-    params = block_params(x, weights, cond, prefix, cos, sin, text)
+def block_params(x, weights, cond, prefix, cos, sin, spec_json: str) -> torch.Tensor:
+    """See reference.block_params."""
+    spec = BlockSpec.from_json(spec_json)
+    return by_token(network_outputs(x, weights, cond, prefix, cos, sin, spec_json), not spec.start, spec.flip)
+
+
+def block_forward(x, weights, cond, prefix, cos, sin, spec_json: str, logdet: str):
+    """See reference.block_forward."""
+    spec = BlockSpec.from_json(spec_json)
+    params = network_outputs(x, weights, cond, prefix, cos, sin, spec_json)
     return affine_flow(x, params, spec.affine.scale, spec.affine.soft_clip, not spec.start, spec.flip, logdet)
 
 
 class SamplingPlan(NamedTuple):
-    """`part` sequences at a time, in groups of `group` on `threads`, `step` tokens a call, `chunk` prefix slots a pass;
-    floats of KV cache and of workspace for a part."""
+    """Plan of a batch.
+
+    part: sequences per part. group: sequences per team. threads: number of threads. step: tokens per kernel call.
+    chunk: prefix slots per pass. cache, workspace: floats of KV cache and of workspace per part.
+    """
 
     part: int
     group: int
@@ -175,61 +188,62 @@ def plan_sampling(
     fields: tuple[int, ...],
     weight_floats: int,
     B: int,
-    copies: int,
+    branches: int,
     cached: int,
     prefix: int,
     threads: int,
     budget: int,
 ) -> SamplingPlan:
-    """Memory and threads for B sequences of `cached` slots in all."""
-    row = copies * torch.ops.starflow_native.block_sizes(fields, 1, cached)[0]
+    """Plan memory and threads for B sequences of `cached` slots each."""
+    row = branches * torch.ops.starflow_native.block_sizes(fields, 1, cached)[0]
     part = max(1, min(B, budget // (4 * row)))
-    group = _sampling_group(part, copies, 4 * weight_floats, threads)
-    threads = _useful_threads(threads, -(-part // group), weight_floats, group * copies)
-    chunk = max(1, min(prefix, DENSITY_TOKENS // (group * copies)))
-    _, workspace = torch.ops.starflow_native.block_sizes(fields, group * copies * chunk, cached)
-    step = _call_tokens(weight_floats, part * copies)
+    group = _sampling_group(part, branches, 4 * weight_floats, threads)
+    threads = _useful_threads(threads, -(-part // group), weight_floats, group * branches)
+    chunk = max(1, min(prefix, DENSITY_TOKENS // (group * branches)))
+    _, workspace = torch.ops.starflow_native.block_sizes(fields, group * branches * chunk, cached)
+    step = _call_tokens(weight_floats, part * branches)
     return SamplingPlan(part, group, threads, step, chunk, part * row, threads * workspace)
 
 
 class _Parts:
-    """A batch of the sampling direction in parts whose cache fits `cache_bytes`."""
+    """Batch of the sampling direction in parts whose KV cache fits `cache_bytes`."""
 
-    def __init__(self, z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature: float):
-        self.spec, self.model = BlockSpec.from_json(text), packed(text, weights)
+    def __init__(self, z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float):
+        self.spec, self.model = BlockSpec.from_json(spec_json), packed(spec_json, weights)
         (self.B, self.T, _), self.L = z.shape, 0 if prefix is None else prefix.shape[1]
-        self.copies = 1 if guidance is None else 2
+        self.branches = 1 if guidance is None else 2
         self.threads = torch.get_num_threads()
         cached = self.L + self.T
         floats = self.model.buffer.numel()
         self.plan = plan_sampling(
-            self.model.fields, floats, self.B, self.copies, cached, self.L, self.threads, cache_bytes()
+            self.model.fields, floats, self.B, self.branches, cached, self.L, self.threads, cache_bytes()
         )
         self.cache = empty(self.plan.cache)
-        self._context = tuple(map(_plain, (cond, prefix, cos, sin, guidance)))
-        self._rule = ("tarflow", "starflow").index(rule), temperature
+        self._context = tuple(map(_float32, (cond, prefix, cos, sin, guidance)))
+        self._rule = choice_index(rule, GuidanceRule), temperature
 
     def __iter__(self) -> Iterator[slice]:
-        """The rows of each part."""
+        """Iterate over the rows of each part."""
         return (slice(b, b + self.plan.part) for b in range(0, self.B, self.plan.part))
 
     def arguments(self, rows: slice) -> tuple:
-        """Model, context and rule of a part, in the order of the native ops."""
+        """Return model, context and rule of a part, in the order of the native ops."""
         model, (cond, prefix, cos, sin, guidance) = self.model, self._context
-        given = (self._both_kinds(cond, rows), self._both_kinds(prefix, rows), cos, sin)
+        given = (self._both_branches(cond, rows), self._both_branches(prefix, rows), cos, sin)
         weights = None if guidance is None else guidance[rows]
         return (model.buffer, model.offsets, model.fields, self.spec.affine.soft_clip, *given, weights, *self._rule)
 
-    def _both_kinds(self, value: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-        """Those rows of (copies B, ...), with and without the condition."""
+    def _both_branches(self, value: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+        """Return these rows of both branches of a value (branches B, ...)."""
         if value is None or self.plan.part == self.B:
             return value
-        return value.unflatten(0, (self.copies, self.B))[:, rows].flatten(0, 1).contiguous()
+        return value.unflatten(0, (self.branches, self.B))[:, rows].flatten(0, 1).contiguous()
 
 
-def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature: float):
-    """Data of noise, token after token over the cache; a batch whose cache passes `cache_bytes` goes in parts."""
-    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, text, rule, temperature)
+@with_fake_quantized_weights
+def block_inverse(z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float):
+    """See reference.block_inverse."""
+    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature)
     plan, B, T = parts.plan, parts.B, parts.T
     x, workspace = z.clone(memory_format=torch.contiguous_format), empty(plan.workspace)
     last = T if parts.spec.start else T - 1
@@ -243,11 +257,6 @@ def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule:
     return x
 
 
-def refuse_jacobi(z, guess, weights, *others) -> str | None:
-    """Why the kernels cannot sample from a block by Jacobi, or None."""
-    return refuse(z, weights)
-
-
 def block_jacobi(
     z,
     guess,
@@ -258,15 +267,15 @@ def block_jacobi(
     sin,
     guidance,
     neighbours: list[int],
-    text: str,
+    spec_json: str,
     rule: str,
     temperature: float,
     window: int,
     slide: bool,
     tol: float,
 ):
-    """Data of noise by sweeps over windows of tokens, see block/jacobi.py; every sequence by itself."""
-    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, text, rule, temperature)
+    """See jacobi.block_jacobi; every sequence takes its own number of sweeps."""
+    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature)
     plan, model, (B, T, D) = parts.plan, parts.model, z.shape
     z, x = z.contiguous(), guess.clone(memory_format=torch.contiguous_format)
     places, sweeps = torch.zeros(B, 7, dtype=torch.int64), torch.zeros(B, T, dtype=torch.int32)
@@ -275,16 +284,16 @@ def block_jacobi(
     if not parts.spec.start:
         first = T - 1 if parts.spec.flip else 0
         x[:, first], places[:, 0] = z[:, first], 1
-    passed = parts.copies * window
-    threads = _useful_threads(parts.threads, plan.part, model.buffer.numel(), passed)
-    floats = threads * torch.ops.starflow_native.block_sizes(model.fields, passed, parts.L + T)[1]
+    evaluated = parts.branches * window
+    threads = _useful_threads(parts.threads, plan.part, model.buffer.numel(), evaluated)
+    floats = threads * torch.ops.starflow_native.block_sizes(model.fields, evaluated, parts.L + T)[1]
     workspace = empty(max(floats, plan.workspace))
     for rows in parts:
         arguments, done, failed = parts.arguments(rows), places[rows, 0], places[rows, 4]
         if parts.L:
             chunks = [-parts.L, 0, plan.group, plan.chunk, plan.threads]
             torch.ops.starflow_native.block_run(x[rows], None, *arguments, parts.cache, workspace, chunks)
-        passes = _call_tokens(model.buffer.numel(), passed * -(-len(done) // threads))
+        passes = _call_tokens(model.buffer.numel(), evaluated * -(-len(done) // threads))
         while ((done < T) & (failed == 0)).any():
             torch.ops.starflow_native.block_jacobi(
                 x[rows], z[rows], *arguments, neighbours, tol, places[rows], sweeps[rows], residual[rows], memory[rows],

@@ -1,4 +1,4 @@
-"""How far a sampler is: ops report to the callback that their caller has set."""
+"""Progress of a sampler: ops report to the callback that their caller has set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _callback: ContextVar[Callable[[int, int], None] | None] = ContextVar("progress"
 
 @contextlib.contextmanager
 def reporting_to(callback: Callable[[int, int], None]) -> Iterator[None]:
-    """Inside, `report` calls callback; an outer callback comes back afterwards."""
+    """Let `report` call `callback` inside the context."""
     token = _callback.set(callback)
     try:
         yield
@@ -20,11 +20,11 @@ def reporting_to(callback: Callable[[int, int], None]) -> Iterator[None]:
 
 
 def report(done: int, total: int) -> None:
-    """Tell the callback, if there is one, that `done` of `total` are done. What it raises ends the op."""
+    """Call the callback, if one is set, with the number of finished tokens. What it raises ends the op."""
     if callback := _callback.get():
         callback(done, total)
 
 
 def reporting() -> bool:
-    """Whether there is a callback: what is not reported need not be waited for."""
+    """Return whether a callback is set; without one, a backend need not wait for its device."""
     return _callback.get() is not None

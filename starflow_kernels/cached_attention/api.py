@@ -1,12 +1,11 @@
-"""Attention of new tokens over a KV cache, sampling direction."""
+"""Attention of new tokens over a KV cache, noise to data."""
 
 from __future__ import annotations
 
 import torch
 
 from .._core import compiled
-from .._core.checks import check_tensor
-from .._core.dispatch import register
+from .._core.checks import check_same_dtype, check_tensor
 from .._core.registration import define
 from ..causal_attention.api import check_attention
 from ..spec import Rotary
@@ -20,7 +19,7 @@ define(
     fake=lambda q, *args: q.new_empty(q.shape),
     reference=reference.cached_attention,
 )
-register("cached_attention", "native", native.cached_attention, native.refuse, compiled.missing)
+compiled.register("cached_attention", native, backward=False)
 
 
 def cached_attention(
@@ -38,23 +37,39 @@ def cached_attention(
     temperature: float = 1.0,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Append n new tokens to a KV cache and attend from them over the prefix and, causally, over themselves.
+    """Append n new tokens to a KV cache and attend from them to all tokens before and, causally, to themselves.
+
+    One sampling step of the attention in TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276).
 
     Args:
-        q: (B, n, H, d) queries of the new tokens, n >= 1.
-        k, v: (B, n, H_kv, d) their keys and values, in the dtype of q.
-        k_cache, v_cache: (B, S, H_kv, d) in the dtype of q; positions lengths .. lengths + n - 1 are written, keys
-            rotated. What stands behind is not read.
-        lengths: tokens already in the cache, one int, or an int32 tensor (B,) for a length a row.
-        cos, sin: (S, d / 2) of the rotary angles by cache position.
-        rotary, window, temperature, backend: as in `causal_attention`.
+        q: (B, n, H, d) queries of the new tokens, n >= 1, any floating dtype.
+        k: (B, n, H_kv, d) keys of the new tokens in the dtype of q.
+        v: (B, n, H_kv, d) values of the new tokens in the dtype of q.
+        k_cache: (B, S, H_kv, d) in the dtype of q. Slots lengths .. lengths + n - 1 are written, with rotated keys;
+            later slots are not read.
+        v_cache: (B, S, H_kv, d), as k_cache.
+        lengths: number of tokens already in the cache: one int, or an int32 tensor (B,) with a length per row.
+        cos: (S, d / 2) of the rotary angles by cache slot, float32 or wider.
+        sin: (S, d / 2), as cos.
+        rotary: as in `causal_attention`.
+        window: as in `causal_attention`.
+        temperature: as in `causal_attention`.
+        backend: name of a backend; None takes the first that can run.
 
     Returns:
         (B, n, H, d) in the dtype of q. Not differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, device or value, or a cache too short for the
-            new tokens (checked where `lengths` is an int or on the CPU).
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape, device or value, or a cache too short for the new tokens (checked
+            where `lengths` is an int or on the CPU).
+
+    Equivalent to:
+        ```python
+        k_cache[:, length : length + n], v_cache[:, length : length + n] = k, v
+        keys, values = k_cache[:, : length + n], v_cache[:, : length + n]
+        out = softmax(q @ keys.T / sqrt(d) + causal_mask) @ values
+        ```
     """
     check_tensor("k_cache", k_cache, ("B", "S", "H_kv", "d"))
     S = k_cache.shape[1]
@@ -62,8 +77,7 @@ def cached_attention(
     B, n = q.shape[:2]
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, cache, (B, S, *k.shape[2:]), like=q)
-        if cache.dtype != q.dtype:
-            raise TypeError(f"{name}: dtype {cache.dtype}, expected that of q, {q.dtype}")
+    check_same_dtype("q", {"q": q, "k_cache": k_cache, "v_cache": v_cache})
     if isinstance(lengths, int):
         shortest = longest = lengths
         lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device)

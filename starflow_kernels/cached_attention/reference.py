@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..causal_attention.reference import attend, causal, rotate
+from .._core.numerics import apply_rotary
+from ..causal_attention.reference import attend, causal
 
 
 def cached_attention(
@@ -20,17 +21,17 @@ def cached_attention(
     window: int,
     temperature: float,
 ) -> torch.Tensor:
-    """Rotate, append to the cache at `lengths`, attend over prefix and causal self."""
+    """Rotate the new tokens, write them to the cache at `lengths`, and attend from them to the filled slots."""
     B, n = q.shape[:2]
     position = lengths.long().unsqueeze(1) + torch.arange(n, device=q.device)
     if rotary != "none":
         cos, sin = cos[position], sin[position]
     row = torch.arange(B, device=q.device).unsqueeze(1)
-    k_cache[row, position] = rotate(k, cos, sin, rotary)
+    k_cache[row, position] = apply_rotary(k, cos, sin, rotary)
     v_cache[row, position] = v
     used = int(position.max()) + 1 if B else 0
     visible = causal(position, torch.arange(used, device=q.device), window)
-    # Unused slots may hold anything, NaN included, and 0 * NaN is NaN.
+    # Unused slots may hold NaN, and 0 * NaN is NaN.
     seen = visible.any(1)[..., None, None]
     keys, values = (torch.where(seen, cache[:, :used], 0) for cache in (k_cache, v_cache))
-    return attend(rotate(q, cos, sin, rotary), keys, values, visible, temperature)[0]
+    return attend(apply_rotary(q, cos, sin, rotary), keys, values, visible, temperature)[0]

@@ -1,4 +1,4 @@
-"""Causal attention, density direction."""
+"""Causal attention over a whole sequence, data to noise."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from .._core import compiled
 from .._core.checks import check_range, check_tensor
 from .._core.dispatch import prefer, register
+from .._core.numerics import accumulation_dtype
 from .._core.registration import call, define, differentiable
 from .._triton import runtime
 from ..spec import Rotary, check_choice
@@ -19,19 +20,18 @@ ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str rotary,
 
 def _fake(q, *args):
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=reference.accumulation_dtype(q.dtype))
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=accumulation_dtype(q.dtype))
 
 
 define("causal_attention", ARGUMENTS, "(Tensor, Tensor)", fake=_fake, reference=reference.causal_attention)
 differentiable("causal_attention", ARGUMENTS, 3, reference.causal_attention_backward)
 register("causal_attention", "sdpa", sdpa.causal_attention, sdpa.refuse)
 register("causal_attention_backward", "sdpa", sdpa.causal_attention_backward, sdpa.refuse_backward)
-register("causal_attention", "flash", flash.causal_attention, flash.refuse, flash.missing)
-register("causal_attention_backward", "flash", flash.causal_attention_backward, flash.refuse_backward, flash.missing)
-register("causal_attention", "native", native.causal_attention, native.refuse, compiled.missing)
+register("causal_attention", "flash", flash.causal_attention, flash.refuse, flash.unavailable)
 register(
-    "causal_attention_backward", "native", native.causal_attention_backward, native.refuse_backward, compiled.missing
+    "causal_attention_backward", "flash", flash.causal_attention_backward, flash.refuse_backward, flash.unavailable
 )
+compiled.register("causal_attention", native)
 runtime.register("causal_attention")
 TABLE = timings.Table(Path(__file__).with_name("timings.json"))
 
@@ -49,7 +49,7 @@ prefer("causal_attention_backward", _measured_backward, lambda: TABLE.here("back
 
 
 def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperature: float, cache: int = 0) -> None:
-    """Checks that the parallel and the cached attention share; cos and sin have a row a token, or a cache position."""
+    """Check the arguments that `causal_attention` and `cached_attention` share; cache: its slots, 0 for no cache."""
     check_choice("rotary", rotary, Rotary)
     check_tensor("q", q, ("B", "T", "H", "d"))
     B, T, H, d = q.shape
@@ -91,25 +91,36 @@ def causal_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T / (temperature sqrt(d)) + causal mask) v, queries and keys rotated first.
+    """Attend causally: softmax(q k^T / (temperature sqrt(d)) + causal mask) v, with queries and keys rotated first.
+
+    The attention of TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276); rotary positions by arXiv 2104.09864.
 
     Args:
         q: (B, T, H, d), any floating dtype.
-        k, v: (B, T, H_kv, d), the dtype of q; H_kv divides H, and query head h reads head h // (H / H_kv).
-        cos, sin: (T, d / 2) of the rotary angles, float32 or wider.
-        rotary: "none"; "interleaved", pairs (x0, x1), (x2, x3), ...; "half", pairs (x_i, x_{i + d/2})
-            (arXiv 2104.09864).
+        k: (B, T, H_kv, d) in the dtype of q; H_kv divides H, and query head h reads head h // (H / H_kv).
+        v: (B, T, H_kv, d) in the dtype of q.
+        cos: (T, d / 2) of the rotary angles, float32 or wider.
+        sin: (T, d / 2), as cos.
+        rotary: "none"; "interleaved", pairs (x_0, x_1), (x_2, x_3), ...; "half", pairs (x_i, x_{i + d/2}).
         window: token t sees the tokens t - window + 1 .. t; None: all of 0 .. t.
         temperature: divides the scores.
         return_lse: return the log-sum-exp of the scores too.
-        backend: name of a backend; None takes the one that was measured fastest here, else the first that can.
+        backend: name of a backend; None takes the one measured fastest on this machine, else the first that can run.
 
     Returns:
         (B, T, H, d) in the dtype of q; with return_lse also (B, H, T) in float32 (float64 for float64 q).
         Differentiable, once, with respect to q, k and v.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, device or value.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape, device or value.
+
+    Equivalent to:
+        ```python
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = out.transpose(1, 2)
+        ```
     """
     check_attention(q, k, v, cos, sin, rotary, window, temperature)
     out, lse = call("causal_attention", q, k, v, cos, sin, rotary, window or 0, temperature, backend=backend)

@@ -9,8 +9,8 @@ import contextlib
 
 import torch
 
+from .._core import numerics
 from .._triton import runtime
-from .reference import rotate
 
 
 def refuse_heads(q: torch.Tensor) -> str | None:
@@ -34,7 +34,7 @@ def adjacent(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def _kernels(x: torch.Tensor):
     """The module with the kernels where they take x."""
     here = x.is_cuda or runtime.interpreted()
-    if not here or runtime.missing() or runtime.refuse_tensors(x) or x.numel() >= 2**31:
+    if not here or runtime.unavailable() or runtime.refuse_tensors(x) or x.numel() >= 2**31:
         return None
     try:
         from .._triton import rotary
@@ -49,10 +49,10 @@ def _on(x: torch.Tensor):
 
 def turn(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, rotary: str) -> torch.Tensor:
     """x (B, T, H, d) rotated, its values perhaps in another order: the same one for every tensor of a device and dtype,
-    so that products of two of them are those of reference.rotate."""
+    so that products of two of them are those of numerics.apply_rotary."""
     kernels = None if rotary == "none" else _kernels(x)
     if kernels is None:
-        return rotate(x, cos, sin, rotary)
+        return numerics.apply_rotary(x, cos, sin, rotary)
     with _on(x):
         return kernels.turned(kernels.adjacent(x), *kernels.angles(cos, sin), rotary)
 
@@ -61,6 +61,6 @@ def turn_back(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | Non
     """The opposite of `turn`: of a gradient with respect to its result that with respect to its argument."""
     kernels = None if rotary == "none" else _kernels(x)
     if kernels is None:
-        return rotate(x, cos, None if sin is None else -sin, rotary)
+        return numerics.undo_rotary(x, cos, sin, rotary)
     with _on(x):
         return kernels.turned_back(x, *kernels.angles(cos, sin), rotary)

@@ -23,7 +23,7 @@ def _symbols() -> tuple[Callable, Callable] | str:
 
 
 @functools.cache
-def missing() -> str | None:
+def unavailable() -> str | None:
     """Why it cannot be used on this machine, or None."""
     if torch.cuda.device_count() == 0:
         return "torch sees no GPU"

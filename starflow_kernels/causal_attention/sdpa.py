@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from .._core.torch_private import (
+    flash_attention_backward_cpu,
+    flash_attention_backward_cuda,
+    flash_attention_cpu,
+    flash_attention_cuda,
+)
 from .external import adjacent, refuse_heads, turn, turn_back
-
-_forward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_forward_cuda = torch.ops.aten._flash_attention_forward
-_backward_cuda = torch.ops.aten._flash_attention_backward
 
 
 def refuse(q, k, v, cos, sin, rotary, window, temperature) -> str | None:
@@ -43,8 +44,8 @@ def causal_attention(q, k, v, cos, sin, rotary, window, temperature) -> tuple[to
     inputs = turn(q, cos, sin, rotary), turn(k, cos, sin, rotary), v
     if q.is_cuda:
         inputs = *adjacent(*inputs), None, None, T, T
-        return _forward_cuda(*inputs, 0.0, True, False, scale=scale, **_window(window))[:2]
-    out, lse = _forward_cpu(*_heads_first(*inputs), 0.0, True, scale=scale)
+        return flash_attention_cuda(*inputs, 0.0, True, False, scale=scale, **_window(window))[:2]
+    out, lse = flash_attention_cpu(*_heads_first(*inputs), 0.0, True, scale=scale)
     return out.transpose(1, 2), lse
 
 
@@ -57,9 +58,9 @@ def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window,
         # The last two tensors hold the state of dropout, which is not read.
         unused = q.new_empty(2, dtype=torch.int64)
         inputs = *adjacent(*inputs), outputs[1], None, None, T, T
-        found = _backward_cuda(*inputs, 0.0, True, unused, unused, scale=scale, **_window(window))
+        found = flash_attention_backward_cuda(*inputs, 0.0, True, unused, unused, scale=scale, **_window(window))
     else:
-        found = _backward_cpu(*_heads_first(*inputs), outputs[1], 0.0, True, scale=scale)
+        found = flash_attention_backward_cpu(*_heads_first(*inputs), outputs[1], 0.0, True, scale=scale)
         found = [t.transpose(1, 2) for t in found]
     grad_q, grad_k, grad_v = found
     return [turn_back(grad_q, cos, sin, rotary), turn_back(grad_k, cos, sin, rotary), grad_v]

@@ -1,4 +1,4 @@
-"""Flow head: from the hidden states of the causal network to noise and log-determinant."""
+"""Flow head: from the hidden states of the causal transformer to noise and log-determinant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 
 from .._core import compiled
 from .._core.checks import check_tensor
-from .._core.dispatch import register
 from .._core.registration import call, define, differentiable
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
@@ -26,8 +25,7 @@ define(
     reference=reference.flow_head,
 )
 differentiable("flow_head", ARGUMENTS, 5, reference.flow_head_backward)
-register("flow_head", "native", native.flow_head, native.refuse, compiled.missing)
-register("flow_head_backward", "native", native.flow_head_backward, native.refuse_backward, compiled.missing)
+compiled.register("flow_head", native)
 runtime.register("flow_head")
 
 
@@ -46,19 +44,34 @@ def flow_head(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Project hidden states to raw parameters and apply `affine_flow`, without keeping the parameters.
 
+    The output layer of a block in TarFlow (arXiv 2412.06329), eq. 3, and STARFlow (arXiv 2506.06276), section 3.
+
     Args:
-        x: (B, T, D) tokens.
-        h: (B, T, C) hidden states in the network's token order.
-        weight, bias: (P, C) and (P,), the projection to P = 2D raw outputs [a | b], P = D for spec.scale "unit".
+        x: (B, T, D) tokens, any floating dtype.
+        h: (B, T, C) hidden states in the network's token order, any floating dtype.
+        weight: (P, C), the projection to P = 2D raw outputs [a | b], P = D where spec.scale is "unit".
+        bias: (P,) in the dtype of weight, or None.
         norm_weight: (C,) weight w of a final RMSNorm, h rsqrt(mean h^2 + 1e-6) (1 + w); None for no norm.
-        spec, shift, flip, logdet, backend: as in `affine_flow`.
+        spec: map from a and b to sigma and mu, as in `affine_flow`.
+        shift: as in `affine_flow`.
+        flip: as in `affine_flow`.
+        logdet: as in `affine_flow`.
+        backend: name of a backend; None takes the first that can run.
 
     Returns:
         z (B, T, D) in the dtype of x, and the log-determinant, (B,) or (B, T, D), float32 (float64 for float64 x).
         Differentiable, once, with respect to every tensor.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, device or value.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape, device or value.
+
+    Equivalent to:
+        ```python
+        y = torch.nn.functional.rms_norm(h, h.shape[-1:], 1 + norm_weight, eps=1e-6)
+        params = torch.nn.functional.linear(y, weight, bias)
+        z, logdet = affine_flow(x, params, spec)
+        ```
     """
     check_choice("logdet", logdet, Logdet)
     check_tensor("x", x, ("B", "T", "D"))

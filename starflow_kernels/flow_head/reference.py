@@ -5,20 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..affine_flow.reference import accumulation_dtype, affine_flow, params_gradient
-
-RMS_EPS = 1e-6
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x rsqrt(mean x^2 + 1e-6) (1 + weight) over the last dimension, computed in float32 or wider."""
-    y = x.to(accumulation_dtype(x.dtype))
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + RMS_EPS)
-    return (y * (1 + weight.to(y.dtype))).to(x.dtype)
+from .._core.numerics import NORM_EPS, accumulation_dtype, norm_statistics, rms_norm
+from ..affine_flow.reference import affine_flow, params_gradient
 
 
 def normalized(h: torch.Tensor, weight: torch.Tensor, norm_weight: torch.Tensor | None) -> torch.Tensor:
-    """Input of the projection."""
+    """Return the input of the projection."""
     return (h if norm_weight is None else rms_norm(h, norm_weight)).to(weight.dtype)
 
 
@@ -34,26 +26,28 @@ def flow_head(
     flip: bool,
     logdet: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final norm, projection to raw parameters, affine transform."""
+    """Apply the final norm, the projection to raw parameters and the affine transform."""
     params = F.linear(normalized(h, weight, norm_weight), weight, bias)
     return affine_flow(x, params, scale, soft_clip, shift, flip, logdet)
 
 
 def flow_head_backward(grads, outputs, x, h, weight, bias, norm_weight, *options) -> list[torch.Tensor]:
-    """Gradients with respect to x, h, weight, bias and norm_weight; the raw parameters are computed anew."""
+    """Return the gradients with respect to x, h, weight, bias and norm_weight; the raw parameters are recomputed."""
     y = normalized(h, weight, norm_weight)
     grad_x, grad_params = params_gradient(grads, outputs[0], x, F.linear(y, weight, bias), *options)
-    wide = accumulation_dtype(h.dtype)
-    found = [grad_x.to(x.dtype), None, grad_params.flatten(0, 1).T @ y.flatten(0, 1).to(grad_params.dtype)]
-    if bias is not None:
-        found.append(grad_params.sum((0, 1)))
-    grad_h = (grad_params @ weight.to(grad_params.dtype)).to(wide)
+    grad_h = (grad_params @ weight.to(grad_params.dtype)).to(accumulation_dtype(h.dtype))
+    grad_norm = None
     if norm_weight is not None:
-        hw = h.to(wide)
-        r = torch.rsqrt(hw.square().mean(-1, keepdim=True) + RMS_EPS)
-        found.append((grad_h * hw * r).sum((0, 1)))
-        grad_h = grad_h * (1 + norm_weight.to(wide))
-        grad_h = r * grad_h - hw * r**3 * (grad_h * hw).mean(-1, keepdim=True)
-    found[1] = grad_h
-    inputs = (t for t in (x, h, weight, bias, norm_weight) if t is not None)
-    return [g.to(t.dtype) for g, t in zip(found, inputs)]
+        wide, r = norm_statistics(h, "rms_norm", NORM_EPS["rms_norm"])
+        grad_norm = (grad_h * wide * r).sum((0, 1))
+        grad_h = grad_h * (1 + norm_weight.to(wide.dtype))
+        grad_h = r * grad_h - wide * r**3 * (grad_h * wide).mean(-1, keepdim=True)
+    grad_weight = grad_params.flatten(0, 1).T @ y.flatten(0, 1).to(grad_params.dtype)
+    gradients = (
+        (grad_x, x),
+        (grad_h, h),
+        (grad_weight, weight),
+        (grad_params.sum((0, 1)), bias),
+        (grad_norm, norm_weight),
+    )
+    return [grad.to(like.dtype) for grad, like in gradients if like is not None]

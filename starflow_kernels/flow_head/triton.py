@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .._core.numerics import accumulation_dtype
 from .._triton.math import log_sigma_slope, sigma_of, soft_clipped
 from .._triton.runtime import refuse_tensors
 from .._triton.tiles import chip_of
-from ..affine_flow.reference import accumulation_dtype
 from ..affine_flow.triton import sum_rows
 
 WIDEST = 256

@@ -1,12 +1,11 @@
-"""Linear layer, for the training of a flow block."""
+"""Linear layer for training a flow block."""
 
 from __future__ import annotations
 
 import torch
 
 from .._core import compiled
-from .._core.checks import check_tensor
-from .._core.dispatch import register
+from .._core.checks import check_same_dtype, check_tensor
 from .._core.registration import call, define, differentiable
 from . import native, reference
 
@@ -20,31 +19,37 @@ define(
     reference=reference.linear,
 )
 differentiable("linear", ARGUMENTS, 3, reference.linear_backward, keep_outputs=False)
-register("linear", "native", native.linear, native.refuse, compiled.missing)
-register("linear_backward", "native", native.linear_backward, native.refuse_backward, compiled.missing)
+compiled.register("linear", native)
 
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:
-    """y = x W^T + b.
+    """Apply a linear layer, y = x W^T + b.
+
+    The products of the transformer in TarFlow (arXiv 2412.06329), as a training step takes them.
 
     Args:
-        x: (B, T, in) of any floating dtype.
-        weight, bias: (out, in) and (out,), in the dtype of x.
-        backend: name of a backend; None takes the first that can.
+        x: (B, T, in), any floating dtype.
+        weight: (out, in) in the dtype of x.
+        bias: (out,) in the dtype of x, or None.
+        backend: name of a backend; None takes the first that can run.
 
     Returns:
         (B, T, out) in the dtype of x. Differentiable, once, with respect to every tensor.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, device or dtype.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape or device.
+
+    Equivalent to:
+        ```python
+        y = torch.nn.functional.linear(x, weight, bias)
+        ```
     """
     check_tensor("x", x, ("B", "T", "in"))
     check_tensor("weight", weight, ("out", x.shape[-1]), like=x)
     if bias is not None:
         check_tensor("bias", bias, weight.shape[:1], like=x)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != x.dtype:
-            raise TypeError(f"{name}: dtype {value.dtype}, expected that of x, {x.dtype}")
+    check_same_dtype("x", {"x": x, "weight": weight, "bias": bias})
     return call("linear", x, weight, bias, backend=backend)

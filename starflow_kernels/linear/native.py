@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .._core.compiled import empty
+from .._core.compiled import empty, refuse_tensors
 
 
 def refuse(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    """Why the kernel cannot run, or None."""
-    if x.device.type != "cpu":
-        return f"it runs on the CPU, x is on {x.device}"
-    if x.dtype != torch.float32:
-        return f"x is {x.dtype}, it takes float32"
+    """Return why the kernel cannot run, or None."""
+    if reason := refuse_tensors((torch.float32,), x=x):
+        return reason
     return None if x.numel() and weight.numel() else "there is nothing to multiply"
-
-
-def refuse_backward(grads, outputs, *args) -> str | None:
-    """The same for the gradient."""
-    return refuse(*args)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b."""
+    """Return x W^T + b."""
     return F.linear(x, weight, bias)
 
 
 def linear_backward(grads, outputs, x, weight, bias) -> list[torch.Tensor]:
-    """Gradients with respect to x, weight and, where there is one, bias."""
+    """Return the gradients with respect to x, weight and, where it is given, bias."""
     (grad,) = grads
-    found = [grad @ weight, grad.flatten(0, 1).T @ x.flatten(0, 1)]
-    return found if bias is None else [*found, grad.sum((0, 1))]
+    gradients = [grad @ weight, grad.flatten(0, 1).T @ x.flatten(0, 1)]
+    return gradients if bias is None else [*gradients, grad.sum((0, 1))]

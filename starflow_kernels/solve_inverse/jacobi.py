@@ -1,4 +1,4 @@
-"""Inverse of any causal conditioner by sweeps over all tokens at once, sample after sample leaving the batch."""
+"""Inverse of any causal conditioner by Jacobi sweeps over all tokens; a converged sample leaves the batch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import NamedTuple
 
 import torch
 
+from .._core.numerics import DIVERGED
 from ..affine_flow_inverse.reference import affine_flow_inverse, gaussian
 from .quasi_newton import QuasiNewton
 from .reference import check_solution
 
-# Values past this multiple of the largest |z| of a sample, and of 1, are taken for divergence.
-DIVERGED = 1e6
-
 
 class Sweeps(NamedTuple):
-    """A solution, its passes, sweeps of each sample (int32), last max |dx|, number of samples that fell back."""
+    """Solution of a batch.
+
+    x: data. passes: calls of the conditioner. sweeps: (B,) int32 passes per sample. residual: largest relative change
+    in the last sweep. fallbacks: number of samples that diverged and went on token by token.
+    """
 
     x: torch.Tensor
     passes: int
@@ -35,21 +37,21 @@ def jacobi(
     tol: float,
     neighbours: tuple[int, ...],
 ) -> Sweeps:
-    """x <- mu(x) + sigma(x) z until that changes nothing by more than tol, each sample on its own.
+    """Iterate x <- mu(x) + sigma(x) z until no value changes by more than tol, each sample on its own.
 
-    neighbours: see Solver.
-    conditioner(x, rows) is asked for the rows that are not done, None for all. After k sweeps the first k tokens of
-    `order` are exact and stay as they are, so T end every sample. A sample that diverges keeps its exact tokens, starts
-    the others from zero, and goes on one token a pass.
+    conditioner(x, rows) is called for the rows that are not done, None for all. neighbours: see `Solver`.
+
+    After k sweeps the first k tokens of `order` are exact and are kept, so T sweeps end every sample. A sample that
+    diverges keeps its exact tokens, sets the others to zero, and goes on with one token per pass.
     """
     B, T, _ = z.shape
     order = order.to(z.device)
     rank = order.argsort()
-    # NaN and infinity are past every limit.
+    # NaN and infinity exceed every limit.
     limit = DIVERGED * z.abs().flatten(1).amax(1).clamp(min=1)
     x, params, passes = guess, None, 0
     model = QuasiNewton(neighbours, z) if neighbours else None
-    # Exact tokens of each sample.
+    # Number of exact tokens per sample.
     front, sweeps = torch.zeros(2, B, dtype=torch.int32, device=z.device)
     residual, live = torch.zeros_like(limit), torch.ones_like(limit, dtype=torch.bool)
     single = ~live
@@ -60,10 +62,10 @@ def jacobi(
             rows = live.nonzero().squeeze(1)
             params = params.index_copy(0, rows, conditioner(x[rows], rows))
         passes, sweeps = passes + 1, sweeps + live.int()
-        # Of all rows, as in `sequential`: bits of torch's exp and tanh depend on the place in a tensor.
+        # All rows, as in `sequential`: the bits of torch's exp and tanh depend on the position in a tensor.
         new = affine_flow_inverse(z, params, None, scale, soft_clip, "tarflow")
         done, ahead = rank < front[:, None], rank > front[:, None]
-        # What others depend on: not the last token, nor those that were exact before.
+        # Only tokens on which others depend: not the last token, nor tokens that were exact before.
         change = (new - x).abs() / new.abs().clamp(min=1)
         change = torch.where((done | (rank == T - 1))[..., None], 0, change).flatten(1).amax(1)
         if model is not None:

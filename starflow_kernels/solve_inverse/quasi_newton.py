@@ -1,20 +1,22 @@
-"""Quasi-Newton steps for x = mu(x) + sigma(x) z, with a linear model that is fitted to what the last sweeps did."""
+"""Quasi-Newton steps for x = mu(x) + sigma(x) z, with a linear model fitted to the last sweeps."""
 
 from __future__ import annotations
 
 import torch
 
-# What a sweep teaches weighs FORGET of it in the next; RIDGE: of the ridge, relative to the mean square of the inputs.
-FORGET, RIDGE = 0.7, 0.03
-# Tokens whose neighbours moved less than this share of the largest move teach nothing: it is rounding.
+# Factor by which the weight of a sweep falls in each later one.
+FORGET = 0.7
+# Ridge of the regression, relative to the mean square of the inputs.
+RIDGE = 0.03
+# Tokens whose neighbours moved less than this share of the largest move are left out: their moves are rounding errors.
 SMALLEST_MOVE = 1e-3
 
 
 class QuasiNewton:
-    """For each of B samples of T tokens in the order in which they depend on each other, a model that all tokens share:
-    the changes of (mu, log sigma) of token t are a linear map of the moves of the tokens t - k, k in `offsets`.
+    """Linear model per sample, shared by its tokens: moves of the tokens t - k predict the change of (mu, log sigma).
 
-    The map is that of decayed least squares over the pairs (moves, changes) of consecutive sweeps.
+    k runs over `offsets`, and tokens are in the order in which they depend on each other. The model is the ridge
+    regression over the pairs (moves, changes) of consecutive sweeps, with decaying weights.
     """
 
     def __init__(self, offsets: tuple[int, ...], z: torch.Tensor):
@@ -34,16 +36,16 @@ class QuasiNewton:
         log_sigma: torch.Tensor,
         spread: torch.Tensor,
     ) -> torch.Tensor:
-        """Values (R, n, D) in place of y = mu + spread, for the window `tokens` of the samples `rows` (R,).
+        """Return corrected values (R, n, D) of y = mu + spread, for the window `tokens` of the samples `rows` (R,).
 
-        x: what y was computed from; spread: sigma z.
+        x: values from which y was computed. spread: sigma z.
         """
         outputs = torch.cat([y - spread, log_sigma], dim=2)
-        known = slice(tokens.start, min(tokens.stop, self.previous.stop))
-        if known.stop > known.start:
-            self._learn(rows, known, outputs[:, : known.stop - known.start])
+        learned = slice(tokens.start, min(tokens.stop, self.previous.stop))
+        if learned.stop > learned.start:
+            self._learn(rows, learned, outputs[:, : learned.stop - learned.start])
         new, moves, model = y.clone(), torch.zeros_like(y), self.model[rows]
-        # Where the model is unstable its predictions grow from token to token: none may pass the largest change.
+        # The predictions of an unstable model grow from token to token; the largest change bounds them.
         most = (y - x).abs().flatten(1).amax(1, keepdim=True)
         for t in range(y.shape[1]):
             by_mu, by_log_sigma = (_before(moves, self.offsets, t) @ model)[:, 0].chunk(2, dim=1)
@@ -54,16 +56,16 @@ class QuasiNewton:
         return new
 
     def forget(self) -> None:
-        """The next sweep does not follow from the last one."""
+        """Do not learn from the next sweep: it does not follow from the last one."""
         self.previous = slice(0, 0)
 
     def _learn(self, rows: torch.Tensor, tokens: slice, outputs: torch.Tensor) -> None:
         moves = torch.cat([_before(self.moves[rows], self.offsets, t) for t in range(tokens.start, tokens.stop)], dim=1)
         size = moves.norm(dim=2, keepdim=True)
-        teaches = (size > SMALLEST_MOVE * size.amax(1, keepdim=True)) & outputs.isfinite().all(2, keepdim=True)
-        # Every token counts the same, however far it is from its solution.
-        weight = torch.where(teaches, 1 / size, torch.zeros_like(size))
-        moves, changes = moves * weight, torch.where(teaches, (outputs - self.outputs[rows, tokens]) * weight, 0.0)
+        used = (size > SMALLEST_MOVE * size.amax(1, keepdim=True)) & outputs.isfinite().all(2, keepdim=True)
+        # Every token has the same weight, however far it is from its solution.
+        weight = torch.where(used, 1 / size, torch.zeros_like(size))
+        moves, changes = moves * weight, torch.where(used, (outputs - self.outputs[rows, tokens]) * weight, 0.0)
         self.gram[rows] = FORGET * self.gram[rows] + moves.mT @ moves
         self.cross[rows] = FORGET * self.cross[rows] + moves.mT @ changes
         gram = self.gram[rows]
@@ -76,6 +78,6 @@ class QuasiNewton:
 
 
 def _before(values: torch.Tensor, offsets: tuple[int, ...], t: int) -> torch.Tensor:
-    """(B, 1, len(offsets) D): values (B, T, D) at t - k, side by side, zero in front of the first."""
+    """Return (B, 1, len(offsets) D): the values (B, T, D) at t - k side by side, zero before the first token."""
     zero = torch.zeros_like(values[:, :1])
     return torch.cat([values[:, t - k : t - k + 1] if k <= t else zero for k in offsets], dim=2)

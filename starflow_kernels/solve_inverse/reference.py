@@ -12,7 +12,7 @@ from ..affine_flow_inverse.reference import affine_flow_inverse
 def sequential(
     conditioner: Callable, z: torch.Tensor, order: torch.Tensor, scale: str, soft_clip: float
 ) -> torch.Tensor:
-    """One pass a token: x_t = mu_t(x_<t) + sigma_t(x_<t) z_t."""
+    """Solve token by token, one pass each: x_t = mu_t(x_<t) + sigma_t(x_<t) z_t."""
     x = torch.zeros_like(z)
     for t in order.tolist():
         x[:, t] = affine_flow_inverse(z, conditioner(x), None, scale, soft_clip, "tarflow")[:, t]
@@ -21,7 +21,7 @@ def sequential(
 
 
 def check_solution(x: torch.Tensor, order: torch.Tensor) -> None:
-    """Raise ValueError naming the first token of `order`, and a sample, where x is not finite."""
+    """Raise ValueError if x is not finite, naming the first such token of `order` and a sample."""
     bad = ~x.isfinite().all(-1)[:, order]
     if bad.any():
         token, sample = bad.T.nonzero()[0].tolist()

@@ -19,20 +19,20 @@ from starflow_kernels.causal_attention import api, flash, sdpa, timings
 
 
 def clear():
-    for function in (flash._symbols, flash.missing):
+    for function in (flash._symbols, flash.unavailable):
         function.cache_clear()
 
 
 @pytest.fixture
 def probe(monkeypatch):
-    """flash.missing() on a machine with a GPU and with the modules that are given."""
+    """flash.unavailable() on a machine with a GPU and with the modules that are given."""
 
     def with_modules(**modules):
         for name in ("flash_attn", "flash_attn.flash_attn_interface"):
             monkeypatch.setitem(sys.modules, name, modules.get(name.rpartition(".")[2]))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         clear()
-        found = flash.missing()
+        found = flash.unavailable()
         monkeypatch.undo()
         return found
 
@@ -143,7 +143,7 @@ def test_probes_the_symbol(probe):
     broken = Broken("flash_attn.flash_attn_interface")
     assert "RuntimeError: built for another torch" in probe(flash_attn=namespace, flash_attn_interface=broken)
     assert backends()["causal_attention"]["flash"].startswith("flash-attn cannot be used: RuntimeError")
-    assert flash.missing() is flash.missing()
+    assert flash.unavailable() is flash.unavailable()
 
 
 def test_flash_attn_takes_tensors_of_a_gpu():

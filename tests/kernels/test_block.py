@@ -1,4 +1,4 @@
-"""block_forward and block_inverse: a whole flow block, both directions."""
+"""block_forward, block_inverse and block_params: a whole flow block."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from support.backends import cpu_backends, on_backends
 from support.blocks import BLOCKS, F64, T, block, every_block, of_tensors
 from support.contract import assert_same_row, assert_within_contract, compiled, strided, with_gradients
 from support.naive import reduced
-from support.naive_block import naive_forward, naive_inverse
+from support.naive_block import naive_forward, naive_inverse, naive_params
 
-from starflow_kernels import block_forward, block_inverse
+from starflow_kernels import affine_flow, block_forward, block_inverse, block_params
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -190,6 +190,59 @@ def test_guided_error_contract(dtype, rule, backend):
     assert_within_contract(x, plain, exact)
 
 
+@pytest.fixture(params=cpu_backends("block_params", takes))
+def backend(request):
+    """Backends of block_params that take float64."""
+    return request.param
+
+
+@every_block
+@pytest.mark.usefixtures("poisoned_memory")
+def test_params_match_naive_network(case, backend):
+    x, w, spec, context = block(case)
+    params = block_params(x, w, spec, **context, backend=backend)
+    torch.testing.assert_close(params, naive_params(x, w, spec, **context), rtol=1e-10, atol=1e-10)
+
+
+@on_backends("block_params", takes, dtype=[F32, BF16, F16])
+@pytest.mark.parametrize("name", ["tarflow-flip", "tarflow-swiglu", "starflow-text", "starflow-all-norms"])
+def test_params_error_contract(dtype, name, backend):
+    wide = {"token_dim": 8, "channels": 48, "mlp_dim": 96}
+    x, w, spec, context = block(BLOCKS[name], B=8, tokens=17, dtype=dtype, **wide)
+    params = block_params(x, w, spec, **context, backend=backend)
+    plain = naive_params(x, w, spec, **context)
+    wide_weights, wide_context = ({n: t.double() for n, t in d.items()} for d in (w, context))
+    assert params.dtype == x.dtype
+    assert_within_contract(params, plain, naive_params(x.double(), wide_weights, spec, **wide_context))
+
+
+@on_backends("block_params", takes, dtype=[F32])
+@pytest.mark.parametrize("name", ["tarflow-start-flip", "tarflow-unit", "starflow-text", "starflow-identity-first"])
+def test_params_are_those_of_the_affine_flow(name, dtype, backend):
+    x, w, spec, context = block(BLOCKS[name], dtype=dtype)
+    params = block_params(x, w, spec, **context, backend=backend)
+    expected = block_forward(x, w, spec, **context, backend=backend)
+    torch.testing.assert_close(affine_flow(x, params, spec.affine), expected, rtol=1e-5, atol=1e-5)
+
+
+@on_backends("block_params", takes, dtype=[F32, F64])
+def test_params_of_both_branches_are_those_of_each(dtype, backend):
+    """The rows of guidance are a batch like any other."""
+    x, w, spec, context = block(BLOCKS["starflow-text-flip-cond"], copies=2, dtype=dtype)
+    both = block_params(x.repeat(2, 1, 1), w, spec, **context, backend=backend)
+    for rows in (slice(2), slice(2, 4)):
+        branch = {n: t if n in ("cos", "sin") else t[rows] for n, t in context.items()}
+        assert_same_row(backend, block_params(x, w, spec, **branch, backend=backend), both[rows])
+
+
+def test_params_that_need_a_gradient_are_refused():
+    x, w, spec, _ = block(BLOCKS["tarflow"])
+    with pytest.raises(ValueError, match="block_params has no gradient"):
+        block_params(x.requires_grad_(), w, spec)
+    with torch.no_grad():
+        assert not block_params(x, w, spec).requires_grad
+
+
 @pytest.mark.parametrize("name", ["tarflow-flip", "starflow-text-flip-cond"])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_strided_inputs_are_read_and_left(name, forward, inverse):
@@ -239,6 +292,7 @@ def test_opcheck(name):
     torch.library.opcheck(
         torch.ops.starflow.block_forward.default, (x, list(w.values()), *given, spec.to_json(), "mean")
     )
+    torch.library.opcheck(torch.ops.starflow.block_params.default, (x, list(w.values()), *given, spec.to_json()))
     torch.library.opcheck(
         torch.ops.starflow.block_inverse.default,
         (x, list(w.values()), *given, None, spec.to_json(), "tarflow", 1.0),

@@ -16,7 +16,7 @@ from support.blocks import tame_block
 from support.contract import assert_within_contract, strided
 
 from starflow_kernels import AffineSpec, BlockSpec, block_inverse
-from starflow_kernels._core import compiled_cuda
+from starflow_kernels._core import compiled
 from starflow_kernels.block import cuda
 from starflow_kernels.block.packing import spec_fields
 
@@ -325,7 +325,7 @@ def test_tokens_on_the_cpu_are_refused():
 
 
 def test_the_built_library_loads_without_a_gpu():
-    if reason := compiled_cuda.unbuilt():
+    if reason := compiled.cuda_load_error():
         pytest.skip(reason)
     spec = SPECS["tarflow"]
     assert cuda.Plan(*torch.ops.starflow_cuda.onchip_plan(fields(spec), 16, 1, 8, *HOPPER)).group == 1

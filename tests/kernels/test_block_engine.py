@@ -11,8 +11,8 @@ from support.contract import assert_same_row
 
 from starflow_kernels import block_inverse
 from starflow_kernels.affine_flow_inverse.reference import affine_flow_inverse
+from starflow_kernels.block.network import CachedNetwork
 from starflow_kernels.block.progress import reporting_to
-from starflow_kernels.block.reference import CachedNetwork
 from starflow_kernels.block.triton import sessions
 from starflow_kernels.block.triton.sessions import (
     Sessions,

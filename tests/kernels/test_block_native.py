@@ -27,7 +27,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 def params(x, weights, spec, context, tokens=native.DENSITY_TOKENS):
     given = (context.get(name) for name in ("cond", "prefix", "cos", "sin"))
-    return native.block_params(x, list(weights.values()), *given, spec.to_json(), tokens)
+    return native.network_outputs(x, list(weights.values()), *given, spec.to_json(), tokens)
 
 
 @every_wide_spec

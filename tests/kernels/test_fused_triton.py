@@ -10,8 +10,8 @@ from support.contract import assert_within_contract, strided, with_gradients
 from support.naive import angles
 
 from starflow_kernels import causal_attention
+from starflow_kernels._core.numerics import apply_rotary
 from starflow_kernels.causal_attention.external import turn, turn_back
-from starflow_kernels.causal_attention.reference import rotate
 
 require_interpreter()
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -28,13 +28,13 @@ def pairs_apart(x: torch.Tensor, rotary: str) -> torch.Tensor:
 def test_turns_and_turns_back(T, H, d, rotary, dtype):
     x, turns = torch.randn(2, T, H, d, dtype=dtype), angles(T, d).values()
     eps = torch.finfo(dtype).eps
-    found, expected = turn(strided(x), *turns, rotary), rotate(x.double(), *turns, rotary)
+    found, expected = turn(strided(x), *turns, rotary), apply_rotary(x.double(), *turns, rotary)
     assert found.is_contiguous() and found.dtype == dtype
     bound = 4 * eps * x.abs().max().item()
     assert (found - pairs_apart(expected, rotary)).abs().max() <= bound
     back = turn_back(strided(pairs_apart(x, rotary)), *turns, rotary)
     cos, sin = turns
-    assert (back - rotate(x.double(), cos, -sin, rotary)).abs().max() <= bound
+    assert (back - apply_rotary(x.double(), cos, -sin, rotary)).abs().max() <= bound
 
 
 def test_none_and_no_rows():

@@ -11,7 +11,7 @@ from support.blocks import BLOCKS, T, block
 from support.contract import assert_within_contract, compiled
 
 from starflow_kernels import Solver, block_inverse
-from starflow_kernels.block.quantize import KINDS, _remembered, chosen, quantised, rounded
+from starflow_kernels.block.quantize import KINDS, fake_quantize, fake_quantized, is_quantized, quantize_matrix
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 F32, F64 = torch.float32, torch.float64
@@ -20,7 +20,7 @@ F32, F64 = torch.float32, torch.float64
 @kinds
 def test_values_are_the_nearest(kind):
     weight = torch.randn(5, 300) * torch.tensor([1e-30, 1e-3, 1.0, 50.0, 1e30])[:, None]
-    values, scales = quantised(weight, kind)
+    values, scales = quantize_matrix(weight, kind)
     assert values.dtype == KINDS[kind][0] and values.shape == weight.shape and scales.shape == (5,)
     found, scaled = values.double(), weight.double() / scales[:, None].double()
     assert (found.abs().amax(1) == KINDS[kind][1]).all()
@@ -31,7 +31,7 @@ def test_values_are_the_nearest(kind):
 
 @kinds
 def test_a_channel_of_zeros_and_of_tiny_values(kind):
-    values, scales = quantised(torch.tensor([[0.0, 0.0], [0.0, 1e-45]]), kind)
+    values, scales = quantize_matrix(torch.tensor([[0.0, 0.0], [0.0, 1e-45]]), kind)
     assert (values.float() == 0).all() and (scales > 0).all()
 
 
@@ -39,11 +39,11 @@ def test_a_channel_of_zeros_and_of_tiny_values(kind):
 @pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16], ids=str)
 def test_the_matrices_of_the_layers_are_rounded(kind, dtype):
     _, w, spec, _ = block(BLOCKS["starflow-all-norms"], dtype=dtype)
-    found = rounded(spec.to_json(), list(w.values()), kind)
+    found = fake_quantize(spec.to_json(), list(w.values()), kind)
     for (name, weight), other in zip(w.items(), found):
         assert other.dtype == dtype and other is not weight
-        assert torch.equal(other, weight) != chosen(name, weight.shape)
-    again = rounded(spec.to_json(), [t.to(F64) for t in w.values()], kind)
+        assert torch.equal(other, weight) != is_quantized(name, weight.shape)
+    again = fake_quantize(spec.to_json(), [t.to(F64) for t in w.values()], kind)
     for one, other in zip(found, again):
         torch.testing.assert_close(one.to(F64), other, rtol=torch.finfo(dtype).eps, atol=0)
 
@@ -51,23 +51,23 @@ def test_the_matrices_of_the_layers_are_rounded(kind, dtype):
 def test_chosen_are_matrices_of_layers():
     _, _, spec, _ = block(({"mlp": "swiglu", "positions": T, "text_dim": 6, "start": True, "qk_norm": True}, False, 0))
     expected = {f"layers.{i}.{name}.weight" for i in range(2) for name in ("qkv", "proj", "gate", "up", "down")}
-    assert {name for name, shape in spec.weight_shapes.items() if chosen(name, shape)} == expected
+    assert {name for name, shape in spec.weight_shapes.items() if is_quantized(name, shape)} == expected
 
 
 def test_rounded_once_while_the_weights_live():
     _, w, spec, _ = block(BLOCKS["starflow"], dtype=F32)
     gc.collect()
-    before = len(_remembered.kept)
+    before = len(fake_quantized.kept)
     with torch.inference_mode():
-        first = rounded(spec.to_json(), list(w.values()), "int8")
-    assert not first[0].is_inference() and rounded(spec.to_json(), list(w.values()), "int8") is first
-    other = rounded(spec.to_json(), list(w.values()), "fp8")
-    assert rounded(spec.to_json(), list(w.values()), "int8") is first and len(_remembered.kept) == before + 2
+        first = fake_quantize(spec.to_json(), list(w.values()), "int8")
+    assert not first[0].is_inference() and fake_quantize(spec.to_json(), list(w.values()), "int8") is first
+    other = fake_quantize(spec.to_json(), list(w.values()), "fp8")
+    assert fake_quantize(spec.to_json(), list(w.values()), "int8") is first and len(fake_quantized.kept) == before + 2
     w["layers.0.qkv.weight"].mul_(2)
-    assert rounded(spec.to_json(), list(w.values()), "fp8") is not other
+    assert fake_quantize(spec.to_json(), list(w.values()), "fp8") is not other
     del w
     gc.collect()
-    assert len(_remembered.kept) == before
+    assert len(fake_quantized.kept) == before
 
 
 @kinds
@@ -75,7 +75,7 @@ def test_rounded_once_while_the_weights_live():
 @pytest.mark.parametrize("name", ["tarflow-swiglu", "starflow-text"])
 def test_samples_are_those_of_the_rounded_weights(name, backend, kind):
     z, w, spec, context = block(BLOCKS[name], dtype=F32, copies=2)
-    by_hand = dict(zip(w, rounded(spec.to_json(), list(w.values()), kind)))
+    by_hand = dict(zip(w, fake_quantize(spec.to_json(), list(w.values()), kind)))
     for options in ({}, {"solver": Solver("jacobi", 3)}):
         options |= {**context, "guidance": 1.0, "backend": backend}
         found = block_inverse(z, w, spec, **options, quantize=kind)

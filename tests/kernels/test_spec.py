@@ -1,4 +1,4 @@
-"""AffineSpec and BlockSpec: validation, text form, weights."""
+"""AffineSpec and BlockSpec: validation, JSON form, weights."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_specs_are_frozen_and_hashable():
 
 
 @pytest.mark.parametrize("spec", [BlockSpec(**SIZES), FULL], ids=["defaults", "full"])
-def test_text_form_round_trips(spec):
+def test_json_round_trips(spec):
     back = BlockSpec.from_json(spec.to_json())
     assert back == spec and back.weight_shapes == spec.weight_shapes
     assert json.loads(spec.to_json()).keys() == {field.name for field in dataclasses.fields(spec)}

@@ -15,7 +15,7 @@ from starflow_kernels._core import compiled
 from starflow_kernels._triton import runtime
 
 GPU = ("cuda", "flash", "triton")
-needs_native = pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
+needs_native = pytest.mark.skipif(compiled.native_unavailable() is not None, reason=str(compiled.native_unavailable()))
 
 
 def cpu_backends(op: str, takes: Callable[..., bool] = lambda backend, **call: True) -> list:
@@ -30,7 +30,7 @@ def cpu_backends(op: str, takes: Callable[..., bool] = lambda backend, **call: T
         if (name in GPU and not interpreted) or not takes(name):
             continue
         if name == "composed":  # it is made of native kernels
-            state = compiled.missing() or state
+            state = compiled.native_unavailable() or state
         mark = pytest.mark.skipif(not state.startswith("available"), reason=state)
         found.append(pytest.param(name, marks=mark))
     return found
@@ -55,7 +55,7 @@ def on_backends(op: str, takes: Callable[..., bool] = lambda backend, **call: Tr
 
 def require_interpreter() -> None:
     """Skip the file of the caller unless Triton's interpreter runs its kernels."""
-    if not runtime.interpreted() or runtime.missing() is not None:
+    if not runtime.interpreted() or runtime.unavailable() is not None:
         pytest.skip("it needs TRITON_INTERPRET=1 and triton", allow_module_level=True)
 
 

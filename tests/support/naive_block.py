@@ -67,6 +67,13 @@ def naive_forward(x, w, spec, **context):
     return naive_affine(x, raw, spec.affine, shift=not spec.start, flip=spec.flip)
 
 
+def naive_params(x, w, spec, **context):
+    """Return the raw parameters of every token in the order of x, zeros for the token that passes unchanged."""
+    raw, T = naive_network(x, w, spec, **context).to(x.dtype), x.shape[1]
+    slots = [(T - 1 - t if spec.flip else t) - (not spec.start) for t in range(T)]
+    return torch.stack([raw[:, slot] if slot >= 0 else torch.zeros_like(raw[:, 0]) for slot in slots], 1)
+
+
 def naive_inverse(z, w, spec, context, guidance=None, rule="tarflow", temperature=1.0):
     """Sample token by token; each token takes one pass of the whole network, two with guidance."""
     x, B = (z.flip(1) if spec.flip else z).clone(), len(z)

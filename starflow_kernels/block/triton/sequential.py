@@ -18,8 +18,8 @@ from ..._triton.rotary import half_tile
 from ..._triton.runtime import refuse_tensors
 from ...spec import BlockSpec
 from ..cache_budget import cache_bytes
-from ..packing import Remembered
-from ..quantize import chosen, quantised
+from ..packing import WeightCache
+from ..quantize import is_quantized, quantize_matrix
 from . import head_kernels, step_kernels
 from .sessions import Sessions, Shape, bucket, loaded, sample
 
@@ -91,15 +91,15 @@ class Model:
         if spec.positions and spec.flip:
             self.w["pos_embed"] = self.w["pos_embed"].flip(0)
         for name, shape in spec.weight_shapes.items():
-            if quantize != "none" and chosen(name, shape):
-                values, scales = quantised(self.w[name], quantize)
+            if quantize != "none" and is_quantized(name, shape):
+                values, scales = quantize_matrix(self.w[name], quantize)
                 if quantize == "fp8":
                     # The kernels take the bits, and 1/256 of the values out of them.
                     values, scales = values.view(torch.uint8), scales * 256
                 self.w[name], self.w[f"{name}.scale"] = values, scales
 
 
-packed = Remembered(Model)
+packed = WeightCache(Model)
 
 
 def _text_tokens(spec: BlockSpec, shape: Shape) -> int:

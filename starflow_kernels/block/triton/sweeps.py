@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from ...solver import DIVERGED
+from ..._core.numerics import DIVERGED
 from ...spec import BlockSpec
 from ..progress import report
 from . import sequential as step

@@ -1,0 +1,239 @@
+"""The causal transformer of TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276) in plain PyTorch.
+
+It reads from top to bottom: `embed` maps tokens to hidden states, `layers` are the transformer layers, and the head
+`raw_params` maps each hidden state to the raw parameters [a | b] of a token. At the end come the two ways to run it:
+`hidden_states` and `compose` on all tokens at once, with gradients, and `CachedNetwork` on the next tokens over a KV
+cache. The operations can be replaced, so that the same code runs on torch or on the ops of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .._core.numerics import layer_norm, rms_norm
+from ..cached_attention.reference import cached_attention
+from ..causal_attention.reference import causal_attention
+from ..flow_head.reference import flow_head
+from ..spec import BlockSpec
+
+Weights = dict[str, torch.Tensor]
+
+
+def project(x: torch.Tensor, w: Weights, name: str, linear: Callable = F.linear) -> torch.Tensor:
+    """Apply the linear layer `name`."""
+    return linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+
+def norm(x: torch.Tensor, w: Weights, name: str, spec: BlockSpec) -> torch.Tensor:
+    """Apply the norm `name`."""
+    if spec.norm == "none":
+        return x
+    if spec.norm == "rms_norm":
+        return rms_norm(x, w[f"{name}.weight"])
+    return layer_norm(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def add_norm(
+    h: torch.Tensor, residual: torch.Tensor | None, w: Weights, name: str, spec: BlockSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return h + residual and the norm `name` of the sum."""
+    h = h if residual is None else h + residual
+    return h, norm(h, w, name, spec)
+
+
+def up_gelu(x: torch.Tensor, w: Weights, name: str, linear: Callable) -> torch.Tensor:
+    """Apply the linear layer `name` and the exact GELU."""
+    return F.gelu(project(x, w, name, linear))
+
+
+class FusedOps(NamedTuple):
+    """Operations between the products of a layer, which a backend may fuse."""
+
+    add_norm: Callable = add_norm
+    up_gelu: Callable = up_gelu
+
+
+def position_table(w: Weights, spec: BlockSpec) -> torch.Tensor | None:
+    """Return the learned positions (T, C) in the block's own order, or None."""
+    if not spec.positions:
+        return None
+    return w["pos_embed"].flip(0) if spec.flip else w["pos_embed"]
+
+
+def embed(
+    tokens: torch.Tensor,
+    w: Weights,
+    cond: torch.Tensor | None,
+    position: torch.Tensor | None,
+    linear: Callable = F.linear,
+) -> torch.Tensor:
+    """Map tokens (B, n, D) to hidden states (B, n, C), adding learned positions and the condition (B, C)."""
+    h = project(tokens.to(w["proj_in.weight"].dtype), w, "proj_in", linear)
+    if position is not None:
+        h = h + position
+    return h if cond is None else h + cond.to(h.dtype).unsqueeze(1)
+
+
+def embed_text(prefix: torch.Tensor, w: Weights, linear: Callable = F.linear) -> torch.Tensor:
+    """Map text states (B, L, text_dim) to hidden states (B, L, C)."""
+    return project(prefix.to(w["proj_text.weight"].dtype), w, "proj_text", linear)
+
+
+def mlp(x: torch.Tensor, w: Weights, layer: str, spec: BlockSpec, linear: Callable, up_gelu: Callable) -> torch.Tensor:
+    """Apply the MLP of a layer: GELU, or the gated "swiglu" with the tanh approximation of GELU."""
+    if spec.mlp == "gelu":
+        hidden = up_gelu(x, w, f"{layer}.up", linear)
+    else:
+        hidden = project(x, w, f"{layer}.up", linear)
+        hidden = F.gelu(project(x, w, f"{layer}.gate", linear), approximate="tanh") * hidden
+    return project(hidden, w, f"{layer}.down", linear)
+
+
+def layers(
+    h: torch.Tensor,
+    w: Weights,
+    spec: BlockSpec,
+    attention: Callable,
+    linear: Callable = F.linear,
+    dropout: float = 0.0,
+    fused: FusedOps = FusedOps(),
+) -> torch.Tensor:
+    """Apply the transformer layers to hidden states (B, n, C).
+
+    Args:
+        h: hidden states.
+        w: weights by name.
+        spec: the block.
+        attention: maps (layer, q, k, v), each (B, n, heads, head_dim), to (B, n, heads, head_dim), causally.
+        linear: linear layer (x, weight, bias).
+        dropout: probability of zeroing an element of the residual branches.
+        fused: operations between the products.
+    """
+    groups, residual = [spec.heads, spec.kv_heads, spec.kv_heads], None
+    for i in range(spec.layers):
+        layer = f"layers.{i}"
+        h, normed = fused.add_norm(h, residual, w, f"{layer}.attn_norm", spec)
+        qkv = project(normed, w, f"{layer}.qkv", linear)
+        q, k, v = qkv.unflatten(-1, (sum(groups), spec.head_dim)).split(groups, dim=-2)
+        if spec.qk_norm:
+            q, k = rms_norm(q, w[f"{layer}.q_norm.weight"]), rms_norm(k, w[f"{layer}.k_norm.weight"])
+        residual = project(attention(i, q, k, v).flatten(-2), w, f"{layer}.proj", linear)
+        residual = rms_norm(residual, w[f"{layer}.attn_post_norm.weight"]) if spec.post_norm else residual
+        residual = F.dropout(residual, dropout) if dropout else residual
+        h, normed = fused.add_norm(h, residual, w, f"{layer}.mlp_norm", spec)
+        residual = mlp(normed, w, layer, spec, linear, fused.up_gelu)
+        residual = rms_norm(residual, w[f"{layer}.mlp_post_norm.weight"]) if spec.post_norm else residual
+        residual = F.dropout(residual, dropout) if dropout else residual
+    return h + residual
+
+
+def raw_params(h: torch.Tensor, w: Weights, spec: BlockSpec) -> torch.Tensor:
+    """Map hidden states (B, n, C) to raw parameters (B, n, P): final norm and output projection."""
+    return project(rms_norm(h, w["final_norm.weight"]) if spec.final_norm else h, w, "proj_out")
+
+
+def hidden_states(
+    x: torch.Tensor,
+    w: Weights,
+    spec: BlockSpec,
+    cond: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    *,
+    attention: Callable = causal_attention,
+    linear: Callable = F.linear,
+    dropout: float = 0.0,
+    fused: FusedOps = FusedOps(),
+) -> torch.Tensor:
+    """Run the transformer on all tokens of data x (B, T, D); returns (B, T, C) in the block's own order.
+
+    State t depends on the tokens before t where spec.start, else on those up to t.
+    """
+    tokens = x.flip(1) if spec.flip else x
+    if spec.start:
+        first = w["start"].to(x.dtype).expand(x.shape[0], 1, -1)
+        tokens = torch.cat([first, tokens[:, :-1]], dim=1)
+    h = embed(tokens, w, cond, position_table(w, spec), linear)
+    if prefix is not None:
+        h = torch.cat([embed_text(prefix, w, linear), h], dim=1)
+
+    def attend(i, q, k, v):
+        return attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0]
+
+    return layers(h, w, spec, attend, linear, dropout, fused)[:, h.shape[1] - x.shape[1] :]
+
+
+def compose(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    cond: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    spec: BlockSpec,
+    logdet: str,
+    *,
+    head: Callable = flow_head,
+    **operations,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return noise and log-determinant of data; `operations` are the keyword arguments of `hidden_states`."""
+    w = dict(zip(spec.weight_shapes, weights))
+    return head(
+        x,
+        hidden_states(x, w, spec, cond, prefix, cos, sin, **operations),
+        w["proj_out.weight"],
+        w["proj_out.bias"],
+        w.get("final_norm.weight"),
+        spec.affine.scale,
+        spec.affine.soft_clip,
+        not spec.start,
+        spec.flip,
+        logdet,
+    )
+
+
+class CachedNetwork:
+    """The transformer over a preallocated KV cache; under guidance both branches run as one batch of 2B rows."""
+
+    def __init__(self, z, weights, cond, prefix, cos, sin, guidance, spec_json: str, temperature: float):
+        self.spec = BlockSpec.from_json(spec_json)
+        self.w = dict(zip(self.spec.weight_shapes, weights))
+        self.B, T, _ = z.shape
+        self.branches = 1 if guidance is None else 2
+        self.cond, self.cos, self.sin = cond, cos, sin
+        self.rows, self.L = self.B * self.branches, 0 if prefix is None else prefix.shape[1]
+        cache_shape = (self.spec.layers, self.rows, self.L + T, self.spec.kv_heads, self.spec.head_dim)
+        self.k_cache, self.v_cache = self.w["proj_in.weight"].new_zeros((2, *cache_shape))
+        # Dividing the queries divides the scores; the temperature acts on the rows without a condition alone.
+        self.query_scale = torch.ones(self.rows, 1, 1, 1, dtype=self.k_cache.dtype, device=z.device)
+        self.query_scale[self.B :] /= temperature
+        self.positions = position_table(self.w, self.spec)
+        if prefix is not None:
+            self._step(embed_text(prefix, self.w), 0)
+
+    def _step(self, h: torch.Tensor, start: int) -> torch.Tensor:
+        lengths = torch.full((self.rows,), start, dtype=torch.int32, device=h.device)
+
+        def attention(i, q, k, v):
+            cache = self.k_cache[i], self.v_cache[i], lengths, self.cos, self.sin
+            return cached_attention(q * self.query_scale, k, v, *cache, self.spec.rotary, 0, 1.0)
+
+        return layers(h, self.w, self.spec, attention)
+
+    def params(self, x: torch.Tensor, first: int, count: int = 1) -> torch.Tensor:
+        """Return the raw parameters (branches B, count, P) of the tokens from `first` on, in the block's own order.
+
+        x (B, T, D) holds the tokens known so far. The cache must hold every token before the ones that are read here.
+        """
+        slot = first if self.spec.start else first - 1
+        tokens = x[:, max(first - 1, 0) : first + count - 1]
+        if first == 0:
+            tokens = torch.cat([self.w["start"].to(x.dtype).expand(self.B, 1, -1), tokens], dim=1)
+        position = None if self.positions is None else self.positions[slot : slot + count]
+        h = embed(tokens.repeat(self.branches, 1, 1), self.w, self.cond, position)
+        return raw_params(self._step(h, self.L + slot), self.w, self.spec)
