@@ -1,1 +1,1 @@
-"""Shared parts of the Triton backends."""
+"""Parts that the Triton backends of all ops share."""

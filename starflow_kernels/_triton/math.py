@@ -1,16 +1,16 @@
-"""Elementary functions and the affine transform of one element, float32, inside Triton kernels."""
+"""Elementary functions and the affine transform of one element, in float32, for use inside Triton kernels."""
 
 import triton
 import triton.language as tl
 
-# e - 1, rounded to float32, and the rest.
-HIGH = tl.constexpr(1.718281865119934)
-LOW = tl.constexpr(-3.666088899e-08)
+# e - 1 rounded to float32, and the remainder.
+E_MINUS_1 = tl.constexpr(1.718281865119934)
+E_MINUS_1_REST = tl.constexpr(-3.666088899e-08)
 
 
 @triton.jit
 def tanh(x):
-    """A minimax fit below 0.625, from the exponential above: accurate to a few ulp everywhere."""
+    """Compute tanh to a few ulp: by a minimax fit below 0.625, by the exponential above."""
     square = x * x
     small = -0.00566078071
     small = small * square + 0.020601999
@@ -23,17 +23,17 @@ def tanh(x):
 
 @triton.jit
 def softplus_one(a):
-    """softplus(a + log(e - 1)) = log(1 + (e - 1) e^a), with what rounding takes put back."""
+    """Return softplus(a + log(e - 1)) = log(1 + (e - 1) e^a), corrected for the rounding of the sum."""
     u = tl.exp(-tl.abs(a))
-    v = HIGH * u
-    w = tl.where(a < 0, 1 + v, HIGH + u)
-    lost = tl.where(a < 0, v - (w - 1) + LOW * u, u - (w - HIGH) + LOW)
+    v = E_MINUS_1 * u
+    w = tl.where(a < 0, 1 + v, E_MINUS_1 + u)
+    lost = tl.where(a < 0, v - (w - 1) + E_MINUS_1_REST * u, u - (w - E_MINUS_1) + E_MINUS_1_REST)
     return tl.log(w) + tl.where(a < 0, lost / w, a + lost / w)
 
 
 @triton.jit
 def soft_clipped(r, clip, CLIPPED: tl.constexpr):
-    """c tanh(r / c)."""
+    """Return clip tanh(r / clip), or r without clipping."""
     if CLIPPED:
         return clip * tanh(r / clip)
     return r
@@ -41,7 +41,7 @@ def soft_clipped(r, clip, CLIPPED: tl.constexpr):
 
 @triton.jit
 def sigma_of(a, SCALE: tl.constexpr):
-    """sigma and log sigma of the clipped raw output a."""
+    """Return sigma and log sigma of the clipped raw output a."""
     if SCALE == "exp":
         return tl.exp(a), a
     if SCALE == "softplus":
@@ -52,9 +52,9 @@ def sigma_of(a, SCALE: tl.constexpr):
 
 @triton.jit
 def log_sigma_slope(a, sigma, SCALE: tl.constexpr):
-    """d log sigma / d a."""
+    """Return d log sigma / d a."""
     if SCALE == "softplus":
         u = tl.exp(tl.minimum(a, 80.0))
-        u = HIGH * u + LOW * u
+        u = E_MINUS_1 * u + E_MINUS_1_REST * u
         return tl.where(a < -17, 1.0, u / ((1 + u) * sigma))
     return tl.full(a.shape, 1.0, tl.float32)

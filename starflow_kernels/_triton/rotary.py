@@ -1,4 +1,4 @@
-"""Rotary positions in Triton: heads as two tiles, the first and the second value of every pair that is turned."""
+"""Rotary positions in Triton: a head is read as two tiles, the first and the second value of every rotated pair."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import triton.language as tl
 
 
 @triton.jit
-def place(blocks, heads):
-    """Block, head and row of a program."""
+def block_head_row(blocks, heads):
+    """Return the block of tokens, the head and the row of the batch of this program."""
     head = tl.program_id(0) // blocks
     return tl.program_id(0) % blocks, (head % heads).to(tl.int64), (head // heads).to(tl.int64)
 
 
 @triton.jit
-def rows(x, stride, start, T, width, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the `width` values of tokens from `start` on lie, and which of the tile exist."""
+def row_pointers(x, stride, start, T, width, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Return pointers to the `width` values of BLOCK tokens from `start` on, and the mask of those that exist."""
     token, i = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    at = x + tl.cast(start, tl.int64) * stride + (token[:, None] * stride + i[None, :])
-    return at, (start + token < T)[:, None] & (i < width)[None, :]
+    # (BLOCK, BLOCK_D)
+    pointers = x + tl.cast(start, tl.int64) * stride + (token[:, None] * stride + i[None, :])
+    return pointers, (start + token < T)[:, None] & (i < width)[None, :]
 
 
 @triton.jit
 def load_rows(x, stride, start, T, width, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """The values of BLOCK tokens; zero past T and `width`."""
-    at, inside = rows(x, stride, start, T, width, BLOCK_D, BLOCK)
-    return tl.load(at, inside, 0)
+    """Return the values of BLOCK tokens, zero past T and `width`."""
+    pointers, mask = row_pointers(x, stride, start, T, width, BLOCK_D, BLOCK)
+    return tl.load(pointers, mask, 0)  # (BLOCK, BLOCK_D)
 
 
 @triton.jit
@@ -34,16 +35,16 @@ def load_pair(
     x, stride, cos, sin, start, T,
     HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """First and second values of the pairs of BLOCK tokens, rotated; zero past T and past the head."""
+    """Return the first and the second values of the pairs of BLOCK tokens, rotated; zero past T and past the head."""
     if ROTARY == "interleaved":
-        both = load_rows(x, stride, start, T, HEAD, 2 * HALF, BLOCK)
+        both = load_rows(x, stride, start, T, HEAD, 2 * HALF, BLOCK)  # (BLOCK, 2 HALF)
         first, second = tl.split(tl.reshape(both, [BLOCK, HALF, 2]))
     else:
-        first = load_rows(x, stride, start, T, HEAD - HEAD // 2, HALF, BLOCK)
-        second = load_rows(x + (HEAD - HEAD // 2), stride, start, T, HEAD // 2, HALF, BLOCK)
+        first = load_rows(x, stride, start, T, HEAD - HEAD // 2, HALF, BLOCK)  # (BLOCK, HALF)
+        second = load_rows(x + (HEAD - HEAD // 2), stride, start, T, HEAD // 2, HALF, BLOCK)  # (BLOCK, HALF)
     if ROTARY != "none":
-        c = load_rows(cos, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
-        s = load_rows(sin, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
+        c = load_rows(cos, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)  # (BLOCK, HALF)
+        s = load_rows(sin, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)  # (BLOCK, HALF)
         a, b = first.to(tl.float32), second.to(tl.float32)
         first, second = (a * c - b * s).to(first.dtype), (b * c + a * s).to(second.dtype)
     return first, second
@@ -54,87 +55,83 @@ def store_pair(
     x, stride, cos, sin, start, T, first, second,
     HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Turn gradients of rotated values back and store them."""
+    """Undo the rotation of BLOCK tokens and store them."""
     if ROTARY != "none":
-        c = load_rows(cos, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
-        s = load_rows(sin, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)
+        c = load_rows(cos, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)  # (BLOCK, HALF)
+        s = load_rows(sin, HEAD // 2, start, T, HEAD // 2, HALF, BLOCK)  # (BLOCK, HALF)
         first, second = first * c + second * s, second * c - first * s
     if ROTARY == "interleaved":
-        at, inside = rows(x, stride, start, T, HEAD, 2 * HALF, BLOCK)
-        tl.store(at, tl.reshape(tl.join(first, second), [BLOCK, 2 * HALF]), inside)
+        pointers, mask = row_pointers(x, stride, start, T, HEAD, 2 * HALF, BLOCK)
+        tl.store(pointers, tl.reshape(tl.join(first, second), [BLOCK, 2 * HALF]), mask)
     else:
-        at, inside = rows(x, stride, start, T, HEAD - HEAD // 2, HALF, BLOCK)
-        tl.store(at, first, inside)
-        at, inside = rows(x + (HEAD - HEAD // 2), stride, start, T, HEAD // 2, HALF, BLOCK)
-        tl.store(at, second, inside)
+        pointers, mask = row_pointers(x, stride, start, T, HEAD - HEAD // 2, HALF, BLOCK)
+        tl.store(pointers, first, mask)
+        pointers, mask = row_pointers(x + (HEAD - HEAD // 2), stride, start, T, HEAD // 2, HALF, BLOCK)
+        tl.store(pointers, second, mask)
 
 
 @triton.jit
-def turn_kernel(
-    x, cos, sin, turned, T, H, q_row, q_token, q_head,
+def apply_rotary_kernel(
+    x, cos, sin, rotated, T, H, q_row, q_token, q_head,
     HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The rotated values of BLOCK tokens of one head, first values of all pairs before the second ones."""
-    block, head, row = place(tl.cdiv(T, BLOCK), H)
+    """Rotate BLOCK tokens of one head; store the first values of all pairs before the second values."""
+    block, head, row = block_head_row(tl.cdiv(T, BLOCK), H)
     start = block * BLOCK
-    at = x + row * q_row + head * q_head
-    first, second = load_pair(at, q_token, cos, sin, start, T, HEAD, HALF, ROTARY, BLOCK)
-    to = turned + (row * T * H + head) * HEAD
-    store_pair(to, H * HEAD, cos, sin, start, T, first, second, HEAD, HALF, "none", BLOCK)
+    source = x + row * q_row + head * q_head
+    first, second = load_pair(source, q_token, cos, sin, start, T, HEAD, HALF, ROTARY, BLOCK)  # (BLOCK, HALF) each
+    target = rotated + (row * T * H + head) * HEAD
+    store_pair(target, H * HEAD, cos, sin, start, T, first, second, HEAD, HALF, "none", BLOCK)
 
 
 @triton.jit
-def turn_back_kernel(
-    turned, cos, sin, x, T, H,
+def undo_rotary_kernel(
+    rotated, cos, sin, x, T, H,
     HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The opposite of turn_kernel, contiguous to contiguous."""
-    block, head, row = place(tl.cdiv(T, BLOCK), H)
-    start, at = block * BLOCK, (row * T * H + head) * HEAD
-    first, second = load_pair(turned + at, H * HEAD, cos, sin, start, T, HEAD, HALF, "none", BLOCK)
+    """Invert apply_rotary_kernel; both tensors are contiguous."""
+    block, head, row = block_head_row(tl.cdiv(T, BLOCK), H)
+    start, offset = block * BLOCK, (row * T * H + head) * HEAD
+    # (BLOCK, HALF) each
+    first, second = load_pair(rotated + offset, H * HEAD, cos, sin, start, T, HEAD, HALF, "none", BLOCK)
     first, second = first.to(tl.float32), second.to(tl.float32)
-    store_pair(x + at, H * HEAD, cos, sin, start, T, first, second, HEAD, HALF, ROTARY, BLOCK)
+    store_pair(x + offset, H * HEAD, cos, sin, start, T, first, second, HEAD, HALF, ROTARY, BLOCK)
 
 
 def half_tile(d: int) -> int:
-    """Padded size of half a head."""
+    """Return the padded size of half a head of d values."""
     return max(16, triton.next_power_of_2(triton.cdiv(d, 2)))
 
 
-def adjacent(x: torch.Tensor) -> torch.Tensor:
-    """x (B, T, H, d) with the values of a head adjacent."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def strides(*tensors: torch.Tensor) -> list[int]:
-    """Those between rows, tokens and heads of each."""
+    """Return the strides of rows, tokens and heads of each tensor (B, T, H, d)."""
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
 def angles(cos: torch.Tensor | None, sin: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The angles as the kernels read them."""
+    """Return cos and sin in float32, contiguous."""
     return [None if t is None else t.to(torch.float32).contiguous() for t in (cos, sin)]
 
 
-def turned(x: torch.Tensor, cos, sin, rotary: str) -> torch.Tensor:
-    """x (B, T, H, d) rotated, first values of all pairs before the second ones; x itself without rotary positions."""
+def apply_rotary(x: torch.Tensor, cos, sin, rotary: str) -> torch.Tensor:
+    """Return x (B, T, H, d) rotated, the first values of all pairs before the second; x itself if rotary is "none"."""
     if rotary == "none":
         return x
-    (B, T, H, d), found = x.shape, x.new_empty(x.shape)
+    (B, T, H, d), rotated = x.shape, x.new_empty(x.shape)
     if B:
-        turn_kernel[(B * H * triton.cdiv(T, 64),)](
-            x, cos, sin, found, T, H, *strides(x), HEAD=d, HALF=half_tile(d), ROTARY=rotary, BLOCK=64
+        apply_rotary_kernel[(B * H * triton.cdiv(T, 64),)](
+            x, cos, sin, rotated, T, H, *strides(x), HEAD=d, HALF=half_tile(d), ROTARY=rotary, BLOCK=64
         )
-    return found
+    return rotated
 
 
-def turned_back(x: torch.Tensor, cos, sin, rotary: str) -> torch.Tensor:
-    """x of `turned` from its result."""
+def undo_rotary(rotated: torch.Tensor, cos, sin, rotary: str) -> torch.Tensor:
+    """Return x from the result (B, T, H, d) of `apply_rotary`."""
     if rotary == "none":
-        return x
-    (B, T, H, d), found = x.shape, x.new_empty(x.shape)
+        return rotated
+    (B, T, H, d), x = rotated.shape, rotated.new_empty(rotated.shape)
     if B:
-        turn_back_kernel[(B * H * triton.cdiv(T, 64),)](
-            x.contiguous(), cos, sin, found, T, H, HEAD=d, HALF=half_tile(d), ROTARY=rotary, BLOCK=64
+        undo_rotary_kernel[(B * H * triton.cdiv(T, 64),)](
+            rotated.contiguous(), cos, sin, x, T, H, HEAD=d, HALF=half_tile(d), ROTARY=rotary, BLOCK=64
         )
-    return found
+    return x

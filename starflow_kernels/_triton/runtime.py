@@ -1,6 +1,6 @@
-"""What the Triton backends share: whether Triton can run here, registration, and what its kernels take.
+"""Availability of Triton, registration of its backends, and `warmup`.
 
-Nothing here imports Triton before a tensor comes that its kernels can take.
+This module imports Triton only when a call comes whose tensors a kernel can take.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from .._core import dispatch
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU; Triton reads the switch once, when it is imported."""
+    """Return whether kernels run in Triton's interpreter, on the CPU."""
+    # Triton reads the variable once, when it is imported.
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why Triton cannot be used on this machine, or None."""
+    """Return why Triton cannot be used on this machine, or None."""
     if not interpreted() and torch.cuda.device_count() == 0:
         return "torch sees no GPU, and TRITON_INTERPRET is not 1"
     try:
-        found = importlib.util.find_spec("triton")
+        spec = importlib.util.find_spec("triton")
     except ImportError:
-        found = None
-    return None if found else "triton is not installed"
+        spec = None
+    return None if spec else "triton is not installed"
 
 
 @functools.cache
 def _module(name: str):
-    """A module of this package, or why it cannot be imported."""
+    """Import a module of this package; return it, or the reason why it cannot be imported."""
     try:
         return importlib.import_module(f"starflow_kernels.{name}")
     except ImportError as error:
@@ -51,7 +52,7 @@ def _refuse_devices(args: tuple) -> str | None:
 
 
 def refuse_tensors(*tensors: torch.Tensor | None) -> str | None:
-    """Why kernels cannot take tensors of these dtypes, or None."""
+    """Return why kernels cannot take tensors of these dtypes, or None."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype == torch.float64:
             return "it takes float32 and narrower"
@@ -60,7 +61,14 @@ def refuse_tensors(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Return the tensors contiguous, None for None."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def _deferred(name: str, function: str, refuse: str) -> tuple[Callable, Callable]:
+    """Return run and refuse functions that import the module `name` at their first call."""
+
     def run_later(*args):
         run = getattr(_module(name), function)
         if interpreted():
@@ -78,32 +86,37 @@ def _deferred(name: str, function: str, refuse: str) -> tuple[Callable, Callable
 
 
 def register(op: str, module: str | None = None, backward: bool = True) -> None:
-    """Register the functions `op` and, with a gradient, `op_backward` of a module, by default <op>/triton.py, which
-    `refuse` and `refuse_backward` guard.
+    """Register the functions of a module as the backend "triton" of an op.
 
-    The guards see arguments on a device that Triton runs on, and launches happen on that device.
+    `refuse` and `refuse_backward` of the module see only tensors on a device that Triton runs on. Kernels are launched
+    on the device of the first tensor.
+
+    Args:
+        op: name of the op, and of the function in the module.
+        module: module of this package; None: <op>.triton.
+        backward: register `<op>_backward` too.
     """
     module = module or f"{op}.triton"
     dispatch.register(op, "triton", *_deferred(module, op, "refuse"), unavailable)
     if backward:
-        dispatch.register(
-            f"{op}_backward", "triton", *_deferred(module, f"{op}_backward", "refuse_backward"), unavailable
-        )
+        run, refuse = _deferred(module, f"{op}_backward", "refuse_backward")
+        dispatch.register(f"{op}_backward", "triton", run, refuse, unavailable)
 
 
 def warmup(op: Callable, *args, **options) -> None:
     """Compile the Triton kernels that op(*args, **options) launches and run them once, so that no later call waits.
 
-    Nothing is tuned: block sizes are fixed by dtype and widths. Compiled kernels stay in Triton's cache on disk.
+    Nothing is tuned: block sizes follow from dtype and widths. Triton caches compiled kernels on disk.
 
     Args:
         op: an op of this package with a Triton backend.
-        args, options: those of the call, without `backend`. Of a tensor only shape, dtype and requires_grad matter: it
-            may be a meta tensor, and a batch of one is enough. Where one requires a gradient, the gradient's kernels
-            are compiled too, for a loss that uses every output.
+        args: positional arguments of the call. Of a tensor only shape, dtype and requires_grad are used: it may be a
+            meta tensor, and a batch of one is enough. Where one requires a gradient, the backward kernels are compiled
+            too, for a loss that uses every output.
+        options: keyword arguments of the call, without `backend`.
 
     Raises:
-        ValueError: Triton cannot run the call, with the reason.
+        ValueError: Triton cannot run the call; the message gives the reason.
     """
     if reason := unavailable():
         raise ValueError(f"no Triton kernels to compile: {reason}")

@@ -1,6 +1,6 @@
-"""Blocks of the Triton attention kernels: data, chosen so that no kernel spills registers on its chip.
+"""Block sizes of the Triton attention kernels, chosen so that no kernel spills registers on its chip.
 
-Triton 3.6 and 3.9 both compile them without spills, with a window and without.
+Triton 3.6 and 3.9 compile all of them without spills, with and without a window.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import torch
 
 from .runtime import interpreted
 
-# By what torch calls the capability of a device.
+# Capability of a device, as torch gives it -> name of the chip.
 NVIDIA = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 AMD = {(9, 4): "gfx942"}
 
-# op -> chip -> bytes of a value -> padded head size -> kernel -> (queries and keys of a block, warps, stages). Those of
-# attention_flow hold for the widest tokens; "default" for other chips, with 64 KiB of shared memory.
+# op -> chip -> bytes per value -> padded head size -> kernel -> (queries per block, keys per block, warps, stages).
+# The sizes of attention_flow are for the widest tokens; "default" is for other chips, with 64 KiB of shared memory.
 BLOCKS = {
     "causal_attention": {
         "sm_80": {
@@ -149,13 +149,21 @@ BLOCKS = {
 
 
 def blocks(op: str, kernel: str, chip: str, width: int, head: int) -> dict[str, int]:
-    """An entry of the table as the options of a launch."""
-    of_chip = BLOCKS[op].get(chip, BLOCKS[op]["default"])
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), of_chip[width][head][kernel]))
+    """Return an entry of the table as launch options.
+
+    Args:
+        op: "causal_attention" or "attention_flow".
+        kernel: "forward", "keys" or "queries".
+        chip: name of the chip; an unknown one takes the sizes of "default".
+        width: bytes per value.
+        head: padded head size.
+    """
+    sizes = BLOCKS[op].get(chip, BLOCKS[op]["default"])
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes[width][head][kernel]))
 
 
 def chip_of(device: torch.device) -> str:
-    """The name of a device's chip in the tables of blocks, "default" for those that have no blocks of their own."""
+    """Return the name of a device's chip in the tables of block sizes, "default" for a chip that they lack."""
     if interpreted():
         return "default"
     names = NVIDIA if torch.version.hip is None else AMD
@@ -163,5 +171,5 @@ def chip_of(device: torch.device) -> str:
 
 
 def config(op: str, kernel: str, x: torch.Tensor, half: int) -> dict[str, int]:
-    """Blocks, warps and stages; from the chip, the width of the values and the padded head size alone."""
+    """Return the launch options for tensors like x whose padded half head is `half`; nothing else decides them."""
     return blocks(op, kernel, chip_of(x.device), x.element_size(), 2 * half)

@@ -1,7 +1,7 @@
 """Affine flow transform in Triton: every tensor is read and written once.
 
-A program takes BLOCK consecutive elements of one row. Log-determinants are partial sums of programs, added by a second
-kernel; how a row is cut depends on T and D alone, so that its bits are the same in every batch.
+A program takes BLOCK consecutive elements of one row. Each program stores its partial sum of a log-determinant, and a
+second kernel adds them. The blocks of a row depend on T and D alone, so that its bits are the same in every batch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ CONFIG = {"BLOCK": 1024, "num_warps": 4}
 
 
 @triton.jit
-def _places(T, D, SHIFT: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr):
-    """Row, first element of the row, which elements of it are this program's, its tokens' parameters, dimension."""
+def _elements(T, D, SHIFT: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr):
+    """Return this program's row, elements of it, their mask, the tokens that hold their parameters, and dimensions."""
     chunks = tl.cdiv(T * D, BLOCK)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     element = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
@@ -29,98 +29,102 @@ def _places(T, D, SHIFT: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _transform(params, row, source, dimension, inside, T, D, clip, SCALE: tl.constexpr, CLIPPED: tl.constexpr):
-    """Clipped a and b, sigma and log sigma of each element; the identity where a token has no parameters."""
+    """Return clipped a and b, sigma and log sigma of each element; the identity where a token has no parameters."""
     known = inside & (source >= 0)
     if SCALE == "unit":
-        at = params + (row * T + source) * D + dimension
-        b = soft_clipped(tl.load(at, known, 0).to(tl.float32), clip, CLIPPED)
+        offsets = (row * T + source) * D + dimension
+        b = soft_clipped(tl.load(params + offsets, known, 0).to(tl.float32), clip, CLIPPED)  # (BLOCK,)
         a = tl.zeros_like(b)
     else:
-        at = params + (row * T + source) * 2 * D + dimension
-        a = soft_clipped(tl.load(at, known, 0).to(tl.float32), clip, CLIPPED)
-        b = soft_clipped(tl.load(at + D, known, 0).to(tl.float32), clip, CLIPPED)
+        offsets = (row * T + source) * 2 * D + dimension
+        a = soft_clipped(tl.load(params + offsets, known, 0).to(tl.float32), clip, CLIPPED)  # (BLOCK,)
+        b = soft_clipped(tl.load(params + offsets + D, known, 0).to(tl.float32), clip, CLIPPED)  # (BLOCK,)
     sigma, log_sigma = sigma_of(a, SCALE)
     return a, b, tl.where(known, sigma, 1.0), tl.where(known, log_sigma, 0.0)
 
 
 @triton.jit
-def forward_kernel(
+def affine_flow_forward_kernel(
     x, params, z, logdet, T, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """z, and -log sigma of each element or the sum of log sigma over the program's."""
-    row, element, inside, source, dimension = _places(T, D, SHIFT, FLIP, BLOCK)
+    """Store z, and -log sigma of each element or the program's sum of log sigma."""
+    row, element, inside, source, dimension = _elements(T, D, SHIFT, FLIP, BLOCK)
     _, b, sigma, log_sigma = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED)
-    at = row * T * D + element
-    tl.store(z + at, (tl.load(x + at, inside, 0).to(tl.float32) - b) / sigma, inside)
+    offsets = row * T * D + element
+    value = tl.load(x + offsets, inside, 0).to(tl.float32)  # (BLOCK,)
+    tl.store(z + offsets, (value - b) / sigma, inside)
     if SUM:
         tl.store(logdet + tl.program_id(0), tl.sum(log_sigma))
     else:
-        tl.store(logdet + at, 0.0 - log_sigma, inside)
+        tl.store(logdet + offsets, 0.0 - log_sigma, inside)
 
 
 @triton.jit
-def sum_kernel(partial, logdet, chunks, factor, BLOCK: tl.constexpr):
-    """logdet[row] = factor times the sum of the row's partial sums."""
+def logdet_sum_kernel(partial, logdet, chunks, factor, BLOCK: tl.constexpr):
+    """Store factor times the sum of a row's partial sums."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, chunks, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(partial + row * chunks + at, at < chunks, 0)
+        chunk = start + tl.arange(0, BLOCK)
+        total += tl.load(partial + row * chunks + chunk, chunk < chunks, 0)  # (BLOCK,)
     tl.store(logdet + row, tl.sum(total) * factor)
 
 
 @triton.jit
-def backward_kernel(
+def affine_flow_backward_kernel(
     x, params, z, grad_z, grad_logdet, grad_x, grad_params, T, D, clip, factor,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_LOGDET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients with respect to x and params, see reference.params_gradient."""
-    row, element, inside, source, dimension = _places(T, D, SHIFT, FLIP, BLOCK)
+    """Store the gradients with respect to x and params; see reference.params_gradient."""
+    row, element, inside, source, dimension = _elements(T, D, SHIFT, FLIP, BLOCK)
     a, b, sigma, _ = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED)
-    at = row * T * D + element
-    g = tl.load(grad_z + at, inside, 0).to(tl.float32) if HAS_Z else tl.zeros([BLOCK], tl.float32)
-    of_l = tl.zeros([BLOCK], tl.float32)
+    offsets = row * T * D + element
+    # (BLOCK,)
+    g = tl.load(grad_z + offsets, inside, 0).to(tl.float32) if HAS_Z else tl.zeros([BLOCK], tl.float32)
+    g_logdet = tl.zeros([BLOCK], tl.float32)
     if HAS_LOGDET:
-        of_l += tl.load(grad_logdet + row) * factor if SUM else tl.load(grad_logdet + at, inside, 0)
-    to_x = g / sigma
-    tl.store(grad_x + at, to_x, inside)
+        # (BLOCK,), or the same value for all
+        g_logdet += tl.load(grad_logdet + row) * factor if SUM else tl.load(grad_logdet + offsets, inside, 0)
+    g_x = g / sigma
+    tl.store(grad_x + offsets, g_x, inside)
     # The last parameters of a shifted sequence belong to no token; the token without parameters clears them.
     known, target = source >= 0, tl.where(source >= 0, source, T - 1)
-    to_b = tl.where(known, 0.0 - to_x, 0.0)
+    g_b = tl.where(known, 0.0 - g_x, 0.0)
     if CLIPPED:
-        to_b *= 1 - (b / clip) * (b / clip)
+        g_b *= 1 - (b / clip) * (b / clip)
     if SCALE == "unit":
-        tl.store(grad_params + (row * T + target) * D + dimension, to_b, inside)
+        tl.store(grad_params + (row * T + target) * D + dimension, g_b, inside)
     else:
-        to_a = 0.0 - (g * tl.load(z + at, inside, 0).to(tl.float32) + of_l) * log_sigma_slope(a, sigma, SCALE)
+        noise = tl.load(z + offsets, inside, 0).to(tl.float32)  # (BLOCK,)
+        g_a = 0.0 - (g * noise + g_logdet) * log_sigma_slope(a, sigma, SCALE)
         if CLIPPED:
-            to_a *= 1 - (a / clip) * (a / clip)
-        to = grad_params + (row * T + target) * 2 * D + dimension
-        tl.store(to, tl.where(known, to_a, 0.0), inside)
-        tl.store(to + D, to_b, inside)
+            g_a *= 1 - (a / clip) * (a / clip)
+        target_offsets = (row * T + target) * 2 * D + dimension
+        tl.store(grad_params + target_offsets, tl.where(known, g_a, 0.0), inside)
+        tl.store(grad_params + target_offsets + D, g_b, inside)
 
 
 def sum_rows(partial: torch.Tensor, logdet: str, elements: int) -> torch.Tensor:
-    """Log-determinants (B,), a sum or a mean over `elements`, from partial sums (B, n) of log sigma."""
+    """Return log-determinants (B,) from partial sums (B, n) of log sigma: a sum, or a mean over `elements`."""
     out = partial.new_empty(len(partial))
     if len(out):
         factor = -1.0 if logdet == "sum" else -1.0 / elements
-        sum_kernel[(len(out),)](partial, out, partial.shape[1], factor, BLOCK=1024)
+        logdet_sum_kernel[(len(out),)](partial, out, partial.shape[1], factor, BLOCK=1024)
     return out
 
 
 def refuse(x, params, *others) -> str | None:
-    """Why these arguments cannot run here, or None."""
+    """Return why the kernels cannot take these arguments, or None."""
     if x.numel() >= 2**31 or x.shape[0] * triton.cdiv(x[0].numel() if len(x) else 0, CONFIG["BLOCK"]) >= 2**31:
         return "it takes fewer than 2^31 values"
     return refuse_tensors(x, params)
 
 
 def refuse_backward(grads, outputs, x, params, *others) -> str | None:
-    """The same for the gradient."""
+    """Return why the backward kernels cannot take these arguments, or None."""
     return refuse(x, params)
 
 
@@ -138,7 +142,7 @@ def affine_flow(x, params, scale, soft_clip, shift, flip, logdet) -> tuple[torch
     partial = x.new_empty((B, chunks) if logdet != "none" else x.shape, dtype=torch.float32)
     if B:
         options = _options(scale, soft_clip, shift, flip, logdet)
-        forward_kernel[(B * chunks,)](x, params, z, partial, T, D, soft_clip, **options)
+        affine_flow_forward_kernel[(B * chunks,)](x, params, z, partial, T, D, soft_clip, **options)
     return z, partial if logdet == "none" else sum_rows(partial, logdet, T * D)
 
 
@@ -146,12 +150,12 @@ def affine_flow_backward(grads, outputs, x, params, scale, soft_clip, shift, fli
     """See reference.affine_flow_backward."""
     grad_z, grad_logdet = (None if grad is None else grad.contiguous() for grad in grads)
     z, x, params = (t.contiguous() for t in (outputs[0], x, params))
-    found = [torch.empty_like(x), torch.empty_like(params)]
+    gradients = [torch.empty_like(x), torch.empty_like(params)]
     B, T, D = x.shape
     if B:
-        backward_kernel[(B * triton.cdiv(T * D, CONFIG["BLOCK"]),)](
-            x, params, z, grad_z, grad_logdet, *found, T, D, soft_clip, 1.0 if logdet == "sum" else 1.0 / (T * D),
+        affine_flow_backward_kernel[(B * triton.cdiv(T * D, CONFIG["BLOCK"]),)](
+            x, params, z, grad_z, grad_logdet, *gradients, T, D, soft_clip, 1.0 if logdet == "sum" else 1.0 / (T * D),
             HAS_Z=grad_z is not None, HAS_LOGDET=grad_logdet is not None,
             **_options(scale, soft_clip, shift, flip, logdet),
         )  # fmt: skip
-    return found
+    return gradients

@@ -1,9 +1,10 @@
 """Attention flow in Triton: neither the attention output nor the raw parameters of the forward pass reach memory.
 
-A program takes BLOCK_M tokens of one row through every head and adds up their projections. Backward computes both anew,
-writes the raw gradients g and, for the weight's gradient, which one matrix product gives, the attention output. The
-gradient of a head's output is g W_h; the kernel of the keys takes V W_h^T as values and g as gradient instead, so that
-dV = (P^T g) W_h.
+A program takes BLOCK_M tokens of one row through every head and adds their projections. The backward pass recomputes
+both. It stores the raw gradients g and the attention output, whose product is the gradient of the weight W.
+
+The gradient of the output of head h is g W_h. The kernel of the keys takes V W_h^T as values and g as their gradient
+instead, so that dV = (P^T g) W_h.
 """
 
 from __future__ import annotations
@@ -12,8 +13,19 @@ import torch
 import triton
 import triton.language as tl
 
+from .._core.numerics import last_dim_contiguous
 from .._triton.math import log_sigma_slope, sigma_of, soft_clipped
-from .._triton.rotary import adjacent, angles, half_tile, load_pair, load_rows, place, rows, store_pair, strides, turned
+from .._triton.rotary import (
+    angles,
+    apply_rotary,
+    block_head_row,
+    half_tile,
+    load_pair,
+    load_rows,
+    row_pointers,
+    store_pair,
+    strides,
+)
 from .._triton.runtime import refuse_tensors
 from .._triton.tiles import config
 from ..affine_flow.triton import sum_rows
@@ -27,10 +39,11 @@ from ..causal_attention.triton import (
     score_factor,
     shared_constants,
 )
-from ..flow_head.triton import _targets
+from ..flow_head.triton import target_tokens
 
-# Bytes of a value -> widest tokens and heads; float32 products keep whole operands in registers.
+# Bytes per value -> (widest token, widest head); float32 products keep whole operands in registers.
 WIDEST = {2: (64, 128), 4: (32, 64)}
+# Channels of a token, or values of a head, per step of a product with the weight.
 CHUNK = tl.constexpr(16)
 
 
@@ -42,48 +55,52 @@ def _raw(
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Clipped raw parameters a and b of BLOCK_M tokens; forward writes the log-sum-exp, backward the output."""
+    """Return clipped raw a and b of BLOCK_M tokens; forward stores the log-sum-exp, backward the attention output."""
     dims = tl.arange(0, BLOCK_D)
     inner = tl.arange(0, 2 * HALF)
     queries = query + tl.arange(0, BLOCK_M)
     skip = 0 if SCALE == "unit" else D
     a = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    low, some, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
+    first, first_masked, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
     for number in range(0, H):
         head = tl.cast(number, tl.int64)
-        q_at = q + row * q_row + head * q_head
-        k_at = k + row * k_row + head // group * k_head
-        v_at = v + row * v_row + head // group * v_head
-        q1, q2 = load_pair(q_at, q_token, cos, sin, query, T, HEAD, HALF, ROTARY, BLOCK_M)
+        q_start = q + row * q_row + head * q_head
+        k_start = k + row * k_row + head // group * k_head
+        v_start = v + row * v_row + head // group * v_head
+        # (BLOCK_M, HALF) each
+        q1, q2 = load_pair(q_start, q_token, cos, sin, query, T, HEAD, HALF, ROTARY, BLOCK_M)
         acc = tl.zeros([BLOCK_M, 2 * HALF], tl.float32)
         total, top = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
         for masked in tl.static_range(1 if WINDOW else 0, 2):
             acc, total, top = attend(
-                acc, total, top, q1, q2, k_at, v_at, k_token, v_token, query,
-                some if masked else low, stop if masked else some, T, window, factor, masked, WINDOW, HEAD, HALF,
-                BLOCK_M, BLOCK_N,
+                acc, total, top, q1, q2, k_start, v_start, k_token, v_token, query,
+                first_masked if masked else first, stop if masked else first_masked, T, window, factor, masked,
+                WINDOW, HEAD, HALF, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         h = (acc / total[:, None]).to(q1.dtype)
         if FORWARD:
             tl.store(lse + (row * H + head) * T + queries, (top + tl.log2(total)) * LN_2, queries < T)
         else:
-            at, inside = rows(out + (row * T * H + head) * HEAD, H * HEAD, query, T, HEAD, 2 * HALF, BLOCK_M)
-            tl.store(at, h, inside)
+            target = out + (row * T * H + head) * HEAD
+            pointers, inside = row_pointers(target, H * HEAD, query, T, HEAD, 2 * HALF, BLOCK_M)
+            tl.store(pointers, h, inside)
         mask = (dims < D)[None, :] & (inner < HEAD)[:, None]
-        at = weight + head * HEAD + (dims[None, :] * (H * HEAD) + inner[:, None])
-        b = tl.dot(h, tl.load(at + skip * H * HEAD, mask, 0), b, input_precision="ieee")
+        weight_pointers = weight + head * HEAD + (dims[None, :] * (H * HEAD) + inner[:, None])
+        weight_b = tl.load(weight_pointers + skip * H * HEAD, mask, 0)  # (2 HALF, BLOCK_D)
+        b = tl.dot(h, weight_b, b, input_precision="ieee")  # (BLOCK_M, BLOCK_D)
         if SCALE != "unit":
-            a = tl.dot(h, tl.load(at, mask, 0), a, input_precision="ieee")
+            weight_a = tl.load(weight_pointers, mask, 0)  # (2 HALF, BLOCK_D)
+            a = tl.dot(h, weight_a, a, input_precision="ieee")  # (BLOCK_M, BLOCK_D)
     if BIAS:
-        b += tl.load(bias + skip + dims, dims < D, 0).to(tl.float32)[None, :]
+        b += tl.load(bias + skip + dims, dims < D, 0).to(tl.float32)[None, :]  # (1, BLOCK_D)
         if SCALE != "unit":
-            a += tl.load(bias + dims, dims < D, 0).to(tl.float32)[None, :]
+            a += tl.load(bias + dims, dims < D, 0).to(tl.float32)[None, :]  # (1, BLOCK_D)
     return soft_clipped(a, clip, CLIPPED), soft_clipped(b, clip, CLIPPED)
 
 
 @triton.jit
-def forward_kernel(
+def attention_flow_forward_kernel(
     x, q, k, v, cos, sin, weight, bias, z, logdet, lse, T, H, group, D, window, factor, clip,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
@@ -91,9 +108,9 @@ def forward_kernel(
     SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z, and -log sigma of each element or the sum of log sigma over the program's tokens."""
-    block, _, row = place(tl.cdiv(T, BLOCK_M), 1)
-    # The queries that see most keys come first.
+    """Store z, and -log sigma of each element or the sum of log sigma over the program's tokens."""
+    block, _, row = block_head_row(tl.cdiv(T, BLOCK_M), 1)
+    # The queries that see most keys start first.
     query = (tl.cdiv(T, BLOCK_M) - 1 - block) * BLOCK_M
     a, b = _raw(
         q, k, v, cos, sin, weight, bias, None, lse, query, row, T, H, group, D, window, factor, clip,
@@ -101,22 +118,22 @@ def forward_kernel(
         True, WINDOW, HEAD, HALF, ROTARY, SCALE, CLIPPED, BIAS, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     source, dims = query + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    known, token = _targets(source, T, SHIFT, FLIP)
+    known, token = target_tokens(source, T, SHIFT, FLIP)
     sigma, log_sigma = sigma_of(a, SCALE)
     inside = (source < T)[:, None] & (dims < D)[None, :]
     transformed = known[:, None] & (dims < D)[None, :]
-    at = (row * T + token)[:, None] * D + dims[None, :]
-    value = tl.load(x + at, inside, 0).to(tl.float32)
-    tl.store(z + at, tl.where(transformed, (value - b) / sigma, value), inside)
+    offsets = (row * T + token)[:, None] * D + dims[None, :]
+    value = tl.load(x + offsets, inside, 0).to(tl.float32)  # (BLOCK_M, BLOCK_D)
+    tl.store(z + offsets, tl.where(transformed, (value - b) / sigma, value), inside)
     log_sigma = tl.where(transformed, log_sigma, 0.0)
     if SUM:
         tl.store(logdet + tl.program_id(0), tl.sum(log_sigma))
     else:
-        tl.store(logdet + at, 0.0 - log_sigma, inside)
+        tl.store(logdet + offsets, 0.0 - log_sigma, inside)
 
 
 @triton.jit
-def raw_kernel(
+def attention_flow_raw_kernel(
     q, k, v, weight, bias, out, z, grad_z, grad_logdet, grad_x, grad_raw,
     T, H, group, D, window, factor, clip, share,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
@@ -125,8 +142,8 @@ def raw_kernel(
     SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr, HAS_Z: tl.constexpr, HAS_LOGDET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients with respect to x and the raw parameters, and the attention output."""
-    block, _, row = place(tl.cdiv(T, BLOCK_M), 1)
+    """Store the gradients of x and the raw parameters, and the attention output."""
+    block, _, row = block_head_row(tl.cdiv(T, BLOCK_M), 1)
     query = (tl.cdiv(T, BLOCK_M) - 1 - block) * BLOCK_M
     a, b = _raw(
         q, k, v, None, None, weight, bias, out, None, query, row, T, H, group, D, window, factor, clip,
@@ -134,83 +151,89 @@ def raw_kernel(
         False, WINDOW, HEAD, HALF, "none", SCALE, CLIPPED, BIAS, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     source, dims = query + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    known, token = _targets(source, T, SHIFT, FLIP)
+    known, token = target_tokens(source, T, SHIFT, FLIP)
     sigma, _ = sigma_of(a, SCALE)
     inside = (source < T)[:, None] & (dims < D)[None, :]
     transformed = known[:, None] & (dims < D)[None, :]
-    at = (row * T + token)[:, None] * D + dims[None, :]
+    offsets = (row * T + token)[:, None] * D + dims[None, :]
     g = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     slope = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_Z:
-        g += tl.load(grad_z + at, inside, 0).to(tl.float32)
+        g += tl.load(grad_z + offsets, inside, 0).to(tl.float32)  # (BLOCK_M, BLOCK_D)
     if HAS_LOGDET:
-        slope += tl.load(grad_logdet + row) * share if SUM else tl.load(grad_logdet + at, inside, 0)
-    to_x = tl.where(transformed, g / sigma, g)
-    tl.store(grad_x + at, to_x, inside)
-    to_b = tl.where(transformed, 0.0 - to_x, 0.0)
+        # (BLOCK_M, BLOCK_D), or the same value for all
+        slope += tl.load(grad_logdet + row) * share if SUM else tl.load(grad_logdet + offsets, inside, 0)
+    g_x = tl.where(transformed, g / sigma, g)
+    tl.store(grad_x + offsets, g_x, inside)
+    g_b = tl.where(transformed, 0.0 - g_x, 0.0)
     if CLIPPED:
-        to_b *= 1 - (b / clip) * (b / clip)
+        g_b *= 1 - (b / clip) * (b / clip)
     skip = 0 if SCALE == "unit" else D
-    raw = grad_raw + ((row * T + source)[:, None] * (skip + D) + skip + dims[None, :])
-    tl.store(raw, to_b, inside)
+    pointers = grad_raw + ((row * T + source)[:, None] * (skip + D) + skip + dims[None, :])
+    tl.store(pointers, g_b, inside)
     if SCALE != "unit":
-        to_a = (g * tl.load(z + at, inside, 0).to(tl.float32) + slope) * log_sigma_slope(a, sigma, SCALE)
-        to_a = tl.where(transformed, 0.0 - to_a, 0.0)
+        noise = tl.load(z + offsets, inside, 0).to(tl.float32)  # (BLOCK_M, BLOCK_D)
+        g_a = (g * noise + slope) * log_sigma_slope(a, sigma, SCALE)
+        g_a = tl.where(transformed, 0.0 - g_a, 0.0)
         if CLIPPED:
-            to_a *= 1 - (a / clip) * (a / clip)
-        tl.store(raw - D, to_a, inside)
+            g_a *= 1 - (a / clip) * (a / clip)
+        tl.store(pointers - D, g_a, inside)
 
 
 @triton.jit
-def queries_kernel(
+def attention_flow_queries_kernel(
     q, k, v, cos, sin, weight, out, grad_raw, grad_lse, lse, delta, grad_q, T, H, group, P, window, factor, scale,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     HAS_LSE: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
     ROTARY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries of one head, and their delta = rowsum(dO * O) - dlse."""
-    block, head, row = place(tl.cdiv(T, BLOCK_M), H)
+    """Store dq of BLOCK_M queries of one head, and their delta = rowsum(dO * O) - dlse."""
+    block, head, row = block_head_row(tl.cdiv(T, BLOCK_M), H)
     query = (tl.cdiv(T, BLOCK_M) - 1 - block) * BLOCK_M
-    queries, at = query + tl.arange(0, BLOCK_M), (row * H + head) * T
+    queries, lse_offset = query + tl.arange(0, BLOCK_M), (row * H + head) * T
     g = tl.zeros([BLOCK_M, 2 * HALF], tl.float32)
     for start in range(0, P, CHUNK):
-        part = load_rows(grad_raw + row * T * P + start, P, query, T, P - start, CHUNK, BLOCK_M)
-        of_head = load_rows(weight + head * HEAD, H * HEAD, start, P, HEAD, 2 * HALF, CHUNK)
-        g = tl.dot(part.to(of_head.dtype), of_head, g, input_precision="ieee")
+        g_raw = load_rows(grad_raw + row * T * P + start, P, query, T, P - start, CHUNK, BLOCK_M)  # (BLOCK_M, CHUNK)
+        weight_h = load_rows(weight + head * HEAD, H * HEAD, start, P, HEAD, 2 * HALF, CHUNK)  # (CHUNK, 2 HALF)
+        g = tl.dot(g_raw.to(weight_h.dtype), weight_h, g, input_precision="ieee")  # (BLOCK_M, 2 HALF)
     g = g.to(q.dtype.element_ty)
+    # (BLOCK_M, 2 HALF)
     o = load_rows(out + (row * T * H + head) * HEAD, H * HEAD, query, T, HEAD, 2 * HALF, BLOCK_M)
     counts = score_factor(queries, T, window, WINDOW)
-    of_delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1) * counts
+    deltas = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1) * counts
     if HAS_LSE:
-        of_delta -= tl.load(grad_lse + at + queries, queries < T, 0)
-    tl.store(delta + at + queries, of_delta, queries < T)
+        deltas -= tl.load(grad_lse + lse_offset + queries, queries < T, 0)  # (BLOCK_M,)
+    tl.store(delta + lse_offset + queries, deltas, queries < T)
     k += row * k_row + head // group * k_head
     v += row * v_row + head // group * v_head
+    # (BLOCK_M, HALF) each
     q1, q2 = load_pair(q + row * q_row + head * q_head, q_token, None, None, query, T, HEAD, HALF, "none", BLOCK_M)
-    of_query = tl.where(counts > 0, tl.load(lse + at + queries, queries < T, float("inf")) * LOG2_E, 0.0)
+    # (BLOCK_M,)
+    lse_2 = tl.where(counts > 0, tl.load(lse + lse_offset + queries, queries < T, float("inf")) * LOG2_E, 0.0)
     dq1, dq2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
-    low, some, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
+    first, first_masked, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
     for masked in tl.static_range(1 if WINDOW else 0, 2):
         dq1, dq2 = add_to_queries(
-            dq1, dq2, q1, q2, g, counts, of_query, of_delta, k, v, k_token, v_token, query,
-            some if masked else low, stop if masked else some, T, window, factor, masked, WINDOW, HEAD, HALF,
-            BLOCK_M, BLOCK_N,
+            dq1, dq2, q1, q2, g, counts, lse_2, deltas, k, v, k_token, v_token, query,
+            first_masked if masked else first, stop if masked else first_masked, T, window, factor, masked,
+            WINDOW, HEAD, HALF, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    to = grad_q + (row * T * H + head) * HEAD
-    store_pair(to, H * HEAD, cos, sin, query, T, dq1 * scale, dq2 * scale, HEAD, HALF, ROTARY, BLOCK_M)
+    target = grad_q + (row * T * H + head) * HEAD
+    store_pair(target, H * HEAD, cos, sin, query, T, dq1 * scale, dq2 * scale, HEAD, HALF, ROTARY, BLOCK_M)
 
 
 @triton.jit
-def keys_kernel(
+def attention_flow_keys_kernel(
     q, k, v, cos, sin, weight, grad_raw, lse, delta, grad_k, grad_v, T, H, group, P, window, factor, scale,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys of one key head, over the query heads of its group."""
+    """Store dk and dv of BLOCK_N keys of one key head, over the query heads of its group."""
     heads = H // group
-    block, kv_head, row = place(tl.cdiv(T, BLOCK_N), heads)
+    block, kv_head, row = block_head_row(tl.cdiv(T, BLOCK_N), heads)
     key, out = block * BLOCK_N, tl.arange(0, BLOCK_P)
+    # (BLOCK_N, HALF) each
     k1, k2 = load_pair(k + row * k_row + kv_head * k_head, k_token, None, None, key, T, HEAD, HALF, "none", BLOCK_N)
     dk1, dk2 = tl.zeros([BLOCK_N, HALF], tl.float32), tl.zeros([BLOCK_N, HALF], tl.float32)
     dv = tl.zeros([BLOCK_N, 2 * HALF], tl.float32)
@@ -219,25 +242,26 @@ def keys_kernel(
         head = kv_head * group + member
         value = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
         for start in range(0, HEAD, CHUNK):
-            v_at = v + row * v_row + kv_head * v_head + start
-            part = load_rows(v_at, v_token, key, T, HEAD - start, CHUNK, BLOCK_N)
+            v_start = v + row * v_row + kv_head * v_head + start
+            v_chunk = load_rows(v_start, v_token, key, T, HEAD - start, CHUNK, BLOCK_N)  # (BLOCK_N, CHUNK)
             inner = start + tl.arange(0, CHUNK)
-            of_head = weight + head * HEAD + (out[None, :] * (H * HEAD) + inner[:, None])
+            pointers = weight + head * HEAD + (out[None, :] * (H * HEAD) + inner[:, None])
             mask = (out < P)[None, :] & (inner < HEAD)[:, None]
-            value = tl.dot(part, tl.load(of_head, mask, 0), value, input_precision="ieee")
-        at = (row * H + head) * T
+            weight_h = tl.load(pointers, mask, 0)  # (CHUNK, BLOCK_P)
+            value = tl.dot(v_chunk, weight_h, value, input_precision="ieee")  # (BLOCK_N, BLOCK_P)
+        lse_offset = (row * H + head) * T
         g = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
         dk1, dk2, g = add_to_keys(
             dk1, dk2, g, k1, k2, value.to(k1.dtype), q + row * q_row + head * q_head, grad_raw + row * T * P,
-            lse + at, delta + at, q_token, P, key, key, stop, T, window, factor, P, WINDOW, HEAD, HALF, BLOCK_P,
-            BLOCK_M, BLOCK_N,
+            lse + lse_offset, delta + lse_offset, q_token, P, key, key, stop, T, window, factor, P, WINDOW, HEAD, HALF,
+            BLOCK_P, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        of_head = load_rows(weight + head * HEAD, H * HEAD, 0, P, HEAD, 2 * HALF, BLOCK_P)
-        dv = tl.dot(g.to(of_head.dtype), of_head, dv, input_precision="ieee")
-    to = (row * T * heads + kv_head) * HEAD
-    store_pair(grad_k + to, heads * HEAD, cos, sin, key, T, dk1 * scale, dk2 * scale, HEAD, HALF, ROTARY, BLOCK_N)
-    at, inside = rows(grad_v + to, heads * HEAD, key, T, HEAD, 2 * HALF, BLOCK_N)
-    tl.store(at, dv, inside)
+        weight_h = load_rows(weight + head * HEAD, H * HEAD, 0, P, HEAD, 2 * HALF, BLOCK_P)  # (BLOCK_P, 2 HALF)
+        dv = tl.dot(g.to(weight_h.dtype), weight_h, dv, input_precision="ieee")  # (BLOCK_N, 2 HALF)
+    offset = (row * T * heads + kv_head) * HEAD
+    store_pair(grad_k + offset, heads * HEAD, cos, sin, key, T, dk1 * scale, dk2 * scale, HEAD, HALF, ROTARY, BLOCK_N)
+    pointers, mask = row_pointers(grad_v + offset, heads * HEAD, key, T, HEAD, 2 * HALF, BLOCK_N)
+    tl.store(pointers, dv, mask)
 
 
 def _tile(width: int) -> int:
@@ -245,7 +269,7 @@ def _tile(width: int) -> int:
 
 
 def refuse(x, q, k, v, weight, bias, *others) -> str | None:
-    """Why these arguments cannot run here, or None."""
+    """Return why the kernels cannot take these arguments, or None."""
     if reason := refuse_tensors(x, q, k, v, weight, bias):
         return reason
     for name, size, widest in zip(("tokens", "heads"), (x.shape[2], q.shape[3]), WIDEST[q.element_size()]):
@@ -258,7 +282,7 @@ def refuse(x, q, k, v, weight, bias, *others) -> str | None:
 
 
 def refuse_backward(grads, outputs, *args) -> str | None:
-    """The same for the gradient."""
+    """Return why the backward kernels cannot take these arguments, or None."""
     return refuse(*args)
 
 
@@ -273,15 +297,15 @@ def attention_flow(x, q, k, v, weight, bias, cos, sin, rotary, window, temperatu
     """See reference.attention_flow."""
     (B, T, H, d), D, group = q.shape, x.shape[2], q.shape[2] // k.shape[2]
     x, weight, bias = (None if t is None else t.contiguous() for t in (x, weight, bias))
-    (q, k, v), (cos, sin) = map(adjacent, (q, k, v)), angles(cos, sin)
+    (q, k, v), (cos, sin) = last_dim_contiguous(q, k, v), angles(cos, sin)
     constants, flow = shared_constants(T, d, rotary, window), _flow_constants(D, bias, *options)
     blocks = config("attention_flow", "forward", q, half_tile(d))
     z, lse = torch.empty_like(x), q.new_empty((B, H, T), dtype=torch.float32)
     count = triton.cdiv(T, blocks["BLOCK_M"])
     partial = x.new_empty((B, count) if flow["SUM"] else x.shape, dtype=torch.float32)
     if B:
-        k = turned(k, cos, sin, rotary)
-        forward_kernel[(B * count,)](
+        k = apply_rotary(k, cos, sin, rotary)
+        attention_flow_forward_kernel[(B * count,)](
             x, q, k, v, cos, sin, weight, bias, z, partial, lse, T, H, group, D, window,
             d**-0.5 / temperature * LOG2_E.value, options[1], *strides(q, k, v), **constants, **flow, **blocks,
         )  # fmt: skip
@@ -296,35 +320,35 @@ def attention_flow_backward(
     grad_z, grad_logdet, grad_lse, z, lse, weight, bias = (
         None if t is None else t.contiguous() for t in (*grads, outputs[0], outputs[2], weight, bias)
     )
-    (q, k, v), (cos, sin) = map(adjacent, (q, k, v)), angles(cos, sin)
-    grad_x, *of_attention = (t.new_empty(t.shape) for t in (x, q, k, v))
-    grad_q, grad_k, grad_v = of_attention
+    (q, k, v), (cos, sin) = last_dim_contiguous(q, k, v), angles(cos, sin)
+    grad_x, grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (x, q, k, v))
     out, grad_raw = q.new_empty(q.shape), x.new_empty((B, T, P), dtype=torch.float32)
     if B:
-        q, k = (turned(t, cos, sin, rotary) for t in (q, k))
+        q, k = (apply_rotary(t, cos, sin, rotary) for t in (q, k))
         scale, delta = d**-0.5 / temperature, torch.empty_like(lse)
-        factor, between = scale * LOG2_E.value, strides(q, k, v)
+        factor, all_strides = scale * LOG2_E.value, strides(q, k, v)
         constants, flow = shared_constants(T, d, rotary, window), _flow_constants(D, bias, *options)
-        without = {name: value for name, value in constants.items() if name != "ROTARY"}
+        without_rotary = {name: value for name, value in constants.items() if name != "ROTARY"}
         blocks = config("attention_flow", "forward", q, half)
-        raw_kernel[(B * triton.cdiv(T, blocks["BLOCK_M"]),)](
+        attention_flow_raw_kernel[(B * triton.cdiv(T, blocks["BLOCK_M"]),)](
             q, k, v, weight, bias, out, z, grad_z, grad_logdet, grad_x, grad_raw, T, H, H // k.shape[2], D, window,
-            factor, options[1], 1.0 if options[-1] == "sum" else 1.0 / (T * D), *between,
-            HAS_Z=grad_z is not None, HAS_LOGDET=grad_logdet is not None, **without, **flow, **blocks,
+            factor, options[1], 1.0 if options[-1] == "sum" else 1.0 / (T * D), *all_strides,
+            HAS_Z=grad_z is not None, HAS_LOGDET=grad_logdet is not None, **without_rotary, **flow, **blocks,
         )  # fmt: skip
-        sizes = T, H, H // k.shape[2], P, window, factor, scale, *between
+        sizes = T, H, H // k.shape[2], P, window, factor, scale, *all_strides
         blocks = config("attention_flow", "queries", q, half)
-        queries_kernel[(B * H * triton.cdiv(T, blocks["BLOCK_M"]),)](
+        attention_flow_queries_kernel[(B * H * triton.cdiv(T, blocks["BLOCK_M"]),)](
             q, k, v, cos, sin, weight, out, grad_raw, grad_lse, lse, delta, grad_q, *sizes,
             HAS_LSE=grad_lse is not None, **constants, **blocks,
         )  # fmt: skip
         blocks = config("attention_flow", "keys", q, half)
-        keys_kernel[(B * k.shape[2] * triton.cdiv(T, blocks["BLOCK_N"]),)](
+        attention_flow_keys_kernel[(B * k.shape[2] * triton.cdiv(T, blocks["BLOCK_N"]),)](
             q, k, v, cos, sin, weight, grad_raw, lse, delta, grad_k, grad_v, *sizes,
             BLOCK_P=_tile(P), **constants, **blocks,
         )  # fmt: skip
-    found = [grad_x, grad_q, grad_k, grad_v, grad_raw.to(q.dtype).flatten(0, 1).T @ out.view(B * T, H * d)]
+    grad_weight = grad_raw.to(q.dtype).flatten(0, 1).T @ out.view(B * T, H * d)
+    gradients = [grad_x, grad_q, grad_k, grad_v, grad_weight]
     if bias is not None:
-        found.append(grad_raw.sum((0, 1)))
+        gradients.append(grad_raw.sum((0, 1)))
     inputs = (t for t in (x, q, k, v, weight, bias) if t is not None)
-    return [grad.to(like.dtype) for grad, like in zip(found, inputs)]
+    return [grad.to(like.dtype) for grad, like in zip(gradients, inputs)]

@@ -1,4 +1,4 @@
-"""What the fused attentions of other packages share: what they take on a GPU, and the rotation that they lack.
+"""Parts that the fused attentions of other packages share: what they take on a GPU, and the rotation that they lack.
 
 The rotation is one small Triton kernel where Triton runs, else torch's.
 """
@@ -14,7 +14,7 @@ from .._triton import runtime
 
 
 def refuse_heads(q: torch.Tensor) -> str | None:
-    """Why the kernels of flash-attn, torch's copy of them too, cannot take queries like these on a GPU, or None."""
+    """Return why flash-attn, or torch's copy of it, cannot take queries like q on a GPU, or None."""
     if not q.is_cuda:
         return f"it runs on CUDA, not on {q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -26,15 +26,10 @@ def refuse_heads(q: torch.Tensor) -> str | None:
     return None if q.numel() else "there are no queries"
 
 
-def adjacent(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors (B, T, H, d) with the values of a head adjacent."""
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
-
-
-def _kernels(x: torch.Tensor):
-    """The module with the kernels where they take x."""
-    here = x.is_cuda or runtime.interpreted()
-    if not here or runtime.unavailable() or runtime.refuse_tensors(x) or x.numel() >= 2**31:
+def _rotary_kernels(x: torch.Tensor):
+    """Return the module with the Triton kernels if they take x, else None."""
+    on_device = x.is_cuda or runtime.interpreted()
+    if not on_device or runtime.unavailable() or runtime.refuse_tensors(x) or x.numel() >= 2**31:
         return None
     try:
         from .._triton import rotary
@@ -43,24 +38,27 @@ def _kernels(x: torch.Tensor):
     return rotary
 
 
-def _on(x: torch.Tensor):
+def _on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, rotary: str) -> torch.Tensor:
-    """x (B, T, H, d) rotated, its values perhaps in another order: the same one for every tensor of a device and dtype,
-    so that products of two of them are those of numerics.apply_rotary."""
-    kernels = None if rotary == "none" else _kernels(x)
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, rotary: str) -> torch.Tensor:
+    """Rotate x (B, T, H, d); the values of a head may come in another order.
+
+    The order is the same for every tensor of a device and dtype, so that products of two rotated tensors are right.
+    """
+    kernels = None if rotary == "none" else _rotary_kernels(x)
     if kernels is None:
         return numerics.apply_rotary(x, cos, sin, rotary)
-    with _on(x):
-        return kernels.turned(kernels.adjacent(x), *kernels.angles(cos, sin), rotary)
+    (x,) = numerics.last_dim_contiguous(x)
+    with _on_device(x):
+        return kernels.apply_rotary(x, *kernels.angles(cos, sin), rotary)
 
 
-def turn_back(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, rotary: str) -> torch.Tensor:
-    """The opposite of `turn`: of a gradient with respect to its result that with respect to its argument."""
-    kernels = None if rotary == "none" else _kernels(x)
+def undo_rotary(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, rotary: str) -> torch.Tensor:
+    """Invert `apply_rotary`; its gradient, too: the gradient of the result gives that of the argument."""
+    kernels = None if rotary == "none" else _rotary_kernels(x)
     if kernels is None:
         return numerics.undo_rotary(x, cos, sin, rotary)
-    with _on(x):
-        return kernels.turned_back(x, *kernels.angles(cos, sin), rotary)
+    with _on_device(x):
+        return kernels.undo_rotary(x, *kernels.angles(cos, sin), rotary)

@@ -1,43 +1,46 @@
-"""Causal attention by the package flash-attn where it is installed, the rotation before it."""
+"""Causal attention by the package flash-attn, if it is installed, after the rotation."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import operator
 from collections.abc import Callable
 
 import torch
 
-from .external import adjacent, refuse_heads, turn, turn_back
+from .._core.numerics import last_dim_contiguous
+from .external import apply_rotary, refuse_heads, undo_rotary
 
 
 @functools.cache
-def _symbols() -> tuple[Callable, Callable] | str:
-    """Its forward and its backward pass, or why they cannot be had."""
+def flash_functions() -> tuple[Callable, Callable] | str:
+    """Return the forward and the backward function of flash-attn, or why they cannot be imported."""
     try:
-        # Other packages install an empty namespace of this name: only the functions tell.
+        # Other packages install an empty namespace of this name, so only the functions prove the package.
         module = importlib.import_module("flash_attn.flash_attn_interface")
-        return module.flash_attn_func, module._flash_attn_backward
+        # The backward function has no public name.
+        return operator.attrgetter("flash_attn_func", "_flash_attn_backward")(module)
     except Exception as error:
         return f"flash-attn cannot be used: {type(error).__name__}: {error}"
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why it cannot be used on this machine, or None."""
+    """Return why flash-attn cannot be used on this machine, or None."""
     if torch.cuda.device_count() == 0:
         return "torch sees no GPU"
-    found = _symbols()
-    return found if isinstance(found, str) else None
+    functions = flash_functions()
+    return functions if isinstance(functions, str) else None
 
 
 def refuse(q, k, v, cos, sin, rotary, window, temperature) -> str | None:
-    """Why these arguments cannot run here, or None."""
+    """Return why flash-attn cannot take these arguments, or None."""
     return refuse_heads(q)
 
 
 def refuse_backward(grads, outputs, *args) -> str | None:
-    """Why these arguments cannot run here, or None."""
+    """Return why the backward function of flash-attn cannot take these arguments, or None."""
     if grads[1] is not None:
         return "it has no gradient of the log-sum-exp"
     return refuse(*args)
@@ -45,8 +48,8 @@ def refuse_backward(grads, outputs, *args) -> str | None:
 
 def causal_attention(q, k, v, cos, sin, rotary, window, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.causal_attention."""
-    attention, _ = _symbols()
-    inputs = adjacent(turn(q, cos, sin, rotary), turn(k, cos, sin, rotary), v)
+    attention, _ = flash_functions()
+    inputs = last_dim_contiguous(apply_rotary(q, cos, sin, rotary), apply_rotary(k, cos, sin, rotary), v)
     out, lse, _ = attention(
         *inputs,
         softmax_scale=q.shape[-1] ** -0.5 / temperature,
@@ -59,14 +62,17 @@ def causal_attention(q, k, v, cos, sin, rotary, window, temperature) -> tuple[to
 
 def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window, temperature) -> list[torch.Tensor]:
     """See reference.causal_attention_backward."""
-    _, backward = _symbols()
+    _, backward = flash_functions()
     grad_out = torch.zeros_like(q) if grads[0] is None else grads[0]
-    inputs = adjacent(grad_out, turn(q, cos, sin, rotary), turn(k, cos, sin, rotary), v, outputs[0])
-    found = [t.new_empty(t.shape) for t in (q, k, v)]
+    rotated = apply_rotary(q, cos, sin, rotary), apply_rotary(k, cos, sin, rotary)
+    inputs = last_dim_contiguous(grad_out, *rotated, v, outputs[0])
+    grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
     backward(
         *inputs,
         outputs[1],
-        *found,
+        grad_q,
+        grad_k,
+        grad_v,
         dropout_p=0.0,
         softmax_scale=q.shape[-1] ** -0.5 / temperature,
         causal=True,
@@ -76,5 +82,4 @@ def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window,
         alibi_slopes=None,
         deterministic=True,
     )
-    grad_q, grad_k, grad_v = found
-    return [turn_back(grad_q, cos, sin, rotary), turn_back(grad_k, cos, sin, rotary), grad_v]
+    return [undo_rotary(grad_q, cos, sin, rotary), undo_rotary(grad_k, cos, sin, rotary), grad_v]

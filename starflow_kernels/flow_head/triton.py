@@ -1,11 +1,13 @@
 """Flow head in Triton: raw parameters never reach memory.
 
-A program takes BLOCK_T consecutive tokens of one row through the projection and transforms the tokens that they belong
-to. With bfloat16 weights h is read once and the norm's factor applied after the projection; float32 has too many digits
-for that and float16 too little range, so that there h is read twice, the second time from cache. Backward computes the
-raw parameters anew. With raw gradients g of a token, r its norm's factor and G = sum over tokens of (r g) h^T, which
-one matrix product gives, dL/dW = G (1 + w) and dL/dw is the sum of W G over outputs; the mean that the norm's gradient
-needs is that of g with the parameters before the bias.
+A program projects BLOCK_T consecutive tokens of one row and transforms the tokens that the parameters belong to. With
+bfloat16 weights it reads h once and applies the factor of the norm after the projection. float32 has too many digits
+for that and float16 too little range: with these it reads h twice, the second time from cache. The backward kernel
+recomputes the raw parameters.
+
+Let g be the raw gradients of a token, r the factor of its norm, w the norm's weight and G the sum over tokens of
+(r g) h^T, one matrix product. Then dL/dW = G (1 + w), and dL/dw is the sum of W G over outputs. The gradient of the
+norm needs the mean of g times the parameters before the bias.
 """
 
 from __future__ import annotations
@@ -16,33 +18,35 @@ import triton.language as tl
 
 from .._core.numerics import accumulation_dtype
 from .._triton.math import log_sigma_slope, sigma_of, soft_clipped
-from .._triton.runtime import refuse_tensors
+from .._triton.runtime import contiguous, refuse_tensors
 from .._triton.tiles import chip_of
 from ..affine_flow.triton import sum_rows
 
 WIDEST = 256
 RMS_EPS = tl.constexpr(1e-6)
-# BLOCK_D: tokens and channels of a block, warps. The largest that compile without spills for every target.
+# BLOCK_D -> (tokens per block, channels per block, warps): the largest that compile without spills for every target.
 NARROW = {16: (64, 64, 4), 32: (32, 64, 4), 64: (16, 64, 4), 128: (32, 32, 8), 256: (16, 16, 8)}
 FLOAT32 = {16: (32, 16, 4), 32: (32, 32, 4), 64: (16, 32, 8), 128: (16, 16, 8), 256: (8, 16, 8)}
-# Bytes of a value and BLOCK_D -> the same, where gfx942 needs other ones: half the threads have twice the registers.
+# (bytes per value, BLOCK_D) -> sizes for gfx942 where they differ: half as many threads have twice the registers.
 GFX942 = {(2, 128): (32, 32, 4), (4, 256): (16, 16, 4)}
 
 
 def config(D: int, dtype: torch.dtype, chip: str) -> dict[str, int]:
-    """Block sizes for tokens of D values and a weight of `dtype`; nothing else decides them."""
+    """Return the launch options for tokens of D values and a weight of `dtype`; nothing else decides them."""
     block_d = max(16, triton.next_power_of_2(D))
-    found = (FLOAT32 if dtype == torch.float32 else NARROW)[block_d]
-    block_t, block_c, warps = GFX942.get((dtype.itemsize, block_d), found) if chip == "gfx942" else found
+    sizes = (FLOAT32 if dtype == torch.float32 else NARROW)[block_d]
+    block_t, block_c, warps = GFX942.get((dtype.itemsize, block_d), sizes) if chip == "gfx942" else sizes
     return {"BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
 
 
 @triton.jit
 def _norm_factor(h, row, source, T, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """1 / sqrt(mean h^2 + eps) of each token: an error of it is one of all its parameters, so added up in float64."""
+    """Return 1 / sqrt(mean h^2 + eps) of each token, (BLOCK_T,)."""
+    # Its error is an error of all parameters of the token: the sum is in float64.
     square = tl.zeros([BLOCK_T], tl.float64)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
+        # (BLOCK_T, BLOCK_C)
         x = tl.load(h + (row * T + source)[:, None] * C + c[None, :], (source < T)[:, None] & (c < C)[None, :], 0)
         x = x.to(tl.float32)
         square += tl.sum(x * x, 1)
@@ -51,12 +55,12 @@ def _norm_factor(h, row, source, T, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.conste
 
 @triton.jit
 def _add_product(x, y, total, lost):
-    """total + x y; float32 products are added with compensation, `lost` is what the last sum has rounded away."""
+    """Return total + x y and its rounding error, `lost`, which the next sum subtracts; only float32 is compensated."""
     if x.dtype == tl.float32:
-        product = tl.dot(x, y, input_precision="ieee") - lost
+        product = tl.dot(x, y, input_precision="ieee") - lost  # (BLOCK_T, BLOCK_D)
         grown = total + product
         return grown, (grown - total) - product
-    return tl.dot(x, y, total), lost
+    return tl.dot(x, y, total), lost  # (BLOCK_T, BLOCK_D)
 
 
 @triton.jit
@@ -65,7 +69,7 @@ def _raw(
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Raw parameters a and b of each token before bias and clip, and after; the factor of each token's norm."""
+    """Return raw a and b of each token before bias and clip, both after them, and the factor of each token's norm."""
     out = tl.arange(0, BLOCK_D)
     a = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     b = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -73,38 +77,42 @@ def _raw(
     factor = tl.full([BLOCK_T], 1.0, tl.float32)
     square = tl.zeros([BLOCK_T], tl.float32)
     skip = 0 if SCALE == "unit" else D
-    FIRST: tl.constexpr = NORM and weight.dtype.element_ty != tl.bfloat16
-    if FIRST:
+    NORM_FIRST: tl.constexpr = NORM and weight.dtype.element_ty != tl.bfloat16
+    if NORM_FIRST:
         factor = _norm_factor(h, row, source, T, C, BLOCK_T, BLOCK_C)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         mask = (out < D)[None, :] & (c < C)[:, None]
+        # (BLOCK_T, BLOCK_C)
         x = tl.load(h + (row * T + source)[:, None] * C + c[None, :], (source < T)[:, None] & (c < C)[None, :], 0)
         if NORM:
             wide = x.to(tl.float32) * factor[:, None]
             square += tl.sum(wide * wide, 1)
-            x = wide * (1 + tl.load(norm_weight + c, c < C, 0).to(tl.float32))[None, :]
-        of_b = tl.load(weight + (skip + out)[None, :] * C + c[:, None], mask, 0)
-        x = x.to(of_b.dtype)
-        b, lost_b = _add_product(x, of_b, b, lost_b)
+            x = wide * (1 + tl.load(norm_weight + c, c < C, 0).to(tl.float32))[None, :]  # (BLOCK_T, BLOCK_C)
+        weight_b = tl.load(weight + (skip + out)[None, :] * C + c[:, None], mask, 0)  # (BLOCK_C, BLOCK_D)
+        x = x.to(weight_b.dtype)
+        b, lost_b = _add_product(x, weight_b, b, lost_b)  # (BLOCK_T, BLOCK_D)
         if SCALE != "unit":
-            a, lost_a = _add_product(x, tl.load(weight + out[None, :] * C + c[:, None], mask, 0), a, lost_a)
-    if NORM and not FIRST:
+            weight_a = tl.load(weight + out[None, :] * C + c[:, None], mask, 0)  # (BLOCK_C, BLOCK_D)
+            a, lost_a = _add_product(x, weight_a, a, lost_a)  # (BLOCK_T, BLOCK_D)
+    if NORM and not NORM_FIRST:
         factor = tl.rsqrt(square / C + RMS_EPS)
         a *= factor[:, None]
         b *= factor[:, None]
     raw_a, raw_b = a, b
     if BIAS:
-        raw_b += tl.load(bias + skip + out, out < D, 0).to(tl.float32)[None, :]
+        raw_b += tl.load(bias + skip + out, out < D, 0).to(tl.float32)[None, :]  # (1, BLOCK_D)
         if SCALE != "unit":
-            raw_a += tl.load(bias + out, out < D, 0).to(tl.float32)[None, :]
+            raw_a += tl.load(bias + out, out < D, 0).to(tl.float32)[None, :]  # (1, BLOCK_D)
     return a, b, soft_clipped(raw_a, clip, CLIPPED), soft_clipped(raw_b, clip, CLIPPED), factor
 
 
 @triton.jit
-def _targets(source, T, SHIFT: tl.constexpr, FLIP: tl.constexpr):
-    """Whether the parameters of each source belong to a token, and the token: for the last source of a shifted row,
-    whose parameters belong to none, the token that passes unchanged."""
+def target_tokens(source, T, SHIFT: tl.constexpr, FLIP: tl.constexpr):
+    """Return whether the parameters of each source belong to a token, and that token.
+
+    The parameters of the last source of a shifted row belong to none: it gets the token that passes unchanged.
+    """
     token = source + 1 if SHIFT else source
     known = (token < T) & (source < T)
     token = tl.where(token < T, token, 0)
@@ -112,94 +120,96 @@ def _targets(source, T, SHIFT: tl.constexpr, FLIP: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def flow_head_forward_kernel(
     x, h, weight, bias, norm_weight, z, logdet, T, C, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z, and -log sigma of each element or the sum of log sigma over the program's tokens."""
+    """Store z, and -log sigma of each element or the sum of log sigma over the program's tokens."""
     blocks = tl.cdiv(T, BLOCK_T)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     source = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     _, _, a, b, _ = _raw(h, weight, bias, norm_weight, row, source, T, C, D, clip, SCALE, CLIPPED, BIAS, NORM,
                          BLOCK_T, BLOCK_C, BLOCK_D)  # fmt: skip
-    known, token = _targets(source, T, SHIFT, FLIP)
+    known, token = target_tokens(source, T, SHIFT, FLIP)
     out = tl.arange(0, BLOCK_D)
     sigma, log_sigma = sigma_of(a, SCALE)
     inside = (source < T)[:, None] & (out < D)[None, :]
     transformed = known[:, None] & (out < D)[None, :]
-    at = (row * T + token)[:, None] * D + out[None, :]
-    value = tl.load(x + at, inside, 0).to(tl.float32)
-    tl.store(z + at, tl.where(transformed, (value - b) / sigma, value), inside)
+    offsets = (row * T + token)[:, None] * D + out[None, :]
+    value = tl.load(x + offsets, inside, 0).to(tl.float32)  # (BLOCK_T, BLOCK_D)
+    tl.store(z + offsets, tl.where(transformed, (value - b) / sigma, value), inside)
     log_sigma = tl.where(transformed, log_sigma, 0.0)
     if SUM:
         tl.store(logdet + tl.program_id(0), tl.sum(log_sigma))
     else:
-        tl.store(logdet + at, 0.0 - log_sigma, inside)
+        tl.store(logdet + offsets, 0.0 - log_sigma, inside)
 
 
 @triton.jit
-def backward_kernel(
+def flow_head_backward_kernel(
     x, h, weight, bias, norm_weight, z, grad_z, grad_logdet, grad_x, grad_h, grad_raw, scaled, T, C, D, clip, share,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr, HAS_Z: tl.constexpr, HAS_LOGDET: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients with respect to x, h and the raw parameters, and the latter times the factor of the norm."""
+    """Store the gradients of x, h and the raw parameters, and the last also times the factor of the norm."""
     blocks = tl.cdiv(T, BLOCK_T)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     source = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-    plain_a, plain_b, a, b, factor = _raw(h, weight, bias, norm_weight, row, source, T, C, D, clip, SCALE, CLIPPED,
+    linear_a, linear_b, a, b, factor = _raw(h, weight, bias, norm_weight, row, source, T, C, D, clip, SCALE, CLIPPED,
                                           BIAS, NORM, BLOCK_T, BLOCK_C, BLOCK_D)  # fmt: skip
-    known, token = _targets(source, T, SHIFT, FLIP)
+    known, token = target_tokens(source, T, SHIFT, FLIP)
     out = tl.arange(0, BLOCK_D)
     inside = (source < T)[:, None] & (out < D)[None, :]
     transformed = known[:, None] & (out < D)[None, :]
-    at = (row * T + token)[:, None] * D + out[None, :]
+    offsets = (row * T + token)[:, None] * D + out[None, :]
     sigma, _ = sigma_of(a, SCALE)
     g = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     slope = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     if HAS_Z:
-        g += tl.load(grad_z + at, inside, 0).to(tl.float32)
+        g += tl.load(grad_z + offsets, inside, 0).to(tl.float32)  # (BLOCK_T, BLOCK_D)
     if HAS_LOGDET:
-        slope += tl.load(grad_logdet + row) * share if SUM else tl.load(grad_logdet + at, inside, 0)
-    to_x = tl.where(transformed, g / sigma, g)
-    tl.store(grad_x + at, to_x, inside)
-    to_b = tl.where(transformed, 0.0 - to_x, 0.0)
-    to_a = (g * tl.load(z + at, inside, 0).to(tl.float32) + slope) * log_sigma_slope(a, sigma, SCALE)
-    to_a = tl.where(transformed, 0.0 - to_a, 0.0)
+        # (BLOCK_T, BLOCK_D), or the same value for all
+        slope += tl.load(grad_logdet + row) * share if SUM else tl.load(grad_logdet + offsets, inside, 0)
+    g_x = tl.where(transformed, g / sigma, g)
+    tl.store(grad_x + offsets, g_x, inside)
+    g_b = tl.where(transformed, 0.0 - g_x, 0.0)
+    noise = tl.load(z + offsets, inside, 0).to(tl.float32)  # (BLOCK_T, BLOCK_D)
+    g_a = (g * noise + slope) * log_sigma_slope(a, sigma, SCALE)
+    g_a = tl.where(transformed, 0.0 - g_a, 0.0)
     if CLIPPED:
-        to_a *= 1 - (a / clip) * (a / clip)
-        to_b *= 1 - (b / clip) * (b / clip)
+        g_a *= 1 - (a / clip) * (a / clip)
+        g_b *= 1 - (b / clip) * (b / clip)
     skip = 0 if SCALE == "unit" else D
-    raw = (row * T + source)[:, None] * (skip + D) + skip + out[None, :]
-    tl.store(grad_raw + raw, to_b, inside)
-    tl.store(scaled + raw, to_b * factor[:, None], inside)
-    mean = tl.sum(to_b * plain_b, 1)
+    raw_offsets = (row * T + source)[:, None] * (skip + D) + skip + out[None, :]
+    tl.store(grad_raw + raw_offsets, g_b, inside)
+    tl.store(scaled + raw_offsets, g_b * factor[:, None], inside)
+    mean = tl.sum(g_b * linear_b, 1)
     if SCALE != "unit":
-        tl.store(grad_raw + raw - D, to_a, inside)
-        tl.store(scaled + raw - D, to_a * factor[:, None], inside)
-        mean += tl.sum(to_a * plain_a, 1)
+        tl.store(grad_raw + raw_offsets - D, g_a, inside)
+        tl.store(scaled + raw_offsets - D, g_a * factor[:, None], inside)
+        mean += tl.sum(g_a * linear_a, 1)
     mean = mean * factor * factor / C
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         mask = (out < D)[:, None] & (c < C)[None, :]
-        here = (source < T)[:, None] & (c < C)[None, :]
-        of_b = tl.load(weight + (skip + out)[:, None] * C + c[None, :], mask, 0)
-        to_h = tl.dot(to_b.to(of_b.dtype), of_b, input_precision="ieee")
+        h_mask = (source < T)[:, None] & (c < C)[None, :]
+        weight_b = tl.load(weight + (skip + out)[:, None] * C + c[None, :], mask, 0)  # (BLOCK_D, BLOCK_C)
+        g_h = tl.dot(g_b.to(weight_b.dtype), weight_b, input_precision="ieee")  # (BLOCK_T, BLOCK_C)
         if SCALE != "unit":
-            of_a = tl.load(weight + out[:, None] * C + c[None, :], mask, 0)
-            to_h = tl.dot(to_a.to(of_a.dtype), of_a, to_h, input_precision="ieee")
-        place = (row * T + source)[:, None] * C + c[None, :]
+            weight_a = tl.load(weight + out[:, None] * C + c[None, :], mask, 0)  # (BLOCK_D, BLOCK_C)
+            g_h = tl.dot(g_a.to(weight_a.dtype), weight_a, g_h, input_precision="ieee")  # (BLOCK_T, BLOCK_C)
+        h_offsets = (row * T + source)[:, None] * C + c[None, :]
         if NORM:
-            to_h *= (1 + tl.load(norm_weight + c, c < C, 0).to(tl.float32))[None, :] * factor[:, None]
-            to_h -= tl.load(h + place, here, 0).to(tl.float32) * mean[:, None]
-        tl.store(grad_h + place, to_h, here)
+            g_h *= (1 + tl.load(norm_weight + c, c < C, 0).to(tl.float32))[None, :] * factor[:, None]
+            g_h -= tl.load(h + h_offsets, h_mask, 0).to(tl.float32) * mean[:, None]  # (BLOCK_T, BLOCK_C)
+        tl.store(grad_h + h_offsets, g_h, h_mask)
 
 
 def refuse(x, h, weight, *others) -> str | None:
-    """Why these arguments cannot run here, or None."""
+    """Return why the kernels cannot take these arguments, or None."""
     if x.shape[2] > WIDEST:
         return f"tokens of {x.shape[2]} values, it takes up to {WIDEST}"
     if weight.shape[0] * max(x.shape[0], 1) * x.shape[1] >= 2**31:
@@ -208,16 +218,12 @@ def refuse(x, h, weight, *others) -> str | None:
 
 
 def refuse_backward(grads, outputs, *args) -> str | None:
-    """The same for the gradient."""
+    """Return why the backward kernels cannot take these arguments, or None."""
     return refuse(*args)
 
 
-def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 def _sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a^T b; in float32 of 16 parts, then added: one chain of sums over all tokens would lose digits."""
+    """Return a^T b; in float32 as a sum of 16 parts, as one chain of sums over all tokens would lose digits."""
     if a.dtype != torch.float32:
         return a.T @ b
     part = max(1, len(a) // 16)
@@ -237,11 +243,13 @@ def flow_head(x, h, weight, bias, norm_weight, *options) -> tuple[torch.Tensor, 
     """See reference.flow_head."""
     (B, T, D), C = x.shape, h.shape[2]
     constants = _options(D, weight, bias, norm_weight, *options)
-    x, h, weight, bias, norm_weight = _contiguous(x, h, weight, bias, norm_weight)
+    x, h, weight, bias, norm_weight = contiguous(x, h, weight, bias, norm_weight)
     z, blocks = torch.empty_like(x), triton.cdiv(T, constants["BLOCK_T"])
     partial = x.new_empty((B, blocks) if constants["SUM"] else x.shape, dtype=torch.float32)
     if B:
-        forward_kernel[(B * blocks,)](x, h, weight, bias, norm_weight, z, partial, T, C, D, options[1], **constants)
+        flow_head_forward_kernel[(B * blocks,)](
+            x, h, weight, bias, norm_weight, z, partial, T, C, D, options[1], **constants
+        )
     return z, sum_rows(partial, options[-1], T * D) if constants["SUM"] else partial
 
 
@@ -249,23 +257,23 @@ def flow_head_backward(grads, outputs, x, h, weight, bias, norm_weight, *options
     """See reference.flow_head_backward."""
     (B, T, D), C = x.shape, h.shape[2]
     constants = _options(D, weight, bias, norm_weight, *options)
-    x, h, weight, bias, norm_weight, z, *grads = _contiguous(x, h, weight, bias, norm_weight, outputs[0], *grads)
+    x, h, weight, bias, norm_weight, z, *grads = contiguous(x, h, weight, bias, norm_weight, outputs[0], *grads)
     grad_x, grad_h = torch.empty_like(x), torch.empty_like(h)
     grad_raw, scaled = weight.new_empty((2, B * T, weight.shape[0]), dtype=torch.float32)
     if B:
-        backward_kernel[(B * triton.cdiv(T, constants["BLOCK_T"]),)](
+        flow_head_backward_kernel[(B * triton.cdiv(T, constants["BLOCK_T"]),)](
             x, h, weight, bias, norm_weight, z, *grads, grad_x, grad_h, grad_raw, scaled, T, C, D, options[1],
             1.0 if options[-1] == "sum" else 1.0 / (T * D),
             HAS_Z=grads[0] is not None, HAS_LOGDET=grads[1] is not None, **constants,
         )  # fmt: skip
     wide = accumulation_dtype(h.dtype)
     product = _sum_over_tokens(scaled.to(h.dtype), h.flatten(0, 1))
-    found, factor = [grad_x, grad_h, product], None if norm_weight is None else 1 + norm_weight.to(wide)
+    gradients, factor = [grad_x, grad_h, product], None if norm_weight is None else 1 + norm_weight.to(wide)
     if factor is not None:
-        found[2] = product * factor
+        gradients[2] = product * factor
     if bias is not None:
-        found.append(grad_raw.sum(0))
+        gradients.append(grad_raw.sum(0))
     if norm_weight is not None:
-        found.append((product.to(wide) * weight.to(wide)).sum(0))
+        gradients.append((product.to(wide) * weight.to(wide)).sum(0))
     inputs = (t for t in (x, h, weight, bias, norm_weight) if t is not None)
-    return [grad.to(like.dtype) for grad, like in zip(found, inputs)]
+    return [grad.to(like.dtype) for grad, like in zip(gradients, inputs)]

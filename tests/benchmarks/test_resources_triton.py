@@ -10,7 +10,7 @@ pytest.importorskip("triton", exc_type=ImportError)
 NVIDIA = """Resource usage:
  Common:
   GLOBAL:0
- Function forward_kernel:
+ Function affine_flow_forward_kernel:
   REG:128 STACK:8 SHARED:16 LOCAL:0 CONSTANT[0]:636 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 AMD = """amdhsa.kernels:
@@ -34,9 +34,9 @@ def test_reads_both_vendors(tool):
 
 def test_complains_of_spills_and_of_shared_memory(tool):
     assert tool.complaint(tool.Resources(255, 0, 232448), "sm_90") is None
-    assert tool.complaint(tool.Resources(255, 8, 0), "sm_100") == "8 bytes of stack a thread on sm_100"
+    assert tool.complaint(tool.Resources(255, 8, 0), "sm_100") == "8 bytes of stack per thread on sm_100"
     assert tool.complaint(tool.Resources(64, 0, 166913), "sm_80").startswith("166913 bytes of shared memory")
-    assert tool.complaint(tool.Resources(64, 276, 65536), "gfx942") == "276 bytes of stack a thread on gfx942"
+    assert tool.complaint(tool.Resources(64, 276, 65536), "gfx942") == "276 bytes of stack per thread on gfx942"
     assert tool.complaint(tool.Resources(64, 276, 65536), "gfx942", 276) is None
     assert tool.complaint(tool.Resources(64, 277, 65536), "gfx942", 276) is not None
 

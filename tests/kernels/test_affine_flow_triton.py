@@ -1,4 +1,4 @@
-"""affine_flow in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_affine_flow_triton.py."""
+"""affine_flow in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/kernels/test_affine_flow_triton.py."""
 
 from __future__ import annotations
 

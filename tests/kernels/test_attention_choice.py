@@ -19,7 +19,7 @@ from starflow_kernels.causal_attention import api, flash, sdpa, timings
 
 
 def clear():
-    for function in (flash._symbols, flash.unavailable):
+    for function in (flash.flash_functions, flash.unavailable):
         function.cache_clear()
 
 
@@ -155,7 +155,7 @@ def test_flash_attn_takes_tensors_of_a_gpu():
 def test_calls_the_fused_kernel_of_a_gpu_as_torch_declares_it(rotary, window, monkeypatch):
     """On tensors without memory: the shapes and types of arguments and results."""
     monkeypatch.setattr(
-        importlib.import_module("starflow_kernels.causal_attention.external"), "_kernels", lambda x: None
+        importlib.import_module("starflow_kernels.causal_attention.external"), "_rotary_kernels", lambda x: None
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
         q, k, v = (torch.empty(2, 7, heads, 8, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))

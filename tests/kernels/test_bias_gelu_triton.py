@@ -1,4 +1,4 @@
-"""bias_gelu in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_bias_gelu_triton.py."""
+"""bias_gelu in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/kernels/test_bias_gelu_triton.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A block's layers between its products in Triton: TRITON_INTERPRET=1 pytest tests/test_block_glue_triton.py."""
+"""Fused ops of a block in Triton: TRITON_INTERPRET=1 pytest tests/kernels/test_block_glue_triton.py."""
 
 from __future__ import annotations
 

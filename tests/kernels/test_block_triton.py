@@ -1,4 +1,4 @@
-"""The sampling direction of a block in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_block_triton.py."""
+"""Sampling of a block in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/kernels/test_block_triton.py."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_more_keys_than_a_split(name, monkeypatch):
     monkeypatch.setattr(sequential, "SPLIT", 4)
     monkeypatch.setattr(sequential, "BLOCK_S", 2)
     monkeypatch.setattr(sequential, "TEXT_ROWS", 6)
-    monkeypatch.setattr(sequential, "_sessions", sequential.Sessions())
+    monkeypatch.setattr(sequential, "kept_sessions", sequential.Sessions())
     assert_inverse(BLOCKS[name], dtype=F32, tokens=9, layers=1)
 
 
@@ -80,8 +80,8 @@ def test_weights_of_one_byte(name, dtype, quantize):
 
 @pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
 def test_every_value_of_a_byte(dtype):
-    """The product with ones on the diagonal gives the values that the bits of fp8, or of int8, stand for."""
-    from starflow_kernels.block.triton import sequential
+    """The product with an identity matrix gives the values that the bits of fp8 or int8 stand for."""
+    from starflow_kernels.block.triton import sequential, step_kernels
 
     config = sequential.config("down", dtype.itemsize, 16, 16)
     for stored, kind in ((torch.uint8, torch.float8_e4m3fn), (torch.int8, torch.int8)):
@@ -89,9 +89,9 @@ def test_every_value_of_a_byte(dtype):
         bits[bits.view(kind).float().isnan()] = 0
         bits = bits.view(16, 16)
         out = torch.zeros(16, 16)
-        sequential.triton_step.down_kernel[(1,)](
+        step_kernels.block_down_kernel[(1,)](
             torch.eye(16, dtype=dtype), bits.view(stored), None, out, None, torch.ones(16), None, None, 16, 1, 16, 16,
-            BIAS=False, POST=False, DTYPE=sequential.dtype_of(dtype), BLOCK_M=16, **config,
+            BIAS=False, POST=False, DTYPE=sequential.triton_dtype(dtype), BLOCK_M=16, **config,
         )  # fmt: skip
         known = bits.view(kind).float().T
         assert torch.equal(out * (256 if stored == torch.uint8 else 1), known)
@@ -130,20 +130,20 @@ def test_sessions_are_used_again_and_end_with_their_model():
     from starflow_kernels.block.triton import sequential
 
     gc.collect()
-    before = len(sequential._sessions)
+    before = len(sequential.kept_sessions)
     z, w, spec, context = block(BLOCKS["tarflow-flip"], dtype=F32, B=4, tokens=3, layers=1)
     first = block_inverse(z, w, spec, **context, backend="triton")
     cond = {"cond": context["cond"][:3]}
     assert torch.equal(block_inverse(z[:3], w, spec, **cond, backend="triton"), first[:3])
-    assert len(sequential._sessions) == before + 1
+    assert len(sequential.kept_sessions) == before + 1
     rounded = block_inverse(z, w, spec, **context, quantize="int8", backend="triton")
-    assert not torch.equal(rounded, first) and len(sequential._sessions) == before + 2
+    assert not torch.equal(rounded, first) and len(sequential.kept_sessions) == before + 2
     w["proj_in.weight"].mul_(2)
     assert not torch.equal(block_inverse(z, w, spec, **context, backend="triton"), first)
-    assert len(sequential._sessions) == before + 2
+    assert len(sequential.kept_sessions) == before + 2
     del w
     gc.collect()
-    assert len(sequential._sessions) == before
+    assert len(sequential.kept_sessions) == before
 
 
 def test_progress():

@@ -1,6 +1,6 @@
 """causal_attention in Triton's interpreter: sizes around its blocks, and what only its kernels promise.
 
-TRITON_INTERPRET=1 pytest tests/test_causal_attention_triton.py
+TRITON_INTERPRET=1 pytest tests/kernels/test_causal_attention_triton.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""flow_head in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_flow_head_triton.py."""
+"""flow_head in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/kernels/test_flow_head_triton.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""residual_norm in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_residual_norm_triton.py."""
+"""residual_norm in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/kernels/test_residual_norm_triton.py."""
 
 from __future__ import annotations
 

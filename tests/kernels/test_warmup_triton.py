@@ -1,4 +1,4 @@
-"""warmup runs the Triton kernels of a call: TRITON_INTERPRET=1 pytest tests/test_warmup_triton.py."""
+"""warmup runs the Triton kernels of a call: TRITON_INTERPRET=1 pytest tests/kernels/test_warmup_triton.py."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Triton backend of the block inverse: sessions, the sequential sampler and the parallel sweeps."""
+"""Sampling of a whole block in Triton: sessions, the sequential step, parallel sweeps, and their kernels."""

@@ -1,42 +1,44 @@
-"""Quasi-Newton steps of one sample in Triton. The algorithm is that of ../quasi_newton.py."""
+"""Quasi-Newton steps of one sample in Triton; solve_inverse/quasi_newton.py describes the algorithm."""
 
 import triton
 import triton.language as tl
 
-from ...solve_inverse.quasi_newton import FORGET as _FORGET
-from ...solve_inverse.quasi_newton import RIDGE as _RIDGE
-from ...solve_inverse.quasi_newton import SMALLEST_MOVE
+from ...solve_inverse import quasi_newton
 
-FORGET, RIDGE = tl.constexpr(_FORGET), tl.constexpr(_RIDGE)
-SMALLEST_SQUARE = tl.constexpr(SMALLEST_MOVE**2)
+FORGET = tl.constexpr(quasi_newton.FORGET)
+RIDGE = tl.constexpr(quasi_newton.RIDGE)
+SMALLEST_SQUARE = tl.constexpr(quasi_newton.SMALLEST_MOVE**2)
 
 
 @triton.jit
-def _near(moves, offsets, token, first, D, inputs, BLOCK_I: tl.constexpr):
-    """Moves of a token's neighbours side by side, zero of those before `first`."""
+def _neighbour_moves(moves, offsets, token, first, D, inputs, BLOCK_I: tl.constexpr):
+    """Return the moves of a token's neighbours side by side, zero for neighbours before token `first`."""
     i = tl.arange(0, BLOCK_I)
-    of = token - tl.load(offsets + i // D, i < inputs, 0)
-    return tl.load(moves + of * D + i % D, (i < inputs) & (of >= first), 0.0)
+    neighbour = token - tl.load(offsets + i // D, i < inputs, 0)  # (BLOCK_I,)
+    return tl.load(moves + neighbour * D + i % D, (i < inputs) & (neighbour >= first), 0.0)  # (BLOCK_I,)
 
 
 @triton.jit
-def _taught(
+def _lesson(
     y, spread, log_sigma, moves, outputs, offsets, t, first, before, largest, D, inputs,
     BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Moves of a token's neighbours, the same over their sum of squares, what its mean and log scale have changed by.
+    """Return what a token teaches the model.
 
-    Every token counts the same, however far it is from its solution; one that teaches nothing gets zeros."""
+    Returns the moves of its neighbours, the same over their sum of squares, and the changes of its mean and log scale.
+    Every token has the same weight, however far it is from its solution; a token that teaches nothing gets zeros.
+    """
     d, old = tl.arange(0, BLOCK_D), (first + t) * 2 * D
-    by_mu = tl.load(y + t * D + d, d < D, 0) - tl.load(spread + t * D + d, d < D, 0)
-    by_mu -= tl.load(outputs + old + d, d < D, 0)
-    by_log = tl.load(log_sigma + t * D + d, d < D, 0) - tl.load(outputs + old + D + d, d < D, 0)
-    near = _near(moves, offsets, first + t, before, D, inputs, BLOCK_I)
+    # (BLOCK_D,)
+    d_mu = tl.load(y + t * D + d, d < D, 0) - tl.load(spread + t * D + d, d < D, 0)
+    d_mu -= tl.load(outputs + old + d, d < D, 0)
+    d_log = tl.load(log_sigma + t * D + d, d < D, 0) - tl.load(outputs + old + D + d, d < D, 0)
+    near = _neighbour_moves(moves, offsets, first + t, before, D, inputs, BLOCK_I)
     size = tl.sum(near * near, 0)
-    wild = tl.max(((by_mu - by_mu != 0) | (by_log - by_log != 0)).to(tl.int32), 0)
+    wild = tl.max(((d_mu - d_mu != 0) | (d_log - d_log != 0)).to(tl.int32), 0)
     teaches = (size > SMALLEST_SQUARE * largest) & (wild == 0)
-    by_mu, by_log = tl.where(teaches, by_mu, 0.0), tl.where(teaches, by_log, 0.0)
-    return near, near * tl.where(teaches, 1 / size, 0.0), by_mu, by_log
+    d_mu, d_log = tl.where(teaches, d_mu, 0.0), tl.where(teaches, d_log, 0.0)
+    return near, near * tl.where(teaches, 1 / size, 0.0), d_mu, d_log
 
 
 @triton.jit
@@ -44,37 +46,37 @@ def _learn(
     y, spread, log_sigma, moves, outputs, gram, cross, model, offsets, first, count, before, D, inputs,
     BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Fit the model to what the last sweep's moves, of tokens from `before` on, did to the first `count` tokens.
+    """Fit the model to the changes of the first `count` tokens by the last sweep's moves of tokens from `before` on.
 
-    Token by token, mean and log scale one after the other: more at once does not fit into registers.
+    Tokens come one by one, mean and log scale one after the other: more at once does not fit into registers.
     """
     i, d = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D)
     square, diagonal = i[:, None] * BLOCK_I + i[None, :], i[:, None] == i[None, :]
     largest = 0.0
     for t in range(0, count):
-        near = _near(moves, offsets, first + t, before, D, inputs, BLOCK_I)
+        near = _neighbour_moves(moves, offsets, first + t, before, D, inputs, BLOCK_I)
         largest = tl.maximum(largest, tl.sum(near * near, 0))
-    a = tl.load(gram + square) * FORGET
+    a = tl.load(gram + square) * FORGET  # (BLOCK_I, BLOCK_I)
     for t in range(0, count):
-        near, weighed, _, _ = _taught(y, spread, log_sigma, moves, outputs, offsets, t, first, before, largest, D,
+        near, weighed, _, _ = _lesson(y, spread, log_sigma, moves, outputs, offsets, t, first, before, largest, D,
                                       inputs, BLOCK_D, BLOCK_I)  # fmt: skip
         a += weighed[:, None] * near[None, :]
     tl.store(gram + square, a)
     mean = tl.sum(tl.sum(tl.where(diagonal, a, 0.0), 1), 0) / inputs
     for half in tl.static_range(2):
-        at = half * BLOCK_I * BLOCK_D + i[:, None] * BLOCK_D + d[None, :]
-        x = tl.load(cross + at) * FORGET
+        cells = half * BLOCK_I * BLOCK_D + i[:, None] * BLOCK_D + d[None, :]
+        x = tl.load(cross + cells) * FORGET  # (BLOCK_I, BLOCK_D)
         for t in range(0, count):
-            _, weighed, by_mu, by_log = _taught(y, spread, log_sigma, moves, outputs, offsets, t, first, before,
+            _, weighed, d_mu, d_log = _lesson(y, spread, log_sigma, moves, outputs, offsets, t, first, before,
                                                 largest, D, inputs, BLOCK_D, BLOCK_I)  # fmt: skip
-            x += weighed[:, None] * (by_mu if half == 0 else by_log)[None, :]
-        tl.store(cross + at, x)
-        # The sums were stored by other threads.
+            x += weighed[:, None] * (d_mu if half == 0 else d_log)[None, :]
+        tl.store(cross + cells, x)
+        # Other threads stored the sums.
         tl.debug_barrier()
-        a = tl.load(gram + square)
+        a = tl.load(gram + square)  # (BLOCK_I, BLOCK_I)
         a = tl.where(diagonal, tl.where(i < inputs, RIDGE * mean, 1.0)[:, None] + a, a)
         usable = mean > 0
-        # Gauss-Jordan; positive definite matrices need no pivots.
+        # Gauss-Jordan elimination; a positive definite matrix needs no pivoting.
         for j in range(0, inputs):
             row = tl.sum(tl.where((i == j)[:, None], a, 0.0), 0)
             pivot = tl.sum(tl.where(i == j, row, 0.0), 0)
@@ -83,15 +85,15 @@ def _learn(
             x -= share[:, None] * tl.sum(tl.where((i == j)[:, None], x, 0.0), 0)[None, :]
             a -= share[:, None] * row[None, :]
         if usable:
-            tl.store(model + at, x / tl.sum(tl.where(diagonal, a, 0.0), 1)[:, None])
+            tl.store(model + cells, x / tl.sum(tl.where(diagonal, a, 0.0), 1)[:, None])
 
 
 @triton.jit
-def _newton(
+def newton_step(
     x, y, spread, log_sigma, most, learned, moves, outputs, gram, cross, model, offsets, b, first, count, n, T, D,
     inputs, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """x of sample b's window: y and what the model says that the moves of earlier tokens do to it, at most `most`."""
+    """Store x of sample b's window: y plus the effect of earlier tokens' moves in the model, limited to +-`most`."""
     d, size = tl.arange(0, BLOCK_D), BLOCK_I * BLOCK_D
     x, y, spread, log_sigma = x + (b * T + first) * D, y + b * n * D, spread + b * n * D, log_sigma + b * n * D
     moves, outputs, gram = moves + b * T * D, outputs + b * T * 2 * D, gram + b * BLOCK_I * BLOCK_I
@@ -104,18 +106,19 @@ def _newton(
     tl.store(learned + 2 * b, first)
     tl.store(learned + 2 * b + 1, first + count)
     tl.debug_barrier()
-    wide = tl.arange(0, BLOCK_I)[:, None] * BLOCK_D + d[None, :]
-    to_mu, to_log = tl.load(model + wide), tl.load(model + size + wide)
+    cells = tl.arange(0, BLOCK_I)[:, None] * BLOCK_D + d[None, :]
+    mu_model, log_model = tl.load(model + cells), tl.load(model + size + cells)  # (BLOCK_I, BLOCK_D) each
     for t in range(0, count):
-        # The move of the token before was stored by other threads.
+        # Other threads stored the move of the token before.
         tl.debug_barrier()
-        near = _near(moves, offsets, first + t, first, D, inputs, BLOCK_I)
-        at = t * D + d
-        value, noise, old = (tl.load(y + at, d < D, 0), tl.load(spread + at, d < D, 0), tl.load(x + at, d < D, 0))
-        by = tl.sum(near[:, None] * to_mu, 0) + noise * tl.sum(near[:, None] * to_log, 0)
-        new = value + tl.minimum(tl.maximum(by, -most), most)
+        near = _neighbour_moves(moves, offsets, first + t, first, D, inputs, BLOCK_I)
+        v = t * D + d
+        # (BLOCK_D,) each
+        value, noise, old = tl.load(y + v, d < D, 0), tl.load(spread + v, d < D, 0), tl.load(x + v, d < D, 0)
+        change = tl.sum(near[:, None] * mu_model, 0) + noise * tl.sum(near[:, None] * log_model, 0)
+        new = value + tl.minimum(tl.maximum(change, -most), most)
         tl.store(moves + (first + t) * D + d, new - old, d < D)
-        tl.store(x + at, new, d < D)
-        of = (first + t) * 2 * D + d
-        tl.store(outputs + of, value - noise, d < D)
-        tl.store(outputs + of + D, tl.load(log_sigma + at, d < D, 0), d < D)
+        tl.store(x + v, new, d < D)
+        output = (first + t) * 2 * D + d
+        tl.store(outputs + output, value - noise, d < D)
+        tl.store(outputs + output + D, tl.load(log_sigma + v, d < D, 0), d < D)

@@ -1,6 +1,6 @@
-"""The sampling direction of a whole block in Triton: one step of five launches a layer and one for the head.
+"""Sequential sampling of a whole block in Triton: a step per token, with five launches per layer and one for the head.
 
-The kernels are in triton_step.py and triton_head.py, what is kept and how often steps run in engine.py.
+The kernels are in step_kernels.py and head_kernels.py; sessions.py keeps sessions and replays their steps.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import os
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -23,18 +24,33 @@ from ..quantize import is_quantized, quantize_matrix
 from . import head_kernels, step_kernels
 from .sessions import Sessions, Shape, bucket, loaded, sample
 
-# Of tokens by bytes of a weight: the head of wider ones spills on some chip.
-WIDEST_TOKEN, WIDEST_HEAD = {2: 256, 4: 128}, 256
-# Rows and outputs of a tile, keys of a split of attention and of a step in it: the same for every batch, so that bits
-# are too.
-BLOCK_M, BLOCK_N, SPLIT, BLOCK_S = 16, 32, 256, 32
+# Bytes per weight -> widest token; the head of wider tokens spills registers on some chip.
+WIDEST_TOKEN = {2: 256, 4: 128}
+WIDEST_HEAD = 256
+# Tile sizes do not depend on the batch, so that the bits of a row do not either.
+# Rows per tile.
+BLOCK_M = 16
+# Outputs per tile.
+BLOCK_N = 32
+# Keys per split of attention.
+SPLIT = 256
+# Keys per iteration within a split.
+BLOCK_S = 32
 # Rows of text that pass the network at a time.
 TEXT_ROWS = 1024
-_sessions = Sessions()
+kept_sessions = Sessions()
 
 
 def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> dict[str, int]:
-    """Tiles for a network of so many bytes a value, tokens of D and heads of d values; those checked do not spill."""
+    """Return tile sizes and launch options of a kernel; benchmarks/gpu/triton_resources.py checks that none spills.
+
+    Args:
+        kernel: "qkv", "attend", "project", "up", "down", "embed" or "head".
+        width: bytes per value of the network.
+        D: values per token.
+        d: values per head.
+        one_byte: weights are stored in one byte.
+    """
     narrow = width == 2
     tiles = {"BLOCK_N": BLOCK_N, "BLOCK_K": 64 if narrow else 32, "num_warps": 4, "num_stages": 3 if narrow else 2}
     if kernel == "project":
@@ -50,25 +66,33 @@ def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> d
     return {name: value for name, value in tiles.items() if name != unused}
 
 
-def dtype_of(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a dtype."""
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Return Triton's dtype for a dtype of torch."""
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def pdl(device: torch.device) -> bool:
-    """Whether STARFLOW_PDL=1 asks for programmatic dependent launch, which begins with sm_90. Not measured yet."""
+    """Return whether to use programmatic dependent launch: STARFLOW_PDL=1 and sm_90 or newer. Not measured yet."""
     asked = os.environ.get("STARFLOW_PDL") == "1" and device.type == "cuda" and torch.version.cuda is not None
     return asked and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def tile(n: int) -> int:
-    """Padded size of a token or a head."""
+    """Return the padded size of a token or a head."""
     return max(16, triton.next_power_of_2(n))
 
 
 class Model:
-    """Weights as the kernels read them: rotary pairs half a head apart, the position table in the block's own order,
-    one-byte values with their scales beside them."""
+    """Weights as the kernels read them.
+
+    Rotary pairs lie half a head apart, the position table is in the block's own order, and each weight of one byte has
+    its scales under "<name>.scale".
+
+    Args:
+        spec: of the block.
+        weights: in the order of spec.weight_shapes.
+        quantize: "none", "int8" or "fp8".
+    """
 
     def __init__(self, spec: BlockSpec, weights: list[torch.Tensor], quantize: str = "none"):
         self.spec, self.dtype, self.quantize = spec, weights[0].dtype, quantize
@@ -76,9 +100,9 @@ class Model:
         order = torch.arange(spec.head_dim, device=weights[0].device)
         if spec.rotary == "interleaved":
             order = order.view(-1, 2).T.flatten()
-        turned = spec.heads + spec.kv_heads
-        rows = torch.arange((turned + spec.kv_heads) * spec.head_dim, device=order.device).view(-1, spec.head_dim)
-        rows = torch.cat([rows[:turned, order], rows[turned:]]).flatten()
+        rotated = spec.heads + spec.kv_heads
+        rows = torch.arange((rotated + spec.kv_heads) * spec.head_dim, device=order.device).view(-1, spec.head_dim)
+        rows = torch.cat([rows[:rotated, order], rows[rotated:]]).flatten()
         for i in range(spec.layers):
             layer = f"layers.{i}"
             if spec.rotary == "interleaved":
@@ -86,7 +110,7 @@ class Model:
                     if name in self.w:
                         self.w[name] = self.w[name][rows]
             if spec.qk_norm:
-                norms = [self.w[f"{layer}.{of}_norm.weight"][order] for of in "qk"]
+                norms = [self.w[f"{layer}.{name}_norm.weight"][order] for name in "qk"]
                 self.w[f"{layer}.head_norms"] = torch.stack(norms)
         if spec.positions and spec.flip:
             self.w["pos_embed"] = self.w["pos_embed"].flip(0)
@@ -94,7 +118,7 @@ class Model:
             if quantize != "none" and is_quantized(name, shape):
                 values, scales = quantize_matrix(self.w[name], quantize)
                 if quantize == "fp8":
-                    # The kernels take the bits, and 1/256 of the values out of them.
+                    # The kernels read the bits as 1/256 of the values.
                     values, scales = values.view(torch.uint8), scales * 256
                 self.w[name], self.w[f"{name}.scale"] = values, scales
 
@@ -103,25 +127,25 @@ packed = WeightCache(Model)
 
 
 def _text_tokens(spec: BlockSpec, shape: Shape) -> int:
-    """Tokens of text a row in one pass."""
-    return max(1, min(shape.prefix, TEXT_ROWS // (shape.samples * shape.copies)))
+    """Return the tokens of text per row and pass."""
+    return max(1, min(shape.prefix, TEXT_ROWS // (shape.samples * shape.branches)))
 
 
 Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int = 1) -> Buffers:
-    """Shape and dtype of every buffer of a session whose steps take n tokens of each sequence."""
-    rows, slots, wide = shape.samples * shape.copies, shape.prefix + shape.tokens, torch.float32
+    """Return shape and dtype of every buffer of a session whose steps take n tokens of each sequence."""
+    rows, slots, wide = shape.samples * shape.branches, shape.prefix + shape.tokens, torch.float32
     tokens, splits = rows * max(n, _text_tokens(spec, shape)), -(-slots // SPLIT)
     cache = ((spec.layers, rows, spec.kv_heads, slots, spec.head_dim), dtype)
-    states = dict.fromkeys(("entry", "h", "other", "update"), ((tokens, spec.channels), wide))
+    states = dict.fromkeys(("h_in", "h", "h_next", "residual"), ((tokens, spec.channels), wide))
     noise = dict.fromkeys(("z", "x"), ((shape.samples, shape.tokens, spec.token_dim), wide))
     angles = dict.fromkeys(("cos", "sin"), ((slots, spec.head_dim // 2), wide))
-    scores = dict.fromkeys(("peak", "mass"), ((tokens, spec.heads, splits), wide))
+    scores = dict.fromkeys(("split_max", "split_sum"), ((tokens, spec.heads, splits), wide))
     return {
         "k_cache": cache, "v_cache": cache, **states, **noise, **angles, **scores,
-        "part": ((tokens, spec.heads, splits, spec.head_dim), wide),
+        "split_out": ((tokens, spec.heads, splits, spec.head_dim), wide),
         "q": ((tokens, spec.heads, spec.head_dim), wide),
         "hidden": ((tokens, spec.mlp_dim), dtype),
         "guidance": ((shape.samples, shape.tokens), wide),
@@ -132,25 +156,35 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int = 1) -> Bu
 
 
 def size_of(buffers: Buffers) -> int:
-    """Their bytes."""
+    """Return the bytes of all buffers."""
     return sum(math.prod(size) * kind.itemsize for size, kind in buffers.values())
 
 
 class TritonSession:
-    """Buffers of one bucket and the launches of a step; the weights stay with the model, whose sessions end with it."""
+    """Buffers of one bucket and the launches of a step.
+
+    A session holds no weights: they stay with the model, and its sessions end with it.
+
+    Args:
+        model: gives spec, quantization and dtype.
+        shape: of the part of a batch that the session takes.
+        device: of all tensors.
+        buffers: shape and dtype of each buffer, see `buffers`.
+        n: tokens of each sequence per step.
+    """
 
     buffers = staticmethod(buffers)
 
     def __init__(self, model: Model, shape: Shape, device: torch.device, buffers: Buffers, n: int = 1):
         self.spec, self.quantize, self.shape, self.device = model.spec, model.quantize, shape, device
-        self.rows, self.n = shape.samples * shape.copies, n
+        self.rows, self.n = shape.samples * shape.branches, n
         for name, (size, dtype) in buffers.items():
             setattr(self, name, torch.zeros(size, dtype=dtype, device=device))
-        self.splits, self.pdl = self.part.shape[2], {"PDL": True, "launch_pdl": True} if pdl(device) else {}
+        self.splits, self.pdl = self.split_out.shape[2], {"PDL": True, "launch_pdl": True} if pdl(device) else {}
         self.graph = None
 
     def _grid(self, rows: int, columns: int) -> tuple[int]:
-        """Programs that read the same weights stand side by side."""
+        """Return the grid; programs that read the same weights are neighbours."""
         return (triton.cdiv(rows, BLOCK_M) * columns,)
 
     def _tiles(self, kernel: str) -> dict[str, int]:
@@ -161,81 +195,93 @@ class TritonSession:
         return w.get(f"{name}.weight"), w.get(f"{name}.bias")
 
     def attend(self, i: int, n: int, stop: torch.Tensor | None) -> None:
-        """Attention of layer i."""
+        """Launch the attention of layer i over n tokens of each sequence; stop: see `layers`."""
         spec = self.spec
-        step_kernels.attend_kernel[(self.rows * n * spec.heads * self.splits,)](
-            self.q, self.k_cache[i], self.v_cache[i], self.position, self.part, self.peak, self.mass, n,
+        step_kernels.block_attend_kernel[(self.rows * n * spec.heads * self.splits,)](
+            self.q, self.k_cache[i], self.v_cache[i], self.position, self.split_out, self.split_max, self.split_sum, n,
             self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads, HEAD=spec.head_dim,
             BLOCK_D=tile(spec.head_dim), BLOCK_S=BLOCK_S, SPLIT=SPLIT, num_warps=4, **self.pdl,
         )  # fmt: skip
 
     def layers(self, w: dict, n: int = 1, stop: torch.Tensor | None = None) -> torch.Tensor:
-        """n tokens of every row through the network, from `entry`; the state, whose last update may not be normed.
+        """Launch the network on n tokens of every row, from `h_in`, and return the state.
 
-        stop: in sweeps, a slot of each row where its tokens end; its position is then its own.
+        With post-norms the last residual is still to be normed and added.
+
+        Args:
+            w: the model's weights.
+            n: tokens of each sequence.
+            stop: in sweeps, the slot of each row where its tokens end; each row then has its own position.
         """
-        spec, rows, h, other = self.spec, self.rows * n, self.h, self.other
+        spec, rows, h, h_next = self.spec, self.rows * n, self.h, self.h_next
         C, H, KV, d, width = spec.channels, spec.heads, spec.kv_heads, spec.head_dim, spec.mlp_dim
         pairs = half_tile(d) if spec.qk_norm else 16
-        post, stored = None, dtype_of(self.hidden.dtype)
+        post, stored = None, triton_dtype(self.hidden.dtype)
         for i in range(spec.layers):
             layer, first = f"layers.{i}", i == 0
-            state, total = (self.entry, h) if first else (h, other)
-            step_kernels.qkv_kernel[self._grid(rows, (H + 2 * KV) * triton.cdiv(d - d // 2, pairs))](
-                state, total, self.update, post, *self._norm(w, f"{layer}.attn_norm"), *self._norm(w, f"{layer}.qkv"),
-                w.get(f"{layer}.head_norms"), self.cos, self.sin, self.scale, self.position, self.q, self.k_cache[i],
-                self.v_cache[i], w.get(f"{layer}.qkv.weight.scale"), stop, rows, n, C, self.k_cache.shape[3], H=H,
-                KV=KV, HEAD=d, POST=post is not None, QK_NORM=spec.qk_norm, ROTARY=spec.rotary != "none", FIRST=first,
-                PAIRS=pairs, NORM=spec.norm, BIAS=spec.bias, DTYPE=stored, **self._tiles("qkv"),
+            before, after = (self.h_in, h) if first else (h, h_next)
+            step_kernels.block_qkv_kernel[self._grid(rows, (H + 2 * KV) * triton.cdiv(d - d // 2, pairs))](
+                before, after, self.residual, post, *self._norm(w, f"{layer}.attn_norm"),
+                *self._norm(w, f"{layer}.qkv"), w.get(f"{layer}.head_norms"), self.cos, self.sin, self.scale,
+                self.position, self.q, self.k_cache[i], self.v_cache[i], w.get(f"{layer}.qkv.weight.scale"), stop,
+                rows, n, C, self.k_cache.shape[3], H=H, KV=KV, HEAD=d, POST=post is not None,
+                QK_NORM=spec.qk_norm, ROTARY=spec.rotary != "none", FIRST=first, PAIRS=pairs, NORM=spec.norm,
+                BIAS=spec.bias, DTYPE=stored, **self._tiles("qkv"),
             )  # fmt: skip
             if post is not None:
-                h, other = other, h
+                h, h_next = h_next, h
             self.attend(i, n, stop)
-            step_kernels.project_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
-                self.part, self.peak, self.mass, self.position, *self._norm(w, f"{layer}.proj"), h, self.update,
-                w.get(f"{layer}.proj.weight.scale"), stop, rows, n, C, self.splits, H=H, HEAD=d, BIAS=spec.bias,
-                POST=spec.post_norm, SPLIT=SPLIT, DTYPE=stored,
-                **self._tiles("project"),
+            step_kernels.block_project_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
+                self.split_out, self.split_max, self.split_sum, self.position, *self._norm(w, f"{layer}.proj"), h,
+                self.residual, w.get(f"{layer}.proj.weight.scale"), stop, rows, n, C, self.splits, H=H, HEAD=d,
+                BIAS=spec.bias, POST=spec.post_norm, SPLIT=SPLIT, DTYPE=stored, **self._tiles("project"),
             )  # fmt: skip
             post = w.get(f"{layer}.attn_post_norm.weight")
-            step_kernels.up_kernel[self._grid(rows, triton.cdiv(width, BLOCK_N))](
-                h, other, self.update, post, *self._norm(w, f"{layer}.mlp_norm"), *self._norm(w, f"{layer}.up"),
+            step_kernels.block_up_kernel[self._grid(rows, triton.cdiv(width, BLOCK_N))](
+                h, h_next, self.residual, post, *self._norm(w, f"{layer}.mlp_norm"), *self._norm(w, f"{layer}.up"),
                 *self._norm(w, f"{layer}.gate"), self.hidden, w.get(f"{layer}.up.weight.scale"),
                 w.get(f"{layer}.gate.weight.scale"), self.position, stop, rows, n, C, width, POST=post is not None,
                 NORM=spec.norm,
                 GATED=spec.mlp == "swiglu", BIAS=spec.bias, DTYPE=stored, **self._tiles("up"),
             )  # fmt: skip
             if post is not None:
-                h, other = other, h
-            step_kernels.down_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
-                self.hidden, *self._norm(w, f"{layer}.down"), h, self.update, w.get(f"{layer}.down.weight.scale"),
+                h, h_next = h_next, h
+            step_kernels.block_down_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
+                self.hidden, *self._norm(w, f"{layer}.down"), h, self.residual, w.get(f"{layer}.down.weight.scale"),
                 self.position, stop, rows, n, C, width, BIAS=spec.bias, POST=spec.post_norm, DTYPE=stored,
                 **self._tiles("down"),
             )  # fmt: skip
             post = w.get(f"{layer}.mlp_post_norm.weight")
         return h
 
-    def _entrance(self, w: dict) -> tuple:
-        """What the projection of a token takes."""
+    def _embed_weights(self, w: dict) -> tuple:
+        """Return the tensors that the projection of a token reads."""
         return *self._norm(w, "proj_in"), w.get("pos_embed"), self.cond if self.shape.cond else None
 
-    def _options(self) -> dict:
-        options = {"COPIES": self.shape.copies, "TABLE": self.spec.positions > 0, "COND": self.shape.cond}
+    def _embed_options(self) -> dict:
+        options = {"BRANCHES": self.shape.branches, "TABLE": self.spec.positions > 0, "COND": self.shape.cond}
         return {**options, "BLOCK_D": tile(self.spec.token_dim)}
 
     def launch(self, w: dict) -> None:
-        """The launches of a step."""
+        """Launch one step."""
         spec, shape, h, tiles = self.spec, self.shape, self.layers(w), self._tiles("head")
-        head_kernels.head_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, tiles["BLOCK_N"]))](
-            h, self.update, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
-            *self._norm(w, "proj_out"), self.z, self.guidance, self.x, self.entry, *self._entrance(w), self.position,
-            shape.samples, shape.tokens, shape.prefix, spec.channels, spec.token_dim, spec.affine.soft_clip,
-            SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm, RULE=shape.rule,
-            NORM="rms_norm" if spec.final_norm else "none", START=spec.start, **self._options(), **tiles,
+        head_kernels.block_head_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, tiles["BLOCK_N"]))](
+            h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
+            *self._norm(w, "proj_out"), self.z, self.guidance, self.x, self.h_in, *self._embed_weights(w),
+            self.position, shape.samples, shape.tokens, shape.prefix, spec.channels, spec.token_dim,
+            spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm,
+            RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
+            **self._embed_options(), **tiles,
         )  # fmt: skip
 
     def fill(self, z: torch.Tensor, context: tuple, temperature: float) -> None:
-        """Copy a part into the buffers."""
+        """Copy a part of a batch into the buffers.
+
+        Args:
+            z: (samples, T, D), noise.
+            context: cond, prefix, cos, sin and guidance of the part.
+            temperature: divides the scores of the unconditional branch.
+        """
         (cond, _, cos, sin, guidance), n = context, len(z)
         self.z[:n] = z
         self.x[:n] = z
@@ -244,40 +290,40 @@ class TritonSession:
             self.guidance[:n] = guidance
             self.scale[self.shape.samples :] /= temperature
         if cond is not None:
-            self.cond.view(self.shape.copies, -1, self.spec.channels)[:, :n] = cond
+            self.cond.view(self.shape.branches, -1, self.spec.channels)[:, :n] = cond
         if cos is not None:
             self.cos.copy_(cos)
             self.sin.copy_(sin)
 
     def read(self, w: dict, prefix: torch.Tensor | None) -> None:
-        """Text into the cache."""
+        """Fill the cache with the text `prefix`."""
         spec, shape, n = self.spec, self.shape, _text_tokens(self.spec, self.shape)
         if prefix is not None:
-            text = prefix.new_zeros(shape.copies, shape.samples, *prefix.shape[2:])
+            text = prefix.new_zeros(shape.branches, shape.samples, *prefix.shape[2:])
             text[:, : prefix.shape[1]] = prefix
             for first in range(0, shape.prefix, n):
                 given = text[:, :, first : first + n].flatten(0, 1).contiguous()
                 rows = self.rows * given.shape[1]
-                step_kernels.down_kernel[self._grid(rows, triton.cdiv(spec.channels, BLOCK_N))](
-                    given, *self._norm(w, "proj_text"), self.entry, self.entry, None, None, None, rows, 1,
+                step_kernels.block_down_kernel[self._grid(rows, triton.cdiv(spec.channels, BLOCK_N))](
+                    given, *self._norm(w, "proj_text"), self.h_in, self.h_in, None, None, None, rows, 1,
                     spec.channels, spec.text_dim, BIAS=True, POST=True, DTYPE=None, **self._tiles("down"),
                 )  # fmt: skip
                 self.position.fill_(first)
                 self.layers(w, given.shape[1])
 
     def begin(self, w: dict, prefix: torch.Tensor | None) -> None:
-        """Text into the cache, then the first token of every sample."""
+        """Fill the cache with text, then project the first token of every sample."""
         spec, shape = self.spec, self.shape
         self.read(w, prefix)
         self.position.fill_(shape.prefix)
         tokens, stride = (w["start"], 0) if spec.start else (self.x, shape.tokens * spec.token_dim)
-        head_kernels.embed_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, BLOCK_N))](
-            tokens, *self._entrance(w), self.entry, shape.samples, stride, spec.channels, spec.token_dim,
-            **self._options(), **self._tiles("embed"),
+        head_kernels.block_embed_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, BLOCK_N))](
+            tokens, *self._embed_weights(w), self.h_in, shape.samples, stride, spec.channels, spec.token_dim,
+            **self._embed_options(), **self._tiles("embed"),
         )  # fmt: skip
 
     def capture(self, w: dict) -> None:
-        """The step as a CUDA graph; one that is thrown away compiles the kernels first."""
+        """Capture a step as a CUDA graph; a step before it compiles the kernels."""
         self.launch(w)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
@@ -285,13 +331,19 @@ class TritonSession:
 
 
 class Running:
-    """A session with the weights of its model for the length of a call."""
+    """A session together with the weights of its model, for one call.
+
+    Args:
+        session: holds the buffers.
+        model: holds the weights.
+    """
 
     def __init__(self, session: TritonSession, model: Model):
         self.session, self.w = session, model.w
         self.step = functools.partial(session.launch, model.w)
 
     def load(self, z: torch.Tensor, context: tuple, temperature: float) -> None:
+        """Copy a part of a batch into the session and start its first token; capture the graph if there is none."""
         session = self.session
         session.fill(z, context, temperature)
         if session.device.type == "cuda":
@@ -303,12 +355,13 @@ class Running:
         session.begin(self.w, context[1])
 
     def result(self) -> torch.Tensor:
+        """Return x (samples, T, D) of all rows of the session."""
         return self.session.x
 
 
-def refuse(z, weights, cond, prefix, cos, sin, guidance, text, *others) -> str | None:
-    """Why the kernels cannot sample from a block, or None."""
-    spec = BlockSpec.from_json(text)
+def refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json, *others) -> str | None:
+    """Return why the kernels cannot sample from a block, or None."""
+    spec = BlockSpec.from_json(spec_json)
     if z.dtype != torch.float32:
         return f"tokens are {z.dtype}, it takes float32"
     if reason := refuse_tensors(*weights):
@@ -326,57 +379,70 @@ def _budget(device: torch.device) -> int:
     return cache_bytes(torch.cuda.get_device_properties(device).total_memory)
 
 
-def running(
+def loaded_sessions(
     model: Model, z, context: tuple, rule: str, temperature: float, kind: type, n: int = 1, options: tuple = ()
-):
-    """Parts of the batch in their sessions, which are of that kind, take n tokens of each sequence a step, and are kept
-    for these options. context: cond, prefix, cos, sin and guidance."""
+) -> Iterator[tuple[slice, Running]]:
+    """Load the parts of a batch into their sessions, one after the other; yield the rows and session of each.
+
+    Args:
+        model: packed weights.
+        z: (B, T, D), noise.
+        context: cond, prefix, cos, sin and guidance.
+        rule: of guidance.
+        temperature: of guidance.
+        kind: class of the sessions.
+        n: tokens of each sequence per step.
+        options: further arguments of the class; sessions are kept per value of them.
+    """
     spec, (cond, prefix, *_, guidance), (B, T, _) = model.spec, context, z.shape
     shape = Shape(B, T, 0 if prefix is None else prefix.shape[1], 1 if guidance is None else 2, cond is not None, rule)
     budget = _budget(z.device)
 
-    def needed(of: Shape) -> Buffers:
-        return kind.buffers(spec, model.dtype, of, n, *options)
+    def needed(part: Shape) -> Buffers:
+        return kind.buffers(spec, model.dtype, part, n, *options)
 
-    def session(of: Shape) -> Running:
-        key, made = (kind, of, n, *options, z.device.index, pdl(z.device)), needed(of)
+    def session(part: Shape) -> Running:
+        key, layout = (kind, part, n, *options, z.device.index, pdl(z.device)), needed(part)
 
         def opened():
-            return kind(model, of, z.device, made, n, *options)
+            return kind(model, part, z.device, layout, n, *options)
 
-        return Running(_sessions.get(model, key, size_of(made), budget, opened), model)
+        return Running(kept_sessions.get(model, key, size_of(layout), budget, opened), model)
 
-    def size(of: Shape) -> int:
-        return size_of(needed(of._replace(samples=bucket(of.samples))))
+    def size(part: Shape) -> int:
+        return size_of(needed(part._replace(samples=bucket(part.samples))))
 
     return loaded(z.flip(1) if spec.flip else z, context, shape, temperature, size, budget, session)
 
 
-def block_inverse(z, weights, cond, prefix, cos, sin, guidance, text: str, rule: str, temperature, quantize="none"):
-    """Data of noise, token after token over the cache; a batch whose session passes the budget goes in parts."""
-    model = packed(text, weights, quantize)
+def block_inverse(
+    z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature, quantize="none"
+):
+    """Map noise to data token by token over the cache; a batch too large for the budget of bytes goes in parts."""
+    model = packed(spec_json, weights, quantize)
     spec, T = model.spec, z.shape[1]
     if not len(z):
         return z.clone()
-    with alone(z.device):
-        parts = running(model, z, (cond, prefix, cos, sin, guidance), rule, temperature, TritonSession)
+    with exclusive(z.device):
+        parts = loaded_sessions(model, z, (cond, prefix, cos, sin, guidance), rule, temperature, TritonSession)
         x = sample(z, T if spec.start else T - 1, functools.partial(wait, z.device), parts)
     return x.flip(1) if spec.flip else x
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+# Device -> end of the last call that used the buffers of its sessions.
 _ends: dict[torch.device, torch.cuda.Event] = {}
 
 
 @contextlib.contextmanager
-def alone(device: torch.device):
-    """One call at a time uses a session's buffers; on the device it follows the last one, whatever its stream."""
-    with _sessions.lock:
+def exclusive(device: torch.device):
+    """Reserve the buffers of all sessions for one call; on the device it runs after the last one, on any stream."""
+    with kept_sessions.lock:
         if device in _ends:
             torch.cuda.current_stream(device).wait_event(_ends[device])
         try:

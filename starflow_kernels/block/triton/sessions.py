@@ -1,7 +1,7 @@
-"""The static engine of a sampling device: batch buckets, sessions that are kept, and their replays. Plain Python.
+"""Batch buckets, sessions that are kept between calls, and the replay of their steps; plain Python without Triton.
 
-A session holds all buffers of one bucket and a step that is always the same launches: on a GPU a CUDA graph, captured
-once. The device is known by three functions alone: what a session takes, how it is opened, and how to wait for it.
+A session holds all buffers of one bucket, and a step that always has the same launches: on a GPU a CUDA graph, captured
+once. Callers describe the device by three functions: the size of a session, how to open it, and how to wait for it.
 """
 
 from __future__ import annotations
@@ -17,49 +17,60 @@ import torch
 
 from ..progress import report, reporting
 
-# Waits for the device and reports of a part, at most.
+# Most progress reports per part, each of which waits for the device.
 REPORTS = 16
 
 
 class Shape(NamedTuple):
-    """What a session is made for: with the model, the key of its graph."""
+    """Sizes of the part of a batch that a session takes; together with the model, the key of its graph."""
 
     samples: int
     tokens: int
     prefix: int
-    copies: int
+    branches: int
     cond: bool
     rule: str
 
 
 class Session(Protocol):
-    """load() takes a part and starts its first token, step() makes one token, result() gives (samples, T, D)."""
+    """Interface of a session that `loaded` and `sample` use."""
 
-    def load(self, z: torch.Tensor, context: tuple, temperature: float) -> None: ...
-    def step(self) -> None: ...
-    def result(self) -> torch.Tensor: ...
+    def load(self, z: torch.Tensor, context: tuple, temperature: float) -> None:
+        """Take a part of a batch and start its first token."""
+        ...
+
+    def step(self) -> None:
+        """Compute one token of every sample."""
+        ...
+
+    def result(self) -> torch.Tensor:
+        """Return x (samples, T, D)."""
+        ...
 
 
 def bucket(samples: int) -> int:
-    """The power of two that holds so many samples."""
+    """Return the smallest power of two that is at least `samples`."""
     return 1 << max(samples - 1, 0).bit_length()
 
 
 def largest(samples: int, size: Callable[[int], int], budget: int) -> int:
-    """The largest bucket for that many samples whose size fits the budget; one sample is always tried."""
-    found = bucket(samples)
-    while found > 1 and size(found) > budget:
-        found //= 2
-    return found
+    """Return the largest bucket for `samples` whose size in bytes fits the budget, at least 1."""
+    most = bucket(samples)
+    while most > 1 and size(most) > budget:
+        most //= 2
+    return most
 
 
 def parts(samples: int, most: int) -> Iterator[slice]:
-    """The batch in parts of at most `most`."""
+    """Return the slices of a batch in parts of at most `most` samples."""
     return (slice(first, min(first + most, samples)) for first in range(0, samples, most))
 
 
 class Sessions:
-    """Sessions that are kept, within a budget of bytes; those unused for longest go first, a model's go with it."""
+    """Sessions kept between calls within a budget of bytes; the least recently used go first.
+
+    The sessions of a model are dropped with the model.
+    """
 
     def __init__(self):
         self.lock = threading.RLock()
@@ -70,12 +81,24 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __iter__(self) -> Iterator[Session]:
+        return iter([session for _, session in self._kept.values()])
+
     @property
     def bytes(self) -> int:
+        """Bytes of all kept sessions."""
         return sum(size for size, _ in self._kept.values())
 
     def get(self, model: object, key: tuple, size: int, budget: int, opened: Callable[[], Session]) -> Session:
-        """The session of a model, opened where there is none; room is made before that."""
+        """Return the session of a model, opened if it is not kept.
+
+        Args:
+            model: owner of the session.
+            key: identifies the session among those of the model.
+            size: bytes of the session.
+            budget: bytes of all sessions; others are dropped before this one is opened.
+            opened: opens the session.
+        """
         if model not in self._models:
             self._models[model] = number = next(self._numbers)
             weakref.finalize(model, self._drop, number)
@@ -93,7 +116,14 @@ class Sessions:
 
 
 def replay(step: Callable[[], None], steps: int, wait: Callable[[], None], done: Callable[[int], None]) -> None:
-    """`steps` steps one after the other; the device is waited for only where somebody asks for reports."""
+    """Run `steps` steps; wait for the device only if progress is reported.
+
+    Args:
+        step: runs one step.
+        steps: how many.
+        wait: waits for the device.
+        done: takes the number of steps done.
+    """
     every = max(1, -(-steps // REPORTS)) if reporting() else max(1, steps)
     for first in range(0, steps, every):
         last = min(first + every, steps)
@@ -105,17 +135,23 @@ def replay(step: Callable[[], None], steps: int, wait: Callable[[], None], done:
 
 
 def replay_until_done(step: Callable[[], None], ask: Callable[[], Callable[[], int]], tokens: int, done) -> None:
-    """Replays until the device has all tokens; what one has left is read while the next runs, which does nothing then.
+    """Run steps until all tokens are done.
 
-    ask() has the device say how many tokens are done, and gives a function that waits for the answer.
+    The answer after one step is read while the next one runs, which does nothing if all tokens were done.
+
+    Args:
+        step: runs one step.
+        ask: starts the count of tokens that are done on the device, and returns a function that waits for it.
+        tokens: number of all tokens.
+        done: takes the number of tokens done.
     """
     answer = None
     while True:
         step()
         asked = ask()
         if answer:
-            done(found := answer())
-            if found == tokens:
+            done(count := answer())
+            if count == tokens:
                 return
         answer = asked
 
@@ -129,28 +165,42 @@ def loaded(
     budget: int,
     session: Callable[[Shape], Session],
 ) -> Iterator[tuple[slice, Session]]:
-    """z (B, T, D) in the block's own order in parts that fit the budget: their rows, and the session that has them.
+    """Load a batch in parts that fit the budget; yield the rows and the session of each part.
 
-    context: cond, prefix, cos, sin and guidance of all rows. shape: that of the call, whose samples are all of B.
+    Args:
+        z: (B, T, D), noise in the block's own order.
+        context: cond, prefix, cos, sin and guidance of all rows.
+        shape: of the whole batch.
+        temperature: of guidance.
+        size: bytes of a session for a shape.
+        budget: bytes of a session.
+        session: returns the session for a shape.
     """
     B = len(z)
     most = largest(B, lambda samples: size(shape._replace(samples=samples)), budget)
     cond, prefix, cos, sin, guidance = context
     for rows in parts(B, most):
 
-        def both(value, rows=rows):
-            return None if value is None else value.unflatten(0, (shape.copies, B))[:, rows]
+        def of_branches(value, rows=rows):
+            return None if value is None else value.unflatten(0, (shape.branches, B))[:, rows]
 
-        given = both(cond), both(prefix), cos, sin, None if guidance is None else guidance[rows]
+        part = of_branches(cond), of_branches(prefix), cos, sin, None if guidance is None else guidance[rows]
         opened = session(shape._replace(samples=bucket(rows.stop - rows.start)))
-        opened.load(z[rows], given, temperature)
+        opened.load(z[rows], part, temperature)
         yield rows, opened
 
 
 def sample(
     z: torch.Tensor, steps: int, wait: Callable[[], None], running: Iterator[tuple[slice, Session]]
 ) -> torch.Tensor:
-    """x of z (B, T, D), whose parts run in their sessions for so many steps."""
+    """Return x of noise z (B, T, D) from its parts, which run for `steps` steps in their sessions.
+
+    Args:
+        z: (B, T, D), in the block's own order.
+        steps: per part.
+        wait: waits for the device.
+        running: rows and loaded session of each part.
+    """
     (B, T, _), x = z.shape, torch.empty_like(z)
     for rows, opened in running:
         n = rows.stop - rows.start

@@ -1,7 +1,7 @@
-"""The parallel inverse of a block in Triton: sweeps over windows that each sample moves along for itself.
+"""Parallel inverse of a block in Triton: sweeps over windows, which move along each sample independently.
 
-A sweep is a fixed list of launches, the device decides what stands still; the host replays a few sweeps at a time until
-all tokens are done. The kernels are in triton_step.py, triton_sweep.py and triton_newton.py.
+A sweep is a fixed list of launches, and the device decides which tokens have converged. The host replays a few sweeps
+at a time until all tokens are done. The kernels are in step_kernels.py, sweep_kernels.py and newton_kernels.py.
 """
 
 from __future__ import annotations
@@ -12,101 +12,109 @@ import triton
 from ..._core.numerics import DIVERGED
 from ...spec import BlockSpec
 from ..progress import report
-from . import sequential as step
-from . import sweep_kernels
+from . import sequential, sweep_kernels
 from .sessions import Shape, replay_until_done
 
-# Sweeps of a CUDA graph: a replay more than needed finds every window at rest.
+# Sweeps per CUDA graph; sweeps after the last token has converged return at once.
 SWEEPS = 4
-# Moves of neighbours that the linear model takes.
+# Most inputs of the linear model: moves of the neighbours of a token.
 MOST_INPUTS = 128
-# Buffers of quasi-Newton, in the order in which the kernels take them.
+# Buffers of quasi-Newton steps, in the order of the kernels' parameters.
 NEWTON = ("spread", "log_sigma", "learned", "moves", "outputs", "gram", "cross", "model")
 
 
 def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int, window: int, slide: bool, neighbours: tuple):
-    """Shape and dtype of every buffer of a session: those of a step of n tokens, and what the sweeps have settled."""
+    """Return shape and dtype of every buffer of a session: those of steps of n tokens, and the state of the sweeps."""
     samples, T, D, wide = shape.samples, shape.tokens, spec.token_dim, torch.float32
     counters = ("done", "single", "passes", "fallbacks", "failed")
-    found = step.buffers(spec, dtype, shape, n) | dict.fromkeys(counters, ((samples,), torch.int32))
-    found |= {"stop": ((samples * shape.copies,), torch.int32), "sweeps": ((samples, T), torch.int32)}
-    found |= dict.fromkeys(("residual", "bound"), ((samples,), wide)) | {"tol": ((1,), wide)}
-    found |= dict.fromkeys(("change", "move", "size"), ((samples * n,), wide))
-    found |= dict.fromkeys(("y", "spread", "log_sigma") if neighbours else ("y",), ((samples * n, D), wide))
+    layout = sequential.buffers(spec, dtype, shape, n) | dict.fromkeys(counters, ((samples,), torch.int32))
+    layout |= {"stop": ((samples * shape.branches,), torch.int32), "sweeps": ((samples, T), torch.int32)}
+    layout |= dict.fromkeys(("solve_residual", "bound"), ((samples,), wide)) | {"tol": ((1,), wide)}
+    layout |= dict.fromkeys(("change", "move", "size"), ((samples * n,), wide))
+    layout |= dict.fromkeys(("y", "spread", "log_sigma") if neighbours else ("y",), ((samples * n, D), wide))
     if neighbours:
-        inputs, tile = step.tile(len(neighbours) * D), step.tile(D)
-        found |= {
+        inputs, tile = sequential.tile(len(neighbours) * D), sequential.tile(D)
+        layout |= {
             "learned": ((samples, 2), torch.int32), "moves": ((samples, T, D), wide),
             "outputs": ((samples, T, 2 * D), wide), "gram": ((samples, inputs, inputs), wide),
             "cross": ((samples, 2, inputs, tile), wide), "model": ((samples, 2, inputs, tile), wide),
         }  # fmt: skip
-    return found
+    return layout
 
 
-class JacobiSession(step.TritonSession):
-    """Buffers of one bucket and the launches of a sweep."""
+class JacobiSession(sequential.TritonSession):
+    """Buffers of one bucket and the launches of a sweep.
+
+    Args:
+        model, shape, device, buffers, n: see `TritonSession`.
+        window: tokens per window.
+        slide: move the window by the tokens that have converged, not by whole windows.
+        neighbours: distances of the tokens whose moves the linear model takes; () for plain Jacobi sweeps.
+    """
 
     buffers = staticmethod(buffers)
 
     def __init__(self, model, shape, device, buffers, n, window: int, slide: bool, neighbours: tuple[int, ...]):
         super().__init__(model, shape, device, buffers, n)
-        # Its kernels have no programmatic dependent launch.
+        # Kernels of sweeps have no programmatic dependent launch.
         self.window, self.slide, self.pdl = window, slide, {}
         self.offsets = torch.tensor(neighbours, dtype=torch.int32, device=device) if neighbours else None
 
     def attend(self, i: int, n: int, stop: torch.Tensor | None) -> None:
+        """Launch the attention of layer i: that of a sweep, or with stop None that of a step."""
         if stop is None:
             return super().attend(i, n, stop)
         spec = self.spec
-        tiles = n // step.BLOCK_M
-        sweep_kernels.attend_kernel[(self.rows * tiles * spec.heads * self.splits,)](
-            self.q, self.k_cache[i], self.v_cache[i], self.position, stop, self.part, self.peak, self.mass, n,
-            self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads, HEAD=spec.head_dim,
-            BLOCK_D=step.tile(spec.head_dim), SPLIT=step.SPLIT, **self._own("attend"),
+        tiles = n // sequential.BLOCK_M
+        sweep_kernels.block_sweep_attend_kernel[(self.rows * tiles * spec.heads * self.splits,)](
+            self.q, self.k_cache[i], self.v_cache[i], self.position, stop, self.split_out, self.split_max,
+            self.split_sum, n, self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads, HEAD=spec.head_dim,
+            BLOCK_D=sequential.tile(spec.head_dim), SPLIT=sequential.SPLIT, **self._own("attend"),
         )  # fmt: skip
 
     def _own(self, kernel: str) -> dict[str, int]:
-        """Tiles of a kernel that a step does not have."""
+        """Return tile sizes of a kernel that only sweeps have."""
         sizes = self.hidden.element_size(), self.spec.token_dim, self.spec.head_dim
-        return {"BLOCK_M": step.BLOCK_M, **config(kernel, *sizes)}
+        return {"BLOCK_M": sequential.BLOCK_M, **config(kernel, *sizes)}
 
     def launch(self, w: dict) -> None:
-        """The launches of a replay."""
+        """Launch the sweeps of one replay."""
         for _ in range(SWEEPS if self.device.type == "cuda" else 1):
             self.sweep(w)
 
     def sweep(self, w: dict) -> None:
-        """The launches of a sweep."""
+        """Launch one sweep."""
         spec, shape, n, C, D = self.spec, self.shape, self.n, self.spec.channels, self.spec.token_dim
-        rows, tile = self.rows * n, step.tile(D)
-        sweep_kernels.embed_kernel[self._grid(rows, triton.cdiv(C, step.BLOCK_N))](
-            self.x, w.get("start"), *self._entrance(w), self.entry, self.position, self.stop, shape.samples, rows, n,
-            shape.tokens, shape.prefix, C, D, START=spec.start, BLOCK_D=tile, **self._own("embed"),
+        rows, tile = self.rows * n, sequential.tile(D)
+        sweep_kernels.block_sweep_embed_kernel[self._grid(rows, triton.cdiv(C, sequential.BLOCK_N))](
+            self.x, w.get("start"), *self._embed_weights(w), self.h_in, self.position, self.stop, shape.samples, rows,
+            n, shape.tokens, shape.prefix, C, D, START=spec.start, BLOCK_D=tile, **self._own("embed"),
         )  # fmt: skip
         h = self.layers(w, n, self.stop)
         inputs = 0 if self.offsets is None else len(self.offsets) * D
         spread, log_sigma, *learned = (getattr(self, name, None) for name in NEWTON)
-        sweep_kernels.head_kernel[(triton.cdiv(shape.samples * n, step.BLOCK_M),)](
-            h, self.update, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
+        sweep_kernels.block_sweep_head_kernel[(triton.cdiv(shape.samples * n, sequential.BLOCK_M),)](
+            h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
             *self._norm(w, "proj_out"), self.z, self.guidance, self.x, self.y, spread, log_sigma, self.change,
             self.move, self.size, self.position, self.stop, shape.samples, n, shape.tokens, shape.prefix, C, D,
             spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm,
-            RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start, COPIES=shape.copies,
+            RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start, BRANCHES=shape.branches,
             **self._own("head"),
         )  # fmt: skip
-        sweep_kernels.settle_kernel[(shape.samples,)](
+        sweep_kernels.block_sweep_settle_kernel[(shape.samples,)](
             self.x, self.y, spread, log_sigma, self.change, self.move, self.size, self.bound, self.tol, self.done,
-            self.single, self.passes, self.fallbacks, self.failed, self.sweeps, self.residual, self.position, self.stop,
-            *learned, self.offsets, shape.samples, n, shape.tokens, shape.prefix, D, inputs, WINDOW=self.window,
-            SLIDE=self.slide, START=spec.start, COPIES=shape.copies, BLOCK_W=triton.next_power_of_2(n),
-            BLOCK_M=step.BLOCK_M, BLOCK_D=tile, BLOCK_I=step.tile(inputs), num_warps=settle_warps(inputs, D),
+            self.single, self.passes, self.fallbacks, self.failed, self.sweeps, self.solve_residual, self.position,
+            self.stop, *learned, self.offsets, shape.samples, n, shape.tokens, shape.prefix, D, inputs,
+            WINDOW=self.window, SLIDE=self.slide, START=spec.start, BRANCHES=shape.branches,
+            BLOCK_W=triton.next_power_of_2(n), BLOCK_M=sequential.BLOCK_M, BLOCK_D=tile,
+            BLOCK_I=sequential.tile(inputs), num_warps=settle_warps(inputs, D),
         )  # fmt: skip
 
     def begin(self, w: dict, prefix: torch.Tensor | None) -> None:
-        """Text into the cache, and the first window of every sample."""
+        """Fill the cache with text and set the first window of every sample."""
         self.read(w, prefix)
         first = 0 if self.spec.start else 1
-        for name in ("single", "passes", "fallbacks", "failed", "sweeps", "residual"):
+        for name in ("single", "passes", "fallbacks", "failed", "sweeps", "solve_residual"):
             getattr(self, name).zero_()
         for name in NEWTON if self.offsets is not None else ():
             getattr(self, name).zero_()
@@ -119,68 +127,73 @@ class JacobiSession(step.TritonSession):
         self.bound.copy_(DIVERGED * self.z.abs().flatten(1).amax(1).clamp(min=1))
 
     def guess(self, guess: torch.Tensor, tol: float) -> None:
-        """First values of a part, but for a token that is its noise; rows that pad the bucket are done."""
+        """Set the first values of a part and its tolerance; rows that pad the bucket are done.
+
+        The first token keeps its noise unless the block has a start token.
+        """
         first, n = 0 if self.spec.start else 1, len(guess)
         self.x[:n, first:] = guess[:, first:]
         self.tol.fill_(tol)
         self.done[n:] = self.shape.tokens
-        self.stop.view(self.shape.copies, -1)[:, n:] = 0
+        self.stop.view(self.shape.branches, -1)[:, n:] = 0
 
     def ask(self):
-        """Have the device say how many tokens are done; gives a function that waits for the answer."""
+        """Start the count of tokens that are done on the device; return a function that waits for it."""
         count = self.done.sum(dtype=torch.int64)
         if count.device.type != "cuda":
             return count.item
-        found = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
+        host = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
         end = torch.cuda.current_stream(self.device).record_event()
 
         def answer() -> int:
             end.synchronize()
-            return int(found)
+            return int(host)
 
         return answer
 
 
 def config(kernel: str, width: int, D: int, d: int) -> dict[str, int]:
-    """Tiles, for a network of so many bytes a value, of what a sweep has in place of a kernel of a step."""
+    """Return tile sizes of the kernels of a sweep; arguments: see `sequential.config`."""
     if kernel == "attend":
         small = {"BLOCK_S": 16, "num_warps": 8, "num_stages": 2}
-        return small if width == 4 else {"BLOCK_S": step.BLOCK_S, "num_warps": 4, "num_stages": 2}
+        return small if width == 4 else {"BLOCK_S": sequential.BLOCK_S, "num_warps": 4, "num_stages": 2}
     if kernel == "head":
         short = width == 4 or D < 64
-        tiles = {"BLOCK_D": min(step.tile(D), 64), "BLOCK_K": 16 if short else 32, "num_warps": 4}
+        tiles = {"BLOCK_D": min(sequential.tile(D), 64), "BLOCK_K": 16 if short else 32, "num_warps": 4}
         return {**tiles, "num_stages": 2 if width == 2 else 1}
-    return step.config(kernel, width, D, d)
+    return sequential.config(kernel, width, D, d)
 
 
 def settle_warps(inputs: int, D: int) -> int:
-    """Warps of the kernel that keeps a linear model in registers."""
+    """Return the warps of the kernel that keeps a linear model in registers."""
     return 4 if max(inputs, D) <= 32 else 16
 
 
-def refuse(z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, text, *others) -> str | None:
-    """Why the kernels cannot sweep over a block, or None."""
-    inputs = len(neighbours) * BlockSpec.from_json(text).token_dim
+def refuse(z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, spec_json, *others) -> str | None:
+    """Return why the kernels cannot sweep over a block, or None."""
+    inputs = len(neighbours) * BlockSpec.from_json(spec_json).token_dim
     if inputs > MOST_INPUTS:
         return f"the linear model of neighbours={tuple(neighbours)} takes {inputs} values, it takes up to {MOST_INPUTS}"
-    return step.refuse(z, weights, cond, prefix, cos, sin, guidance, text)
+    return sequential.refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json)
 
 
 def block_jacobi(
-    z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, text, rule, temperature, window, slide, tol
+    z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, spec_json, rule, temperature, window, slide, tol
 ):  # fmt: skip
-    """Data of noise by sweeps over windows, with the counters of jacobi.py; a batch past the budget goes in parts."""
-    (B, T, _), model = z.shape, step.packed(text, weights)
+    """Map noise to data by sweeps over windows, with the counters of jacobi.py; large batches go in parts."""
+    (B, T, _), model = z.shape, sequential.packed(spec_json, weights)
     spec, x, residual = model.spec, guess.clone(), z.new_zeros(B)
     sweeps, counts = z.new_zeros(B, T, dtype=torch.int32), z.new_zeros(B, 3, dtype=torch.int64)
     if not B:
         return x, sweeps, counts, residual
-    # Tiles belong to one sample each.
-    n, options = -(-window // step.BLOCK_M) * step.BLOCK_M, (window, slide, tuple(neighbours))
+    # A tile holds tokens of one sample.
+    n, options = -(-window // sequential.BLOCK_M) * sequential.BLOCK_M, (window, slide, tuple(neighbours))
     guess = guess.flip(1) if spec.flip else guess
-    with step.alone(z.device):
+    with sequential.exclusive(z.device):
         context = cond, prefix, cos, sin, guidance
-        for rows, running in step.running(model, z, context, rule, temperature, JacobiSession, n, options):
+        for rows, running in sequential.loaded_sessions(
+            model, z, context, rule, temperature, JacobiSession, n, options
+        ):
             session, count = running.session, rows.stop - rows.start
             session.guess(guess[rows], tol)
             padding = (session.shape.samples - count) * T
@@ -189,6 +202,7 @@ def block_jacobi(
                 report(rows.start * T + tokens - padding, B * T)
 
             replay_until_done(running.step, session.ask, session.shape.samples * T, done)
-            x[rows], sweeps[rows], residual[rows] = session.x[:count], session.sweeps[:count], session.residual[:count]
+            x[rows], sweeps[rows] = session.x[:count], session.sweeps[:count]
+            residual[rows] = session.solve_residual[:count]
             counts[rows] = torch.stack([session.passes, session.fallbacks, session.failed], 1)[:count].long()
     return x.flip(1) if spec.flip else x, sweeps, counts, residual

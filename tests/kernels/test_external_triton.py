@@ -1,4 +1,4 @@
-"""The rotation before a fused attention, in Triton: TRITON_INTERPRET=1 pytest tests/test_fused_triton.py."""
+"""The rotation before a fused attention, in Triton: TRITON_INTERPRET=1 pytest tests/kernels/test_external_triton.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from support.contract import assert_within_contract, strided, with_gradients
 from support.naive import angles
 
 from starflow_kernels import causal_attention
-from starflow_kernels._core.numerics import apply_rotary
-from starflow_kernels.causal_attention.external import turn, turn_back
+from starflow_kernels._core import numerics
+from starflow_kernels.causal_attention import external
 
 require_interpreter()
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -25,27 +25,27 @@ def pairs_apart(x: torch.Tensor, rotary: str) -> torch.Tensor:
 @pytest.mark.parametrize("rotary", ["interleaved", "half"])
 @pytest.mark.parametrize("T, H, d", [(1, 1, 2), (65, 3, 24), (64, 2, 80), (33, 1, 250)])
 @pytest.mark.usefixtures("poisoned_memory")
-def test_turns_and_turns_back(T, H, d, rotary, dtype):
-    x, turns = torch.randn(2, T, H, d, dtype=dtype), angles(T, d).values()
-    eps = torch.finfo(dtype).eps
-    found, expected = turn(strided(x), *turns, rotary), apply_rotary(x.double(), *turns, rotary)
-    assert found.is_contiguous() and found.dtype == dtype
-    bound = 4 * eps * x.abs().max().item()
-    assert (found - pairs_apart(expected, rotary)).abs().max() <= bound
-    back = turn_back(strided(pairs_apart(x, rotary)), *turns, rotary)
-    cos, sin = turns
-    assert (back - apply_rotary(x.double(), cos, -sin, rotary)).abs().max() <= bound
+def test_applies_and_undoes_the_rotation(T, H, d, rotary, dtype):
+    x, (cos, sin) = torch.randn(2, T, H, d, dtype=dtype), angles(T, d).values()
+    bound = 4 * torch.finfo(dtype).eps * x.abs().max().item()
+    rotated = external.apply_rotary(strided(x), cos, sin, rotary)
+    assert rotated.is_contiguous() and rotated.dtype == dtype
+    expected = pairs_apart(numerics.apply_rotary(x.double(), cos, sin, rotary), rotary)
+    assert (rotated - expected).abs().max() <= bound
+    undone = external.undo_rotary(strided(pairs_apart(x, rotary)), cos, sin, rotary)
+    assert (undone - numerics.apply_rotary(x.double(), cos, -sin, rotary)).abs().max() <= bound
 
 
 def test_none_and_no_rows():
-    x, turns = torch.randn(2, 3, 1, 4), angles(3, 4).values()
-    assert turn(x, None, None, "none") is x and turn_back(x, None, None, "none") is x
-    assert turn(x[:0], *turns, "half").shape == turn_back(x[:0], *turns, "half").shape == (0, 3, 1, 4)
+    x, (cos, sin) = torch.randn(2, 3, 1, 4), angles(3, 4).values()
+    for rotate in (external.apply_rotary, external.undo_rotary):
+        assert rotate(x, None, None, "none") is x
+        assert rotate(x[:0], cos, sin, "half").shape == (0, 3, 1, 4)
 
 
 @every_dtype
 @pytest.mark.parametrize("rotary", ["none", "interleaved", "half"])
-def test_torchs_fused_attention_behind_it(rotary, dtype):
+def test_torchs_fused_attention_after_it(rotary, dtype):
     tensors, seeds = inputs(2, 65, 4, 2, 24, dtype), (torch.randn(2, 65, 4, 24, dtype=dtype),)
     options = rotary_options(rotary, 65, 24, torch.float32)
     plain = with_gradients(lambda *t: [naive(*t, **options)[0]], tensors, seeds)

@@ -1,0 +1,136 @@
+"""Parts that the Triton kernels of a block share: loads, products and norms of tiles of rows.
+
+A row is one token of one sequence. A tile has BLOCK_M rows; tiles and the order of every sum are fixed, so that a row
+has the same bits in any batch.
+"""
+
+import triton
+import triton.language as tl
+
+RMS_EPS = tl.constexpr(1e-6)
+LAYER_EPS = tl.constexpr(1e-5)
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait for the kernel before this one and let the next one start, under programmatic dependent launch."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def window_slots(position, stop, row, n, rows):
+    """Return the cache slots of the rows of a sweep, and which rows are inside their windows."""
+    slot = tl.load(position + row // n, row < rows, 0) + row % n  # (BLOCK_M,)
+    return slot, slot < tl.load(stop + row // n, row < rows, 0)
+
+
+@triton.jit
+def none_inside(inside):
+    """Return whether no row is inside its window."""
+    return tl.max(inside.to(tl.int32), 0) == 0
+
+
+@triton.jit
+def load_tile(x, row, c, rows, width):
+    """Return columns c of some rows as float32, zero outside."""
+    # (rows, columns)
+    return tl.load(x + row[:, None] * width + c[None, :], (row < rows)[:, None] & (c < width)[None, :], 0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def load_vector(x, i, mask):
+    """Return the values i of a vector as float32, zero outside."""
+    return tl.load(x + i, mask, 0).to(tl.float32)  # (values,)
+
+
+@triton.jit
+def decode_weights(w, DTYPE: tl.constexpr):
+    """Return weights of one byte as DTYPE without their scale, other weights unchanged.
+
+    uint8 holds the bits of float8_e4m3fn. Shifted to the place of those of float16 they are 1/256 of the value, also if
+    subnormal; the scale contains the factor 256. No target needs an instruction for it.
+    """
+    if w.dtype == tl.int8:
+        return w.to(DTYPE)
+    elif w.dtype == tl.uint8:
+        bits = (w.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385
+        return bits.to(tl.float16, bitcast=True).to(DTYPE)
+    else:
+        return w
+
+
+@triton.jit
+def load_weight(weight, out, c, outs, width, DTYPE: tl.constexpr = None):
+    """Return the transposed tile (columns, outputs) of a weight (outs, width)."""
+    # (columns, outputs)
+    w = tl.load(weight + out[None, :] * width + c[:, None], (out < outs)[None, :] & (c < width)[:, None], 0)
+    return decode_weights(w, DTYPE)
+
+
+@triton.jit
+def scale_channels(total, scale, out, mask):
+    """Return sums of products with one-byte weights times the scales of their channels; scale None: total itself."""
+    if scale is not None:
+        total *= load_vector(scale, out, mask)[None, :]
+    return total
+
+
+@triton.jit
+def add_product(x, w, total):
+    """Return total + x w in the dtype of w."""
+    return tl.dot(x.to(w.dtype), w, total, input_precision="ieee")  # (rows, outputs)
+
+
+@triton.jit
+def load_state(h, residual, post, factor, row, c, rows, C, POST: tl.constexpr):
+    """Return the state of the rows plus, if POST, the residual that is not yet normed and added."""
+    x = load_tile(h, row, c, rows, C)
+    if POST:
+        x += load_tile(residual, row, c, rows, C) * factor[:, None] * (1 + load_vector(post, c, c < C))[None, :]
+    return x
+
+
+@triton.jit
+def norm_statistics(
+    h, residual, post, row, rows, C,
+    NORM: tl.constexpr, POST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return the factor of the residual's norm, and the mean and the factor of the state's norm, (BLOCK_M,) each."""
+    factor = tl.full([BLOCK_M], 1.0, tl.float32)
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    size = tl.full([BLOCK_M], 1.0, tl.float32)
+    if POST:
+        square = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(0, C, BLOCK_K):
+            x = load_tile(residual, row, start + tl.arange(0, BLOCK_K), rows, C)  # (BLOCK_M, BLOCK_K)
+            square += tl.sum(x * x, 1)
+        factor = 1 / tl.sqrt(square / C + RMS_EPS)
+    if NORM == "layer_norm":
+        for start in range(0, C, BLOCK_K):
+            c = start + tl.arange(0, BLOCK_K)
+            mean += tl.sum(load_state(h, residual, post, factor, row, c, rows, C, POST), 1)
+        mean = mean / C
+    if NORM != "none":
+        square = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(0, C, BLOCK_K):
+            c = start + tl.arange(0, BLOCK_K)
+            x = load_state(h, residual, post, factor, row, c, rows, C, POST)  # (BLOCK_M, BLOCK_K)
+            x = tl.where((c < C)[None, :], x - mean[:, None], 0.0)
+            square += tl.sum(x * x, 1)
+        size = 1 / tl.sqrt(square / C + (LAYER_EPS if NORM == "layer_norm" else RMS_EPS))
+    return factor, mean, size
+
+
+@triton.jit
+def normalize(x, mean, size, weight, bias, c, C, NORM: tl.constexpr):
+    """Return the norm of a tile (BLOCK_M, BLOCK_K) from its statistics."""
+    if NORM == "layer_norm":
+        x = (x - mean[:, None]) * size[:, None] * load_vector(weight, c, c < C)[None, :]
+        x += load_vector(bias, c, c < C)[None, :]
+    if NORM == "rms_norm":
+        x = x * size[:, None] * (1 + load_vector(weight, c, c < C))[None, :]
+    return x
