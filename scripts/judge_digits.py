@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from sklearn.svm import SVC
 
 from starflow.data.datasets import DataConfig, load
+from starflow.io.images import save_grid
 from starflow.pipelines import STARFlowPipeline
-from starflow.sampling.sample import save_grid
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = ("{}", "a photo of the digit {}")
@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     pipeline = STARFlowPipeline.from_pretrained(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    size = pipeline.transformer.config.image_size * pipeline.pixels_a_latent
+    size = pipeline.transformer.config.image_size * pipeline.pixels_per_latent
     (x, y), (real, truth) = (
         (features(torch.stack([image for image, _ in part])), part.labels.numpy())
         for part in load(DataConfig(size=size))

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 
 from starflow import Flow, Guidance
-from starflow.data.datasets import generator
-from starflow.inversion.solvers import Inversion, neighbours
+from starflow.inversion.request import Inversion, neighbours
 from starflow.models.certificate import certificate
+from starflow.seeds import generator
 from starflow_kernels import Solver, block_inverse
 
 from ..machine import description

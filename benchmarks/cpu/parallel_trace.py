@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from starflow.inversion.solvers import neighbours
+from starflow.inversion.request import neighbours
 from starflow_kernels.solve_inverse.quasi_newton import QuasiNewton
 
 from ..machine import description

@@ -78,7 +78,7 @@ def measure(batch: int, repeats: int) -> dict:
     reports = [draw() for _ in range(repeats)]
     certificate = max(report.certificate for report in reports)
     assert certificate < CERTIFICATE, f"not exact: {certificate}"
-    seconds = {stage: statistics.median(r.seconds[stage] for r in reports) for stage in reports[0].seconds}
+    seconds = {stage: statistics.median(r.stages[stage] for r in reports) for stage in reports[0].stages}
     timed = {stage: value for stage, value in seconds.items() if stage != "certify"}
     peak = peak_flops()
     floors = {

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 
 from starflow import Flow, Guidance
-from starflow.data.datasets import generator
-from starflow.inversion.solvers import Inversion
+from starflow.inversion.request import Inversion
 from starflow.models.certificate import certificate
 from starflow.models.config import FlowConfig
 from starflow.sampling.budget import denoise_bytes, image_bytes
 from starflow.sampling.sample import pixels
+from starflow.seeds import generator
 
 from ..machine import description
 
@@ -129,7 +129,7 @@ def throughput(name: str, count: int, batch_size: int, processes: int, form: str
         if processes > 1:
             command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
         command += ["starflow", "sample", "--checkpoint", name, "--count", str(count), "--format", form]
-        command += ["--shard-size", str(max(1, count // 4)), "--batch-size", str(batch_size), "--threads", "1"]
+        command += ["--samples-per-file", str(max(1, count // 4)), "--batch-size", str(batch_size), "--threads", "1"]
         command += ["--method", "sequential", "--out", f"{folder}/out", "--json", f"{folder}/report.json"]
         subprocess.run(command, check=True, capture_output=True)
         results = json.loads(Path(folder, "report.json").read_text())["results"]

@@ -294,7 +294,7 @@ def guarded(rows: Callable[[], Iterator[dict]], row: dict) -> Iterator[dict]:
 
 def trained(checkpoint: str, bench: Bench, ceilings: dict, peer, clock: Clock) -> Iterator[dict]:
     """The same of a trained flow, and its parallel inverses: those of random weights would say nothing."""
-    from starflow.inversion.solvers import neighbours
+    from starflow.inversion.request import neighbours
 
     from ..cpu.parallel import Case as Trained
     from ..cpu.parallel import load

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..errors import ConfigError
-from ..inversion.measure import WINDOWS, calibrate
-from ..inversion.solver_files import SETTINGS, save_calibration
-from ..inversion.solvers import TOLERANCE, BlockMeasurement, Calibration, Inversion
+from ..inversion.measure import WINDOWS
+from ..inversion.request import TOLERANCE, Inversion
 from ..io.files import write_folder
+from ..models.calibration import SOLVERS, BlockMeasurement, Measurement, save_calibration
 from ..models.checkpoint import BUNDLED, PIPELINE_INDEX, resolve
-from ..models.flow import Flow, Guidance
+from ..models.flow import Flow
+from ..models.guidance import Guidance
+from ..open_model import open_model
 from ..training.loop import METRICS, STATE
 from .common import DTYPES, Parser, device, non_negative, positive
 
@@ -28,7 +31,7 @@ EXAMPLE = "starflow calibrate --checkpoint runs/photos --batch-size 1 16"
 
 
 def add_arguments(parser: Parser) -> None:
-    """The arguments of this command."""
+    """Add the arguments of this command."""
     parser.add_argument(
         "--checkpoint",
         "--model",
@@ -36,19 +39,42 @@ def add_arguments(parser: Parser) -> None:
         help="folder of a flow or pipeline, or the bundled 'digits' (default)",
     )
     parser.add_argument(
-        "--batch-size", type=positive, nargs="+", default=[1, 16], metavar="N", help="images at a time (default 1 16)"
+        "--batch-size",
+        type=positive,
+        nargs="+",
+        default=[1, 16],
+        metavar="N",
+        help="batch sizes to measure (default 1 16)",
     )
-    parser.add_argument("--tol", type=float, default=TOLERANCE, help=f"of the parallel solvers (default {TOLERANCE:g})")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
-    parser.add_argument("--guidance", "--cfg", type=float, default=0.0, help="weight that images will be drawn with")
-    parser.add_argument("--guidance-rule", choices=("tarflow", "starflow"), help="(default tarflow, starflow for text)")
-    parser.add_argument("--annealed", action="store_true", help="let guidance grow over the tokens of a block")
-    parser.add_argument("--prompt", nargs="+", default=["a photo"], help="what a text-to-image pipeline draws in turn")
     parser.add_argument(
-        "--windows", type=non_negative, nargs="+", default=list(WINDOWS), metavar="N", help="to try, 0 for all tokens"
+        "--tol", type=float, default=TOLERANCE, help=f"tolerance of the parallel solvers (default {TOLERANCE:g})"
     )
-    parser.add_argument("--seed", type=non_negative, default=0, help="of all random numbers (default 0)")
-    parser.add_argument("--out", metavar="FOLDER", help="copy the checkpoint there, with the calibration")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
+    parser.add_argument(
+        "--guidance", "--cfg", type=float, default=0.0, help="guidance weight to measure with (default 0)"
+    )
+    parser.add_argument(
+        "--guidance-rule",
+        choices=("tarflow", "starflow"),
+        help="formula of the guidance (default tarflow, starflow for text)",
+    )
+    parser.add_argument(
+        "--annealed", action="store_true", help="let the guidance weight grow over the tokens of each block"
+    )
+    parser.add_argument(
+        "--prompt", nargs="+", default=["a photo"], help="prompts to draw in turn, with a text-to-image pipeline"
+    )
+    parser.add_argument(
+        "--windows",
+        type=non_negative,
+        nargs="+",
+        default=list(WINDOWS),
+        metavar="N",
+        help=f"windows to try, in tokens; 0 means all tokens (default {' '.join(map(str, WINDOWS))})",
+    )
+    parser.add_argument("--seed", type=non_negative, default=0, help="seed of all random numbers (default 0)")
+    parser.add_argument("--out", metavar="FOLDER", help="copy the checkpoint to this folder and store the result there")
+    parser.add_argument("--verbose", action="store_true", help="print the solver of each block")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -58,45 +84,36 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = folder if pipeline else resolve(folder)
     _check_target(args, folder)
     tol = Inversion("jacobi", tol=args.tol).tolerance
-    flow, text, empty = (_pipeline if pipeline else _flow)(args, folder)
+    flow, text, empty = _open(args, folder)
     rule = args.guidance_rule or ("starflow" if flow.config.text_dim else "tarflow")
     guidance = Guidance(args.guidance, rule, args.annealed)
-    calibration = flow.calibration or Calibration(flow.config.grid, flow.config.token_dim)
-    found = []
+    options = {"tol": tol, "windows": args.windows, "text": text, "empty_text": empty, "seed": args.seed}
+    results = []
     for batch_size in sorted(set(args.batch_size)):
-        print(f"batch {batch_size}:", flush=True)
-        measured = calibrate(flow, batch_size, guidance, tol, args.windows, text, empty, args.seed, _tell)
-        calibration = calibration.add(measured)
+        with tqdm(total=len(flow.blocks), desc=f"batch {batch_size}", unit="block", leave=False, disable=None) as bar:
+            measured = flow.calibrate(batch_size, guidance, on_block=lambda *_, bar=bar: bar.update(), **options)
         before, after = measured.sequential_seconds, measured.seconds
-        print(f"  all blocks: {_ms(before)} sequential, {_ms(after)} as chosen, {before / after:.2f}x")
-        found.append(
-            {
-                **dataclasses.asdict(measured.conditions),
-                "machine": measured.machine,
-                "seconds": after,
-                "sequential_seconds": before,
-                "blocks": [
-                    {"choice": str(block.choice), "trials": [dataclasses.asdict(trial) for trial in block.trials]}
-                    for block in measured.blocks
-                ],
-            }
-        )
+        print(f"batch {batch_size}: {_time(before)} sequential, {_time(after)} as chosen, speedup {before / after:.2f}")
+        if args.verbose:
+            for i, block in reversed(list(enumerate(measured.blocks))):
+                print(f"  block {i}: {_describe(block)}")
+        results.append(_to_json(measured))
     part = TRANSFORMER if pipeline else ""
     if args.out:
         with write_folder(Path(args.out)) as target:
             shutil.copytree(
                 folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STATE, METRICS, "samples")
             )
-            save_calibration(calibration, target / part)
+            save_calibration(flow.calibration, target / part)
     else:
-        save_calibration(calibration, folder / part)
-    written = Path(args.out or folder, part, SETTINGS)
+        save_calibration(flow.calibration, folder / part)
+    written = Path(args.out or folder, part, SOLVERS)
     print(f"written to {written}")
-    return {"written": str(written), "measurements": found}
+    return {"written": str(written), "measurements": results}
 
 
 def _check_target(args: argparse.Namespace, folder: Path) -> None:
-    """Before anything is measured: the result can be stored."""
+    """Check, before anything is measured, that the result can be stored."""
     if args.out:
         if os.path.lexists(args.out):
             raise ConfigError(f"--out {args.out} exists already")
@@ -106,37 +123,40 @@ def _check_target(args: argparse.Namespace, folder: Path) -> None:
         raise ConfigError(f"--out FOLDER: {folder} cannot be written to")
 
 
-def _flow(args: argparse.Namespace, folder: Path) -> tuple[Flow, None, None]:
-    return Flow.from_pretrained(folder, device(args.device), DTYPES[args.dtype]), None, None
-
-
-def _pipeline(args: argparse.Namespace, folder: Path) -> tuple[Flow, torch.Tensor | None, torch.Tensor | None]:
-    """The flow, states of the prompts, and those of the empty one."""
-    from ..data.prompts import encode_prompts
-    from ..pipelines import FlowPipeline, hide_loading_bars
-
-    hide_loading_bars()
-    pipe = FlowPipeline.from_pretrained(folder, dtype=DTYPES[args.dtype]).to(device(args.device))
-    flow = pipe.transformer
-    if not flow.config.text_dim:
+def _open(args: argparse.Namespace, folder: Path) -> tuple[Flow, torch.Tensor | None, torch.Tensor | None]:
+    """Flow, text states of the prompts, and text states of the empty prompt."""
+    model = open_model(folder, device(args.device), DTYPES[args.dtype])
+    flow = model if isinstance(model, Flow) else model.transformer
+    if isinstance(model, Flow) or not flow.config.text_dim:
         return flow, None, None
-    if pipe.text_encoder is None:
+    if model.text_encoder is None:
         raise ConfigError(f"{folder}: the pipeline has no text encoder")
-    states = [encode_prompts(p, pipe.tokenizer, pipe.text_encoder, flow.config.text_len) for p in (args.prompt, [""])]
-    return flow, *states
+    from ..data.prompts import encode_prompts
+
+    text = [encode_prompts(p, model.tokenizer, model.text_encoder, flow.config.text_len) for p in (args.prompt, [""])]
+    return flow, *text
 
 
-def _tell(block: int, measured: BlockMeasurement) -> None:
+def _to_json(measured: Measurement) -> dict[str, Any]:
+    blocks = [
+        {"choice": str(block.choice), "trials": [dataclasses.asdict(trial) for trial in block.trials]}
+        for block in measured.blocks
+    ]
+    times = {"seconds": measured.seconds, "sequential_seconds": measured.sequential_seconds}
+    return {**dataclasses.asdict(measured.conditions), "machine": measured.machine, **times, "blocks": blocks}
+
+
+def _describe(measured: BlockMeasurement) -> str:
     first, choice = measured.trials[0], measured.choice
     rivals = [trial for trial in measured.trials[1:] if trial.seconds is not None]
-    line = f"  block {block}: {choice}, {_ms(choice.seconds)}, {choice.passes} passes"
+    line = f"{choice}, {_time(choice.seconds)}, {choice.passes} passes"
     if choice is not first:
-        line += f"; sequential {_ms(first.seconds)}"
-    elif rivals:
+        return f"{line}; sequential {_time(first.seconds)}"
+    if rivals:
         best = min(rivals, key=lambda trial: trial.seconds)
-        line += f"; {best} {_ms(best.seconds)}, {best.passes} passes"
-    print(line, flush=True)
+        line += f"; {best} {_time(best.seconds)}, {best.passes} passes"
+    return line
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

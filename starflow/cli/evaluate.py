@@ -14,6 +14,7 @@ from ..errors import DataError
 from ..evaluation.metrics import bayes_accuracy, likelihood, logdet_error, round_trips
 from ..models.checkpoint import resolve
 from ..models.flow import Flow
+from ..seeds import generator
 from ..settings import read_settings
 from ..training.flow import FlowRunConfig
 from ..training.loop import SETTINGS
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     pixels, label = images[0]
     if pixels.numel() <= JACOBIAN_DIMS:
-        x = datasets.dequantize(pixels, flow.config.levels, flow.config.noise_std, datasets.generator(args.seed))
+        x = datasets.dequantize(pixels, flow.config.levels, flow.config.noise_std, generator(args.seed))
         exact = Flow.from_pretrained(folder, flow.device, torch.float64)
         label = label.item() if flow.config.num_classes else None
         results["logdet_error"] = logdet_error(exact, x.double().to(flow.device), label)

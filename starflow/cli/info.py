@@ -15,7 +15,7 @@ import torch
 
 from starflow_kernels import __version__, backends
 
-from ..inversion.solvers import Measurement
+from ..models.calibration import Measurement
 from ..models.checkpoint import BUNDLED, CONFIG, resolve
 from ..models.flow import Flow
 from ..settings import PRESETS, presets

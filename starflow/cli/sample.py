@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import math
 import signal
 import sys
@@ -15,22 +15,26 @@ import torch
 from starflow_kernels.spec import Quantize
 
 from ..errors import ConfigError, DataError
-from ..inversion.solvers import METHODS, TOLERANCE, BlockReport, Inversion
+from ..inversion.request import METHODS, TOLERANCE, Inversion
+from ..io.images import save_grid
 from ..models.checkpoint import PIPELINE_INDEX
-from ..models.flow import Flow, Guidance
+from ..models.flow import Flow
+from ..models.guidance import Guidance
+from ..open_model import open_model
 from ..sampling.budget import denoise_bytes, fitting_batch, image_bytes, weight_bytes
-from ..sampling.ledger import FORMATS, SHARD_SIZE, Job, Layout
-from ..sampling.many import GenerationReport, generate
+from ..sampling.jobs import FORMATS, SAMPLES_PER_FILE, Job, Layout
+from ..sampling.many import GRID, DrawJobs, ProgressBar, draw_flow_jobs, generate
 from ..sampling.processes import Processes
-from ..sampling.sample import SampleReport, check_pixels, sample, save_grid
+from ..sampling.sample import SampleOptions, SampleReport, check_pixels, sample
 from .common import DTYPES, Parser, byte_count, checkpoint_arguments, device, non_negative, positive
 
 if TYPE_CHECKING:
     from ..pipelines import FlowPipeline
 
-FLOW_BATCH, PIPELINE_BATCH = 256, 8
+FLOW_BATCH = 256
+PIPELINE_BATCH = 8
 MEMORY = 2_000_000_000
-# Arguments that only a pipeline has, by the name that the parser gives them.
+# Arguments for pipelines alone, by the name that the parser gives them.
 PIPELINE_ONLY = ("prompt", "prompt_file", "negative_prompt", "aspect", "height", "width", "variant")
 
 HELP = "draw images"
@@ -38,207 +42,233 @@ EXAMPLE = "starflow sample --num 100 --label all --out samples"
 
 
 def add_arguments(parser: Parser) -> None:
-    """The arguments of this command."""
+    """Add the arguments of this command."""
     checkpoint_arguments(
-        parser, batch_size=f"{FLOW_BATCH}; {PIPELINE_BATCH} of a pipeline; auto fits --memory", auto=True
+        parser, batch_size=f"{FLOW_BATCH}, or {PIPELINE_BATCH} for a pipeline; auto: what fits into --memory", auto=True
     )
     parser.add_argument(
-        "--memory", type=byte_count, metavar="SIZE", help="of weights and a batch, in each process, 8GB say (auto: 2GB)"
+        "--memory",
+        type=byte_count,
+        metavar="SIZE",
+        help="memory for the weights and one batch, such as 8GB; chooses the batch size (default with auto: 2GB)",
     )
     parser.add_argument(
         "--num",
         "--count",
         type=positive,
-        help="images in all, or of each prompt (default 100, or 1); torchrun: --count",
+        help="number of images, or of images per prompt (default 100, or 1 per prompt); under torchrun, use --count",
     )
     condition = parser.add_mutually_exclusive_group()
-    condition.add_argument("--label", default="all", help="class number, 'all' for each in turn (default), or 'none'")
-    condition.add_argument("--prompt", help="text to draw, of a text-to-image pipeline")
-    condition.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; empty lines do not count")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance moves away from (default: nothing)")
-    parser.add_argument("--aspect", metavar="W:H", help="shape of the images at the area of training, 3:2 say")
-    parser.add_argument("--height", type=positive, help="in pixels (default: that of training)")
-    parser.add_argument("--width", type=positive, help="in pixels (default: that of training)")
-    parser.add_argument("--guidance", "--cfg", type=float, help="guidance weight (default 0, or 3.6 for prompts)")
-    parser.add_argument(
-        "--guidance-rule", choices=("tarflow", "starflow"), help="(default tarflow, or starflow for prompts)"
+    condition.add_argument(
+        "--label", default="all", help="class to draw; 'all' draws each class in turn (default), 'none' no class"
     )
-    parser.add_argument("--annealed", action="store_true", help="let guidance grow over the tokens of a block")
+    condition.add_argument("--prompt", help="text to draw, with a text-to-image pipeline")
+    condition.add_argument("--prompt-file", metavar="FILE", help="file with one prompt per line; skips empty lines")
     parser.add_argument(
-        "--attention-temperature", "--attn_temp", type=float, default=1.0, help="of the branch without a condition"
+        "--negative-prompt", metavar="TEXT", help="prompt that guidance moves away from (default: the empty prompt)"
+    )
+    parser.add_argument("--aspect", metavar="W:H", help="aspect ratio of the images, such as 3:2, at the usual area")
+    parser.add_argument("--height", type=positive, help="height of the images in pixels (default: as in training)")
+    parser.add_argument("--width", type=positive, help="width of the images in pixels (default: as in training)")
+    parser.add_argument(
+        "--guidance", "--cfg", type=float, help="guidance weight; 0 samples without guidance (default 0, 3.6 for text)"
+    )
+    parser.add_argument(
+        "--guidance-rule",
+        choices=("tarflow", "starflow"),
+        help="formula of the guidance (default tarflow, starflow for text)",
+    )
+    parser.add_argument(
+        "--annealed", action="store_true", help="let the guidance weight grow over the tokens of each block"
+    )
+    parser.add_argument(
+        "--attention-temperature",
+        "--attn_temp",
+        type=float,
+        default=1.0,
+        help="attention temperature of the branch without a condition (default 1)",
     )
     parser.add_argument(
         "--method",
-        help=f"{' or '.join(METHODS)}; auto (default): the fastest as `starflow calibrate` found it, or sequential",
+        help=f"solver: {' or '.join(METHODS)}; auto (default) takes the fastest one that `starflow calibrate` "
+        "measured for each block, or sequential",
     )
-    parser.add_argument("--window", type=positive, metavar="N", help="tokens at a time of jacobi (default: all)")
     parser.add_argument(
-        "--tol", type=float, metavar="X", help=f"largest change of a token that jacobi accepts (default {TOLERANCE:g})"
+        "--window", type=positive, metavar="N", help="number of tokens that jacobi solves together (default: all)"
     )
-    parser.add_argument("--quantize", choices=get_args(Quantize), default="none", help="weights of one byte a value")
     parser.add_argument(
-        "--denoise", type=float, help="factor of the score step, about 1, 0 for none (default: none, or the pipeline's)"
+        "--tol",
+        type=float,
+        metavar="X",
+        help=f"jacobi stops when no token changes by more than this (default {TOLERANCE:g})",
     )
-    parser.add_argument("--certify", action="store_true", help="report how far the images' noise is from what they got")
-    parser.add_argument("--variant", help="of the weights in a pipeline's folder, fp16 say")
-    parser.add_argument("--out", default="samples", help="folder for the images or grid.png (default samples)")
+    parser.add_argument(
+        "--quantize",
+        choices=get_args(Quantize),
+        default="none",
+        help="round the weights to one byte per value, which changes the images (default none)",
+    )
+    parser.add_argument(
+        "--denoise",
+        type=float,
+        metavar="FACTOR",
+        help="factor of a denoising step after sampling, usually 1, 0 for none (default: 0, or the pipeline's own)",
+    )
+    parser.add_argument(
+        "--certify", action="store_true", help="map the images back to noise and report the largest difference"
+    )
+    parser.add_argument("--variant", help="variant of the pipeline's weight files, such as fp16")
+    parser.add_argument("--out", default="samples", help="folder to write to (default samples)")
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="a PNG an image, or shards of many (default: png of a pipeline or under torchrun, else grid.png alone)",
+        help="write one PNG per image, or files of many images (default: one grid.png; png for pipelines and torchrun)",
     )
-    parser.add_argument("--images", dest="format", action="store_const", const="png", help="--format png")
+    parser.add_argument("--images", dest="format", action="store_const", const="png", help="same as --format png")
     parser.add_argument(
-        "--shard-size", type=positive, default=SHARD_SIZE, metavar="N", help=f"of shards (default {SHARD_SIZE})"
+        "--samples-per-file",
+        type=positive,
+        default=SAMPLES_PER_FILE,
+        metavar="N",
+        help=f"number of images per npz or safetensors file (default {SAMPLES_PER_FILE})",
     )
-    parser.add_argument("--latents", action="store_true", help="what the flow made, not pixels; --format safetensors")
-    released = parser.add_argument_group(
-        "flags of the released code", "its approximation is not: images are exact to --tol whatever these say"
+    parser.add_argument(
+        "--latents",
+        action="store_true",
+        help="write the output of the flow in place of pixels; needs --format safetensors",
     )
-    released.add_argument("--jacobi", type=non_negative, default=0, metavar="0|1", help="1: --method jacobi")
-    released.add_argument("--jacobi_block_size", type=positive, metavar="N", help="--window N")
-    released.add_argument(
-        "--jacobi_th", type=float, metavar="X", help=f"--tol sqrt(X), where that is below {TOLERANCE:g}"
+    parser.add_argument("--verbose", action="store_true", help="print the time of each stage and a line per block")
+    upstream = parser.add_argument_group(
+        "flags of the upstream code", "These flags choose the jacobi solver. Images are exact to --tol all the same."
     )
-    released.add_argument("--jacobi_max_iter", type=positive, metavar="N", help="no effect: sweeps go on to --tol")
+    upstream.add_argument("--jacobi", type=non_negative, default=0, metavar="0|1", help="1 means --method jacobi")
+    upstream.add_argument("--jacobi_block_size", type=positive, metavar="N", help="same as --window N")
+    upstream.add_argument(
+        "--jacobi_th", type=float, metavar="X", help=f"same as --tol sqrt(X), if that is below {TOLERANCE:g}"
+    )
+    upstream.add_argument(
+        "--jacobi_max_iter", type=positive, metavar="N", help="has no effect: jacobi iterates to --tol"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Draw images, of a flow or of a pipeline."""
+    """Draw images with a flow or a pipeline."""
     inversion = _inversion(args)
-    return (_pipeline if (Path(args.checkpoint) / PIPELINE_INDEX).exists() else _flow)(args, inversion)
+    model = open_model(args.checkpoint, _device(args.device), DTYPES[args.dtype], args.variant)
+    return (_flow if isinstance(model, Flow) else _pipeline)(args, model, inversion)
 
 
 def _inversion(args: argparse.Namespace) -> Inversion:
-    """Method, window and tolerance of our flags, or of the released ones."""
+    """Read method, window and tolerance from our flags or the upstream ones."""
     if not args.jacobi:
         return Inversion(args.method or "auto", args.window, args.tol, args.quantize)
     if args.method not in (None, "jacobi"):
         raise ConfigError(f"--jacobi {args.jacobi} and --method {args.method}: give one of them")
     tol = args.tol
     if tol is None and args.jacobi_th is not None:
-        # The released rule, mean dx^2 < X mean x^2, holds where no |dx| of values around 1 exceeds the root.
+        # The upstream rule, mean dx^2 < X mean x^2, holds if no |dx| of values around 1 exceeds the root.
         if not args.jacobi_th >= 0:
             raise ConfigError(f"--jacobi_th {args.jacobi_th}: expected a number of at least 0")
         tol = min(TOLERANCE, math.sqrt(args.jacobi_th))
     if args.jacobi_th is not None or args.jacobi_max_iter is not None:
         exact = TOLERANCE if tol is None else tol
-        print(f"starflow sample: sweeps go on to --tol {exact:g}, not to the released threshold", file=sys.stderr)
+        print(f"starflow sample: jacobi iterates to --tol {exact:g}, not to the upstream threshold", file=sys.stderr)
     return Inversion("jacobi", args.window or args.jacobi_block_size, tol, args.quantize)
 
 
-def _flow(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
+def _flow(args: argparse.Namespace, flow: Flow, inversion: Inversion) -> dict[str, Any]:
     for name in PIPELINE_ONLY:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag}: {args.checkpoint} is not the folder of a pipeline, it has no {PIPELINE_INDEX}")
-    processes = Processes()
-    flow = Flow.from_pretrained(args.checkpoint, _device(args.device, processes), DTYPES[args.dtype])
-    classes, count = flow.config.num_classes, args.num or 100
+    count = args.num or 100
     if not args.latents:
         check_pixels(flow)
-    numbers = _labels(args.label, count, classes)
-    guidance = Guidance(
-        args.guidance or 0.0, args.guidance_rule or "tarflow", args.annealed, args.attention_temperature
-    )
-    each, fixed = image_bytes(flow, guidance, inversion, certify=args.certify), weight_bytes([flow])
-    size, tokens = math.prod(flow.config.grid) * flow.config.token_dim, math.prod(flow.config.grid)
-    columns = _columns(args.label, count, classes)
-    if args.format or args.latents or processes.count > 1:
-        if args.denoise:
-            fixed += denoise_bytes(flow, tokens)
-        layout = Layout(args.format or "png", args.shard_size, args.latents)
-        batch_size = _batch_size(args, FLOW_BATCH, fixed + layout.held_bytes(size), each + size)
-        options = {
-            "guidance_scale": guidance.weight,
-            "guidance_rule": guidance.rule,
-            "annealed": guidance.annealed,
-            "attention_temperature": guidance.temperature,
-            **dataclasses.asdict(inversion),
-            "denoise": args.denoise,
-        }
-        return _generate(args, flow, _jobs(numbers), options, batch_size, columns, layout)
-    if args.denoise:
-        each = max(each, denoise_bytes(flow, tokens))
-    # All noise and all images are held, whatever the batch: a float and a byte of each value.
-    batch_size = _batch_size(args, FLOW_BATCH, fixed + 5 * count * size, each)
-    images, report = sample(
-        flow,
-        count,
-        None if numbers[0] is None else torch.tensor(numbers),
-        guidance,
-        args.seed,
-        batch_size,
-        args.denoise or 0.0,
-        args.certify,
-        inversion=inversion,
-    )
-    out = Path(args.out)
-    save_grid(images, out / "grid.png", columns)
-    print(f"{out / 'grid.png'}: {report.count} images in {report.seconds:.2f} s{_exactness(report)}")
-    _print_blocks(report.blocks)
-    return {"grid": str(out / "grid.png"), "guidance": dataclasses.asdict(guidance), **dataclasses.asdict(report)}
+    labels, columns = _labels(args.label, count, flow.config.num_classes)
+    options = SampleOptions(_guidance(args, Guidance()), inversion, args.denoise or 0.0, args.certify)
+    each = image_bytes(flow, options.guidance, inversion, certify=args.certify)
+    fixed, tokens = weight_bytes([flow]), math.prod(flow.config.grid)
+    values, denoising = tokens * flow.config.token_dim, denoise_bytes(flow, tokens) if args.denoise else 0
+    if args.format or args.latents or Processes().count > 1:
+        layout = Layout(args.format or "png", args.samples_per_file, args.latents)
+        batch_size = _batch_size(args, FLOW_BATCH, fixed + denoising + layout.held_bytes(values), each + values)
+        draw_jobs = functools.partial(draw_flow_jobs, flow=flow, options=options, latents=args.latents)
+        return _generate(args, draw_jobs, _jobs(labels), options, {}, batch_size, columns, layout, flow.device)
+    # All noise and all images are held, whatever the batch: a float and a byte per value.
+    batch_size = _batch_size(args, FLOW_BATCH, fixed + 5 * count * values, max(each, denoising))
+    given = None if labels[0] is None else torch.tensor(labels)
+    with ProgressBar(count) as bar:
+        images, report = sample(
+            flow,
+            count,
+            given,
+            seed=args.seed,
+            batch_size=batch_size,
+            options=options,
+            progress=bar.of_batch(0, count),
+        )
+    grid = Path(args.out) / GRID
+    save_grid(images, grid, columns)
+    _print(report, grid, args.verbose)
+    return {"grid": str(grid), "options": options.to_json(), **report.to_json()}
 
 
-def _pipeline(args: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
-    from ..pipelines import FlowPipeline, STARFlowPipeline, hide_loading_bars
+def _pipeline(args: argparse.Namespace, pipe: FlowPipeline, inversion: Inversion) -> dict[str, Any]:
+    from ..data.prompts import nearest_ratio
 
-    hide_loading_bars()
-    pipe = FlowPipeline.from_pretrained(args.checkpoint, dtype=DTYPES[args.dtype], variant=args.variant)
-    pipe.to(_device(args.device, Processes()))
-    options = {
-        "guidance_scale": args.guidance,
-        "guidance_rule": args.guidance_rule,
-        "annealed": args.annealed,
-        "attention_temperature": args.attention_temperature,
-        **dataclasses.asdict(inversion),
-        "denoise": args.denoise,
-        "aspect_ratio": args.aspect,
-        "height": args.height,
-        "width": args.width,
-        "negative_prompt": args.negative_prompt,
-    }
-    if isinstance(pipe, STARFlowPipeline):
-        # An image at a time: its bits then do not depend on the batch, and memory is bounded.
-        pipe.vae.enable_slicing()
+    guidance = _guidance(args, pipe.default_guidance)
+    options = SampleOptions(guidance, inversion, pipe.denoise_factor(args.denoise), args.certify)
+    flow, size = pipe.transformer, pipe.size(args.height, args.width, args.aspect)
+    condition_options = {}
+    if flow.config.text_dim:
         prompts, copies = _prompts(args), args.num or 1
         jobs = [Job(i, copy, prompt) for i, prompt in enumerate(prompts) for copy in range(copies)]
         columns = min(copies, 10) if copies > 1 else 10
+        ratio = args.aspect or nearest_ratio(*size)
+        condition_options = {"ratio": ratio, "negative_prompt": args.negative_prompt}
     else:
         if given := [name for name in ("prompt", "prompt_file", "negative_prompt") if getattr(args, name) is not None]:
             raise ConfigError(f"--{given[0].replace('_', '-')}: this pipeline takes no text, use --label")
-        classes, count = pipe.transformer.config.num_classes, args.num or 100
-        jobs = _jobs(_labels(args.label, count, classes))
-        columns = _columns(args.label, count, classes)
-    layout = Layout(args.format or "png", args.shard_size, args.latents)
-    fixed, each = _pipeline_bytes(args, pipe, inversion)
-    fixed += layout.held_bytes(3 * math.prod(pipe.size(args.height, args.width, args.aspect)))
-    return _generate(args, pipe, jobs, options, _batch_size(args, PIPELINE_BATCH, fixed, each), columns, layout)
+        labels, columns = _labels(args.label, args.num or 100, flow.config.num_classes)
+        jobs = _jobs(labels)
+    layout, pixels = Layout(args.format or "png", args.samples_per_file, args.latents), 3 * math.prod(size)
+    multiple = flow.config.patch_size * pipe.pixels_per_latent
+    grid = size[0] // multiple, size[1] // multiple
+    fixed = weight_bytes(part for part in pipe.components.values() if isinstance(part, torch.nn.Module))
+    # Denoising takes one image at a time.
+    fixed += (denoise_bytes(flow, math.prod(grid)) if options.denoise else 0) + layout.held_bytes(pixels)
+    each = image_bytes(flow, guidance, inversion, grid, args.certify, pixels)
+    batch_size = _batch_size(args, PIPELINE_BATCH, fixed, each)
+    draw_jobs = functools.partial(pipe.draw_jobs, options=options, size=size, latents=args.latents, **condition_options)
+    asked = {name: getattr(args, name) for name in ("aspect", "height", "width", "negative_prompt")}
+    return _generate(args, draw_jobs, jobs, options, asked, batch_size, columns, layout, flow.device)
 
 
 def _generate(
     args: argparse.Namespace,
-    source: Flow | FlowPipeline,
+    draw_jobs: DrawJobs,
     jobs: list[Job],
-    options: dict[str, Any],
+    options: SampleOptions,
+    asked: dict[str, Any],
     batch_size: int,
     columns: int,
     layout: Layout,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Draw into files, by this process and those that torchrun started beside it."""
+    """Draw into files, with the other processes of torchrun if there are any."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    settings = {"checkpoint": _place(args.checkpoint), "dtype": args.dtype, "variant": args.variant}
     try:
         report = generate(
-            source,
+            draw_jobs,
             jobs,
             Path(args.out),
             args.seed,
             batch_size,
-            {name: value for name, value in options.items() if value is not None},
-            {"checkpoint": _place(args.checkpoint), "dtype": args.dtype, "variant": args.variant},
-            args.certify,
-            min(columns, len(jobs)),
-            layout,
+            {**settings, **options.to_json(), **asked},
+            device=device,
+            columns=min(columns, len(jobs)),
+            layout=layout,
         )
     except KeyboardInterrupt:
         print(f"stopped; the same command continues in {args.out}", file=sys.stderr)
@@ -246,71 +276,56 @@ def _generate(
     if Processes().rank:
         args.json = None
         return {}
+    _print(report, Path(args.out), args.verbose)
+    return {"out": args.out, "options": options.to_json(), **report.to_json()}
+
+
+def _print(report: SampleReport, where: Path, verbose: bool) -> None:
+    """Print the result in one line, the certificate in one, and the rest on request."""
     kept = f" ({report.kept} were there)" if report.kept else ""
-    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds)
-    print(
-        f"{args.out}: {report.count} images{kept} in {report.seconds:.2f} s"
-        f"{f': {stages}' if stages else ''}{_exactness(report)}"
-    )
-    _print_blocks(report.blocks)
-    return {"out": args.out, **dataclasses.asdict(report)}
+    rate = report.images_per_second
+    speed = f"{rate:.0f} per second" if rate >= 10 else f"{rate:.2g} per second"
+    print(f"{report.count} images{kept} in {report.seconds:.2f} s ({speed}): {where}")
+    if report.certificate is not None:
+        print(f"certificate: max |flow(x) - z| = {report.certificate:.1e}, mean {report.certificate_mean:.1e}")
+    if verbose:
+        print("stages: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in report.stages.items() if seconds))
+        for i, block in reversed(list(enumerate(report.blocks))):
+            print(f"block {i}: {block}")
 
 
 def _place(checkpoint: str) -> str:
-    """A folder wherever the command is run, or the name of a bundled checkpoint."""
+    """Absolute path of a folder, or the name of a bundled checkpoint."""
     return str(path.resolve()) if (path := Path(checkpoint)).exists() else checkpoint
 
 
-def _device(name: str, processes: Processes) -> str:
-    """Of this process: each has a GPU of its own."""
-    name = device(name)
+def _device(name: str) -> str:
+    """Device of this process; under torchrun each process has its own GPU."""
+    name, processes = device(name), Processes()
     return f"cuda:{processes.local_rank}" if name == "cuda" and processes.count > 1 else name
 
 
-def _jobs(numbers: list[int | None]) -> list[Job]:
-    """A sample of each number, which counts those of its class."""
+def _guidance(args: argparse.Namespace, default: Guidance) -> Guidance:
+    weight = default.weight if args.guidance is None else args.guidance
+    return Guidance(weight, args.guidance_rule or default.rule, args.annealed, args.attention_temperature)
+
+
+def _jobs(labels: list[int | None]) -> list[Job]:
+    """One job per label; the copies of a class are counted."""
     jobs, drawn = [], {}
-    for label in numbers:
+    for label in labels:
         jobs.append(Job(label or 0, drawn.get(label, 0), label))
         drawn[label] = drawn.get(label, 0) + 1
     return jobs
 
 
 def _batch_size(args: argparse.Namespace, default: int, fixed: int, each: int) -> int:
-    """As asked for, or what fits beside `fixed` bytes with `each` an image."""
+    """Batch size that was asked for, or that fits beside `fixed` bytes with `each` bytes per image."""
     if args.memory is None and args.batch_size != "auto":
         return args.batch_size or default
     if isinstance(args.batch_size, int):
         raise ConfigError(f"--memory and --batch-size {args.batch_size}: give one of them")
     return fitting_batch(args.memory or MEMORY, fixed, each)
-
-
-def _pipeline_bytes(args: argparse.Namespace, pipe: FlowPipeline, inversion: Inversion) -> tuple[int, int]:
-    """Bytes of the weights and of denoising, which takes an image at a time, and bytes of each image of a batch."""
-    flow, size = pipe.transformer, pipe.size(args.height, args.width, args.aspect)
-    multiple = flow.config.patch_size * pipe.pixels_a_latent
-    grid = size[0] // multiple, size[1] // multiple
-    # Prompts are guided unless that is turned off.
-    weight = float(flow.config.text_dim > 0) if args.guidance is None else args.guidance
-    fixed = weight_bytes(part for part in pipe.components.values() if isinstance(part, torch.nn.Module))
-    if pipe.denoise_factor(args.denoise):
-        fixed += denoise_bytes(flow, math.prod(grid))
-    return fixed, image_bytes(flow, Guidance(weight), inversion, grid, args.certify, 3 * math.prod(size))
-
-
-def _exactness(report: SampleReport | GenerationReport) -> str:
-    if report.certificate is None:
-        return ""
-    return f", max |flow(x) - z| = {report.certificate:.1e}, mean {report.certificate_mean:.1e}"
-
-
-def _print_blocks(blocks: list[BlockReport]) -> None:
-    for i, block in reversed(list(enumerate(blocks))):
-        print(f"block {i}: {block}")
-
-
-def _columns(label: str, count: int, classes: int) -> int:
-    return classes if label == "all" and 0 < classes <= 20 else min(count, 10)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -327,12 +342,14 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _labels(label: str, count: int, classes: int) -> list[int | None]:
+def _labels(label: str, count: int, classes: int) -> tuple[list[int | None], int]:
+    """Class of each image, and images per row of a grid."""
+    columns = min(count, 10)
     if label == "none" or (label == "all" and not classes):
-        return [None] * count
+        return [None] * count, columns
     if label == "all":
-        return [i % classes for i in range(count)]
+        return [i % classes for i in range(count)], classes if classes <= 20 else columns
     if not label.isdecimal() or int(label) >= classes:
         allowed = f"0 .. {classes - 1}, 'all' or 'none'" if classes else "'none': the model has no classes"
         raise ConfigError(f"--label {label}: expected {allowed}")
-    return [int(label)] * count
+    return [int(label)] * count, columns

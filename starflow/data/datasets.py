@@ -19,6 +19,7 @@ from starflow_kernels.spec import check_choice
 
 from ..errors import ConfigError, DataError
 from ..models.autoencoder import downsampling
+from ..seeds import generator
 from .latents import LatentSet, load_latents
 
 Source = Literal["digits", "photos", "folder", "latents"]
@@ -152,12 +153,6 @@ def load(config: DataConfig) -> tuple[ImageSet, ImageSet] | tuple[LatentSet, Lat
     if config.source == "latents":
         return load_latents(Path(config.path), config.size)
     return {"digits": _digits, "photos": _photos, "folder": _folder}[config.source](config)
-
-
-def generator(*key: int) -> torch.Generator:
-    """Random numbers that are a function of the key alone."""
-    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state) >> 1)
 
 
 def dequantize(images: torch.Tensor, levels: int, noise_std: float, random: torch.Generator) -> torch.Tensor:

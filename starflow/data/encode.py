@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from starflow_kernels.spec import check_choice
 
 from ..errors import ConfigError, DataError
+from ..io.digests import digest
 from ..io.files import write_atomically, write_text
 from ..models.autoencoder import downsampling, load_vae, posterior, scale_images, vae_folder
 from . import datasets
@@ -70,7 +70,7 @@ class EncodeConfig:
                 "tokenizer": folder_hash(Path(self.text) / "tokenizer"),
                 "length": self.length,
                 "text_dtype": self.text_dtype,
-                "captions": hashlib.sha256("\0".join(captions).encode()).hexdigest(),
+                "captions": digest("\0".join(captions).encode()),
             }
         return settings
 
@@ -156,14 +156,8 @@ def folder_hash(folder: Path) -> str:
     Args:
         folder: folder of the model.
     """
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".safetensors", ".model", ".txt"):
-            digest.update(path.name.encode())
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
+    paths = [path for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors", ".model", ".txt")]
+    return digest(*(part for path in paths for part in (path.name.encode(), path)))
 
 
 def _encode_images(

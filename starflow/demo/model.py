@@ -9,21 +9,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL.Image
 import torch
 
-from ..data.datasets import generator
 from ..data.prompts import ASPECT_RATIOS
 from ..errors import CheckpointError, ConfigError
-from ..inversion.solvers import Inversion
-from ..models.checkpoint import PIPELINE_INDEX
-from ..models.flow import Flow, Guidance
-from ..sampling.sample import image_grid, sample
-
-if TYPE_CHECKING:
-    from ..pipelines import FlowPipeline
+from ..inversion.request import Inversion
+from ..io.images import image_grid
+from ..models.flow import Flow
+from ..models.guidance import Guidance
+from ..open_model import open_model
+from ..seeds import generator
 
 MAX_IMAGES = 100
 # The largest integer that a browser represents exactly.
@@ -107,8 +105,11 @@ class DemoModel:
 
     def __init__(self, checkpoint: str | Path, device: str = "cpu"):
         self.name = Path(checkpoint).resolve().name
-        self.pipe = _pipeline(checkpoint, device) if (Path(checkpoint) / PIPELINE_INDEX).exists() else None
-        self.flow = self.pipe.transformer if self.pipe else Flow.from_pretrained(checkpoint, device)
+        model = open_model(checkpoint, device)
+        self.pipe = None if isinstance(model, Flow) else model
+        self.flow = model if isinstance(model, Flow) else model.transformer
+        if self.pipe:
+            self.pipe.set_progress_bar_config(disable=True)
         self.config = self.flow.config
         self.text = bool(self.config.text_dim)
         if not self.pipe and (self.text or self.config.image_channels not in (1, 3)):
@@ -169,9 +170,10 @@ class DemoModel:
         with self._queue(stop, waiting):
             if not self.pipe:
                 labels = None if condition is None else torch.tensor(condition)
-                images, report = sample(
-                    self.flow, count, labels, guidance, seed, count, denoise, True, watch, inversion
-                )
+                images, report = self.flow.sample(
+                    count, labels, seed=seed, batch_size=count, guidance=guidance, inversion=inversion, denoise=denoise,
+                    certify=True, progress=watch,
+                )  # fmt: skip
                 stages = {"all": report.seconds}
             else:
                 options = self._noise_and_condition(condition, count, seed)
@@ -181,7 +183,7 @@ class DemoModel:
                     **options, guidance_scale=guidance.weight, guidance_rule=guidance.rule, method=choices.method,
                     denoise=denoise, certify=True, progress=watch, output_type="pt", return_dict=False,
                 )  # fmt: skip
-                images, stages = (found * 255).round().to("cpu", torch.uint8), report.seconds
+                images, stages = (found * 255).round().to("cpu", torch.uint8), report.stages
         exact = report.certificate, report.certificate_mean
         return Drawing(images, columns, seed, report.method, stages, report.steps, *exact)
 
@@ -225,19 +227,6 @@ class DemoModel:
             yield
         finally:
             self._tickets.remove(ticket)
-
-
-def _pipeline(folder: str | Path, device: str) -> FlowPipeline:
-    """Load a pipeline that shows no progress bars."""
-    from ..pipelines import FlowPipeline, STARFlowPipeline, hide_loading_bars
-
-    hide_loading_bars()
-    pipe = FlowPipeline.from_pretrained(folder).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    if isinstance(pipe, STARFlowPipeline):
-        # Decoding one image at a time bounds the memory.
-        pipe.vae.enable_slicing()
-    return pipe
 
 
 def _number(name: str, value: float | None, low: int, high: float = math.inf, whole: bool = False) -> float:

@@ -10,7 +10,7 @@ import gradio as gr
 
 from ..data.prompts import ASPECT_RATIOS
 from ..errors import StarflowError
-from ..inversion.solvers import METHODS
+from ..inversion.request import METHODS
 from .model import EACH, NONE, RULES, Choices, DemoModel, Drawing, Stopped
 
 

@@ -8,8 +8,9 @@ import math
 import torch
 from torch.utils.data import DataLoader
 
-from ..data.datasets import ImageSet, dequantize, generator
+from ..data.datasets import ImageSet, dequantize
 from ..models.flow import Flow
+from ..seeds import generator
 
 COARSE = 1e-2
 FINE = 1e-3

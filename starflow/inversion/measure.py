@@ -1,4 +1,4 @@
-"""`starflow calibrate`: which solver is fastest for each block of a flow, measured on a few draws on this machine."""
+"""Measurement of the fastest exact solver of each block of a flow, on a few draws on this machine."""
 
 from __future__ import annotations
 
@@ -12,26 +12,35 @@ from typing import NamedTuple
 
 import torch
 
-from starflow_kernels import Solver, SolveReport
+from starflow_kernels.solver import Solver, SolveReport
 
-from ..data.datasets import generator
 from ..errors import ConfigError
-from ..models.flow import Flow, Guidance
-from .solvers import TOLERANCE, BlockMeasurement, Conditions, Measurement, Trial, neighbours
+from ..models.calibration import BlockMeasurement, Conditions, Measurement, Trial
+from ..models.flow import Flow
+from ..models.guidance import Guidance
+from ..seeds import generator
+from .clock import device_time
+from .request import TOLERANCE, neighbours
 
-# Multiples of the rows that a matrix product of the CPU kernels takes at a time.
+# Multiples of the rows that a matrix product of the CPU kernels takes at a time; 0 for all tokens.
 WINDOWS = (6, 12, 24, 48, 0)
-DRAWS, FINALISTS = 3, 3
-# A parallel solver must take at most this part of the sequential time, and is given up beyond that one; a window whose
-# best takes this much longer than a smaller one's is the last to be tried.
-WORTH, HOPELESS, SLOWER = 0.95, 3.0, 1.5
-# Calls of less seconds are timed several at a time, those of more in fewer rounds.
-SHORTEST, LONG = 5e-3, 0.1
-ROUNDS, ROUNDS_OF_LONG = 5, 3
+DRAWS = 3
+FINALISTS = 3
+# A parallel solver is chosen if it takes at most this part of the sequential time.
+WORTH = 0.95
+# A solver is stopped when it takes this many times the sequential time.
+HOPELESS = 3.0
+# No larger window is tried after one that takes this many times the time of the best smaller one.
+SLOWER = 1.5
+# Seconds: shorter calls are timed several at a time, longer ones in fewer rounds.
+SHORTEST = 5e-3
+LONG = 0.1
+ROUNDS = 5
+ROUNDS_OF_LONG = 3
 
 
 class Draw(NamedTuple):
-    """Tokens (B, T, D) that go into each block when the flow samples, and what the blocks are told."""
+    """Tokens (B, T, D) that enter each block while the flow samples, and the conditions of each block."""
 
     inputs: list[torch.Tensor]
     contexts: list
@@ -51,16 +60,31 @@ def calibrate(
     text: torch.Tensor | None = None,
     empty_text: torch.Tensor | None = None,
     seed: int = 0,
-    tell: Callable[[int, BlockMeasurement], None] = lambda block, measured: None,
+    on_block: Callable[[int, BlockMeasurement], None] = lambda block, measured: None,
 ) -> Measurement:
-    """Measure the sequential solver and Jacobi sweeps, with neighbours and without, in windows on every block.
+    """Measure the sequential solver and the parallel ones, with and without neighbours, on every block.
 
-    windows: tokens that iterate together, 0 for all, tried from the smallest on until they get slower. text: (N, L,
-    text_dim) states to draw from in turn, empty_text (1, L, text_dim) what guidance moves away from. seed: of draws.
-    tell: called with what was measured of a block, the last block first. Parallel solvers are chosen where they win by
-    5 % over draws and repetitions, and give the sequential result to ten times the tolerance. Raises ConfigError.
+    A parallel solver is chosen if it wins by 5 % over draws and repetitions, and if its result equals the sequential
+    one to ten times the tolerance.
+
+    Args:
+        flow: The flow.
+        batch_size: Images per batch.
+        guidance: Guidance of the samples.
+        tol: Tolerance of the parallel solvers.
+        windows: Windows in tokens, 0 for all, tried from the smallest on until they get slower.
+        text: (N, L, text_dim) text states, used in turn.
+        empty_text: (1, L, text_dim) states that guidance moves away from.
+        seed: Seed of the draws.
+        on_block: Called as on_block(block, measurement) after each block, the last block first.
+
+    Returns:
+        The measurement of all blocks.
+
+    Raises:
+        ConfigError: The guidance has a temperature, or the flow needs text and none is given.
     """
-    if guidance.weight and guidance.temperature != 1:
+    if guidance.tempered:
         raise ConfigError("an attention temperature has no calibration: such guidance is sampled one token at a time")
     if flow.config.text_dim and text is None:
         raise ConfigError("a flow of text is calibrated on states of prompts: calibrate the folder of its pipeline")
@@ -77,7 +101,7 @@ def calibrate(
             for window in windows
         ]
         blocks.insert(0, BlockMeasurement(*race.run(Solver(tol=tol), rivals)))
-        tell(i, blocks[0])
+        on_block(i, blocks[0])
     return Measurement(conditions, _machine(flow.device), tuple(blocks))
 
 
@@ -86,19 +110,19 @@ def _draw(flow: Flow, count: int, guidance: Guidance, text, empty_text, seed: in
     turns = torch.arange(count) + number
     labels = (turns % classes).to(flow.device) if classes else None
     text = None if text is None else text[turns % len(text)].to(flow.device)
-    made: dict[int, torch.Tensor] = {}
+    results: dict[int, torch.Tensor] = {}
 
     def keep(block: int, x: torch.Tensor) -> torch.Tensor:
-        made[block] = flow.tokens(x)
+        results[block] = flow.tokens(x)
         return x
 
     flow.inverse(z, labels, text, guidance, empty_text, after_block=keep)
-    inputs = [made[i] for i in range(1, len(flow.blocks))] + [flow.tokens(z)]
+    inputs = [results[i] for i in range(1, len(flow.blocks))] + [flow.tokens(z)]
     return Draw(inputs, flow.contexts(labels, text, z, guidance, empty_text))
 
 
 class _Race:
-    """Solvers of one block against each other."""
+    """Comparison of the solvers of one block."""
 
     def __init__(self, flow: Flow, block: int, guidance: Guidance, draws: list[Draw]):
         self.block, self.draws, self.device = flow.blocks[block], [], flow.device
@@ -110,9 +134,11 @@ class _Race:
         self.eps = torch.finfo(next(flow.parameters()).dtype).eps
 
     def run(self, sequential: Solver, rivals: list[list[Solver]]) -> tuple[tuple[Trial, ...], int]:
-        """What each solver took, the sequential one first, and the index of the one to use.
+        """Try each solver; return the trials, the sequential one first, and the index of the chosen one.
 
-        rivals: solvers of each window; those from some window on are not tried where they only get slower.
+        Args:
+            sequential: The sequential solver.
+            rivals: Parallel solvers of each window, the smallest window first.
         """
         self._time(sequential, 0)
         base, expected, report = self._time(sequential, 0)
@@ -133,7 +159,7 @@ class _Race:
         finalists = sorted(exact, key=lambda n: trials[n].seconds)[:FINALISTS]
         chosen = self._winner(solvers, trials, finalists) if finalists else 0
         if chosen:
-            # The best of several was lucky: it must win once more, alone against the sequential one.
+            # The best of several may have been lucky: it must win once more, alone against the sequential one.
             chosen = self._winner(solvers, trials, [chosen])
         return tuple(trials), chosen
 
@@ -146,18 +172,18 @@ class _Race:
         return _trial(solver, statistics.median([first, *again]), report, (x - expected).abs().max().item())
 
     def _winner(self, solvers: list[Solver], trials: list[Trial], finalists: list[int]) -> int:
-        """Index of the finalist that is worth it, 0 for none; median times go into `trials`."""
+        """Return the index of the finalist that wins, 0 for none; write median times into `trials`."""
         numbers = [0, *finalists]
         rounds = [self._round([solvers[n] for n in numbers], number) for number in range(self.rounds)]
         for n, seconds in zip(numbers, zip(*rounds)):
             trials[n] = dataclasses.replace(trials[n], seconds=statistics.median(seconds))
         ratios = {n: sorted(times[k] / times[0] for times in rounds) for k, n in enumerate(numbers) if n}
-        # Well ahead in the middle, and ahead in all rounds but one.
+        # Faster by a margin in the median, and faster in all rounds but one.
         worth = {n: statistics.median(r) for n, r in ratios.items() if statistics.median(r) <= WORTH and r[-2] < 1}
         return min(worth, key=worth.get, default=0)
 
     def _round(self, solvers: list[Solver], number: int) -> list[float]:
-        """Median seconds of each solver on a draw, the solvers in turn call by call."""
+        """Median seconds of each solver on a draw; the solvers take turns call by call."""
         times: list[list[float]] = [[] for _ in solvers]
         for turn in range(self.repeat):
             for k in range(len(solvers)):
@@ -174,15 +200,9 @@ class _Race:
 
         if limit < math.inf:
             options = {**options, "progress": watch}
-        self._wait()
-        start = time.perf_counter()
+        start = device_time(self.device)
         x, report = self.block.inverse(z, *context, solver=solver, **options)
-        self._wait()
-        return time.perf_counter() - start, x, report
-
-    def _wait(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        return device_time(self.device) - start, x, report
 
 
 def _trial(solver: Solver, seconds=None, report: SolveReport | None = None, error=None) -> Trial:

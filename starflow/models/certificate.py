@@ -10,7 +10,8 @@ import torch
 from starflow_kernels import block_params
 from starflow_kernels.affine_flow_inverse.reference import gaussian
 
-from .flow import Flow, Guidance
+from .flow import Flow
+from .guidance import Guidance
 
 
 class Certificate(NamedTuple):

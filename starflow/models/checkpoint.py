@@ -1,35 +1,41 @@
-"""Weights as safetensors with the configuration beside them, loaded strictly."""
+"""Checkpoint folders: weights as safetensors, the configuration and the calibration, read strictly."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 
 from ..errors import CheckpointError, ConfigError
-from ..inversion.solver_files import read_calibration, save_calibration
 from ..io.files import write_atomically, write_text
 from ..io.weights import read_weights
+from .calibration import Calibration, save_calibration
 from .config import FlowConfig
-
-if TYPE_CHECKING:
-    from .flow import Flow
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-PIPELINE_INDEX = "model_index.json"  # of a folder that holds a whole pipeline
+# In the folder of a whole pipeline.
+PIPELINE_INDEX = "model_index.json"
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 
 
-def save_pretrained(flow: Flow, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write config.json and model.safetensors, each atomically, and the calibration; `state` in place of the flow's own
-    weights."""
+def write_checkpoint(
+    folder: str | Path, config: FlowConfig, state: dict[str, torch.Tensor], calibration: Calibration | None
+) -> None:
+    """Write a checkpoint folder; each file is written whole or not at all.
+
+    Args:
+        folder: The folder.
+        config: Configuration of the flow.
+        state: Weights by name.
+        calibration: Measured speed of solvers, None for none.
+    """
     folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or flow.state_dict()).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def write(path: Path) -> None:
         try:
@@ -38,41 +44,49 @@ def save_pretrained(flow: Flow, folder: Path, state: dict[str, torch.Tensor] | N
             raise OSError(str(error)) from None
 
     write_atomically(folder / WEIGHTS, write)
-    write_text(folder / CONFIG, json.dumps(flow.config.to_dict(), indent=2) + "\n")
-    save_calibration(flow.calibration, folder)
+    write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
+    save_calibration(calibration, folder)
 
 
-def from_pretrained(
-    kind: type[Flow], folder: str | Path, device: str | torch.device, dtype: torch.dtype | None
-) -> Flow:
-    """Read what `save_pretrained` wrote, or the same in shards; a folder's path, or the name of a bundled checkpoint.
-
-    Raises CheckpointError when a file is missing or damaged, or when names, shapes or dtypes of the weights differ from
-    those of the configuration.
-    """
-    folder = resolve(folder)
+def read_config(folder: Path) -> FlowConfig:
+    """Read the configuration of a checkpoint folder. Raises CheckpointError."""
     try:
-        config = FlowConfig.load(folder / CONFIG)
+        return FlowConfig.load(folder / CONFIG)
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {folder}: {error}") from None
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load the weights of a checkpoint folder, which may be split into several files.
+
+    Args:
+        model: The model; its parameters are replaced.
+        folder: The checkpoint folder.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or weights do not fit the model.
+    """
     state = read_weights(folder)
-    with torch.device("meta"):
-        flow = kind(config)
-    check_state(flow, state, folder / WEIGHTS)
-    flow.load_state_dict(state, assign=True)
-    flow.calibration = read_calibration(folder, config)
-    return flow.to(device=device, dtype=dtype).eval()
+    check_state(model, state, folder / WEIGHTS)
+    model.load_state_dict(state, assign=True)
 
 
-def check_state(flow: Flow, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Raise CheckpointError unless the names and shapes in `state` are those of the flow."""
-    check_tensors(state, {name: tuple(tensor.shape) for name, tensor in flow.state_dict().items()}, source)
+def check_state(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
+    """Raise CheckpointError unless weights have the names and shapes of a model's; source: their file."""
+    check_tensors(state, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, source)
 
 
 def check_tensors(
     state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], source: Path, asking: str = f"its {CONFIG}"
 ) -> None:
-    """Raise CheckpointError unless the names and shapes in `state` are the expected ones; asking: what expects them."""
+    """Raise CheckpointError unless weights have the expected names and shapes.
+
+    Args:
+        state: Weights by name.
+        expected: Expected shape of each weight.
+        source: File of the weights, for the message.
+        asking: What expects these shapes, for the message.
+    """
     for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -86,7 +100,7 @@ def check_tensors(
 
 
 def resolve(folder: str | Path) -> Path:
-    """Folder of a checkpoint, or of a bundled one by its name."""
+    """Folder of a checkpoint given by its path or, for a bundled one, by its name. Raises CheckpointError."""
     path = Path(folder)
     if not path.exists() and (BUNDLED / path / CONFIG).exists():
         return BUNDLED / path

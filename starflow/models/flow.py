@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -13,71 +12,47 @@ import torch
 from torch import nn
 
 from starflow_kernels.solver import Solver, SolveReport
-from starflow_kernels.spec import GuidanceRule, Quantize, check_choice
+from starflow_kernels.spec import Quantize
 
 from ..errors import ConfigError, InverseError
 from .block import FlowBlock
-from .checkpoint import from_pretrained, save_pretrained
+from .calibration import Calibration, Measurement, read_calibration
+from .checkpoint import load_weights, read_config, resolve, write_checkpoint
 from .config import FlowConfig
+from .guidance import Guidance
 from .tokens import patchify, rotary_angles, unpatchify
 
+# `Flow.sample` and `Flow.calibrate` are implemented in these modules, which use flows.
 if TYPE_CHECKING:
-    from ..inversion.solvers import Calibration
+    from ..sampling.sample import Inversion, Samples
 
 PRIOR_RATE = 0.1
 LOG_TWO_PI = math.log(2 * math.pi)
 
 
 class FlowOutput(NamedTuple):
-    """z: (B, C, H, W) noise in the layout of the images. logdet: (B,) log|det dz/dx|, nats. latents: (B, T, D) tokens
-    after each block, the last of them z."""
+    """Result of the density direction.
+
+    Attributes:
+        z: (B, C, H, W) noise in the layout of the images.
+        logdet: (B,) log|det dz/dx| in nats.
+        latents: (B, T, D) tokens after each block; the last of them are the tokens of z.
+    """
 
     z: torch.Tensor
     logdet: torch.Tensor
     latents: list[torch.Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
-class Guidance:
-    """Guidance of sampling.
-
-    weight: 0 is plain sampling. rule: "tarflow" or "starflow", see `starflow_kernels.affine_flow_inverse`.
-    annealed: the weight grows linearly over the tokens of a block, from 1/n of it at the first transformed token to
-    all of it at the last. temperature: attention temperature of the branch without a condition; other than 1 it guides
-    a model that has no condition.
-    """
-
-    weight: float = 0.0
-    rule: GuidanceRule = "tarflow"
-    annealed: bool = False
-    temperature: float = 1.0
-
-    def __post_init__(self):
-        check_choice("rule", self.rule, GuidanceRule)
-        if not 0 <= self.weight < math.inf:
-            raise ConfigError(f"weight={self.weight}: expected a finite guidance weight >= 0")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature={self.temperature}: expected a finite attention temperature > 0")
-
-    def weights(self, tokens: int, start: bool, device: torch.device) -> torch.Tensor:
-        """(T,) weight of each token in the block's own order; without a start token, token 0 is not transformed."""
-        steps = torch.arange(1, tokens + 1) if start else torch.arange(tokens)
-        ramp = steps.double() / max(int(steps[-1]), 1) if self.annealed else torch.ones(tokens, dtype=torch.float64)
-        return (self.weight * ramp).to(device)
-
-    def options(self, tokens: int, start: bool, device: torch.device) -> dict[str, Any]:
-        """What `FlowBlock.inverse` takes of it."""
-        weights = self.weights(tokens, start, device)
-        return {"guidance": weights, "rule": self.rule, "temperature": self.temperature}
-
-
 class Flow(nn.Module):
     """Normalizing flow on images (B, C, H, W) scaled to [-1, 1], or on latents of an autoencoder.
 
-    Both directions keep the layout of the images. Labels are int64 (B,), -1 for no class; text is (B, L, text_dim)
-    states of a text encoder with padding set to zero.
+    Both directions keep the layout of the images. Labels are int64 (B,), with -1 for no class. Text is (B, L, text_dim)
+    states of a text encoder, zero at the padding. The attribute `calibration` holds the measured speed of the solvers,
+    or None; it is saved with the weights.
 
-    calibration: what was measured of its solvers (`starflow calibrate`), None for nothing; saved with the weights.
+    Args:
+        config: The configuration.
     """
 
     def __init__(self, config: FlowConfig):
@@ -94,19 +69,100 @@ class Flow(nn.Module):
         else:
             self.prior_variance = None
 
+    def __repr__(self):
+        config, parameters = self.config, sum(parameter.numel() for parameter in self.parameters())
+        width = f"width {config.channels}" + (f", last {config.last_channels}" if config.last_channels else "")
+        return (
+            f"{type(self).__name__}({len(config.layers)} blocks of {', '.join(map(str, config.layers))} layers, "
+            f"{width}, {math.prod(config.grid)} tokens of {config.token_dim} values, {parameters:,} parameters)"
+        )
+
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> Flow:
-        """Flow of a checkpoint folder, or of a bundled checkpoint by name ("digits"), in eval mode.
+        """Read a checkpoint folder, or a bundled checkpoint by its name ("digits"), in eval mode.
 
-        dtype: dtype to convert the weights to; None keeps theirs. Raises CheckpointError.
+        Args:
+            folder: Path or name.
+            device: Device of the weights.
+            dtype: Dtype of the weights; None keeps the one of the file.
+
+        Raises:
+            CheckpointError: There is no checkpoint, a file is damaged, or the weights do not fit the configuration.
         """
-        return from_pretrained(cls, folder, device, dtype)
+        folder = resolve(folder)
+        config = read_config(folder)
+        with torch.device("meta"):
+            flow = cls(config)
+        load_weights(flow, folder)
+        flow.calibration = read_calibration(folder, config)
+        return flow.to(device=device, dtype=dtype).eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json into a folder, each file whole or not at all, and the calibration."""
-        save_pretrained(self, folder)
+    def save_pretrained(self, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write weights, configuration and calibration into a folder; each file is written whole or not at all.
+
+        Args:
+            folder: The folder.
+            state: Weights to write in place of the flow's own.
+        """
+        write_checkpoint(folder, self.config, state or self.state_dict(), self.calibration)
+
+    def sample(
+        self,
+        count: int,
+        labels: torch.Tensor | None = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 256,
+        guidance: Guidance = Guidance(),
+        inversion: Inversion | None = None,
+        denoise: float = 0.0,
+        certify: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Samples:
+        """Draw images.
+
+        Args:
+            count: Number of images N.
+            labels: (N,) int64 classes, -1 for no class.
+            seed: Seed of the noise, which does not depend on the batch size.
+            batch_size: Images per batch.
+            guidance: Guidance towards the classes.
+            inversion: Solvers to use, `Inversion()` by default.
+            denoise: Factor of a step along the score after sampling, see `denoise`; 0 for none.
+            certify: Map the images back to noise and report the largest difference.
+            progress: Called as progress(done, total) with tokens of all blocks and images.
+
+        Returns:
+            uint8 images (N, C, H, W) on the CPU, and a `SampleReport`.
+
+        Raises:
+            ConfigError: The flow is on latents; a pipeline with their autoencoder draws images from it.
+            InverseError: Values are not finite.
+        """
+        from ..sampling.sample import Inversion, SampleOptions, sample
+
+        options = SampleOptions(guidance, inversion or Inversion(), denoise, certify)
+        return sample(self, count, labels, seed=seed, batch_size=batch_size, options=options, progress=progress)
+
+    def calibrate(self, batch_size: int = 10, guidance: Guidance = Guidance(), **options: Any) -> Measurement:
+        """Measure which solver is fastest for each block on this machine, and add the result to `calibration`.
+
+        Args:
+            batch_size: Images per batch.
+            guidance: Guidance of the samples.
+            options: Further arguments of `starflow.inversion.measure.calibrate`.
+
+        Returns:
+            The measurement.
+        """
+        from ..inversion.measure import calibrate
+
+        measurement = calibrate(self, batch_size, guidance, **options)
+        calibration = self.calibration or Calibration(self.config.grid, self.config.token_dim)
+        self.calibration = calibration.add(measurement)
+        return measurement
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +170,7 @@ class Flow(nn.Module):
         return next(self.parameters()).device
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) tokens of images (B, C, H, W)."""
+        """Split images (B, C, H, W) into tokens (B, T, D)."""
         channels = self.config.image_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images: expected shape (B, {channels}, H, W), got {tuple(images.shape)}")
@@ -125,7 +181,12 @@ class Flow(nn.Module):
         return patchify(images, self.config.patch_size, self.config.patch_order)
 
     def images(self, tokens: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
-        """(B, C, H, W) images of tokens (B, T, D) on a grid of (rows, columns), that of the config by default."""
+        """Join tokens (B, T, D) to images (B, C, H, W).
+
+        Args:
+            tokens: The tokens.
+            grid: Rows and columns of tokens, by default the ones of training.
+        """
         return unpatchify(tokens, grid or self.config.grid, self.config.patch_size, self.config.patch_order)
 
     def forward(
@@ -136,7 +197,15 @@ class Flow(nn.Module):
         dropout: float = 0.0,
         backend: str | None = None,
     ) -> FlowOutput:
-        """Data (B, C, H, W) to noise, all tokens at once; dropout: see `starflow_kernels.block_forward`."""
+        """Map data to noise, all tokens at once.
+
+        Args:
+            x: (B, C, H, W) data.
+            labels: (B,) int64 classes, -1 for no class.
+            text: (B, L, text_dim) text states.
+            dropout: Dropout rate of the residual branches, see `starflow_kernels.block_forward`.
+            backend: Name of the backend; None takes the first that can.
+        """
         self._check_context(labels, text, len(x))
         grid, tokens, contexts = self.grid(x), self.tokens(x), self.contexts(labels, text, x)
         logdet = tokens.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -151,16 +220,27 @@ class Flow(nn.Module):
     def log_prob(
         self, x: torch.Tensor, labels: torch.Tensor | None = None, text: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B,) log density of x in nats."""
+        """Log density of data.
+
+        Args:
+            x: (B, C, H, W) data.
+            labels: (B,) int64 classes, -1 for no class.
+            text: (B, L, text_dim) text states.
+
+        Returns:
+            (B,) log density in nats.
+        """
         _, logdet, latents = self(x, labels, text)
         z = latents[-1]
         variance = torch.ones_like(z[:1]) if self.prior_variance is None else self.prior_variance.to(z.dtype)
         return logdet - 0.5 * (z.square() / variance + variance.log() + LOG_TWO_PI).sum(dim=(1, 2))
 
     def loss(self, output: FlowOutput, latent_penalty: float = 0.0) -> torch.Tensor:
-        """Negative log-likelihood a dimension without its constant: mean z^2 / 2 - logdet / dimensions.
+        """Negative log-likelihood per dimension without its constant: mean z^2 / 2 - logdet / dimensions.
 
-        latent_penalty: weight of the mean squares of the inner blocks' latents (STARFlow: 1e-4).
+        Args:
+            output: Result of the density direction.
+            latent_penalty: Weight of the mean squares of the inner blocks' latents (STARFlow: 1e-4).
         """
         z = output.latents[-1]
         loss = 0.5 * z.square().mean() - output.logdet.mean() / z[0].numel()
@@ -168,7 +248,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def update_prior(self, z: torch.Tensor) -> None:
-        """Move the prior's variance of a volume-preserving flow towards that of z (B, T, D)."""
+        """Move the prior variance of a volume-preserving flow towards the variance of z (B, T, D)."""
         if self.prior_variance is not None:
             self.prior_variance.lerp_(z.square().mean(dim=0).to(self.prior_variance.dtype), PRIOR_RATE)
 
@@ -187,16 +267,28 @@ class Flow(nn.Module):
         quantize: Quantize = "none",
         return_reports: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, list[SolveReport]]:
-        """Noise (B, C, H, W) to data, or (data, what each block took) with return_reports, the reports in the order
-        of `blocks`.
+        """Map noise to data.
 
-        empty_text: (B or 1, L, text_dim) states of the prompt that guidance moves away from, the empty one usually.
-        progress: called now and then as progress(done, total) with the tokens of all blocks; what it raises ends the
-        call. after_block: called as after_block(block, x) with what a block made, as images; returns what goes on.
-        solvers: one for all blocks, or one a block in the order of `blocks`; see `starflow.solvers.Inversion`.
-        quantize: weights of one byte, "int8" or "fp8", see `starflow_kernels.block_inverse`.
-        Raises ConfigError when guidance is asked for and there is nothing to tell its two branches apart, InverseError,
-        which names the block, where its noise or its data is not finite.
+        Args:
+            z: (B, C, H, W) noise.
+            labels: (B,) int64 classes, -1 for no class.
+            text: (B, L, text_dim) text states.
+            guidance: Guidance towards the class or text.
+            empty_text: (B or 1, L, text_dim) states that guidance moves away from, usually of the empty prompt.
+            backend: Name of the backend; None takes the first that can.
+            progress: Called as progress(done, total) with tokens of all blocks. An exception from it ends the call.
+            after_block: Called as after_block(block, x) with the result of each block as images; returns its
+                replacement.
+            solvers: One solver for all blocks, or one per block in the order of `blocks`.
+            quantize: "int8" or "fp8" rounds weights to one byte per value, see `starflow_kernels.block_inverse`.
+            return_reports: Return (data, reports) with one `SolveReport` per block in the order of `blocks`.
+
+        Returns:
+            (B, C, H, W) data.
+
+        Raises:
+            ConfigError: Guidance has no condition, no text to move away from, and no temperature.
+            InverseError: The noise or data of a block is not finite; the message names the block.
         """
         self._check_context(labels, text, len(z))
         grid, tokens = self.grid(z), self.tokens(z)
@@ -214,15 +306,15 @@ class Flow(nn.Module):
                 options["progress"] = lambda done, _, before=before: progress(before + done, count * each)
             options.update(solver=solvers[i], quantize=quantize, return_report=return_reports, backend=backend)
             try:
-                made = block.inverse(tokens, *context, self.rotary(i, grid, tokens), **options)
+                result = block.inverse(tokens, *context, self.rotary(i, grid, tokens), **options)
             except ValueError as error:
-                # Its subclasses are those of a callback.
+                # A subclass of ValueError comes from a callback.
                 if type(error) is not ValueError:
                     raise
                 if i + 1 < count:
                     self._check_finite(i + 1, tokens)
                 raise InverseError(f"block {i}: {error}") from error
-            tokens, report = made if return_reports else (made, None)
+            tokens, report = result if return_reports else (result, None)
             reports.insert(0, report)
             if progress:
                 progress((count - i) * each, count * each)
@@ -233,7 +325,7 @@ class Flow(nn.Module):
         return (x, reports) if return_reports else x
 
     def _check_finite(self, block: int, tokens: torch.Tensor) -> None:
-        """Raise InverseError where what a block made is not finite."""
+        """Raise InverseError if the result of a block is not finite."""
         if not tokens.numel() or math.isfinite(torch.linalg.vector_norm(tokens, math.inf).item()):
             return
         own = tokens.flip(1) if self.blocks[block].spec.flip else tokens
@@ -248,9 +340,21 @@ class Flow(nn.Module):
         guidance: Guidance = Guidance(),
         empty_text: torch.Tensor | None = None,
     ) -> list[tuple[tuple[torch.Tensor | None, torch.Tensor | None], bool]]:
-        """What each block is told: (class weights, text), and whether guidance acts on it.
+        """Conditions of each block.
 
-        Where it does these have 2B rows, first the B with the condition. Raises ConfigError as `inverse` does.
+        Args:
+            labels: (B,) int64 classes, -1 for no class.
+            text: (B, L, text_dim) text states.
+            like: (B, ...) tensor with the dtype and device of the class weights.
+            guidance: Guidance towards the class or text.
+            empty_text: (B or 1, L, text_dim) states that guidance moves away from.
+
+        Returns:
+            One pair ((class weights, text), guided) per block. A guided block has 2B rows, first the B rows with the
+            condition.
+
+        Raises:
+            ConfigError: Guidance has no condition, no text to move away from, and no temperature.
         """
         classes, conditional = self._class_weights(labels, like), labels is not None or text is not None
         plain = guided = classes, text
@@ -263,12 +367,12 @@ class Flow(nn.Module):
                 None if classes is None else torch.cat([classes, self._class_weights(None, like)]),
                 None if text is None else torch.cat([text, empty_text.expand_as(text)]),
             )
-        found = []
+        pairs = []
         for i in range(len(self.blocks)):
             reached = self.config.conditioned(i)
             acts = bool(guidance.weight) and (reached or not conditional)
-            found.append(((guided if acts else plain) if reached else (None, None), acts))
-        return found
+            pairs.append(((guided if acts else plain) if reached else (None, None), acts))
+        return pairs
 
     def noise(
         self,
@@ -276,10 +380,16 @@ class Flow(nn.Module):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """(count, C, H, W) float32 draws of the prior, on a grid of (rows, columns) tokens.
+        """Draw noise from the prior.
 
-        generator: one for all, or one a draw, which then does not depend on the others. Drawn on the device of the
-        first, the CPU without one, and returned on that of the weights.
+        Args:
+            count: Number of draws N.
+            generator: One generator, or one per draw, which makes each draw independent of the others. Noise is drawn
+                on the device of the generator, or on the CPU.
+            grid: Rows and columns of tokens, by default the ones of training.
+
+        Returns:
+            (N, C, H, W) float32 noise on the device of the weights.
         """
         rows, columns = grid or self.config.grid
         shape = (count, rows * columns, self.config.token_dim)
@@ -304,9 +414,14 @@ class Flow(nn.Module):
         noise_std: float | None = None,
         factor: float = 1.0,
     ) -> torch.Tensor:
-        """One step along the score: x + factor noise_std^2 grad log p(x) (arXiv 2412.06329, section 2.5).
+        """Take one step along the score: x + factor noise_std^2 grad log p(x) (arXiv 2412.06329, section 2.5).
 
-        noise_std: that of training by default.
+        Args:
+            x: (B, C, H, W) samples.
+            labels: (B,) int64 classes, -1 for no class.
+            text: (B, L, text_dim) text states.
+            noise_std: Standard deviation of the noise, by default the one of training.
+            factor: Factor of the step.
         """
         noise_std = self.config.noise_std if noise_std is None else noise_std
         with torch.enable_grad():
@@ -334,7 +449,7 @@ class Flow(nn.Module):
                 raise ValueError(f"labels: expected -1 (no class) .. {config.num_classes - 1}, got {labels.tolist()}")
 
     def _class_weights(self, labels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-        """(B, num_classes) weights of the class embeddings: a one, or all equal for no class."""
+        """Weights (B, num_classes) of the class embeddings: one for the class, or equal weights for no class."""
         classes = self.config.num_classes
         if not classes:
             return None
@@ -344,8 +459,16 @@ class Flow(nn.Module):
         one = torch.nn.functional.one_hot(labels.clamp(min=0), classes).to(mean.dtype)
         return torch.where(labels.unsqueeze(1) < 0, mean, one)
 
-    def rotary(self, block: int, grid: tuple[int, int], like: torch.Tensor):
-        """cos and sin of a block's rotary angles on a grid, or Nones."""
+    def rotary(
+        self, block: int, grid: tuple[int, int], like: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Cosine and sine of the rotary angles of a block, or (None, None).
+
+        Args:
+            block: Index of the block.
+            grid: Rows and columns of tokens.
+            like: Tensor with the dtype and device of the result.
+        """
         config = self.config
         if config.rotary == "none":
             return None, None

@@ -1,14 +1,13 @@
-"""What the pipelines share: noise, sampling, certificate, denoising, timing, saving."""
+"""Common parts of the pipelines: noise, sampling, reports, saving."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -20,76 +19,63 @@ from safetensors import SafetensorError
 
 from ..data.prompts import image_size
 from ..errors import CheckpointError, ConfigError, StarflowError
-from ..inversion.solvers import BlockReport, Inversion, block_reports, method_of
 from ..io.files import write_text
-from ..models.certificate import certificate, combine
 from ..models.checkpoint import PIPELINE_INDEX
-from ..models.flow import Flow, Guidance
+from ..models.flow import Flow
+from ..models.guidance import Guidance
 from ..sampling.budget import denoise_bytes
+from ..sampling.jobs import Job
+from ..sampling.sample import Recorder, SampleOptions, SampleReport, draw
 from .card import model_card
 from .model import FlowModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-STAGES = ("text", "flow", "certify", "denoise", "decode")
 # The backward pass of denoising is split to fit.
 DENOISE_BYTES = 4 * 2**30
 
-
-@dataclasses.dataclass(frozen=True)
-class PipelineReport:
-    """How images were made.
-
-    method: that was used. steps: network passes of the flow, one after the other, for the whole batch at once. seconds:
-    by stage, "text", "flow", "certify", "denoise", "decode". certificate, certificate_mean: see `starflow.certificate`,
-    before denoising; None where it was not asked for or cannot be had. blocks: what each block of the flow took.
-    """
-
-    method: str
-    steps: int
-    seconds: dict[str, float]
-    certificate: float | None
-    certificate_mean: float | None
-    blocks: list[BlockReport]
+StepCallback = Callable[["FlowPipeline", int, int, dict], "dict | None"]
 
 
 @dataclasses.dataclass
 class FlowPipelineOutput(BaseOutput):
-    """images: a list of PIL images, or (N, H, W, C) numpy or (N, C, H, W) torch on [0, 1], or the flow's output."""
+    """Images of a call and how they were drawn.
+
+    Args:
+        images: List of PIL images; or (N, H, W, C) numpy or (N, C, H, W) torch on [0, 1]; or the output of the flow.
+        report: Method, passes, seconds per stage, certificate, and a report per block.
+    """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
-    report: PipelineReport
+    report: SampleReport
 
 
-@dataclasses.dataclass
-class Options:
-    """Arguments of a call that are the same for every pipeline."""
+class Condition(NamedTuple):
+    """Conditions of a batch: classes (B,), text states (B, L, text_dim), and states that guidance moves away from."""
 
-    copies: int
-    output_type: str
-    guidance: Guidance
-    inversion: Inversion
-    denoise: float | None
-    denoise_batch_size: int | None
-    certify: bool
-    progress: Callable[[int, int], None] | None
-    callback_on_step_end: Callable[[FlowPipeline, int, int, dict], dict | None] | None
-
-    def __post_init__(self):
-        if not isinstance(self.copies, int) or self.copies < 1:
-            raise ConfigError(f"num_images_per_prompt={self.copies}: expected an integer of at least 1")
-        if self.output_type not in OUTPUT_TYPES:
-            raise ConfigError(f"output_type={self.output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+    labels: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    empty_text: torch.Tensor | None = None
 
 
 class FlowPipeline(DiffusionPipeline):
-    """Base of the pipelines. `FlowPipeline.from_pretrained(folder)` opens whichever of them a folder holds."""
+    """Base of the pipelines. `FlowPipeline.from_pretrained(folder)` opens whichever pipeline a folder holds."""
 
     transformer: FlowModel
-    pixels_a_latent = 1
+    pixels_per_latent = 1
+    # Guidance of a call that asks for none.
+    default_guidance = Guidance()
 
     @classmethod
     def from_pretrained(cls, folder, **options):
-        """Read a folder, see `diffusers.DiffusionPipeline.from_pretrained`."""
+        """Read a folder.
+
+        Args:
+            folder: The folder.
+            options: See `diffusers.DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            CheckpointError: The folder holds no pipeline, another kind of pipeline, or damaged files.
+        """
         if cls is not FlowPipeline:
             try:
                 return super().from_pretrained(folder, **options)
@@ -104,16 +90,31 @@ class FlowPipeline(DiffusionPipeline):
         return kinds[name].from_pretrained(folder, **options)
 
     def save_pretrained(self, folder, *arguments, **options) -> None:
-        """Write a folder, see `diffusers.DiffusionPipeline.save_pretrained`; a model card where there is none."""
+        """Write a folder, with a model card if it has none.
+
+        Args:
+            folder: The folder.
+            arguments: See `diffusers.DiffusionPipeline.save_pretrained`.
+            options: See `diffusers.DiffusionPipeline.save_pretrained`.
+        """
         super().save_pretrained(folder, *arguments, **options)
         if not (card := Path(folder) / "README.md").exists():
-            side = self.transformer.config.image_size * self.pixels_a_latent
+            side = self.transformer.config.image_size * self.pixels_per_latent
             write_text(card, model_card(type(self).__name__, self.transformer, side, Path(folder).resolve().name))
 
     def size(self, height: int | None, width: int | None, aspect_ratio: str | None) -> tuple[int, int]:
-        """(height, width) in pixels of what was asked for, the size of training by default."""
+        """Height and width in pixels of a request.
+
+        Args:
+            height: Height in pixels, by default the one of training.
+            width: Width in pixels, by default the one of training.
+            aspect_ratio: Shape at the area of training such as "3:2", in place of height and width.
+
+        Raises:
+            ConfigError: The model cannot draw this size.
+        """
         config = self.transformer.config
-        side, multiple = config.image_size * self.pixels_a_latent, config.patch_size * self.pixels_a_latent
+        side, multiple = config.image_size * self.pixels_per_latent, config.patch_size * self.pixels_per_latent
         if aspect_ratio is not None:
             if height is not None or width is not None:
                 raise ConfigError("aspect_ratio: give it or height and width")
@@ -132,12 +133,25 @@ class FlowPipeline(DiffusionPipeline):
         self,
         count: int,
         size: tuple[int, int],
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(count, C, H, W) float32 noise for images of `size`; with a generator each, it does not depend on count."""
+        """Draw noise, or check noise that was given.
+
+        Args:
+            count: Number of images N.
+            size: Height and width of the images in pixels.
+            generator: One generator, or one per image, which makes each image independent of the others.
+            latents: Noise to use.
+
+        Returns:
+            (N, C, H, W) float32 noise on the device of the call.
+
+        Raises:
+            ConfigError: There are more or fewer generators than images, or the shape of `latents` is wrong.
+        """
         config, device = self.transformer.config, self._execution_device
-        latent_size = tuple(length // self.pixels_a_latent for length in size)
+        latent_size = tuple(length // self.pixels_per_latent for length in size)
         if latents is not None:
             expected = (count, config.image_channels, *latent_size)
             if not isinstance(latents, torch.Tensor) or latents.shape != expected:
@@ -151,46 +165,92 @@ class FlowPipeline(DiffusionPipeline):
     def draw(
         self,
         z: torch.Tensor,
-        labels: torch.Tensor | None,
-        text: torch.Tensor | None,
-        empty_text: torch.Tensor | None,
-        options: Options,
-        clock: Clock,
-    ) -> tuple[torch.Tensor, PipelineReport]:
-        """Images or latents (B, C, H, W) of noise, denoised, and the report so far."""
-        flow, guidance = self.transformer, options.guidance
-        factor = self.denoise_factor(options.denoise)
-        with clock("flow"), self.progress_bar(total=len(flow.blocks) * len(z) * math.prod(flow.grid(z))) as bar:
-            solvers = options.inversion.solvers(flow, z, guidance)
-            x, reports = flow.inverse(
-                z,
-                labels,
-                text,
-                guidance,
-                empty_text,
-                solvers=solvers,
-                quantize=options.inversion.quantize,
-                return_reports=True,
-                progress=lambda done, total: self._report(bar, done, total, options.progress),
-                after_block=lambda block, x: self._step_end(block, x, options.callback_on_step_end),
-            )
-        errors = []
-        if options.certify:
-            with clock("certify"):
-                found = certificate(flow, x, z, labels, text, guidance, empty_text)
-                errors = [] if found is None else [(found, len(z))]
-        if factor:
-            with clock("denoise"):
-                rows = options.denoise_batch_size or denoise_rows(flow, math.prod(flow.grid(z)))
-                parts = (None if part is None else part.split(rows) for part in (labels, text))
-                labels_of, text_of = (part or [None] * len(x) for part in parts)
-                x = torch.cat([flow.denoise(*batch, factor=factor) for batch in zip(x.split(rows), labels_of, text_of)])
-        blocks = block_reports(solvers, reports)
-        steps = sum(block.passes for block in blocks)
-        return x, PipelineReport(method_of(blocks), steps, clock.seconds, *combine(errors), blocks)
+        condition: Condition,
+        options: SampleOptions,
+        recorder: Recorder,
+        output_type: str,
+        denoise_batch_size: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Draw images of noise, after the arguments of a call were checked.
+
+        Args:
+            z: (B, C, H, W) noise.
+            condition: Conditions of the images.
+            options: Guidance, solvers, denoising and certificate.
+            recorder: Takes the times and reports.
+            output_type: As in a call.
+            denoise_batch_size: As in a call.
+            progress: As in a call.
+            callback_on_step_end: As in a call.
+        """
+        flow = self.transformer
+        x = draw(
+            flow,
+            z,
+            options,
+            recorder,
+            *condition,
+            denoise_rows=denoise_batch_size or denoise_rows(flow, math.prod(flow.grid(z))),
+            progress=progress,
+            after_block=callback_on_step_end and (lambda block, x: self._step_end(block, x, callback_on_step_end)),
+        )
+        images = x
+        if output_type != "latent":
+            with recorder.clock("decode"):
+                images = VaeImageProcessor(do_normalize=False).postprocess(self.decode(x), output_type)
+        self.maybe_free_model_hooks()
+        return images
+
+    @torch.no_grad()
+    def draw_jobs(
+        self,
+        jobs: list[Job],
+        generators: list[torch.Generator],
+        recorder: Recorder,
+        progress: Callable[[int, int], None] | None,
+        *,
+        options: SampleOptions,
+        size: tuple[int, int],
+        latents: bool = False,
+        **condition_options,
+    ) -> torch.Tensor:
+        """Draw a batch of jobs, see `starflow.sampling.many.DrawJobs`.
+
+        Args:
+            jobs: The jobs.
+            generators: One generator per job.
+            recorder: Takes the times and reports.
+            progress: Called as progress(done, total) with tokens.
+            options: Guidance, solvers, denoising and certificate.
+            size: Height and width in pixels.
+            latents: Return the output of the flow in place of pixels.
+            condition_options: Further arguments of `job_condition`.
+        """
+        condition = self.job_condition(jobs, options.guidance, recorder, **condition_options)
+        z = self.noise(len(jobs), size, generators)
+        # The bits of a backward pass depend on its batch, so denoising takes one image at a time.
+        images = self.draw(z, condition, options, recorder, "latent" if latents else "pt", 1, progress)
+        return images.cpu() if latents else (images.cpu() * 255).round().to(torch.uint8)
+
+    def job_condition(self, jobs: list[Job], guidance: Guidance, recorder: Recorder) -> Condition:
+        """Conditions of a batch of jobs."""
+        raise NotImplementedError
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) on [0, 1] of the output of the flow."""
+        raise NotImplementedError
 
     def denoise_factor(self, factor: float | None) -> float:
-        """Factor of the score step: as asked for, or the pipeline's own, 0 for a model without noise."""
+        """Factor of the score step.
+
+        Args:
+            factor: The requested factor; None takes the pipeline's own, or 0 for a model trained without noise.
+
+        Raises:
+            ConfigError: The factor is out of range, or the model was trained without Gaussian noise.
+        """
         if factor is None:
             return self.config.denoise if self.transformer.config.noise_std else 0.0
         if not 0 <= factor < math.inf:
@@ -199,41 +259,48 @@ class FlowPipeline(DiffusionPipeline):
             raise ConfigError(f"denoise={factor}: the model was not trained with Gaussian noise")
         return factor
 
-    def _report(self, bar, done: int, total: int, progress: Callable[[int, int], None] | None) -> None:
-        bar.update(done - bar.n)
-        if progress:
-            progress(done, total)
+    def _call(
+        self,
+        z: torch.Tensor,
+        condition: Condition,
+        options: SampleOptions,
+        recorder: Recorder,
+        output_type: str,
+        denoise_batch_size: int | None,
+        progress: Callable[[int, int], None] | None,
+        callback_on_step_end: StepCallback | None,
+        return_dict: bool,
+    ) -> FlowPipelineOutput | tuple[list, SampleReport]:
+        """Draw with the progress bar of diffusers; return the result of a call."""
+        flow = self.transformer
+        with self.progress_bar(total=len(flow.blocks) * len(z) * math.prod(flow.grid(z))) as bar:
 
-    def _step_end(self, block: int, x: torch.Tensor, callback: Callable | None) -> torch.Tensor:
-        if callback is None:
-            return x
+            def watch(done: int, total: int) -> None:
+                bar.update(done - bar.n)
+                if progress:
+                    progress(done, total)
+
+            images = self.draw(
+                z, condition, options, recorder, output_type, denoise_batch_size, watch, callback_on_step_end
+            )
+        report = recorder.report()
+        return FlowPipelineOutput(images, report) if return_dict else (images, report)
+
+    def _step_end(self, block: int, x: torch.Tensor, callback: StepCallback) -> torch.Tensor:
         step = len(self.transformer.blocks) - 1 - block
         return (callback(self, step, block, {"latents": x}) or {}).get("latents", x)
 
 
-class Clock:
-    """Seconds by stage; the device is waited for at both ends of one."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time what happens inside as a part of `stage`."""
-        self._wait()
-        start = time.perf_counter()
-        yield
-        self._wait()
-        self.seconds[stage] += time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+def check_call(copies: int, output_type: str) -> None:
+    """Raise ConfigError for a wrong number of images per prompt or a wrong output type."""
+    if not isinstance(copies, int) or copies < 1:
+        raise ConfigError(f"num_images_per_prompt={copies}: expected an integer of at least 1")
+    if output_type not in OUTPUT_TYPES:
+        raise ConfigError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
 
 
-def pipeline_class(folder) -> str:
-    """Name of the class in a folder's model_index.json. Raises CheckpointError where there is none."""
+def pipeline_class(folder: str | Path) -> str:
+    """Name of the class in a folder's model_index.json. Raises CheckpointError if there is none."""
     index = Path(folder) / PIPELINE_INDEX
     try:
         return str(json.loads(index.read_text())["_class_name"])
@@ -241,11 +308,6 @@ def pipeline_class(folder) -> str:
         raise CheckpointError(f"{index}: {getattr(error, 'strerror', None) or 'not the index of a pipeline'}") from None
 
 
-def as_output(images: torch.Tensor, output_type: str):
-    """Images (N, C, H, W) on [0, 1] as PIL, numpy or torch."""
-    return VaeImageProcessor(do_normalize=False).postprocess(images, output_type)
-
-
 def denoise_rows(flow: Flow, tokens: int) -> int:
-    """Images whose backward pass fits into DENOISE_BYTES, at least one."""
+    """Images, at least one, whose backward pass fits into DENOISE_BYTES; tokens: per image."""
     return max(1, DENOISE_BYTES // denoise_bytes(flow, tokens))

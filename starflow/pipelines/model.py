@@ -13,7 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..errors import CheckpointError, ConfigError
-from ..inversion.solver_files import read_calibration, save_calibration
+from ..models.calibration import read_calibration, save_calibration
 from ..models.config import FlowConfig
 from ..models.flow import Flow
 

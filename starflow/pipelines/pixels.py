@@ -1,4 +1,4 @@
-"""Class-conditional and unconditional images by a flow in pixels."""
+"""Class-conditional and unconditional images by a flow on pixels."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from starflow_kernels.spec import GuidanceRule, Quantize
 
 from ..data.datasets import to_pixels
 from ..errors import ConfigError
-from ..inversion.solvers import Inversion
-from ..models.flow import Guidance
-from .base import Clock, FlowPipeline, FlowPipelineOutput, Options, PipelineReport, as_output
+from ..inversion.request import Inversion
+from ..models.guidance import Guidance
+from ..sampling.jobs import Job
+from ..sampling.sample import Recorder, SampleOptions, SampleReport
+from .base import Condition, FlowPipeline, FlowPipelineOutput, StepCallback, check_call
 from .model import FlowModel
 
 
 class TarFlowPipeline(FlowPipeline):
     """Images of a TarFlow (arXiv 2412.06329), with classes or without.
 
-    transformer: the flow. denoise: factor of the score step that calls use by default; a model that was trained on
-    uniformly dequantised data has none.
+    Args:
+        transformer: The flow.
+        denoise: Factor of the score step that calls use by default. A model that was trained on uniformly dequantized
+            data uses none.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -43,7 +47,7 @@ class TarFlowPipeline(FlowPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[FlowPipeline, int, int, dict], dict | None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         progress: Callable[[int, int], None] | None = None,
         method: str = "auto",
         window: int | None = None,
@@ -55,44 +59,52 @@ class TarFlowPipeline(FlowPipeline):
         denoise: float | None = None,
         denoise_batch_size: int | None = None,
         certify: bool = False,
-    ) -> FlowPipelineOutput | tuple[list, PipelineReport]:
-        """Draw images.
+    ) -> FlowPipelineOutput | tuple[list, SampleReport]:
+        """Draw images. Arguments that are not listed here are those of `STARFlowPipeline`.
 
         Args:
-            class_labels: a class or a list of them, -1 for none; None draws without a condition.
-            num_images_per_prompt: images of each class.
-            guidance_scale: weight w >= 0; 0 is sampling without guidance. A model without classes is guided against an
+            class_labels: One class or a list of classes, -1 for no class. None draws without a condition.
+            guidance_scale: Guidance weight >= 0; 0 samples without guidance. A model without classes is guided by an
                 attention_temperature other than 1.
-            Everything else as in `STARFlowPipeline`; the unit of "latent" output is [-1, 1] for the pixels.
+            num_images_per_prompt: Images per class.
+            output_type: "pil", "np" or "pt" on [0, 1], or "latent" for the output of the flow on [-1, 1].
 
         Raises:
-            ConfigError, ValueError: an argument out of range, by its name.
+            ConfigError: An argument is out of range; the message names it.
         """
-        options = Options(
-            num_images_per_prompt,
-            output_type,
+        check_call(num_images_per_prompt, output_type)
+        options = SampleOptions(
             Guidance(guidance_scale, guidance_rule, annealed, attention_temperature),
             Inversion(method, window, tol, quantize),
-            denoise,
-            denoise_batch_size,
+            self.denoise_factor(denoise),
             certify,
-            progress,
-            callback_on_step_end,
         )
         labels = self._labels(class_labels, num_images_per_prompt)
         count = num_images_per_prompt if labels is None else len(labels)
-        size = self.size(height, width, aspect_ratio)
-        clock = Clock(self._execution_device)
-        z = self.noise(count, size, generator, latents)
-        x, report = self.draw(z, labels, None, None, options, clock)
-        if output_type == "latent":
-            images = x
-        else:
-            with clock("decode"):
-                config = self.transformer.config
-                images = as_output(to_pixels(x, config.levels, config.noise_std) / 255, output_type)
-        self.maybe_free_model_hooks()
-        return FlowPipelineOutput(images, report) if return_dict else (images, report)
+        z = self.noise(count, self.size(height, width, aspect_ratio), generator, latents)
+        recorder = Recorder(self._execution_device)
+        return self._call(
+            z,
+            Condition(labels),
+            options,
+            recorder,
+            output_type,
+            denoise_batch_size,
+            progress,
+            callback_on_step_end,
+            return_dict,
+        )
+
+    def job_condition(self, jobs: list[Job], guidance: Guidance, recorder: Recorder) -> Condition:
+        """Classes of a batch of jobs; a model with classes takes -1 for no class."""
+        if not self.transformer.config.num_classes:
+            return Condition()
+        return Condition(self._labels([-1 if job.condition is None else job.condition for job in jobs], 1))
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) on [0, 1], rounded to the grey levels of training."""
+        config = self.transformer.config
+        return to_pixels(x, config.levels, config.noise_std) / 255
 
     def _labels(self, labels: int | list[int] | None, copies: int) -> torch.Tensor | None:
         if labels is None:

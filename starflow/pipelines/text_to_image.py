@@ -1,4 +1,4 @@
-"""Text to image by a flow in the latents of an autoencoder."""
+"""Text to image by a flow on the latents of an autoencoder."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ from starflow_kernels.spec import GuidanceRule, Quantize
 
 from ..data.prompts import encode_prompts, nearest_ratio, with_aspect_ratio
 from ..errors import ConfigError
-from ..inversion.solvers import Inversion
-from ..models.flow import Guidance
-from .base import Clock, FlowPipeline, FlowPipelineOutput, Options, PipelineReport, as_output
+from ..inversion.request import Inversion
+from ..models.guidance import Guidance
+from ..sampling.jobs import Job
+from ..sampling.sample import Recorder, SampleOptions, SampleReport
+from .base import Condition, FlowPipeline, FlowPipelineOutput, StepCallback, check_call
 from .model import FlowModel
 
 
 class STARFlowPipeline(FlowPipeline):
     """Images of a STARFlow (arXiv 2506.06276): prompt, text states, flow, score denoising, decoder.
 
-    transformer: the flow. vae: the autoencoder whose latents, times its scaling factor, the flow models. text_encoder,
-    tokenizer: T5 and its tokenizer; without them calls need prompt_embeds. mixed_aspect: the flow was trained on
-    several aspect ratios and every prompt names its own. denoise: factor of the score step that calls use by default, 0
-    for a vae whose decoder was trained on noisy latents.
+    Args:
+        transformer: The flow.
+        vae: The autoencoder whose latents, times its scaling factor, the flow models.
+        text_encoder: T5; without it calls need prompt_embeds.
+        tokenizer: The tokenizer of T5.
+        mixed_aspect: The flow was trained on several aspect ratios, and every prompt names its own.
+        denoise: Factor of the score step that calls use by default; 0 for an autoencoder whose decoder was trained on
+            noisy latents.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012
+    default_guidance = Guidance(3.6, "starflow")
 
     def __init__(
         self,
@@ -42,7 +49,7 @@ class STARFlowPipeline(FlowPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(mixed_aspect=mixed_aspect, denoise=denoise)
-        self.pixels_a_latent = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.pixels_per_latent = 2 ** (len(vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def __call__(
@@ -51,7 +58,7 @@ class STARFlowPipeline(FlowPipeline):
         height: int | None = None,
         width: int | None = None,
         aspect_ratio: str | None = None,
-        guidance_scale: float = 3.6,
+        guidance_scale: float = default_guidance.weight,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -60,86 +67,131 @@ class STARFlowPipeline(FlowPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[FlowPipeline, int, int, dict], dict | None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         progress: Callable[[int, int], None] | None = None,
         method: str = "auto",
         window: int | None = None,
         tol: float | None = None,
         quantize: Quantize = "none",
-        guidance_rule: GuidanceRule = "starflow",
+        guidance_rule: GuidanceRule = default_guidance.rule,
         annealed: bool = False,
         attention_temperature: float = 1.0,
         denoise: float | None = None,
         denoise_batch_size: int | None = None,
         certify: bool = False,
-    ) -> FlowPipelineOutput | tuple[list, PipelineReport]:
+    ) -> FlowPipelineOutput | tuple[list, SampleReport]:
         """Draw images of prompts.
 
         Args:
-            prompt: one or a list of them.
-            height, width: in pixels; or aspect_ratio, "3:2" say: that shape at the area of training. By default the
-                size of training. Other sizes than that scale the rotary positions.
-            guidance_scale: weight w >= 0 of the released models; 0 is sampling without guidance (a scale that counts
-                from 1 is w + 1). It acts on the blocks that the text reaches.
-            negative_prompt: what guidance moves away from, one or a list of as many as prompts; "" by default.
-            num_images_per_prompt: images of each prompt, next to each other in the result.
-            generator: one, or one an image: the image then does not depend on its neighbours. On the CPU or a device.
+            prompt: One prompt or a list of prompts.
+            height: Height in pixels, by default the one of training. Another size scales the rotary positions.
+            width: Width in pixels, by default the one of training.
+            aspect_ratio: Shape at the area of training such as "3:2", in place of height and width.
+            guidance_scale: Guidance weight >= 0 of the released models; 0 samples without guidance. A scale that counts
+                from 1 is this weight plus 1. It acts on the blocks that the text reaches.
+            negative_prompt: Prompt that guidance moves away from, or one per prompt; "" by default.
+            num_images_per_prompt: Images per prompt, next to each other in the result.
+            generator: One generator, or one per image, which makes each image independent of the others.
             latents: (N, C, h, w) noise to start from in place of random numbers.
-            prompt_embeds, negative_prompt_embeds: (N, text_len, text_dim) from `encode_prompts` in place of prompts.
-            output_type: "pil", "np" or "pt" on [0, 1], or "latent" for what the flow made, times the scaling factor.
+            prompt_embeds: (N, text_len, text_dim) states from `encode_prompts`, in place of prompts.
+            negative_prompt_embeds: (1 or N, text_len, text_dim) states, in place of negative prompts.
+            output_type: "pil", "np" or "pt" on [0, 1], or "latent" for the output of the flow.
             return_dict: False returns (images, report).
-            callback_on_step_end: called as callback(pipe, step, block, {"latents": x}) after every flow block; may
+            callback_on_step_end: Called as callback(pipe, step, block, {"latents": x}) after each flow block; may
                 return a mapping with other latents.
-            progress: called as progress(done, total) with token steps.
-            method, window, tol, quantize: how the flow is inverted, "auto", "sequential" or "jacobi", and from weights
-                of one byte by "int8" or "fp8", see `starflow.solvers.Inversion`.
-            guidance_rule: "starflow" or "tarflow". annealed: the weight grows over the tokens. attention_temperature:
-                of the branch without the prompt.
-            denoise: factor of the score step, 0 for none; the pipeline's own by default.
-            denoise_batch_size: images in a backward pass; by default as many as fit a few GiB.
-            certify: measure how exact the samples are, one parallel pass more.
+            progress: Called as progress(done, total) with tokens of all blocks.
+            method: "auto", "sequential" or "jacobi", see `Inversion`.
+            window: Tokens that "jacobi" iterates together; None for all.
+            tol: Tolerance of the parallel solvers.
+            quantize: "int8" or "fp8" rounds weights to one byte per value; "none" does not.
+            guidance_rule: "starflow" or "tarflow".
+            annealed: Let the guidance weight grow over the tokens of a block.
+            attention_temperature: Attention temperature of the branch without the prompt.
+            denoise: Factor of the score step, 0 for none; the pipeline's own by default.
+            denoise_batch_size: Images per backward pass; by default as many as fit into 4 GiB.
+            certify: Map the samples back to noise and report the largest difference.
 
         Raises:
-            ConfigError, ValueError: an argument out of range, by its name.
+            ConfigError: An argument is out of range; the message names it.
         """
-        options = Options(
-            num_images_per_prompt,
-            output_type,
+        check_call(num_images_per_prompt, output_type)
+        options = SampleOptions(
             Guidance(guidance_scale, guidance_rule, annealed, attention_temperature),
             Inversion(method, window, tol, quantize),
-            denoise,
-            denoise_batch_size,
+            self.denoise_factor(denoise),
             certify,
-            progress,
-            callback_on_step_end,
         )
         size = self.size(height, width, aspect_ratio)
         ratio = aspect_ratio or nearest_ratio(*size)
-        clock = Clock(self._execution_device)
-        with clock("text"):
+        recorder = Recorder(self._execution_device)
+        with recorder.clock("text"):
             text = self._states("prompt", prompt, prompt_embeds, ratio)
-            empty = None
-            if guidance_scale:
-                negative_prompt = "" if negative_prompt is None and negative_prompt_embeds is None else negative_prompt
-                empty = self._states("negative_prompt", negative_prompt, negative_prompt_embeds, ratio)
-                if len(empty) not in (1, len(text)):
-                    raise ConfigError(f"negative_prompt: {len(empty)} of them for {len(text)} prompts")
-                empty = empty.expand_as(text).repeat_interleave(num_images_per_prompt, dim=0)
-            text = text.repeat_interleave(num_images_per_prompt, dim=0)
-        z = self.noise(len(text), size, generator, latents)
-        x, report = self.draw(z, None, text, empty, options, clock)
-        if output_type == "latent":
-            images = x
-        else:
-            with clock("decode"):
-                images = as_output(self._decode(x), output_type)
-        self.maybe_free_model_hooks()
-        return FlowPipelineOutput(images, report) if return_dict else (images, report)
+            condition = self._condition(
+                text, options.guidance, negative_prompt, negative_prompt_embeds, ratio, num_images_per_prompt
+            )
+        z = self.noise(len(condition.text), size, generator, latents)
+        return self._call(
+            z,
+            condition,
+            options,
+            recorder,
+            output_type,
+            denoise_batch_size,
+            progress,
+            callback_on_step_end,
+            return_dict,
+        )
+
+    def job_condition(
+        self,
+        jobs: list[Job],
+        guidance: Guidance,
+        recorder: Recorder,
+        ratio: str = "1:1",
+        negative_prompt: str | None = None,
+    ) -> Condition:
+        """Text states of the prompts of a batch of jobs.
+
+        Args:
+            jobs: The jobs.
+            guidance: Guidance of the batch.
+            recorder: Takes the time.
+            ratio: Aspect ratio of the images.
+            negative_prompt: Prompt that guidance moves away from; "" by default.
+        """
+        with recorder.clock("text"):
+            text = self._states("prompt", [job.condition for job in jobs], None, ratio)
+            return self._condition(text, guidance, negative_prompt, None, ratio, 1)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) on [0, 1] of latents."""
+        config = self.vae.config
+        latents = x / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return (self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def _condition(
+        self,
+        text: torch.Tensor,
+        guidance: Guidance,
+        negative_prompt: str | list[str] | None,
+        negative_embeds: torch.Tensor | None,
+        ratio: str,
+        copies: int,
+    ) -> Condition:
+        """Condition with `copies` rows per row of text; the states to move away from are made under guidance only."""
+        empty = None
+        if guidance.weight:
+            negative_prompt = "" if negative_prompt is None and negative_embeds is None else negative_prompt
+            empty = self._states("negative_prompt", negative_prompt, negative_embeds, ratio)
+            if len(empty) not in (1, len(text)):
+                raise ConfigError(f"negative_prompt: {len(empty)} of them for {len(text)} prompts")
+            empty = empty.expand_as(text).repeat_interleave(copies, dim=0)
+        return Condition(None, text.repeat_interleave(copies, dim=0), empty)
 
     def _states(
         self, name: str, prompts: str | list[str] | None, states: torch.Tensor | None, ratio: str
     ) -> torch.Tensor:
-        """(N, text_len, text_dim) of the prompts or of the states, whichever is given."""
+        """States (N, text_len, text_dim) of prompts, or the given states."""
         config = self.transformer.config
         if (prompts is None) == (states is None):
             raise ConfigError(f"{name}: give it or {name}_embeds, one of them")
@@ -154,9 +206,3 @@ class STARFlowPipeline(FlowPipeline):
         if self.config.mixed_aspect and isinstance(prompts, list):
             prompts = [with_aspect_ratio(prompt, ratio) if isinstance(prompt, str) else prompt for prompt in prompts]
         return encode_prompts(prompts, self.tokenizer, self.text_encoder, config.text_len).to(self._execution_device)
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images on [0, 1] of latents."""
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return (self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)

@@ -1,28 +1,30 @@
-"""How many images at a time fit into a budget of bytes."""
+"""Memory of a batch, and the largest batch that fits into a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..errors import ConfigError
-from ..inversion.solvers import Inversion
+from ..inversion.request import Inversion
+from ..models.flow import Flow
+from ..models.guidance import Guidance
 
-if TYPE_CHECKING:
-    from ..models.flow import Flow, Guidance
-
-# Larger batches are no faster, and an interruption loses more of them.
+# Larger batches are no faster, and an interruption loses more samples.
 MOST = 1024
-# Copies of noise, tokens and result that live at once, and of the pixels on their way into a file.
-STATE_COPIES, PIXEL_COPIES = 5, 4
-# Floats of a token in a sweep, in widths of the network, beside its MLP.
+# Copies of noise, tokens and result that exist at once.
+STATE_COPIES = 5
+# Copies of the pixels on their way into a file.
+PIXEL_COPIES = 4
+# Floats per token in a sweep, in widths of the network, beside its MLP.
 SWEEP_WIDTHS = 16
-# What any image takes beside that, and a batch of any size, as measured.
-ANY_IMAGE, ANY_BATCH = 4096, 12 * 2**20
-# Floats that the backward pass of denoising keeps for each layer, token and channel, as measured.
-FLOATS_A_UNIT = 25
+# Measured bytes that an image of any size takes beside the above.
+ANY_IMAGE = 4096
+# Measured bytes that a batch of any size takes.
+ANY_BATCH = 12 * 2**20
+# Measured floats that the backward pass of denoising keeps per layer, token and channel.
+FLOATS_PER_UNIT = 25
 
 
 def image_bytes(
@@ -35,15 +37,23 @@ def image_bytes(
 ) -> int:
     """Bytes that one more image in a batch takes, at the most expensive block.
 
-    They are the KV cache, the activations of the positions evaluated together, both twice under guidance, and copies of
-    the tokens, the text states and the finished image of `pixels` values. grid: (rows, columns) of tokens, by default
-    those of training. Kernels keep no matrix of attention weights; the reference backend does, and takes more.
+    They hold the KV cache and the activations of the tokens evaluated together, both twice under guidance, and copies
+    of the tokens, the text states and the finished image. The reference backend takes more: it keeps matrices of
+    attention weights.
+
+    Args:
+        flow: The flow.
+        guidance: Guidance of the samples.
+        inversion: How the flow is inverted.
+        grid: Rows and columns of tokens, by default the ones of training.
+        certify: Whether samples are certified.
+        pixels: Values of the finished image.
     """
     config = flow.config
     rows, columns = grid or config.grid
     tokens, rounds = rows * columns, 2 if guidance.weight else 1
     sequential = inversion.method == "sequential" or (inversion.method == "auto" and not flow.calibration)
-    # Sweeps may be taken by auto, over all tokens; certify passes over all of them, on the CPU a few at a time.
+    # auto may take sweeps over all tokens. The certificate takes all tokens together, on the CPU a few at a time.
     at_once = 1 if sequential else inversion.window or tokens
     if certify and flow.device.type != "cpu":
         at_once = tokens
@@ -61,9 +71,9 @@ def image_bytes(
 
 
 def denoise_bytes(flow: Flow, tokens: int) -> int:
-    """Bytes of the backward pass of denoising, of one image."""
+    """Bytes that the backward pass of denoising takes per image of `tokens` tokens."""
     widths = sum(flow.config.block_channels(i) * layers for i, layers in enumerate(flow.config.layers))
-    return 4 * FLOATS_A_UNIT * widths * (tokens + flow.config.text_len)
+    return 4 * FLOATS_PER_UNIT * widths * (tokens + flow.config.text_len)
 
 
 def weight_bytes(modules: Iterable[nn.Module]) -> int:
@@ -72,7 +82,16 @@ def weight_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def fitting_batch(budget: int, fixed: int, each: int) -> int:
-    """Images, at most MOST, of `each` bytes in a budget of which `fixed` are taken. Raises ConfigError for none."""
+    """Number of images, at most MOST, that fit into a budget.
+
+    Args:
+        budget: Bytes in all.
+        fixed: Bytes that are taken already.
+        each: Bytes per image.
+
+    Raises:
+        ConfigError: Not even one image fits.
+    """
     fixed += ANY_BATCH
     if budget < fixed + each:
         raise ConfigError(f"--memory: {budget} bytes do not hold {fixed} of weights and work and {each} of an image")

@@ -1,206 +1,157 @@
-"""Many samples of a flow or a pipeline into files, by one process or more: a killed run goes on where it stopped."""
+"""Many samples into files, by one process or several; a killed run continues where it stopped."""
 
 from __future__ import annotations
 
 import collections
-import dataclasses
-import functools
 import json
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from ..data.datasets import generator
 from ..errors import InverseError, StarflowError
-from ..inversion.solvers import BlockReport, Inversion, add_reports, method_of
-from ..models.certificate import Certificate, combine
-from ..models.flow import Flow, Guidance
-from .ledger import Job, Layout, Shard, begin, record
+from ..io.images import save_grid
+from ..models.flow import Flow
+from .jobs import Job, Layout, SampleFile
+from .ledger import begin, entry, record
 from .processes import Processes
-from .sample import draw, pixels, save_grid
-from .writers import read_pixels, write_shard
-
-if TYPE_CHECKING:
-    from ..pipelines import FlowPipeline
+from .sample import Recorder, SampleOptions, SampleReport, draw, merge_reports, pixels
+from .writers import read_pixels, write_samples
 
 GRID = "grid.png"
 GRID_IMAGES = 100
+BAR = "{percentage:3.0f}% {bar} {n:.0f} of {total} images [{elapsed}<{remaining}]"
 
-
-@dataclasses.dataclass(frozen=True)
-class GenerationReport:
-    """count samples written in `seconds` and kept ones that were there; stages: seconds of each stage, "write" to disk
-    among them, these two of the slowest process; the rest as in PipelineReport, over all batches: the most passes, the
-    largest certificate, its mean."""
-
-    count: int
-    kept: int
-    seconds: float
-    images_per_second: float
-    stages: dict[str, float]
-    method: str
-    steps: int
-    certificate: float | None
-    certificate_mean: float | None
-    blocks: list[BlockReport]
-
-
-class Drawn(NamedTuple):
-    """A batch: uint8 pixels or latents (N, C, H, W) on the CPU, seconds of its stages, how exact it is, how it was
-    made."""
-
-    values: torch.Tensor
-    seconds: dict[str, float]
-    certificate: Certificate | None
-    blocks: list[BlockReport]
+# Called as draw_jobs(jobs, generators, recorder, progress): draws a batch, each job with its own generator, reports to
+# the recorder, and calls progress(done, total) with tokens. Returns (N, C, H, W) uint8 images or latents on the CPU.
+DrawJobs = Callable[[list[Job], list[torch.Generator], Recorder, "Callable[[int, int], None] | None"], torch.Tensor]
 
 
 def generate(
-    source: Flow | FlowPipeline,
+    draw_jobs: DrawJobs,
     jobs: list[Job],
     out: Path,
     seed: int,
     batch_size: int,
-    options: dict[str, Any],
     settings: dict[str, Any],
-    certify: bool = False,
+    *,
+    device: torch.device,
     columns: int = 10,
     layout: Layout = Layout(),
-) -> GenerationReport:
-    """Write the samples of the jobs and a manifest, but for those that are there; a grid of them where they are few.
+) -> SampleReport:
+    """Write the samples of the jobs that a folder does not hold yet, a ledger, and a grid if there are few.
 
-    options: arguments of the pipeline's call, for a flow too as far as it has them. settings: what else decides the
-    samples, the checkpoint say. Where files are there, these, the seed, the layout and the samples' conditions must be
-    those that the folder was begun with, ConfigError otherwise; but for how the flow is inverted, to the same
-    tolerance. A shard that is damaged is drawn again, with a warning. StarflowError where a file cannot be written.
+    Under torchrun every process calls this function and draws its part. All of them get the report of the whole run.
 
-    Under torchrun every process calls this and draws its share of what is left, in batches of batch_size but the last;
-    the report is that of all.
+    Args:
+        draw_jobs: Draws a batch.
+        jobs: The samples.
+        out: Folder of the run.
+        seed: Seed of the run.
+        batch_size: Samples per batch; the last batch may be smaller.
+        settings: Everything else that determines the samples, such as the checkpoint and the options.
+        device: Device of the flow.
+        columns: Images per row of the grid.
+        layout: How samples are written.
+
+    Raises:
+        ConfigError: The folder was begun with other settings, seed, layout or samples.
+        InverseError: Values are not finite.
+        StarflowError: A file cannot be written.
+
+    Warns:
+        UserWarning: A file is damaged, and is drawn again.
     """
-    processes, shards = Processes(), layout.shards(jobs)
-    settings = json.loads(json.dumps({**settings, "seed": seed, **options, **layout.settings}))
-    kept = processes.first(lambda: begin(out, shards, settings))
-    missing = [shard for shard in shards if shard.file not in kept]
-    todo = missing[processes.rank :: processes.count]
+    processes, files = Processes(), layout.files(jobs)
+    settings = json.loads(json.dumps({**settings, "seed": seed, **layout.settings}))
+    present = processes.first(lambda: begin(out, files, settings))
+    missing = [file for file in files if file.name not in present]
+    queue = missing[processes.rank :: processes.count]
     try:
-        options = {**options, "certify": certify}
-        drawn = _draw_all(source, todo, out, seed, batch_size, options, processes.rank, layout.latents)
+        report = _draw_all(draw_jobs, queue, out, seed, batch_size, processes.rank, Recorder(device))
     except StarflowError as error:
         where = f"process {processes.rank} of {processes.count}: " if processes.count > 1 else ""
         raise type(error)(f"{where}{error}") from None
-    parts = processes.gather(drawn)
+    reports = processes.gather(report)
     if processes.count > 1:
-        processes.first(lambda: begin(out, shards, settings, check=False))
+        processes.first(lambda: begin(out, files, settings, check=False))
     if len(jobs) <= GRID_IMAGES and processes.rank == 0 and not layout.latents:
-        images = torch.cat([read_pixels(out / shard.file)[: len(shard.jobs)] for shard in shards])
+        images = torch.cat([read_pixels(out / file.name)[: len(file.jobs)] for file in files])
         save_grid(images, out / GRID, columns)
-    return _report(parts, sum(len(shard.jobs) for shard in missing), len(jobs))
+    return merge_reports(reports, kept=len(jobs) - sum(len(file.jobs) for file in missing))
+
+
+def draw_flow_jobs(
+    jobs: list[Job],
+    generators: list[torch.Generator],
+    recorder: Recorder,
+    progress: Callable[[int, int], None] | None,
+    *,
+    flow: Flow,
+    options: SampleOptions,
+    latents: bool = False,
+) -> torch.Tensor:
+    """Draw a batch of jobs of a flow, see `DrawJobs`."""
+    labels = None
+    if jobs[0].condition is not None:
+        labels = torch.tensor([job.condition for job in jobs], device=flow.device)
+    # The bits of a backward pass depend on its batch, so denoising takes one image at a time.
+    x = draw(flow, flow.noise(len(jobs), generators), options, recorder, labels, denoise_rows=1, progress=progress)
+    return x.cpu() if latents else pixels(flow, x)
+
+
+class ProgressBar:
+    """Progress bar of images on stderr; hidden without a terminal.
+
+    Args:
+        images: Number of images.
+        hidden: Hide the bar with a terminal too.
+    """
+
+    def __init__(self, images: int, hidden: bool = False):
+        self._bar = tqdm(total=images, disable=hidden or None, leave=False, bar_format=BAR)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._bar.close()
+
+    def of_batch(self, first: int, size: int) -> Callable[[int, int], None] | None:
+        """Return progress(done, total) for a batch of `size` images after the `first` ones; None if hidden."""
+        if self._bar.disable:
+            return None
+        return lambda done, total: self._bar.update(first + size * done / total - self._bar.n)
 
 
 def _draw_all(
-    source: Flow | FlowPipeline,
-    todo: list[Shard],
+    draw_jobs: DrawJobs,
+    files: list[SampleFile],
     out: Path,
     seed: int,
     batch_size: int,
-    options: dict[str, Any],
     rank: int,
-    latents: bool,
-) -> tuple[float, dict[str, float], list[BlockReport], list[tuple[Certificate, int]]]:
-    """Draw and write what is to do; seconds, those of the stages, reports of the blocks, certificates."""
-    stages: dict[str, float] = {}
-    blocks, errors, start = [], [], time.perf_counter()
+    recorder: Recorder,
+) -> SampleReport:
+    """Draw and write the samples of files."""
     # A batch may end one file and begin the next.
-    queue, files, rows = [job for shard in todo for job in shard.jobs], collections.deque(todo), collections.deque()
-    for first in range(0, len(queue), batch_size):
-        batch = queue[first : first + batch_size]
-        if not isinstance(source, Flow):
-            text, hidden = f"{first + len(batch)} of {len(queue)} images", rank > 0 or not sys.stderr.isatty()
-            source.set_progress_bar_config(desc=text, leave=False, disable=hidden)
-        try:
-            drawn = _draw(source, batch, seed, options, latents)
-        except InverseError as error:
-            raise InverseError(f"{batch[0].file} to {batch[-1].file}: {error}") from None
-        ended = time.perf_counter()
-        rows.extend(drawn.values)
-        entries = []
-        while files and len(files[0].jobs) <= len(rows):
-            shard = files.popleft()
-            values = torch.stack([rows.popleft() for _ in shard.jobs])
-            entries.append(shard.entry(write_shard(out, shard, values)))
-        if entries:
-            record(out, rank, entries)
-        seconds = {**drawn.seconds, "write": time.perf_counter() - ended}
-        stages = {name: stages.get(name, 0.0) + value for name, value in seconds.items()}
-        blocks = add_reports(blocks, drawn.blocks)
-        if drawn.certificate is not None:
-            errors.append((drawn.certificate, len(batch)))
-    return time.perf_counter() - start, stages, blocks, errors
-
-
-def _report(parts: list[tuple], count: int, total: int) -> GenerationReport:
-    """Of all processes together."""
-    seconds = max(part[0] for part in parts)
-    stages = {name: max(part[1].get(name, 0.0) for part in parts) for part in parts for name in part[1]}
-    blocks = functools.reduce(add_reports, (part[2] for part in parts if part[2]), [])
-    errors = [error for part in parts for error in part[3]]
-    return GenerationReport(
-        count,
-        total - count,
-        seconds,
-        count / seconds if count else 0.0,
-        stages,
-        method_of(blocks),
-        sum(block.passes for block in blocks),
-        *combine(errors),
-        blocks,
-    )
-
-
-def _draw(
-    source: Flow | FlowPipeline, batch: list[Job], seed: int, options: dict[str, Any], latents: bool = False
-) -> Drawn:
-    generators = [generator(seed, job.index, job.copy) for job in batch]
-    return (_draw_flow if isinstance(source, Flow) else _draw_pipeline)(source, batch, generators, options, latents)
-
-
-def _draw_flow(
-    flow: Flow, batch: list[Job], generators: list[torch.Generator], options: dict[str, Any], latents: bool
-) -> Drawn:
-    defaults = {"guidance_scale": 0.0, "guidance_rule": "tarflow", "annealed": False, "attention_temperature": 1.0}
-    given = {**defaults, "method": "auto", "window": None, "tol": None, "quantize": "none", **options}
-    labels = None
-    if batch[0].condition is not None:
-        labels = torch.tensor([job.condition for job in batch], device=flow.device)
-    x, stages, certificate, blocks = draw(
-        flow,
-        flow.noise(len(batch), generators),
-        labels,
-        Guidance(*(given[name] for name in defaults)),
-        Inversion(given["method"], given["window"], given["tol"], given["quantize"]),
-        given.get("denoise", 0.0),
-        given["certify"],
-        denoise_batch_size=1,
-    )
-    return Drawn(x.cpu() if latents else pixels(flow, x), stages, certificate, blocks)
-
-
-def _draw_pipeline(
-    pipe: FlowPipeline, batch: list[Job], generators: list[torch.Generator], options: dict[str, Any], latents: bool
-) -> Drawn:
-    conditions = [job.condition for job in batch]
-    if isinstance(conditions[0], str):
-        given = {"prompt": conditions}
-    elif pipe.transformer.config.num_classes:
-        given = {"class_labels": [-1 if number is None else number for number in conditions]}
-    else:
-        given = {"num_images_per_prompt": len(batch)}
-    # Backward passes of denoising have bits that depend on their batch.
-    options = {**options, "denoise_batch_size": 1, "output_type": "latent" if latents else "pt"}
-    images, report = pipe(**given, **options, generator=generators, return_dict=False)
-    values = images.cpu() if latents else (images.cpu() * 255).round().to(torch.uint8)
-    exact = None if report.certificate is None else Certificate(report.certificate, report.certificate_mean)
-    return Drawn(values, report.seconds, exact, report.blocks)
+    queue, waiting, rows = [job for file in files for job in file.jobs], collections.deque(files), collections.deque()
+    with ProgressBar(len(queue), hidden=rank > 0) as bar:
+        for first in range(0, len(queue), batch_size):
+            batch = queue[first : first + batch_size]
+            generators, progress = [job.generator(seed) for job in batch], bar.of_batch(first, len(batch))
+            try:
+                rows.extend(draw_jobs(batch, generators, recorder, progress))
+            except InverseError as error:
+                raise InverseError(f"{batch[0].image_file} to {batch[-1].image_file}: {error}") from None
+            with recorder.clock("write"):
+                entries = []
+                while waiting and len(waiting[0].jobs) <= len(rows):
+                    file = waiting.popleft()
+                    values = torch.stack([rows.popleft() for _ in file.jobs])
+                    entries.append(entry(file, write_samples(out, file, values)))
+                if entries:
+                    record(out, rank, entries)
+    return recorder.report()

@@ -1,4 +1,4 @@
-"""Processes of torchrun that share the work of one run."""
+"""Processes of torchrun that share the work of a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.distributed as dist
 from ..errors import StarflowError
 
 Result = TypeVar("Result")
-# The first to finish waits for the last, which may take long.
+# The first process to finish waits for the last one.
 PATIENCE = datetime.timedelta(days=7)
 
 
 class Processes:
-    """This process among those that torchrun started: its rank, their count; one where torchrun did not start it."""
+    """Rank of this process and number of processes; one process without torchrun."""
 
     def __init__(self):
         self.rank, self.local_rank, self.count = (
@@ -25,7 +25,7 @@ class Processes:
         )
 
     def first(self, action: Callable[[], Result]) -> Result:
-        """Let rank 0 do something; all get the result, or its StarflowError."""
+        """Run an action on rank 0; every process gets the result, or raises its StarflowError."""
         if self.count == 1:
             return action()
         sent = None, None
@@ -42,7 +42,7 @@ class Processes:
         return result
 
     def gather(self, value: Result) -> list[Result]:
-        """The value of each process, in the order of ranks. Waits for all."""
+        """Wait for all processes; return the value of each, in the order of ranks."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count

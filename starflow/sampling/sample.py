@@ -1,77 +1,245 @@
-"""Samples of a flow, with a report of how they were made, and grids of them as PNG."""
+"""Samples of a flow, drawn in batches, and a report of how they were drawn."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 
-from ..data.datasets import generator, to_pixels
+from ..data.datasets import to_pixels
 from ..errors import ConfigError, InverseError
-from ..inversion.solvers import BlockReport, Inversion, add_reports, block_reports, method_of
-from ..io.files import write_atomically
+from ..inversion.clock import Clock
+from ..inversion.reports import BlockReport, add_reports, block_reports, method_of
+from ..inversion.request import Inversion
 from ..models.certificate import Certificate, certificate, combine
-from ..models.flow import Flow, Guidance
+from ..models.flow import Flow
+from ..models.guidance import Guidance
+from ..seeds import generator
 
-MIN_GRID_PIXELS = 512
+STAGES = ("text", "flow", "certify", "denoise", "decode", "write")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """Options of sampling.
+
+    Args:
+        guidance: Guidance towards a class or prompt.
+        inversion: Solvers and their tolerance.
+        denoise: Factor of a step along the score after sampling, see `Flow.denoise`; 0 for none.
+        certify: Map the samples back to noise and report the largest difference.
+    """
+
+    guidance: Guidance = dataclasses.field(default_factory=Guidance)
+    inversion: Inversion = dataclasses.field(default_factory=Inversion)
+    denoise: float = 0.0
+    certify: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as a flat mapping, named like the flags of `starflow sample`."""
+        guidance, inversion = self.guidance, self.inversion
+        return {
+            "guidance": guidance.weight,
+            "guidance_rule": guidance.rule,
+            "annealed": guidance.annealed,
+            "attention_temperature": guidance.temperature,
+            "method": inversion.method,
+            "window": inversion.window,
+            "tol": inversion.tolerance,
+            "quantize": inversion.quantize,
+            "denoise": self.denoise,
+            "certify": self.certify,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleReport:
-    """count images in `seconds`.
+    """Report of how samples were drawn.
 
-    method: that was used. steps: network passes, one after the other, in all blocks together. certificate,
-    certificate_mean: see `starflow.certificate`, over the samples before denoising, None where it was not asked for or
-    cannot be had. blocks: what each block took.
+    Args:
+        count: Samples drawn.
+        kept: Samples that a folder already held and that were not drawn again.
+        seconds: Wall time; of the slowest process where several took part.
+        stages: Seconds per stage: "text", "flow", "certify", "denoise", "decode", "write".
+        certificate: Largest difference between the noise and the samples mapped back to noise, before denoising; None
+            if it was not asked for or does not exist.
+        certificate_mean: Mean difference.
+        blocks: One report per block of the flow.
     """
 
     count: int
-    method: str
-    steps: int
+    kept: int
     seconds: float
-    images_per_second: float
+    stages: dict[str, float]
     certificate: float | None
     certificate_mean: float | None
     blocks: list[BlockReport]
 
+    @property
+    def method(self) -> str:
+        """Method of the solvers; "sequential" if no block used another one."""
+        return method_of(self.blocks)
+
+    @property
+    def steps(self) -> int:
+        """Network passes, one after the other, in all blocks together."""
+        return sum(block.passes for block in self.blocks)
+
+    @property
+    def images_per_second(self) -> float:
+        """Samples drawn per second."""
+        return self.count / self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all numbers as a mapping."""
+        derived = {name: getattr(self, name) for name in ("method", "steps", "images_per_second")}
+        return {**dataclasses.asdict(self), **derived}
+
 
 class Samples(NamedTuple):
-    """images: uint8 (N, C, H, W) on the CPU."""
+    """uint8 images (N, C, H, W) on the CPU, and how they were drawn."""
 
     images: torch.Tensor
     report: SampleReport
+
+
+class Recorder:
+    """Collects what the batches of a run take.
+
+    Args:
+        device: Device of the flow.
+    """
+
+    def __init__(self, device: torch.device):
+        self.clock = Clock(device, STAGES)
+        self._start = time.perf_counter()
+        self._count = 0
+        self._blocks: list[BlockReport] = []
+        self._certificates: list[tuple[Certificate, int]] = []
+
+    def add(self, count: int, blocks: list[BlockReport], exact: Certificate | None) -> None:
+        """Add a batch of `count` samples."""
+        self._count += count
+        self._blocks = add_reports(self._blocks, blocks)
+        if exact is not None:
+            self._certificates.append((exact, count))
+
+    def report(self) -> SampleReport:
+        """Return the report of all batches until now."""
+        seconds = time.perf_counter() - self._start
+        exact = combine(self._certificates)
+        return SampleReport(self._count, 0, seconds, dict(self.clock.seconds), *exact, self._blocks)
+
+
+def merge_reports(reports: Sequence[SampleReport], kept: int) -> SampleReport:
+    """Report of processes that worked at the same time, `kept` samples aside."""
+    exact = [
+        (Certificate(report.certificate, report.certificate_mean), report.count)
+        for report in reports
+        if report.certificate is not None
+    ]
+    blocks: list[BlockReport] = []
+    for report in reports:
+        blocks = add_reports(blocks, report.blocks)
+    return SampleReport(
+        sum(report.count for report in reports),
+        kept,
+        max(report.seconds for report in reports),
+        {stage: max(report.stages[stage] for report in reports) for stage in STAGES},
+        *combine(exact),
+        blocks,
+    )
+
+
+def draw(
+    flow: Flow,
+    z: torch.Tensor,
+    options: SampleOptions,
+    recorder: Recorder,
+    labels: torch.Tensor | None = None,
+    text: torch.Tensor | None = None,
+    empty_text: torch.Tensor | None = None,
+    *,
+    denoise_rows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    after_block: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Draw one batch.
+
+    Args:
+        flow: The flow.
+        z: (B, C, H, W) noise.
+        options: Guidance, solvers, denoising and certificate.
+        recorder: Takes the times, the certificate and the reports of the blocks.
+        labels: (B,) int64 classes, -1 for no class.
+        text: (B, L, text_dim) text states.
+        empty_text: (B or 1, L, text_dim) states that guidance moves away from.
+        denoise_rows: Samples per backward pass of denoising, by default all.
+        progress: Called as progress(done, total) with tokens of all blocks.
+        after_block: Called after each block, see `Flow.inverse`.
+
+    Returns:
+        (B, C, H, W) images or latents, denoised.
+    """
+    guidance, clock = options.guidance, recorder.clock
+    with clock("flow"):
+        solvers = options.inversion.solvers(flow, z, guidance)
+        x, reports = flow.inverse(
+            z,
+            labels,
+            text,
+            guidance,
+            empty_text,
+            progress=progress,
+            after_block=after_block,
+            solvers=solvers,
+            quantize=options.inversion.quantize,
+            return_reports=True,
+        )
+    exact = None
+    if options.certify:
+        with clock("certify"):
+            exact = certificate(flow, x, z, labels, text, guidance, empty_text)
+    if options.denoise:
+        with clock("denoise"):
+            rows = denoise_rows or len(x)
+            parts = ([None] * len(x) if part is None else part.split(rows) for part in (labels, text))
+            x = torch.cat([flow.denoise(*batch, factor=options.denoise) for batch in zip(x.split(rows), *parts)])
+    recorder.add(len(x), block_reports(solvers, reports), exact)
+    return x
 
 
 def sample(
     flow: Flow,
     count: int,
     labels: torch.Tensor | None = None,
-    guidance: Guidance = Guidance(),
+    *,
     seed: int = 0,
     batch_size: int = 256,
-    denoise: float = 0.0,
-    certify: bool = False,
+    options: SampleOptions = SampleOptions(),
     progress: Callable[[int, int], None] | None = None,
-    inversion: Inversion = Inversion(),
 ) -> Samples:
-    """Draw images.
+    """Draw images of a flow on pixels.
 
-    labels: int64 (count,). seed: all noise comes from it, whatever the batch size. batch_size: images at a time.
-    denoise: factor of a step along the score after sampling, see Flow.denoise; 0 for none.
-    progress: see Flow.inverse, over all images. inversion: how the flow is inverted.
+    Args:
+        flow: The flow.
+        count: Number of images N.
+        labels: (N,) int64 classes, -1 for no class.
+        seed: Seed of the noise, which does not depend on the batch size.
+        batch_size: Images per batch.
+        options: Guidance, solvers, denoising and certificate.
+        progress: Called as progress(done, total) with tokens of all blocks and images.
 
-    Raises ConfigError for a flow on latents: a pipeline, which has their autoencoder, draws from it. InverseError where
-    images are not finite.
+    Raises:
+        ConfigError: The flow is on latents.
+        InverseError: Values are not finite.
     """
     check_pixels(flow)
     noise = flow.noise(count, generator(seed))
-    start, parts, errors, blocks = time.perf_counter(), [], [], []
+    recorder, images = Recorder(flow.device), []
     for z, rows in zip(noise.split(batch_size), torch.arange(count).split(batch_size)):
         batch_labels = None if labels is None else labels[rows].to(flow.device)
 
@@ -79,68 +247,15 @@ def sample(
             progress(first * (total // size) + done, count * (total // size))
 
         try:
-            x, _, error, reports = draw(
-                flow, z, batch_labels, guidance, inversion, denoise, certify, progress=progress and watch
-            )
+            x = draw(flow, z, options, recorder, batch_labels, progress=progress and watch)
         except InverseError as error:
             raise InverseError(f"images {rows[0]} to {rows[-1]}: {error}") from None
-        blocks = add_reports(blocks, reports)
-        if error is not None:
-            errors.append((error, len(z)))
-        parts.append(pixels(flow, x))
-    seconds = time.perf_counter() - start
-    report = SampleReport(
-        count,
-        method_of(blocks),
-        sum(block.passes for block in blocks),
-        seconds,
-        count / seconds,
-        *combine(errors),
-        blocks,
-    )
-    return Samples(torch.cat(parts), report)
-
-
-def draw(
-    flow: Flow,
-    z: torch.Tensor,
-    labels: torch.Tensor | None,
-    guidance: Guidance,
-    inversion: Inversion,
-    denoise: float = 0.0,
-    certify: bool = False,
-    denoise_batch_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[torch.Tensor, dict[str, float], Certificate | None, list[BlockReport]]:
-    """One batch of noise z (B, C, H, W): images or latents like z, seconds of each stage, certificate, blocks.
-
-    denoise_batch_size: images in a backward pass of denoising, by default all.
-    """
-    times = [time.perf_counter()]
-    solvers = inversion.solvers(flow, z, guidance)
-    x, reports = flow.inverse(
-        z,
-        labels,
-        guidance=guidance,
-        progress=progress,
-        solvers=solvers,
-        quantize=inversion.quantize,
-        return_reports=True,
-    )
-    times.append(time.perf_counter())
-    error = certificate(flow, x, z, labels, guidance=guidance) if certify else None
-    times.append(time.perf_counter())
-    if denoise:
-        rows = denoise_batch_size or len(x)
-        labels_of = [None] * len(x) if labels is None else labels.split(rows)
-        x = torch.cat([flow.denoise(*batch, factor=denoise) for batch in zip(x.split(rows), labels_of)])
-    times.append(time.perf_counter())
-    stages = {name: end - start for name, start, end in zip(("flow", "certify", "denoise"), times, times[1:])}
-    return x, stages, error, block_reports(solvers, reports)
+        images.append(pixels(flow, x))
+    return Samples(torch.cat(images), recorder.report())
 
 
 def pixels(flow: Flow, x: torch.Tensor) -> torch.Tensor:
-    """uint8 images (N, C, H, W) on the CPU of what a flow made."""
+    """Convert samples of a flow to uint8 images (N, C, H, W) on the CPU."""
     return to_pixels(x, flow.config.levels, flow.config.noise_std)
 
 
@@ -148,33 +263,3 @@ def check_pixels(flow: Flow) -> None:
     """Raise ConfigError for a flow on latents."""
     if not flow.config.levels:
         raise ConfigError("this flow is on latents: draw from it with the pipeline that has their autoencoder")
-
-
-def image_grid(images: torch.Tensor, columns: int) -> Image.Image:
-    """uint8 images (N, C, H, W), C 1 or 3, as one, a pixel apart; a small one is enlarged by an integer."""
-    count, channels, height, width = images.shape
-    rows = math.ceil(count / columns)
-    canvas = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
-        canvas[:, top : top + height, left : left + width] = image
-    return _image(canvas, max(1, MIN_GRID_PIXELS // canvas.shape[2]))
-
-
-def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
-    """Write the `image_grid` of images as PNG."""
-    _save(image_grid(images, columns), path)
-
-
-def save_image(image: torch.Tensor, path: Path) -> None:
-    """Write a uint8 image (C, H, W), C 1 or 3, as PNG."""
-    _save(_image(image), path)
-
-
-def _image(pixels: torch.Tensor, scale: int = 1) -> Image.Image:
-    enlarged = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    return Image.fromarray(enlarged.permute(1, 2, 0).squeeze(-1).numpy())
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))

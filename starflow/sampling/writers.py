@@ -1,4 +1,4 @@
-"""Files of samples: images as PNG, and shards of many samples as npz or safetensors."""
+"""Sample files: one image as PNG, or many samples as npz or safetensors."""
 
 from __future__ import annotations
 
@@ -7,32 +7,41 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from ..io.digests import digest
 from ..io.files import write_atomically
-from .ledger import Job, Shard, file_digest
-from .sample import save_image
+from ..io.images import save_image
+from .jobs import Job, SampleFile
 
 
-def write_shard(out: Path, shard: Shard, values: torch.Tensor) -> str | None:
-    """Write the samples of a shard, (N, C, H, W), uint8 or latents; the file's digest, None of a PNG."""
-    path, digests = out / shard.file, []
-    if shard.is_image:
+def write_samples(out: Path, file: SampleFile, values: torch.Tensor) -> str | None:
+    """Write a sample file.
+
+    Args:
+        out: Folder of the run.
+        file: The file and its samples.
+        values: (N, C, H, W) uint8 pixels or float32 latents.
+
+    Returns:
+        The digest of the file, None for a PNG.
+    """
+    path, digests = out / file.name, []
+    if file.is_image:
         save_image(values[0], path)
         return None
 
     def write(temporary: Path) -> None:
-        (_write_npz if path.suffix == ".npz" else _write_safetensors)(temporary, shard.jobs, values)
-        digests.append(file_digest(temporary))
+        (_write_npz if path.suffix == ".npz" else _write_safetensors)(temporary, file.jobs, values)
+        digests.append(digest(temporary))
 
     write_atomically(path, write)
     return digests[0]
 
 
 def read_pixels(path: Path) -> torch.Tensor:
-    """uint8 images (N, C, H, W) of a file that `write_shard` wrote."""
+    """Read the uint8 images (N, C, H, W) of a sample file."""
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         return load_file(path)["pixels"]
     if path.suffix == ".npz":
         with np.load(path) as arrays:
@@ -44,14 +53,12 @@ def read_pixels(path: Path) -> torch.Tensor:
 
 def _write_npz(path: Path, jobs: tuple[Job, ...], values: torch.Tensor) -> None:
     images = values.permute(0, 2, 3, 1).contiguous().numpy()
-    # Given a name, numpy would add a suffix to it.
+    # numpy would add a suffix to the name of the file.
     with open(path, "wb") as file:
         np.savez(file, images, **{name: numbers.numpy() for name, numbers in _numbers(jobs).items()})
 
 
 def _write_safetensors(path: Path, jobs: tuple[Job, ...], values: torch.Tensor) -> None:
-    from safetensors.torch import save_file
-
     name = "pixels" if values.dtype == torch.uint8 else "latents"
     save_file({name: values.contiguous(), **_numbers(jobs)}, path, {"format": "pt"})
 

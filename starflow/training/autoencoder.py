@@ -14,8 +14,8 @@ from starflow_kernels.spec import check_choice
 
 from ..data.datasets import DataConfig, ImageSet, check_autoencoder_input, to_pixels
 from ..errors import ConfigError
+from ..io.images import save_grid
 from ..models.autoencoder import autoencoder_class, posterior, save_vae, scale_images
-from ..sampling.sample import save_grid
 from .loop import Loop, LoopConfig, RunConfig
 
 Loss = Literal["l1", "l2"]

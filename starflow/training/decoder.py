@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..data.datasets import DataConfig, check_autoencoder_input, generator
+from ..data.datasets import DataConfig, check_autoencoder_input
 from ..errors import ConfigError
 from ..models.autoencoder import decode, load_vae, posterior, save_vae, scale_images
+from ..seeds import generator
 from .autoencoder import first_images, save_pairs
 from .discriminator import PatchDiscriminator, hinge_loss
 from .loop import Loop, LoopConfig, RunConfig

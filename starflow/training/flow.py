@@ -13,10 +13,11 @@ from torch import nn
 from ..data.datasets import DataConfig, dequantize
 from ..data.latents import EMPTY_PROMPT, draw_latents
 from ..errors import ConfigError
-from ..models.checkpoint import check_state, save_pretrained
+from ..io.images import save_grid
+from ..models.checkpoint import check_state
 from ..models.config import FlowConfig
 from ..models.flow import Flow
-from ..sampling.sample import sample, save_grid
+from ..sampling.sample import sample
 from .loop import Loop, LoopConfig, RunConfig
 
 WEIGHT_DECAY_EXEMPT = ("bias", "norm.weight")
@@ -149,7 +150,7 @@ class FlowTrainer(Loop):
 
     def save_weights(self) -> None:
         """Write model.safetensors and config.json, with the averaged weights where there is an average."""
-        save_pretrained(self.flow, self.folder, self.average)
+        self.flow.save_pretrained(self.folder, self.average)
 
     def _check_data(self) -> None:
         model, images = self.config.model, self.images

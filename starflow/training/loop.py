@@ -21,9 +21,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.datasets import ShuffledBatches, generator, load
+from ..data.datasets import ShuffledBatches, load
 from ..errors import CheckpointError, ConfigError, StarflowError
 from ..io.files import write_atomically, write_text
+from ..seeds import generator
 from ..settings import read_sections, section
 
 STATE = "training.pt"

@@ -14,7 +14,7 @@ from support.commands import fails
 
 from starflow import Flow
 from starflow.cli import commands, main, parser
-from starflow.inversion.solvers import TOLERANCE
+from starflow.inversion.request import TOLERANCE
 from starflow.settings import PRESETS, presets, read_settings
 from starflow_kernels import __version__
 
@@ -74,7 +74,7 @@ def test_sample(tmp_path, run, capsys):
     captured = capsys.readouterr()
     results, printed = json.loads(captured.out)["results"], captured.err
     assert 0 <= results["certificate_mean"] <= results["certificate"] < 1e-4 and results["count"] == 20
-    assert "max |flow(x) - z| = " in printed and ", mean " in printed
+    assert "20 images in " in printed and "certificate: max |flow(x) - z| = " in printed and ", mean " in printed
     assert "block 1: sequential: 3 passes for 4 tokens" in printed
     assert [block["samples"] for block in results["blocks"]] == [20, 20] and results["steps"] == 6
     assert len(list(out.glob("0*.png"))) == 20
@@ -88,7 +88,7 @@ def test_methods(tmp_path, run, capsys):
     drawn = {}
     for method in (["auto"], ["sequential"], ["jacobi", "--window", "2", "--tol", "1e-6"], ["jacobi", "--tol", "0"]):
         report = tmp_path / "report.json"
-        assert main([*base, str(report), "--certify", "--method", *method]) == 0
+        assert main([*base, str(report), "--certify", "--verbose", "--method", *method]) == 0
         results = json.loads(report.read_text())["results"]
         assert results["method"] == ("jacobi" if "jacobi" in method else "sequential")
         assert {block["window"] for block in results["blocks"]} == {2 if "--window" in method else 0}
@@ -116,7 +116,7 @@ def test_flags_of_the_released_code(tmp_path, run, capsys):
     assert results["method"] == "jacobi" and results["blocks"][0]["window"] == 2 and not capsys.readouterr().err
     for threshold, tol in (("0.001", f"{TOLERANCE:g}"), ("1e-14", "1e-07")):
         assert main([*base, "--jacobi", "1", "--jacobi_th", threshold, "--jacobi_max_iter", "32"]) == 0
-        assert f"sweeps go on to --tol {tol}, not to the released threshold" in capsys.readouterr().err
+        assert f"jacobi iterates to --tol {tol}, not to the upstream threshold" in capsys.readouterr().err
     assert main([*base, "--jacobi", "0", "--jacobi_th", "0.001", "--json", str(report)]) == 0
     assert json.loads(report.read_text())["results"]["method"] == "sequential"
 

@@ -14,7 +14,6 @@ import torch
 
 from starflow import ConfigError, Flow, FlowConfig, Guidance
 from starflow.cli import main
-from starflow.sampling.sample import sample
 
 pytest.importorskip("gradio")
 
@@ -50,7 +49,7 @@ def test_the_first_choices_draw(digits):
 def test_a_seed_draws_the_images_of_the_command(digits):
     choices = Choices(condition="3", count=5, seed=7, guidance=1.5)
     drawn = digits.draw(choices).images
-    expected = sample(digits.flow, 5, torch.full((5,), 3), Guidance(1.5), seed=7).images
+    expected = digits.flow.sample(5, torch.full((5,), 3), guidance=Guidance(1.5), seed=7).images
     assert torch.equal(drawn, expected) and torch.equal(drawn, digits.draw(choices).images)
     assert not torch.equal(drawn, digits.draw(Choices(condition="3", count=5, seed=8, guidance=1.5)).images)
 

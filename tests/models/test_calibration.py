@@ -11,17 +11,16 @@ from starflow import CheckpointError, ConfigError, Flow, FlowConfig, Guidance
 from starflow.cli import main
 from starflow.inversion import measure as measuring
 from starflow.inversion.measure import calibrate
-from starflow.inversion.solver_files import SETTINGS, read_calibration
-from starflow.inversion.solvers import (
-    TOLERANCE,
+from starflow.inversion.request import TOLERANCE, Inversion
+from starflow.models.calibration import (
+    SOLVERS,
     BlockMeasurement,
     Calibration,
     Conditions,
-    Inversion,
     Measurement,
     Trial,
+    read_calibration,
 )
-from starflow.sampling.sample import sample
 from starflow_kernels import Solver
 
 FIELDS = {
@@ -96,7 +95,7 @@ SEQUENTIAL, WINDOW, NEAR = ("sequential", 0, False), ("jacobi", 8, False), ("jac
 def test_a_solver_is_chosen_where_it_wins_again_and_again(monkeypatch, seconds, expected):
     Stopwatch(monkeypatch, seconds)
     told = []
-    found = calibrate(make(), 2, windows=(8, 0, 64), tell=lambda block, measured: told.append((block, measured)))
+    found = calibrate(make(), 2, windows=(8, 0, 64), on_block=lambda block, measured: told.append((block, measured)))
     assert [block for block, _ in told] == [1, 0] and [block for _, block in told[::-1]] == list(found.blocks)
     for block in found.blocks:
         choice = block.choice
@@ -203,11 +202,13 @@ def test_samples_of_every_method_agree(guidance):
         assert (x - expected).abs().max() <= 1e-4
     seen = []
     labels = torch.arange(10) % 3
-    images, report = sample(flow, 10, labels, guidance, batch_size=4, certify=True, progress=lambda *n: seen.append(n))
+    images, report = flow.sample(
+        10, labels, guidance=guidance, batch_size=4, certify=True, progress=lambda *n: seen.append(n)
+    )
     assert report.method == "jacobi" and report.certificate < 1e-4 and seen[-1] == (320, 320) and seen == sorted(seen)
     assert [block.samples for block in report.blocks] == [10, 10] and report.blocks[1].method == "sequential"
     assert report.steps == sum(block.passes for block in report.blocks)
-    plain = sample(flow, 10, labels, guidance, batch_size=4, inversion=Inversion("sequential"))
+    plain = flow.sample(10, labels, guidance=guidance, batch_size=4, inversion=Inversion("sequential"))
     assert (images.int() - plain.images.int()).abs().max() <= 1 and plain.report.method == "sequential"
 
 
@@ -221,7 +222,7 @@ def test_a_calibration_stays_with_its_weights(tmp_path):
     # Other weights in the same folder have none.
     make().save_pretrained(tmp_path)
     assert Flow.from_pretrained(tmp_path).calibration is None
-    assert not (tmp_path / SETTINGS).exists()
+    assert not (tmp_path / SOLVERS).exists()
 
 
 def test_a_calibration_stays_with_a_pipeline(tmp_path):
@@ -241,7 +242,7 @@ def test_a_calibration_stays_with_a_pipeline(tmp_path):
     assert {block.window for block in report.blocks} == {5}
     model = FlowModel.from_pretrained(tmp_path, subfolder="transformer")
     assert model.calibration == flow.calibration
-    (tmp_path / "transformer" / SETTINGS).write_text("{")
+    (tmp_path / "transformer" / SOLVERS).write_text("{")
     with pytest.raises(CheckpointError, match="not a calibration"):
         FlowPipeline.from_pretrained(tmp_path)
 
@@ -249,16 +250,16 @@ def test_a_calibration_stays_with_a_pipeline(tmp_path):
 def test_files_that_do_not_fit(tmp_path):
     flow = calibrated()
     flow.save_pretrained(tmp_path)
-    settings = (tmp_path / SETTINGS).read_text()
+    settings = (tmp_path / SOLVERS).read_text()
 
     def problem(change=None, config=flow.config) -> str:
         changed = json.loads(settings)
         if change:
             change(changed, changed["measurements"][0], changed["measurements"][0]["blocks"][0])
-        (tmp_path / SETTINGS).write_text(json.dumps(changed))
+        (tmp_path / SOLVERS).write_text(json.dumps(changed))
         with pytest.raises(CheckpointError, match="delete it and calibrate again") as error:
             read_calibration(tmp_path, config)
-        assert str(tmp_path / SETTINGS) in str(error.value) and "\n" not in str(error.value)
+        assert str(tmp_path / SOLVERS) in str(error.value) and "\n" not in str(error.value)
         return str(error.value)
 
     assert "version 2" in problem(lambda s, m, b: s.update(version=2))
@@ -276,7 +277,7 @@ def test_files_that_do_not_fit(tmp_path):
     assert "another flow" in problem(config=make(layers=(1, 1, 1)).config)
     assert "another flow" in problem(config=make(image_size=12).config)
     for text in (settings[: len(settings) // 2], "[]", "\0"):
-        (tmp_path / SETTINGS).write_text(text)
+        (tmp_path / SOLVERS).write_text(text)
         with pytest.raises(CheckpointError, match="not a calibration"):
             Flow.from_pretrained(tmp_path)
 
@@ -285,11 +286,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     Stopwatch(monkeypatch, {SEQUENTIAL: 1.0, NEAR: 0.5})
     folder, report = tmp_path / "run", tmp_path / "report.json"
     make().save_pretrained(folder)
-    command = ["calibrate", "--checkpoint", str(folder), "--windows", "8", "--json", str(report)]
+    command = ["calibrate", "--checkpoint", str(folder), "--windows", "8", "--verbose", "--json", str(report)]
     assert main([*command, "--batch-size", "2", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "batch 1:\n  block 1: jacobi, window 8, neighbours, 500 ms" in printed
-    assert "all blocks: 2e+03 ms sequential, 1e+03 ms as chosen, 2.00x" in printed
+    first = "batch 1: 2 s sequential, 1 s as chosen, speedup 2.00\n"
+    assert f"{first}  block 1: jacobi, window 8, neighbours, 500 ms" in printed
     results = json.loads(report.read_text())["results"]
     assert [m["batch_size"] for m in results["measurements"]] == [1, 2]
     assert results["measurements"][0]["blocks"][0]["choice"] == "jacobi, window 8, neighbours"
@@ -305,14 +306,14 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert main(["info", "--checkpoint", str(folder)]) == 0
     assert '"solvers": ["jacobi, window 8, neighbours", "jacobi, window 8, neighbours"]' in capsys.readouterr().out
     drawn = ["sample", "--checkpoint", str(folder), "--num", "2", "--out", str(tmp_path / "drawn"), "--certify"]
-    assert main([*drawn, "--guidance", "2", "--tol", "1e-4"]) == 0
+    assert main([*drawn, "--guidance", "2", "--tol", "1e-4", "--verbose"]) == 0
     assert "block 1: jacobi, window 8, neighbours: " in capsys.readouterr().out
     (folder / "training.pt").write_bytes(b"state")
     assert main(["calibrate", "--checkpoint", str(folder), "--batch-size", "1", "--out", str(tmp_path / "copy")]) == 0
     assert len(Flow.from_pretrained(tmp_path / "copy").calibration.measurements) == 3
     assert len(list(tmp_path.glob("copy/*"))) == 3
     capsys.readouterr()
-    (folder / SETTINGS).write_text("{")
+    (folder / SOLVERS).write_text("{")
     assert main(drawn) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("starflow sample: error: ") and "delete it and calibrate again" in error

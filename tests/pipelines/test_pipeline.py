@@ -17,7 +17,8 @@ from support.components import TEXT_DIM, TEXT_LEN
 from starflow import CheckpointError, ConfigError, Flow, FlowConfig, Guidance
 from starflow.convert import convert, export_upstream
 from starflow.data.prompts import encode_prompts
-from starflow.pipelines import METHODS, FlowModel, FlowPipeline, STARFlowPipeline, TarFlowPipeline
+from starflow.inversion.request import METHODS
+from starflow.pipelines import FlowModel, FlowPipeline, STARFlowPipeline, TarFlowPipeline
 from starflow.pipelines.base import denoise_rows
 
 PROMPTS = ["a red cat", "three small dog"]
@@ -80,7 +81,9 @@ def test_prompt_to_png(pipe, method, rule, tmp_path):
     assert report.method == method and 0 < report.certificate_mean < report.certificate < 1e-4
     assert report.steps == 3 * 64 if method == "sequential" else 3 <= report.steps <= 3 * 65
     assert [block.method for block in report.blocks] == [method] * 3
-    assert list(report.seconds) == ["text", "flow", "certify", "denoise", "decode"] and min(report.seconds.values()) > 0
+    assert list(report.stages) == ["text", "flow", "certify", "denoise", "decode", "write"]
+    assert all(seconds > 0 for stage, seconds in report.stages.items() if stage != "write")
+    assert report.count == 2 and report.seconds > max(report.stages.values())
 
 
 def test_the_stages_are_those_of_the_parts(pipe):
@@ -349,7 +352,7 @@ def test_classes_in_pixels(tarflow, tmp_path):
     second = again([0, 2], generator=seeds(0, 1, 2, 3), **options)
     assert len(first.images) == 4 and first.images[0].size == (8, 8) and first.images[0].mode == "L"
     assert [image.tobytes() for image in first.images] == [image.tobytes() for image in second.images]
-    assert first.report.certificate < 1e-4 and first.report.seconds["text"] == first.report.seconds["denoise"] == 0
+    assert first.report.certificate < 1e-4 and first.report.stages["text"] == first.report.stages["denoise"] == 0
     labels = torch.tensor([0, 0, 2, 2])
     z = torch.cat([tarflow.transformer.noise(1, generator) for generator in seeds(0, 1, 2, 3)])
     x = tarflow([0, 2], generator=seeds(0, 1, 2, 3), output_type="latent", **options).images

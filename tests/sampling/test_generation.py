@@ -16,7 +16,7 @@ from support import components
 
 from starflow import Flow
 from starflow.cli import main
-from starflow.inversion.solvers import TOLERANCE
+from starflow.inversion.request import TOLERANCE
 from starflow.pipelines import FlowModel, TarFlowPipeline
 
 
@@ -47,8 +47,8 @@ def files(out) -> dict[str, tuple[int, bytes]]:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(out.glob("0*.png"))}
 
 
-def manifest(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+def ledger(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
 
 
 def test_prompt_as_in_the_documentation(folder, tmp_path, capsys):
@@ -60,7 +60,7 @@ def test_prompt_as_in_the_documentation(folder, tmp_path, capsys):
     found = images(out)
     assert list(found) == [f"000000-{copy:04d}.png" for copy in range(5)]
     assert all(image.shape == (14, 20, 3) for image in found.values()) and (out / "grid.png").exists()
-    assert [line["condition"] for line in manifest(out)[1:]] == ["a red cat"] * 5
+    assert [line["condition"] for line in ledger(out)[1:]] == ["a red cat"] * 5
     results = json.loads(report.read_text())["results"]
     assert results["count"] == 5 and results["kept"] == 0 and results["certificate"] < 1e-4
     assert set(results["stages"]) == {"text", "flow", "certify", "denoise", "decode", "write"}
@@ -99,14 +99,14 @@ def test_a_killed_run_continues(folder, tmp_path, capsys):
     before = files(out)
     assert 5 <= len(before) < 40
     # What a kill at the worst moments leaves: a line cut short, an image without its line, a temporary file.
-    text = (out / "manifest.jsonl").read_text()
-    (out / "manifest.jsonl").write_text(text[:-10])
+    text = (out / "samples.jsonl").read_text()
+    (out / "samples.jsonl").write_text(text[:-10])
     (out / ".000009-0000.png.x.part").write_text("half")
     assert main([*arguments, "--out", str(out)]) == 0
     assert f"{40 - len(before)} images ({len(before)} were there)" in capsys.readouterr().out
     after = files(out)
     assert len(after) == 40 and before.items() <= after.items() and not list(out.glob(".*"))
-    assert sorted(line["file"] for line in manifest(out)[1:]) == sorted(after)
+    assert sorted(line["file"] for line in ledger(out)[1:]) == sorted(after)
     assert main([*arguments, "--out", str(whole)]) == 0
     assert [after[name][1] for name in after] == [content for _, content in files(whole).values()]
     # Once more: nothing is left to do. An image that was removed is drawn again.
@@ -134,16 +134,16 @@ def test_a_folder_of_another_run_is_left_alone(folder, tmp_path, capsys):
     before = files(tmp_path / "out")
     changed = [
         (["--prompt", "a red cat", "--seed", "1"], "begun with another seed"),
-        (["--prompt", "a red cat", "--guidance", "1"], "begun with another guidance_scale"),
-        (["--prompt", "a red cat", "--aspect", "1:1"], "begun with another aspect_ratio"),
+        (["--prompt", "a red cat", "--guidance", "1"], "begun with another guidance"),
+        (["--prompt", "a red cat", "--aspect", "1:1"], "begun with another aspect"),
         (["--prompt", "a dog"], "was drawn for 'a red cat', not 'a dog'"),
     ]
     for more, message in changed:
         assert message in fails(capsys, *base, *more)
-    (tmp_path / "out" / "manifest.jsonl").write_text("[]\n")
-    assert "not the manifest of a run" in fails(capsys, *base, "--prompt", "a red cat")
-    (tmp_path / "out" / "manifest.jsonl").unlink()
-    assert "holds images but no manifest.jsonl" in fails(capsys, *base, "--prompt", "a red cat")
+    (tmp_path / "out" / "samples.jsonl").write_text("[]\n")
+    assert "not the ledger of a run" in fails(capsys, *base, "--prompt", "a red cat")
+    (tmp_path / "out" / "samples.jsonl").unlink()
+    assert "holds images but no samples.jsonl" in fails(capsys, *base, "--prompt", "a red cat")
     assert files(tmp_path / "out") == before
 
 
@@ -151,7 +151,7 @@ def test_flags_of_the_released_code(folder, tmp_path, capsys):
     base = ["sample", "--checkpoint", folder, "--prompt", "a cat", "--num", "1", "--seed", "999"]
     released = ["--cfg", "2.5", "--attn_temp", "1.5", "--jacobi", "1", "--jacobi_th", "0.001"]
     assert main([*base, *released, "--jacobi_block_size", "16", "--out", str(tmp_path / "a")]) == 0
-    assert f"sweeps go on to --tol {TOLERANCE:g}" in capsys.readouterr().err
+    assert f"jacobi iterates to --tol {TOLERANCE:g}" in capsys.readouterr().err
     ours = ["--guidance", "2.5", "--attention-temperature", "1.5", "--method", "jacobi", "--window", "16"]
     assert main([*base, *ours, "--out", str(tmp_path / "b")]) == 0
     one, other = (list(files(tmp_path / name).values()) for name in "ab")

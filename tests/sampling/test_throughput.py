@@ -1,4 +1,4 @@
-"""Many samples by several processes, into images and shards, in a bounded memory: same bits, resumed after a kill."""
+"""Many samples by several processes, into files, in a bounded memory: same bits, resumed after a kill."""
 
 import json
 import os
@@ -22,14 +22,14 @@ from starflow import Flow
 from starflow.cli import main
 from starflow.cli.common import byte_count
 from starflow.errors import ConfigError
-from starflow.inversion.solvers import Inversion
+from starflow.inversion.request import Inversion
 from starflow.models.config import FlowConfig
-from starflow.models.flow import Guidance
+from starflow.models.guidance import Guidance
 from starflow.pipelines import FlowModel, TarFlowPipeline
-from starflow.sampling import many
 from starflow.sampling.budget import ANY_BATCH, MOST, fitting_batch, image_bytes
-from starflow.sampling.ledger import Job, Layout
+from starflow.sampling.jobs import Job, Layout
 from starflow.sampling.many import generate
+from starflow.sampling.sample import SampleOptions
 
 ONE_THREAD = ["--threads", "1"]
 
@@ -39,7 +39,7 @@ def files(out) -> dict[str, bytes]:
 
 
 def listed(out) -> list[str]:
-    return sorted(json.loads(line)["file"] for line in (out / "manifest.jsonl").read_text().splitlines()[1:])
+    return sorted(json.loads(line)["file"] for line in (out / "samples.jsonl").read_text().splitlines()[1:])
 
 
 def draw(out, *arguments: str) -> None:
@@ -64,12 +64,12 @@ def test_two_processes_draw_the_bits_of_one(pipeline, tmp_path):
     draw(tmp_path / "one", *base, "--batch-size", "auto", "--memory", "1GB")
     assert len(files(tmp_path / "one")) == 9 and files(tmp_path / "one") == files(tmp_path / "two")
     assert listed(tmp_path / "two") == sorted(files(tmp_path / "two"))
-    assert not list((tmp_path / "two").glob("manifest.[0-9]*"))
+    assert not list((tmp_path / "two").glob("samples.[0-9]*"))
 
 
 def test_torchrun(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    base = ["--count", "40", "--format", "npz", "--shard-size", "7"]
+    base = ["--count", "40", "--format", "npz", "--samples-per-file", "7"]
     command = [*launcher, "-m", "starflow", "sample", *base, *ONE_THREAD, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("40 images in") == 1, done.stderr
@@ -80,10 +80,10 @@ def test_torchrun(tmp_path):
 @pytest.mark.parametrize(("form", "before", "after"), [("png", 2, 3), ("npz", 2, 1), ("safetensors", 1, 2)])
 def test_killed_and_resumed_with_another_number_of_processes(tmp_path, capsys, form, before, after):
     out, whole = tmp_path / "out", tmp_path / "whole"
-    base = ["--guidance", "1", "--format", form, "--shard-size", "8", *ONE_THREAD]
+    base = ["--guidance", "1", "--format", form, "--samples-per-file", "8", *ONE_THREAD]
     endless = ["--batch-size", "2", "--count", "50000", "--out", str(out)]
     processes = workers.start(tmp_path, before, "sample", *base, *endless)
-    names = ["manifest.jsonl", *(f"manifest.{rank}.jsonl" for rank in range(1, before))]
+    names = ["samples.jsonl", *(f"samples.{rank}.jsonl" for rank in range(1, before))]
     deadline = time.monotonic() + 60
     while not all((out / name).exists() and _lines(out / name) > 2 for name in names) and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -94,7 +94,7 @@ def test_killed_and_resumed_with_another_number_of_processes(tmp_path, capsys, f
     assert all(process.exitcode < 0 for process in processes)
     kept, last = files(out), out / names[-1]
     last.write_text(last.read_text()[:-5])
-    # A shard without its line is drawn again, an image is known by its name.
+    # A file of many samples without its line is drawn again, an image is known by its name.
     there = len(kept) if form == "png" else 8 * (sum(_lines(out / name) for name in names) - 1)
     # Whatever is there is among the samples asked for now, whichever process was faster.
     count = max(map(_last, kept)) + 40
@@ -108,7 +108,7 @@ def test_killed_and_resumed_with_another_number_of_processes(tmp_path, capsys, f
     assert f"({there} were there)" in texts[0]
     draw(whole, *base, "--count", str(count), "--batch-size", "64")
     assert kept.items() <= files(whole).items() and files(out) == files(whole)
-    assert listed(out) == sorted(files(out)) and not list(out.glob(".*")) and not list(out.glob("manifest.[0-9]*"))
+    assert listed(out) == sorted(files(out)) and not list(out.glob(".*")) and not list(out.glob("samples.[0-9]*"))
 
 
 def _last(file: str) -> int:
@@ -125,7 +125,7 @@ def _lines(path) -> int:
 
 def test_an_error_of_one_process_ends_all(tmp_path):
     base = ["--count", "40", "--format", "npz", "--out", str(tmp_path / "out"), *ONE_THREAD]
-    codes, texts = workers.run(tmp_path, 2, "sample", *base, "--shard-size", "5", failing=1)
+    codes, texts = workers.run(tmp_path, 2, "sample", *base, "--samples-per-file", "5", failing=1)
     assert codes == [2, 2]
     assert "starflow sample: error: process 1 of 2: " in texts[1] and "values are not finite" in texts[1]
     assert "another process of this run has ended" in texts[0]
@@ -136,9 +136,9 @@ def test_a_mistake_ends_all(tmp_path):
     draw(tmp_path, *base)
     codes, texts = workers.run(tmp_path, 2, "sample", *base, "--seed", "1")
     assert codes == [2, 2] and all("begun with another seed" in text for text in texts)
-    (tmp_path / "manifest.3.jsonl").write_text("[]\n")
+    (tmp_path / "samples.3.jsonl").write_text("[]\n")
     codes, texts = workers.run(tmp_path, 2, "sample", *base)
-    assert codes == [2, 2] and all("manifest.3.jsonl: not the manifest of a run" in text for text in texts)
+    assert codes == [2, 2] and all("samples.3.jsonl: not the ledger of a run" in text for text in texts)
 
 
 def test_a_flow_and_its_pipeline_draw_the_same_files(tmp_path):
@@ -152,7 +152,7 @@ def test_a_flow_and_its_pipeline_draw_the_same_files(tmp_path):
 
 def test_every_format_holds_the_same_samples(tmp_path):
     for form in ("png", "npz", "safetensors"):
-        draw(tmp_path / form, "--num", "23", "--format", form, "--shard-size", "10")
+        draw(tmp_path / form, "--num", "23", "--format", form, "--samples-per-file", "10")
     shards = [np.load(tmp_path / "npz" / f"00000{i}.npz") for i in range(3)]
     assert [shard["arr_0"].shape for shard in shards] == [(10, 8, 8, 1), (10, 8, 8, 1), (3, 8, 8, 1)]
     images, labels, copies = (np.concatenate([s[name] for s in shards]) for name in ("arr_0", "labels", "copies"))
@@ -168,7 +168,7 @@ def test_every_format_holds_the_same_samples(tmp_path):
 
 def test_latents(pipeline, tmp_path, capsys):
     base = ["--checkpoint", pipeline, "--prompt", "a red cat", "--num", "5", "--latents"]
-    draw(tmp_path / "a", *base, "--format", "safetensors", "--shard-size", "3", "--batch-size", "2")
+    draw(tmp_path / "a", *base, "--format", "safetensors", "--samples-per-file", "3", "--batch-size", "2")
     parts = [load_file(tmp_path / "a" / f"00000{i}.safetensors") for i in range(2)]
     assert [part["latents"].shape for part in parts] == [(3, 4, 8, 8), (2, 4, 8, 8)]
     assert parts[0]["latents"].dtype == torch.float32 and parts[0]["copies"].tolist() == [0, 1, 2]
@@ -179,8 +179,8 @@ def test_latents(pipeline, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("form", ["npz", "safetensors"])
-def test_a_damaged_shard_is_drawn_again(tmp_path, form):
-    base = ["--num", "30", "--format", form, "--shard-size", "10"]
+def test_a_damaged_file_is_drawn_again(tmp_path, form):
+    base = ["--num", "30", "--format", form, "--samples-per-file", "10"]
     draw(tmp_path, *base)
     whole = files(tmp_path)
     assert len(whole) == 3
@@ -198,8 +198,8 @@ def test_a_damaged_shard_is_drawn_again(tmp_path, form):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_more_samples_are_added_to_shards(tmp_path, capsys):
-    base = ["--format", "npz", "--shard-size", "10", "--num"]
+def test_more_samples_are_added_to_files(tmp_path, capsys):
+    base = ["--format", "npz", "--samples-per-file", "10", "--num"]
     draw(tmp_path / "a", *base, "25")
     first = (tmp_path / "a" / "000000.npz").stat().st_mtime_ns
     draw(tmp_path / "a", *base, "32")
@@ -208,25 +208,29 @@ def test_more_samples_are_added_to_shards(tmp_path, capsys):
     assert files(tmp_path / "a") == files(tmp_path / "b") and len(files(tmp_path / "a")) == 4
     assert (tmp_path / "a" / "000000.npz").stat().st_mtime_ns == first
     for change, message in (
-        (["--shard-size", "9"], "begun with another shard_size"),
+        (["--samples-per-file", "9"], "begun with another per_file"),
         (["--format", "png"], "begun with another format"),
         (["--label", "3"], "holds number 0 of condition 0, 0, where number 0 of condition 3, 3 is due"),
     ):
         assert main(["sample", "--out", str(tmp_path / "a"), *base, "32", *change]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="shard_size=0"):
+    with pytest.raises(ConfigError, match="per_file=0"):
         Layout("npz", 0)
 
 
-def test_batches_are_full_with_mixed_conditions(tmp_path, monkeypatch):
+def test_batches_are_full_with_mixed_conditions(tmp_path):
     pipe = TarFlowPipeline(FlowModel.from_flow(Flow.from_pretrained("digits")))
-    sizes, draw = [], many._draw
-    monkeypatch.setattr(many, "_draw", lambda pipe, batch, *more: sizes.append(len(batch)) or draw(pipe, batch, *more))
+    sizes = []
+
+    def draw_jobs(batch, *more):
+        sizes.append(len(batch))
+        return pipe.draw_jobs(batch, *more, options=SampleOptions(), size=(8, 8))
+
     jobs = [Job(i, copy, None if i == 10 else i) for i in range(11) for copy in range(2)]
     for job in jobs[::3]:
-        generate(pipe, [job], tmp_path, 0, 1, {}, {})
+        generate(draw_jobs, [job], tmp_path, 0, 1, {}, device=pipe.device)
     sizes.clear()
-    report = generate(pipe, jobs, tmp_path, 0, 4, {}, {})
+    report = generate(draw_jobs, jobs, tmp_path, 0, 4, {}, device=pipe.device)
     assert sizes == [4, 4, 4, 2] and (report.count, report.kept) == (14, 8)
 
 

@@ -43,13 +43,13 @@ def work(variables: dict[str, object], arguments: list[str], output: str, fails:
     os.environ.update({name: str(value) for name, value in variables.items()})
     from starflow.cli import main
     from starflow.errors import InverseError
-    from starflow.sampling import many
+    from starflow.models.flow import Flow
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise InverseError("values are not finite")
 
     if fails:
-        many._draw = fail
+        Flow.inverse = fail
     with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = main(arguments)
     sys.exit(code)

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from starflow import ConfigError, DataError
-from starflow.data.datasets import DataConfig, ShuffledBatches, dequantize, generator, load, to_pixels
+from starflow.data.datasets import DataConfig, ShuffledBatches, dequantize, load, to_pixels
+from starflow.seeds import generator
 
 
 def test_digits_are_split_by_class_without_overlap():

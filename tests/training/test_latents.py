@@ -13,11 +13,12 @@ from support import components
 from starflow import CheckpointError, ConfigError, DataError
 from starflow.cli import main
 from starflow.data import encode as encoding
-from starflow.data.datasets import DataConfig, generator, load
+from starflow.data.datasets import DataConfig, load
 from starflow.data.encode import EncodeConfig, encode
 from starflow.data.latents import EMPTY_PROMPT, CacheIndex, draw_latents
 from starflow.data.prompts import encode_prompts, load_text
 from starflow.models.autoencoder import load_vae, posterior, save_vae, scale_images
+from starflow.seeds import generator
 from starflow.training.autoencoder import AutoencoderConfig
 from starflow.training.flow import FlowRunConfig, FlowTrainer
 

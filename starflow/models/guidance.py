@@ -1,0 +1,68 @@
+"""Guidance of sampling, and its weight at each token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from starflow_kernels.spec import GuidanceRule, check_choice
+
+from ..errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Guidance of sampling towards a class or prompt.
+
+    Args:
+        weight: Guidance weight >= 0; 0 samples without guidance.
+        rule: "tarflow" or "starflow", see `starflow_kernels.affine_flow_inverse`.
+        annealed: Let the weight grow linearly over the n transformed tokens of a block, from weight / n to weight.
+        temperature: Attention temperature > 0 of the branch without a condition. A value other than 1 guides a model
+            that has no condition.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    weight: float = 0.0
+    rule: GuidanceRule = "tarflow"
+    annealed: bool = False
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        try:
+            check_choice("rule", self.rule, GuidanceRule)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if not 0 <= self.weight < math.inf:
+            raise ConfigError(f"weight={self.weight}: expected a finite guidance weight >= 0")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature={self.temperature}: expected a finite attention temperature > 0")
+
+    @property
+    def tempered(self) -> bool:
+        """Whether an attention temperature acts."""
+        return bool(self.weight) and self.temperature != 1
+
+    def weights(self, tokens: int, start: bool, device: torch.device) -> torch.Tensor:
+        """Weight of each token of a block.
+
+        Args:
+            tokens: Number of tokens T.
+            start: Whether the block has a start token. Without one, token 0 is not transformed.
+            device: Device of the result.
+
+        Returns:
+            (T,) float64 weights in the block's own order.
+        """
+        steps = torch.arange(1, tokens + 1) if start else torch.arange(tokens)
+        ramp = steps.double() / max(int(steps[-1]), 1) if self.annealed else torch.ones(tokens, dtype=torch.float64)
+        return (self.weight * ramp).to(device)
+
+    def options(self, tokens: int, start: bool, device: torch.device) -> dict[str, Any]:
+        """Arguments of `starflow_kernels.block_inverse`; the parameters are those of `weights`."""
+        return {"guidance": self.weights(tokens, start, device), "rule": self.rule, "temperature": self.temperature}

@@ -1,0 +1,72 @@
+"""Opening a model, whether it is a flow or a pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .models.checkpoint import PIPELINE_INDEX
+from .models.flow import Flow
+
+if TYPE_CHECKING:
+    from .pipelines import FlowPipeline
+
+
+def is_pipeline(path: str | Path) -> bool:
+    """Return whether a folder holds a pipeline."""
+    return (Path(path) / PIPELINE_INDEX).exists()
+
+
+def open_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+) -> Flow | FlowPipeline:
+    """Open a flow or a pipeline.
+
+    An autoencoder of the pipeline decodes one image at a time, so that an image does not depend on its batch.
+
+    Args:
+        path: Folder of a flow or a pipeline, or the name of a bundled flow such as "digits".
+        device: Device of the weights.
+        dtype: Dtype of the weights.
+        variant: Variant of a pipeline's weight files such as "fp16".
+
+    Returns:
+        A `Flow` in eval mode, or a `FlowPipeline`.
+
+    Raises:
+        CheckpointError: There is no model, or a file is damaged.
+        ConfigError: The pipeline needs a package that is not installed.
+    """
+    if not is_pipeline(path):
+        return Flow.from_pretrained(path, device, dtype)
+    from .pipelines import FlowPipeline
+
+    with _without_progress_bars():
+        pipe = FlowPipeline.from_pretrained(path, dtype=dtype, variant=variant).to(device)
+    if "vae" in pipe.components:
+        pipe.vae.enable_slicing()
+    return pipe
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hide the progress bars that diffusers and transformers show while they load."""
+    import diffusers
+    import transformers
+
+    shown = [module.utils.logging for module in (diffusers, transformers)]
+    shown = [logging for logging in shown if logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in shown:
+            logging.enable_progress_bar()

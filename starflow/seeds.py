@@ -1,0 +1,16 @@
+"""Random number generators that are determined by integers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def generator(*key: int) -> torch.Generator:
+    """CPU generator whose state is a function of the key alone.
+
+    Args:
+        key: Integers >= 0, such as a seed and the number of a step.
+    """
+    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state) >> 1)
