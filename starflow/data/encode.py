@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from starflow_kernels.spec import check_choice
 
 from ..errors import ConfigError, DataError
 from ..io.digests import digest
-from ..io.files import write_atomically, write_text
+from ..io.files import write_text
+from ..io.tensors import save_tensors
 from ..models.autoencoder import downsampling, load_vae, posterior, scale_images, vae_folder
 from . import datasets
 from .latents import INDEX, SPLITS, CacheIndex, cache_path
@@ -141,7 +140,7 @@ def encode(
                     tensors = {"states": torch.cat(encoded).to(getattr(torch, config.text_dtype))}
                 else:
                     tensors = _encode_images(vae, splits[kind], batches, rows)
-                _save(tensors, path)
+                save_tensors(tensors, path)
                 written += 1
             bar.update(len(part))
     bar.close()
@@ -209,13 +208,3 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         k: _plain(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for k, v in settings.items()
     }
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    def write(temporary: Path) -> None:
-        try:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
-
-    write_atomically(path, write)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from ..errors import DataError
+from ..io.tensors import open_tensor
 
 INDEX = "index.json"
 FORMAT = 1
@@ -150,8 +150,8 @@ class CacheFiles:
         if (number, name) not in self._opened:
             path = cache_path(self.folder, self.kind, number)
             try:
-                self._opened[number, name] = safe_open(path, "pt").get_slice(name)
-            except (OSError, SafetensorError) as error:
+                self._opened[number, name] = open_tensor(path, name)
+            except OSError as error:
                 raise DataError(f"{path} is damaged: {error}") from None
         return self._opened[number, name]
 

@@ -95,9 +95,9 @@ def test_a_complete_cache_is_left_alone(parts, cache):
 
 
 def test_a_killed_run_is_continued(parts, cache, tmp_path, monkeypatch):
-    folder, save = tmp_path / "killed", encoding._save
+    folder, save = tmp_path / "killed", encoding.save_tensors
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "_save", lambda *arguments: (save(*arguments), time.sleep(0.3)))
+        patch.setattr(encoding, "save_tensors", lambda *arguments: (save(*arguments), time.sleep(0.3)))
         fork = multiprocessing.get_context("fork")
         child = fork.Process(target=encode, args=(encode_config(parts), folder), kwargs={"quiet": True})
         child.start()

@@ -1,0 +1,48 @@
+"""Safetensors files: atomic writing, and reading of single rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .files import write_atomically
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file atomically.
+
+    Args:
+        tensors: tensors by name, on any device.
+        path: file to write.
+
+    Raises:
+        StarflowError: the file system refuses.
+    """
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+
+    write_atomically(path, write)
+
+
+def open_tensor(path: Path, name: str) -> Any:
+    """Return a tensor of a safetensors file as a slice of safetensors, which reads rows when it is indexed.
+
+    Args:
+        path: file to open.
+        name: name of the tensor.
+
+    Raises:
+        OSError: the file is missing or damaged, or has no such tensor.
+    """
+    try:
+        return safe_open(path, "pt").get_slice(name)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
