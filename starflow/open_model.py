@@ -32,17 +32,17 @@ def open_model(
     An autoencoder of the pipeline decodes one image at a time, so that an image does not depend on its batch.
 
     Args:
-        path: Folder of a flow or a pipeline, or the name of a bundled flow such as "digits".
-        device: Device of the weights.
-        dtype: Dtype of the weights.
-        variant: Variant of a pipeline's weight files such as "fp16".
+        path: folder of a flow or a pipeline, or the name of a bundled flow such as "digits".
+        device: device of the weights.
+        dtype: dtype of the weights.
+        variant: variant of a pipeline's weight files such as "fp16".
 
     Returns:
         A `Flow` in eval mode, or a `FlowPipeline`.
 
     Raises:
-        CheckpointError: There is no model, or a file is damaged.
-        ConfigError: The pipeline needs a package that is not installed.
+        CheckpointError: there is no model, or a file is damaged.
+        ConfigError: the pipeline needs a package that is not installed.
     """
     if not is_pipeline(path):
         return Flow.from_pretrained(path, device, dtype)

@@ -10,7 +10,7 @@ def generator(*key: int) -> torch.Generator:
     """CPU generator whose state is a function of the key alone.
 
     Args:
-        key: Integers >= 0, such as a seed and the number of a step.
+        key: integers >= 0, such as a seed and the number of a step.
     """
     (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state) >> 1)

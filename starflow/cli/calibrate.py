@@ -1,4 +1,4 @@
-"""starflow calibrate"""
+"""Command `starflow calibrate`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..open_model import open_model
 from ..training.loop import METRICS, STATE
-from .common import DTYPES, Parser, device, non_negative, positive
+from .common import DTYPES, Parser, device, non_negative, positive, seed_argument
 
 TRANSFORMER = "transformer"
 
-HELP = "measure the fastest exact solver of each block on this machine, for `starflow sample --method auto`"
+HELP = "Measure the fastest exact solver of each block on this machine, for starflow sample --method auto."
 EXAMPLE = "starflow calibrate --checkpoint runs/photos --batch-size 1 16"
 
 
@@ -36,7 +36,8 @@ def add_arguments(parser: Parser) -> None:
         "--checkpoint",
         "--model",
         default="digits",
-        help="folder of a flow or pipeline, or the bundled 'digits' (default)",
+        metavar="FOLDER",
+        help="Folder of a flow or pipeline, or the name of a bundled flow. Default: digits, which is bundled.",
     )
     parser.add_argument(
         "--batch-size",
@@ -44,25 +45,37 @@ def add_arguments(parser: Parser) -> None:
         nargs="+",
         default=[1, 16],
         metavar="N",
-        help="batch sizes to measure (default 1 16)",
+        help="Batch sizes to measure. Default: 1 16.",
     )
     parser.add_argument(
-        "--tol", type=float, default=TOLERANCE, help=f"tolerance of the parallel solvers (default {TOLERANCE:g})"
+        "--tol",
+        type=float,
+        default=TOLERANCE,
+        metavar="X",
+        help=f"Tolerance of the parallel solvers. Default: {TOLERANCE:g}.",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
     parser.add_argument(
-        "--guidance", "--cfg", type=float, default=0.0, help="guidance weight to measure with (default 0)"
+        "--dtype", choices=DTYPES, default="float32", help="Data type of the weights in memory. Default: float32."
+    )
+    parser.add_argument(
+        "--guidance", "--cfg", type=float, default=0.0, metavar="WEIGHT", help="Guidance weight. Default: 0."
     )
     parser.add_argument(
         "--guidance-rule",
         choices=("tarflow", "starflow"),
-        help="formula of the guidance (default tarflow, starflow for text)",
+        help="Formula of the guidance. Default: tarflow, or starflow for text.",
     )
     parser.add_argument(
-        "--annealed", action="store_true", help="let the guidance weight grow over the tokens of each block"
+        "--annealed",
+        action="store_true",
+        help="Let the guidance weight grow over the tokens of each block. Default: the same weight at all tokens.",
     )
     parser.add_argument(
-        "--prompt", nargs="+", default=["a photo"], help="prompts to draw in turn, with a text-to-image pipeline"
+        "--prompt",
+        nargs="+",
+        default=["a photo"],
+        metavar="TEXT",
+        help="Prompts to draw in turn, with a text-to-image pipeline. Default: 'a photo'.",
     )
     parser.add_argument(
         "--windows",
@@ -70,11 +83,17 @@ def add_arguments(parser: Parser) -> None:
         nargs="+",
         default=list(WINDOWS),
         metavar="N",
-        help=f"windows to try, in tokens; 0 means all tokens (default {' '.join(map(str, WINDOWS))})",
+        help=f"Windows to try, in tokens; 0 means all tokens. Default: {' '.join(map(str, WINDOWS))}.",
     )
-    parser.add_argument("--seed", type=non_negative, default=0, help="seed of all random numbers (default 0)")
-    parser.add_argument("--out", metavar="FOLDER", help="copy the checkpoint to this folder and store the result there")
-    parser.add_argument("--verbose", action="store_true", help="print the solver of each block")
+    seed_argument(parser)
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="Copy the checkpoint to this folder and store the result there. Default: store it in the checkpoint.",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="Print the solver of each block. Default: print a line per batch size."
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..convert import convert, export_upstream
 from ..errors import ConfigError
-from ..io.weights import MAX_SHARD
+from ..io.weights import MAX_BYTES
 from .common import DTYPES, Parser, byte_count
 
 HELP = "Convert a checkpoint of the original TarFlow or STARFlow code to this package's format, or back."
@@ -48,7 +48,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--max-shard",
         type=byte_count,
-        default=MAX_SHARD,
+        default=MAX_BYTES,
         metavar="SIZE",
         help="Largest size of a weight file, such as 500MB or 2GiB. Default: 5GB.",
     )

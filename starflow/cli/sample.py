@@ -1,4 +1,4 @@
-"""starflow sample"""
+"""Command `starflow sample`."""
 
 from __future__ import annotations
 
@@ -37,117 +37,152 @@ MEMORY = 2_000_000_000
 # Arguments for pipelines alone, by the name that the parser gives them.
 PIPELINE_ONLY = ("prompt", "prompt_file", "negative_prompt", "aspect", "height", "width", "variant")
 
-HELP = "draw images"
+HELP = "Draw images with a flow or a pipeline."
 EXAMPLE = "starflow sample --num 100 --label all --out samples"
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
     checkpoint_arguments(
-        parser, batch_size=f"{FLOW_BATCH}, or {PIPELINE_BATCH} for a pipeline; auto: what fits into --memory", auto=True
+        parser, batch_size=f"{FLOW_BATCH}, or {PIPELINE_BATCH} for a pipeline; auto takes what fits --memory", auto=True
     )
     parser.add_argument(
         "--memory",
         type=byte_count,
         metavar="SIZE",
-        help="memory for the weights and one batch, such as 8GB; chooses the batch size (default with auto: 2GB)",
+        help="Memory for the weights and one batch, such as 8GB; it determines the batch size. Default: 2GB, if "
+        "--batch-size is auto.",
     )
     parser.add_argument(
         "--num",
         "--count",
         type=positive,
-        help="number of images, or of images per prompt (default 100, or 1 per prompt); under torchrun, use --count",
+        metavar="N",
+        help="Number of images, or of images per prompt. Under torchrun, use --count. Default: 100, or 1 per prompt.",
     )
     condition = parser.add_mutually_exclusive_group()
     condition.add_argument(
-        "--label", default="all", help="class to draw; 'all' draws each class in turn (default), 'none' no class"
+        "--label",
+        default="all",
+        metavar="CLASS",
+        help="Class to draw; all draws each class in turn, none draws without a class. Default: all.",
     )
-    condition.add_argument("--prompt", help="text to draw, with a text-to-image pipeline")
-    condition.add_argument("--prompt-file", metavar="FILE", help="file with one prompt per line; skips empty lines")
-    parser.add_argument(
-        "--negative-prompt", metavar="TEXT", help="prompt that guidance moves away from (default: the empty prompt)"
+    condition.add_argument(
+        "--prompt", metavar="TEXT", help="Text to draw, with a text-to-image pipeline. It needs this or --prompt-file."
     )
-    parser.add_argument("--aspect", metavar="W:H", help="aspect ratio of the images, such as 3:2, at the usual area")
-    parser.add_argument("--height", type=positive, help="height of the images in pixels (default: as in training)")
-    parser.add_argument("--width", type=positive, help="width of the images in pixels (default: as in training)")
+    condition.add_argument(
+        "--prompt-file", metavar="FILE", help="File with one prompt per line; empty lines do not count."
+    )
     parser.add_argument(
-        "--guidance", "--cfg", type=float, help="guidance weight; 0 samples without guidance (default 0, 3.6 for text)"
+        "--negative-prompt", metavar="TEXT", help="Prompt that guidance moves away from. Default: the empty prompt."
+    )
+    parser.add_argument(
+        "--aspect",
+        metavar="W:H",
+        help="Aspect ratio of the images, such as 3:2, at the area of the training images. Default: that of training.",
+    )
+    parser.add_argument(
+        "--height", type=positive, metavar="PIXELS", help="Height of the images. Default: that of training."
+    )
+    parser.add_argument(
+        "--width", type=positive, metavar="PIXELS", help="Width of the images. Default: that of training."
+    )
+    parser.add_argument(
+        "--guidance",
+        "--cfg",
+        type=float,
+        metavar="WEIGHT",
+        help="Guidance weight; 0 samples without guidance. Default: 0, or 3.6 for text.",
     )
     parser.add_argument(
         "--guidance-rule",
         choices=("tarflow", "starflow"),
-        help="formula of the guidance (default tarflow, starflow for text)",
+        help="Formula of the guidance. Default: tarflow, or starflow for text.",
     )
     parser.add_argument(
-        "--annealed", action="store_true", help="let the guidance weight grow over the tokens of each block"
+        "--annealed",
+        action="store_true",
+        help="Let the guidance weight grow over the tokens of each block. Default: the same weight at all tokens.",
     )
     parser.add_argument(
         "--attention-temperature",
         "--attn_temp",
         type=float,
         default=1.0,
-        help="attention temperature of the branch without a condition (default 1)",
+        metavar="X",
+        help="Attention temperature of the branch without a condition. Default: 1.",
     )
     parser.add_argument(
         "--method",
-        help=f"solver: {' or '.join(METHODS)}; auto (default) takes the fastest one that `starflow calibrate` "
-        "measured for each block, or sequential",
+        metavar="NAME",
+        help=f"Solver of the blocks: {', '.join(METHODS)} or auto, which takes the fastest one that starflow calibrate "
+        "measured for each block, or sequential. Default: auto.",
     )
     parser.add_argument(
-        "--window", type=positive, metavar="N", help="number of tokens that jacobi solves together (default: all)"
+        "--window", type=positive, metavar="N", help="Number of tokens that jacobi solves together. Default: all."
     )
     parser.add_argument(
         "--tol",
         type=float,
         metavar="X",
-        help=f"jacobi stops when no token changes by more than this (default {TOLERANCE:g})",
+        help=f"Largest change of a token at which jacobi stops. Default: {TOLERANCE:g}.",
     )
     parser.add_argument(
         "--quantize",
         choices=get_args(Quantize),
         default="none",
-        help="round the weights to one byte per value, which changes the images (default none)",
+        help="Round the weights to one byte per value, which changes the images. Default: none.",
     )
     parser.add_argument(
         "--denoise",
         type=float,
         metavar="FACTOR",
-        help="factor of a denoising step after sampling, usually 1, 0 for none (default: 0, or the pipeline's own)",
+        help="Factor of a denoising step after sampling, usually 1; 0 means none. Default: 0, or the pipeline's own.",
     )
     parser.add_argument(
-        "--certify", action="store_true", help="map the images back to noise and report the largest difference"
+        "--certify",
+        action="store_true",
+        help="Map the images back to noise and report the largest difference. Default: no report.",
     )
-    parser.add_argument("--variant", help="variant of the pipeline's weight files, such as fp16")
-    parser.add_argument("--out", default="samples", help="folder to write to (default samples)")
+    parser.add_argument(
+        "--variant", metavar="NAME", help="Variant of a pipeline's weight files, such as fp16. Default: none."
+    )
+    parser.add_argument("--out", default="samples", metavar="FOLDER", help="Folder for the images. Default: samples.")
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="write one PNG per image, or files of many images (default: one grid.png; png for pipelines and torchrun)",
+        help="Write one PNG per image, or files of many images. Default: one grid.png; png for pipelines or torchrun.",
     )
-    parser.add_argument("--images", dest="format", action="store_const", const="png", help="same as --format png")
+    parser.add_argument("--images", dest="format", action="store_const", const="png", help="Same as --format png.")
     parser.add_argument(
         "--samples-per-file",
         type=positive,
         default=SAMPLES_PER_FILE,
         metavar="N",
-        help=f"number of images per npz or safetensors file (default {SAMPLES_PER_FILE})",
+        help=f"Number of images per npz or safetensors file. Default: {SAMPLES_PER_FILE}.",
     )
     parser.add_argument(
         "--latents",
         action="store_true",
-        help="write the output of the flow in place of pixels; needs --format safetensors",
+        help="Write the output of the flow; needs --format safetensors. Default: write pixels.",
     )
-    parser.add_argument("--verbose", action="store_true", help="print the time of each stage and a line per block")
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="Print the time of each stage and a line per block. Default: print the result alone.",
+    )
     upstream = parser.add_argument_group(
-        "flags of the upstream code", "These flags choose the jacobi solver. Images are exact to --tol all the same."
-    )
-    upstream.add_argument("--jacobi", type=non_negative, default=0, metavar="0|1", help="1 means --method jacobi")
-    upstream.add_argument("--jacobi_block_size", type=positive, metavar="N", help="same as --window N")
-    upstream.add_argument(
-        "--jacobi_th", type=float, metavar="X", help=f"same as --tol sqrt(X), if that is below {TOLERANCE:g}"
+        "flags of the upstream code", "They choose the jacobi solver. Its images are exact to --tol nevertheless."
     )
     upstream.add_argument(
-        "--jacobi_max_iter", type=positive, metavar="N", help="has no effect: jacobi iterates to --tol"
+        "--jacobi", type=non_negative, default=0, metavar="0|1", help="1 means --method jacobi. Default: 0."
+    )
+    upstream.add_argument("--jacobi_block_size", type=positive, metavar="N", help="Same as --window N.")
+    upstream.add_argument(
+        "--jacobi_th", type=float, metavar="X", help=f"Same as --tol sqrt(X), if that is below {TOLERANCE:g}."
+    )
+    upstream.add_argument(
+        "--jacobi_max_iter", type=positive, metavar="N", help="Ignored: jacobi iterates until it reaches --tol."
     )
 
 

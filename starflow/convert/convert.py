@@ -12,7 +12,7 @@ import torch
 
 from ..errors import CheckpointError, ConfigError, StarflowError
 from ..io.files import write_folder, write_text
-from ..io.weights import MAX_SHARD, Entry, write_weights
+from ..io.weights import MAX_BYTES, Entry, write_weights
 from ..models.checkpoint import CONFIG, check_tensors
 from ..models.config import FlowConfig
 from .formats import flow_config, read_arguments
@@ -30,7 +30,7 @@ def convert(
     config: str | Path | None = None,
     dtype: torch.dtype | None = None,
     drop: Iterable[str] = (),
-    max_shard: int = MAX_SHARD,
+    max_shard: int = MAX_BYTES,
     overwrite: bool = False,
 ) -> Report:
     """Convert an upstream checkpoint to a folder with config.json, weights, conversion.json, NOTICE and README.md.

@@ -20,8 +20,8 @@ class Clock:
     """Seconds per stage of a run.
 
     Args:
-        device: The device, which is waited for at both ends of a stage.
-        stages: Names of the stages, in the order of `seconds`.
+        device: the device, which is waited for at both ends of a stage.
+        stages: names of the stages, in the order of `seconds`.
     """
 
     def __init__(self, device: torch.device, stages: tuple[str, ...]):

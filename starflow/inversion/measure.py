@@ -68,21 +68,21 @@ def calibrate(
     one to ten times the tolerance.
 
     Args:
-        flow: The flow.
-        batch_size: Images per batch.
-        guidance: Guidance of the samples.
-        tol: Tolerance of the parallel solvers.
-        windows: Windows in tokens, 0 for all, tried from the smallest on until they get slower.
+        flow: the flow.
+        batch_size: images per batch.
+        guidance: guidance of the samples.
+        tol: tolerance of the parallel solvers.
+        windows: windows in tokens, 0 for all, tried from the smallest on until they get slower.
         text: (N, L, text_dim) text states, used in turn.
         empty_text: (1, L, text_dim) states that guidance moves away from.
-        seed: Seed of the draws.
-        on_block: Called as on_block(block, measurement) after each block, the last block first.
+        seed: seed of the draws.
+        on_block: called as on_block(block, measurement) after each block, the last block first.
 
     Returns:
         The measurement of all blocks.
 
     Raises:
-        ConfigError: The guidance has a temperature, or the flow needs text and none is given.
+        ConfigError: the guidance has a temperature, or the flow needs text and none is given.
     """
     if guidance.tempered:
         raise ConfigError("an attention temperature has no calibration: such guidance is sampled one token at a time")
@@ -137,8 +137,8 @@ class _Race:
         """Try each solver; return the trials, the sequential one first, and the index of the chosen one.
 
         Args:
-            sequential: The sequential solver.
-            rivals: Parallel solvers of each window, the smallest window first.
+            sequential: the sequential solver.
+            rivals: parallel solvers of each window, the smallest window first.
         """
         self._time(sequential, 0)
         base, expected, report = self._time(sequential, 0)

@@ -18,16 +18,16 @@ class BlockReport:
     """How a block was inverted, over all batches.
 
     Args:
-        method: Method of the solver.
-        window: Window of the solver in tokens, 0 for all.
-        neighbours: Distances of the solver's quasi-Newton steps in tokens.
-        length: Tokens per sample.
-        samples: Samples of all batches.
-        passes: Network passes, one after the other, of the batch that took most.
-        tokens: Tokens evaluated, over all batches.
-        seconds: Wall time of all batches.
-        residual: Largest residual, see `starflow_kernels.SolveReport`.
-        fallbacks: Samples that fell back to one token per pass.
+        method: method of the solver.
+        window: window of the solver in tokens, 0 for all.
+        neighbours: distances of the solver's quasi-Newton steps in tokens.
+        length: tokens per sample.
+        samples: samples of all batches.
+        passes: network passes, one after the other, of the batch that took most.
+        tokens: tokens evaluated, over all batches.
+        seconds: wall time of all batches.
+        residual: largest residual, see `starflow_kernels.SolveReport`.
+        fallbacks: samples that fell back to one token per pass.
     """
 
     method: str

@@ -29,8 +29,8 @@ class Inversion:
         method: "sequential" inverts token by token. "jacobi" inverts many tokens at once by fixed-point iteration with
             quasi-Newton steps, to the tolerance. "auto" takes the solver that `Flow.calibrate` measured to be fastest
             for each block, and "sequential" where no measurement covers the call.
-        window: Tokens that "jacobi" iterates together; None for all.
-        tol: Tolerance of the parallel solvers, see `starflow_kernels.Solver`; None for its default.
+        window: tokens that "jacobi" iterates together; None for all.
+        tol: tolerance of the parallel solvers, see `starflow_kernels.Solver`; None for its default.
         quantize: "int8" or "fp8" rounds weights to one byte per value, which changes the images; "none" does not.
 
     Raises:
@@ -63,9 +63,9 @@ class Inversion:
         """Choose the solver of each block.
 
         Args:
-            flow: The flow.
+            flow: the flow.
             z: (B, C, H, W) noise.
-            guidance: Guidance of the call.
+            guidance: guidance of the call.
 
         Returns:
             One solver per block, in the order of the blocks.
@@ -85,8 +85,8 @@ def neighbours(grid: tuple[int, int], window: int) -> tuple[int, ...]:
     """Distances to the earlier tokens that a token depends on most.
 
     Args:
-        grid: Rows and columns of tokens.
-        window: Tokens that iterate together, 0 for all.
+        grid: rows and columns of tokens.
+        window: tokens that iterate together, 0 for all.
 
     Returns:
         1 for the previous token, and the number of columns for the token one row before where the window is large.

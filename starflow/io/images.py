@@ -18,7 +18,7 @@ def image_grid(images: torch.Tensor, columns: int) -> Image.Image:
 
     Args:
         images: (N, C, H, W) uint8, C 1 or 3.
-        columns: Images per row.
+        columns: images per row.
     """
     count, channels, height, width = images.shape
     rows = math.ceil(count / columns)
@@ -34,8 +34,8 @@ def save_grid(images: torch.Tensor, path: str | Path, columns: int = 10) -> None
 
     Args:
         images: (N, C, H, W) uint8, C 1 or 3.
-        path: File to write.
-        columns: Images per row.
+        path: file to write.
+        columns: images per row.
     """
     _save(image_grid(images, columns), path)
 

@@ -1,4 +1,4 @@
-"""Safetensors files: atomic writing, and reading of single rows."""
+"""Safetensors files: atomic writing, reading, and reading of single rows."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from .files import write_atomically
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically.
 
     Args:
         tensors: tensors by name, on any device.
         path: file to write.
+        metadata: text to store in the header.
 
     Raises:
         StarflowError: the file system refuses.
@@ -25,11 +26,27 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
     def write(temporary: Path) -> None:
         try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+            stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(stored, temporary, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from None
 
     write_atomically(path, write)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file by name.
+
+    Args:
+        path: file to read.
+
+    Raises:
+        OSError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def open_tensor(path: Path, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Safetensors of a model in the Hugging Face layout: one file, or shards with an index; written tensor by tensor."""
+"""Weight files of a model in the Hugging Face layout: one file, or several with an index; written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..errors import CheckpointError
 from .files import write_text
+from .tensors import load_tensors
 
-MAX_SHARD = 5 * 10**9
+# Bytes of tensors in a weight file.
+MAX_BYTES = 5 * 10**9
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Entry(NamedTuple):
-    """A tensor that is written: `load` makes it at the moment at which its bytes are due."""
+    """A tensor to write. `load` returns it and is called when its bytes are due."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,31 +35,42 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_weights(folder: Path, entries: Iterable[Entry], max_shard: int = MAX_SHARD, stem: str = "model") -> list[str]:
-    """Write STEM.safetensors, or STEM-00001-of-0000N.safetensors and STEM.safetensors.index.json; the files' names.
+def write_weights(folder: Path, entries: Iterable[Entry], max_bytes: int = MAX_BYTES, stem: str = "model") -> list[str]:
+    """Write STEM.safetensors, or STEM-00001-of-0000N.safetensors and STEM.safetensors.index.json.
 
-    A shard holds at most `max_shard` bytes of tensors, a larger tensor has a shard of its own. One tensor at a time is
-    in memory. The folder is written in place: give a temporary one (`files.write_folder`). Raises OSError.
+    One tensor at a time is in memory.
+
+    Args:
+        folder: folder to write in place; give a temporary one, see `write_folder`.
+        entries: the tensors.
+        max_bytes: bytes of tensors per weight file. A larger tensor has its own file.
+        stem: first part of the names.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        OSError: the file system refuses.
     """
-    shards: list[list[Entry]] = []
+    parts: list[list[Entry]] = []
     free = 0
     for entry in entries:
-        if not shards or entry.nbytes > free:
-            shards.append([])
-            free = max_shard
-        shards[-1].append(entry)
+        if not parts or entry.nbytes > free:
+            parts.append([])
+            free = max_bytes
+        parts[-1].append(entry)
         free -= entry.nbytes
-    if len(shards) == 1:
+    if len(parts) == 1:
         names = [f"{stem}.safetensors"]
     else:
-        names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard)
-    if len(shards) == 1:
+        names = [f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    for name, part in zip(names, parts, strict=True):
+        _write_file(folder / name, part)
+    if len(parts) == 1:
         return names
     index = {
-        "metadata": {"total_size": sum(entry.nbytes for shard in shards for entry in shard)},
-        "weight_map": {entry.name: name for name, shard in zip(names, shards) for entry in shard},
+        "metadata": {"total_size": sum(entry.nbytes for part in parts for entry in part)},
+        "weight_map": {entry.name: name for name, part in zip(names, parts) for entry in part},
     }
     write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return [*names, f"{stem}.safetensors.index.json"]
@@ -91,48 +102,53 @@ def _bytes(entry: Entry) -> memoryview:
 
 
 def read_weights(folder: Path, stem: str = "model") -> dict[str, torch.Tensor]:
-    """Tensors of a folder, from one file or from the shards of its index; a single file comes first.
+    """Read the tensors of a folder, from one file if it is there, else from the files of the index.
 
-    Raises CheckpointError for a file that is missing or damaged, or an index that does not fit its shards.
+    Args:
+        folder: the folder.
+        stem: first part of the names.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the index does not fit the files.
     """
     index = folder / f"{stem}.safetensors.index.json"
     if (folder / f"{stem}.safetensors").exists() or not index.exists():
         return _read_file(folder / f"{stem}.safetensors")
-    shards, total = _read_index(index)
-    missing = [name for name in shards if not (folder / name).is_file()]
+    names, total = _read_index(index)
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(f"{folder} lacks the shard {missing[0]} that {index.name} names")
+        raise CheckpointError(f"{folder} lacks the weight file {missing[0]} that {index.name} names")
     state: dict[str, torch.Tensor] = {}
-    for name, weights in shards.items():
-        shard = _read_file(folder / name)
-        if shard.keys() != weights:
-            differing = sorted(shard.keys() ^ weights)[0]
+    for name, weights in names.items():
+        part = _read_file(folder / name)
+        if part.keys() != weights:
+            differing = sorted(part.keys() ^ weights)[0]
             raise CheckpointError(f"{folder / name} does not fit {index.name}: {differing} is in only one of them")
-        state |= shard
+        state |= part
     size = sum(tensor.nbytes for tensor in state.values())
     if total is not None and size != total:
-        raise CheckpointError(f"{index}: total_size is {total}, its shards hold {size} bytes")
+        raise CheckpointError(f"{index}: total_size is {total}, its files hold {size} bytes")
     return state
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        return load_tensors(path)
+    except OSError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
 def _read_index(path: Path) -> tuple[dict[str, set[str]], int | None]:
-    """Weights of each shard, and the bytes of all of them where the index says."""
+    """Names of the weights in each file, and the bytes of all of them if the index says so."""
     try:
         index = json.loads(path.read_text())
         weight_map, total = index["weight_map"], index.get("metadata", {}).get("total_size")
-        shards: dict[str, set[str]] = {}
+        names: dict[str, set[str]] = {}
         for weight, name in weight_map.items():
             # A name with a folder in it could reach any file.
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{name!r} is not the name of a shard")
-            shards.setdefault(name, set()).add(weight)
+                raise ValueError(f"{name!r} is not the name of a weight file")
+            names.setdefault(name, set()).add(weight)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not an index of shards: {error}") from None
-    return shards, total
+        raise CheckpointError(f"{path} is not an index of weight files: {error}") from None
+    return names, total

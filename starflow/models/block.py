@@ -1,4 +1,4 @@
-"""One flow block as a module: parameters by name and shape from its BlockSpec, the maths from starflow_kernels."""
+"""One flow block as a module: its parameters come from its BlockSpec, the computation from starflow_kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from starflow_kernels import BlockSpec, block_forward, block_inverse
 class FlowBlock(nn.Module):
     """Weights of a flow block, its class embedding, and both directions.
 
-    spec: the block. num_classes: rows of the class embedding, 0 for none.
+    Args:
+        spec: the block.
+        num_classes: rows of the class embedding, 0 for none.
     """
 
     def __init__(self, spec: BlockSpec, num_classes: int = 0):
@@ -22,9 +24,9 @@ class FlowBlock(nn.Module):
             *path, leaf = name.split(".")
             owner: nn.Module = self
             for part in path:
-                if part not in owner._modules:
+                if part not in dict(owner.named_children()):
                     owner.add_module(part, nn.Module())
-                owner = owner._modules[part]
+                owner = owner.get_submodule(part)
             owner.register_parameter(leaf, nn.Parameter(torch.empty(shape)))
             self._slots[name] = owner, leaf
         self.class_embed = nn.Parameter(torch.empty(num_classes, spec.channels)) if num_classes else None
@@ -32,7 +34,7 @@ class FlowBlock(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Identity transform at the start: the head is zero, everything else as in the released code."""
+        """Initialize to the identity transform: the head is zero, everything else is as in the upstream code."""
         for name, weight in self.weights().items():
             if name == "start":
                 nn.init.normal_(weight)
@@ -48,22 +50,40 @@ class FlowBlock(nn.Module):
             nn.init.normal_(self.class_embed, std=1e-2)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Name -> parameter in the order of `spec.weight_shapes`."""
+        """Return the parameters by name, in the order of `spec.weight_shapes`."""
         return {name: getattr(owner, leaf) for name, (owner, leaf) in self._slots.items()}
 
     def forward(self, x, classes=None, text=None, rotary=(None, None), **options):
-        """Data to noise, see `starflow_kernels.block_forward`; `context` explains the arguments."""
+        """Map data to noise, see `starflow_kernels.block_forward`.
+
+        Args:
+            x: (B, T, D) tokens.
+            classes: see `context`.
+            text: see `context`.
+            rotary: see `context`.
+            options: further arguments of `starflow_kernels.block_forward`.
+        """
         return block_forward(x, self.weights(), self.spec, **self.context(classes, text, rotary), **options)
 
     def inverse(self, z, classes=None, text=None, rotary=(None, None), **options):
-        """Noise to data, see `starflow_kernels.block_inverse`; under guidance classes and text have 2B rows."""
+        """Map noise to data, see `starflow_kernels.block_inverse`. Under guidance, classes and text have 2B rows.
+
+        Args:
+            z: (B, T, D) tokens.
+            classes: see `context`.
+            text: see `context`.
+            rotary: see `context`.
+            options: further arguments of `starflow_kernels.block_inverse`.
+        """
         return block_inverse(z, self.weights(), self.spec, **self.context(classes, text, rotary), **options)
 
     def context(self, classes, text, rotary) -> dict[str, torch.Tensor | None]:
-        """What the block ops take beside tokens and weights.
+        """Return the arguments of the block ops beside tokens and weights.
 
-        classes: (B, num_classes) weights of the class embeddings, a row of zeros and a one for a class. text: (B, L,
-        text_dim) in front of the tokens. rotary: cos and sin of the angles, or Nones.
+        Args:
+            classes: (B, num_classes) weights of the class embeddings; a row of a class has a one and zeros.
+            text: (B, L, text_dim) text states in front of the tokens.
+            rotary: cosine and sine of the rotary angles, or (None, None).
         """
         cond = None if classes is None else classes.to(self.class_embed.dtype) @ self.class_embed
         return {"cond": cond, "prefix": text, "cos": rotary[0], "sin": rotary[1]}

@@ -30,14 +30,14 @@ class Conditions:
     """Conditions of a measurement.
 
     Args:
-        device: Type of the device.
+        device: type of the device.
         threads: CPU threads, 0 on other devices.
-        dtype: Dtype of the weights.
-        batch_size: Images per batch.
-        tol: Tolerance of the solvers.
-        guidance: Guidance weight, 0 for none.
-        rule: Guidance rule.
-        annealed: Whether the guidance weight grows over the tokens.
+        dtype: dtype of the weights.
+        batch_size: images per batch.
+        tol: tolerance of the solvers.
+        guidance: guidance weight, 0 for none.
+        rule: guidance rule.
+        annealed: whether the guidance weight grows over the tokens.
     """
 
     device: str
@@ -61,11 +61,11 @@ class Conditions:
         """Conditions of a call.
 
         Args:
-            model: The flow.
-            batch_size: Images per batch.
-            guidance: Guidance of the call.
-            tol: Tolerance of the solvers.
-            device: Device of the call, by default the one of the weights.
+            model: the flow.
+            batch_size: images per batch.
+            guidance: guidance of the call.
+            tol: tolerance of the solvers.
+            device: device of the call, by default the one of the weights.
         """
         weight = next(model.parameters())
         kind, dtype = (device or weight.device).type, str(weight.dtype).removeprefix("torch.")
@@ -97,13 +97,13 @@ class Trial:
     The numbers are None for a solver that was stopped because it took too long.
 
     Args:
-        method: Method of the solver.
-        window: Window of the solver in tokens, 0 for all.
-        neighbours: Distances of the solver's quasi-Newton steps in tokens.
-        seconds: Median seconds per batch.
-        passes: Largest number of passes.
-        tokens: Tokens evaluated.
-        error: Largest absolute difference from the sequential result.
+        method: method of the solver.
+        window: window of the solver in tokens, 0 for all.
+        neighbours: distances of the solver's quasi-Newton steps in tokens.
+        seconds: median seconds per batch.
+        passes: largest number of passes.
+        tokens: tokens evaluated.
+        error: largest absolute difference from the sequential result.
     """
 
     method: str
@@ -140,9 +140,9 @@ class Measurement:
     """Measurements of all blocks of a flow under the same conditions.
 
     Args:
-        conditions: The conditions.
-        machine: Name of the device, for people.
-        blocks: One measurement per block, in the order of the blocks.
+        conditions: the conditions.
+        machine: name of the device, for people.
+        blocks: one measurement per block, in the order of the blocks.
     """
 
     conditions: Conditions
@@ -165,9 +165,9 @@ class Calibration:
     """Measurements of one flow.
 
     Args:
-        grid: Rows and columns of tokens of its images.
-        token_dim: Values per token.
-        measurements: Measurements under different conditions.
+        grid: rows and columns of tokens of its images.
+        token_dim: values per token.
+        measurements: measurements under different conditions.
     """
 
     grid: tuple[int, int]
@@ -208,11 +208,11 @@ def read_calibration(folder: str | Path, config: FlowConfig) -> Calibration | No
     """Read the calibration of a checkpoint folder; None where there is none.
 
     Args:
-        folder: The checkpoint folder.
-        config: Configuration of its flow.
+        folder: the checkpoint folder.
+        config: configuration of its flow.
 
     Raises:
-        CheckpointError: The file is damaged or belongs to a flow of another shape.
+        CheckpointError: the file is damaged or belongs to a flow of another shape.
     """
     path = Path(folder) / SOLVERS
     if not path.exists():

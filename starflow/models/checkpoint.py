@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
-from ..io.files import write_atomically, write_text
+from ..io.files import write_text
+from ..io.tensors import save_tensors
 from ..io.weights import read_weights
 from .calibration import Calibration, save_calibration
 from .config import FlowConfig
@@ -29,21 +28,13 @@ def write_checkpoint(
     """Write a checkpoint folder; each file is written whole or not at all.
 
     Args:
-        folder: The folder.
-        config: Configuration of the flow.
-        state: Weights by name.
-        calibration: Measured speed of solvers, None for none.
+        folder: the folder.
+        config: configuration of the flow.
+        state: weights by name.
+        calibration: measured speed of solvers, None for none.
     """
     folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-    def write(path: Path) -> None:
-        try:
-            save_file(tensors, path)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
-
-    write_atomically(folder / WEIGHTS, write)
+    save_tensors(state, folder / WEIGHTS)
     write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
     save_calibration(calibration, folder)
 
@@ -60,8 +51,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Load the weights of a checkpoint folder, which may be split into several files.
 
     Args:
-        model: The model; its parameters are replaced.
-        folder: The checkpoint folder.
+        model: the model; its parameters are replaced.
+        folder: the checkpoint folder.
 
     Raises:
         CheckpointError: A file is missing or damaged, or weights do not fit the model.
@@ -82,10 +73,10 @@ def check_tensors(
     """Raise CheckpointError unless weights have the expected names and shapes.
 
     Args:
-        state: Weights by name.
-        expected: Expected shape of each weight.
-        source: File of the weights, for the message.
-        asking: What expects these shapes, for the message.
+        state: weights by name.
+        expected: expected shape of each weight.
+        source: file of the weights, for the message.
+        asking: what expects these shapes, for the message.
     """
     for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:

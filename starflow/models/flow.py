@@ -52,7 +52,7 @@ class Flow(nn.Module):
     or None; it is saved with the weights.
 
     Args:
-        config: The configuration.
+        config: the configuration.
     """
 
     def __init__(self, config: FlowConfig):
@@ -84,12 +84,12 @@ class Flow(nn.Module):
         """Read a checkpoint folder, or a bundled checkpoint by its name ("digits"), in eval mode.
 
         Args:
-            folder: Path or name.
-            device: Device of the weights.
-            dtype: Dtype of the weights; None keeps the one of the file.
+            folder: path or name.
+            device: device of the weights.
+            dtype: dtype of the weights; None keeps the one of the file.
 
         Raises:
-            CheckpointError: There is no checkpoint, a file is damaged, or the weights do not fit the configuration.
+            CheckpointError: there is no checkpoint, a file is damaged, or the weights do not fit the configuration.
         """
         folder = resolve(folder)
         config = read_config(folder)
@@ -103,8 +103,8 @@ class Flow(nn.Module):
         """Write weights, configuration and calibration into a folder; each file is written whole or not at all.
 
         Args:
-            folder: The folder.
-            state: Weights to write in place of the flow's own.
+            folder: the folder.
+            state: weights to write in place of the flow's own.
         """
         write_checkpoint(folder, self.config, state or self.state_dict(), self.calibration)
 
@@ -124,22 +124,22 @@ class Flow(nn.Module):
         """Draw images.
 
         Args:
-            count: Number of images N.
+            count: number of images N.
             labels: (N,) int64 classes, -1 for no class.
-            seed: Seed of the noise, which does not depend on the batch size.
-            batch_size: Images per batch.
-            guidance: Guidance towards the classes.
-            inversion: Solvers to use, `Inversion()` by default.
-            denoise: Factor of a step along the score after sampling, see `denoise`; 0 for none.
-            certify: Map the images back to noise and report the largest difference.
-            progress: Called as progress(done, total) with tokens of all blocks and images.
+            seed: seed of the noise, which does not depend on the batch size.
+            batch_size: images per batch.
+            guidance: guidance towards the classes.
+            inversion: solvers to use, `Inversion()` by default.
+            denoise: factor of a step along the score after sampling, see `denoise`; 0 for none.
+            certify: map the images back to noise and report the largest difference.
+            progress: called as progress(done, total) with tokens of all blocks and images.
 
         Returns:
             uint8 images (N, C, H, W) on the CPU, and a `SampleReport`.
 
         Raises:
-            ConfigError: The flow is on latents; a pipeline with their autoencoder draws images from it.
-            InverseError: Values are not finite.
+            ConfigError: the flow is on latents; a pipeline with their autoencoder draws images from it.
+            InverseError: values are not finite.
         """
         from ..sampling.sample import Inversion, SampleOptions, sample
 
@@ -150,9 +150,9 @@ class Flow(nn.Module):
         """Measure which solver is fastest for each block on this machine, and add the result to `calibration`.
 
         Args:
-            batch_size: Images per batch.
-            guidance: Guidance of the samples.
-            options: Further arguments of `starflow.inversion.measure.calibrate`.
+            batch_size: images per batch.
+            guidance: guidance of the samples.
+            options: further arguments of `starflow.inversion.measure.calibrate`.
 
         Returns:
             The measurement.
@@ -184,8 +184,8 @@ class Flow(nn.Module):
         """Join tokens (B, T, D) to images (B, C, H, W).
 
         Args:
-            tokens: The tokens.
-            grid: Rows and columns of tokens, by default the ones of training.
+            tokens: the tokens.
+            grid: rows and columns of tokens, by default the ones of training.
         """
         return unpatchify(tokens, grid or self.config.grid, self.config.patch_size, self.config.patch_order)
 
@@ -203,8 +203,8 @@ class Flow(nn.Module):
             x: (B, C, H, W) data.
             labels: (B,) int64 classes, -1 for no class.
             text: (B, L, text_dim) text states.
-            dropout: Dropout rate of the residual branches, see `starflow_kernels.block_forward`.
-            backend: Name of the backend; None takes the first that can.
+            dropout: dropout rate of the residual branches, see `starflow_kernels.block_forward`.
+            backend: name of the backend; None takes the first that can.
         """
         self._check_context(labels, text, len(x))
         grid, tokens, contexts = self.grid(x), self.tokens(x), self.contexts(labels, text, x)
@@ -239,8 +239,8 @@ class Flow(nn.Module):
         """Negative log-likelihood per dimension without its constant: mean z^2 / 2 - logdet / dimensions.
 
         Args:
-            output: Result of the density direction.
-            latent_penalty: Weight of the mean squares of the inner blocks' latents (STARFlow: 1e-4).
+            output: result of the density direction.
+            latent_penalty: weight of the mean squares of the inner blocks' latents (STARFlow: 1e-4).
         """
         z = output.latents[-1]
         loss = 0.5 * z.square().mean() - output.logdet.mean() / z[0].numel()
@@ -273,22 +273,22 @@ class Flow(nn.Module):
             z: (B, C, H, W) noise.
             labels: (B,) int64 classes, -1 for no class.
             text: (B, L, text_dim) text states.
-            guidance: Guidance towards the class or text.
+            guidance: guidance towards the class or text.
             empty_text: (B or 1, L, text_dim) states that guidance moves away from, usually of the empty prompt.
-            backend: Name of the backend; None takes the first that can.
-            progress: Called as progress(done, total) with tokens of all blocks. An exception from it ends the call.
-            after_block: Called as after_block(block, x) with the result of each block as images; returns its
+            backend: name of the backend; None takes the first that can.
+            progress: called as progress(done, total) with tokens of all blocks. An exception from it ends the call.
+            after_block: called as after_block(block, x) with the result of each block as images; returns its
                 replacement.
-            solvers: One solver for all blocks, or one per block in the order of `blocks`.
+            solvers: one solver for all blocks, or one per block in the order of `blocks`.
             quantize: "int8" or "fp8" rounds weights to one byte per value, see `starflow_kernels.block_inverse`.
-            return_reports: Return (data, reports) with one `SolveReport` per block in the order of `blocks`.
+            return_reports: return (data, reports) with one `SolveReport` per block in the order of `blocks`.
 
         Returns:
             (B, C, H, W) data.
 
         Raises:
-            ConfigError: Guidance has no condition, no text to move away from, and no temperature.
-            InverseError: The noise or data of a block is not finite; the message names the block.
+            ConfigError: guidance has no condition, no text to move away from, and no temperature.
+            InverseError: the noise or data of a block is not finite; the message names the block.
         """
         self._check_context(labels, text, len(z))
         grid, tokens = self.grid(z), self.tokens(z)
@@ -346,7 +346,7 @@ class Flow(nn.Module):
             labels: (B,) int64 classes, -1 for no class.
             text: (B, L, text_dim) text states.
             like: (B, ...) tensor with the dtype and device of the class weights.
-            guidance: Guidance towards the class or text.
+            guidance: guidance towards the class or text.
             empty_text: (B or 1, L, text_dim) states that guidance moves away from.
 
         Returns:
@@ -354,7 +354,7 @@ class Flow(nn.Module):
             condition.
 
         Raises:
-            ConfigError: Guidance has no condition, no text to move away from, and no temperature.
+            ConfigError: guidance has no condition, no text to move away from, and no temperature.
         """
         classes, conditional = self._class_weights(labels, like), labels is not None or text is not None
         plain = guided = classes, text
@@ -383,10 +383,10 @@ class Flow(nn.Module):
         """Draw noise from the prior.
 
         Args:
-            count: Number of draws N.
-            generator: One generator, or one per draw, which makes each draw independent of the others. Noise is drawn
+            count: number of draws N.
+            generator: one generator, or one per draw, which makes each draw independent of the others. Noise is drawn
                 on the device of the generator, or on the CPU.
-            grid: Rows and columns of tokens, by default the ones of training.
+            grid: rows and columns of tokens, by default the ones of training.
 
         Returns:
             (N, C, H, W) float32 noise on the device of the weights.
@@ -420,8 +420,8 @@ class Flow(nn.Module):
             x: (B, C, H, W) samples.
             labels: (B,) int64 classes, -1 for no class.
             text: (B, L, text_dim) text states.
-            noise_std: Standard deviation of the noise, by default the one of training.
-            factor: Factor of the step.
+            noise_std: standard deviation of the noise, by default the one of training.
+            factor: factor of the step.
         """
         noise_std = self.config.noise_std if noise_std is None else noise_std
         with torch.enable_grad():
@@ -465,9 +465,9 @@ class Flow(nn.Module):
         """Cosine and sine of the rotary angles of a block, or (None, None).
 
         Args:
-            block: Index of the block.
-            grid: Rows and columns of tokens.
-            like: Tensor with the dtype and device of the result.
+            block: index of the block.
+            grid: rows and columns of tokens.
+            like: tensor with the dtype and device of the result.
         """
         config = self.config
         if config.rotary == "none":

@@ -18,10 +18,10 @@ class Guidance:
     """Guidance of sampling towards a class or prompt.
 
     Args:
-        weight: Guidance weight >= 0; 0 samples without guidance.
+        weight: guidance weight >= 0; 0 samples without guidance.
         rule: "tarflow" or "starflow", see `starflow_kernels.affine_flow_inverse`.
-        annealed: Let the weight grow linearly over the n transformed tokens of a block, from weight / n to weight.
-        temperature: Attention temperature > 0 of the branch without a condition. A value other than 1 guides a model
+        annealed: let the weight grow linearly over the n transformed tokens of a block, from weight / n to weight.
+        temperature: attention temperature > 0 of the branch without a condition. A value other than 1 guides a model
             that has no condition.
 
     Raises:
@@ -52,9 +52,9 @@ class Guidance:
         """Weight of each token of a block.
 
         Args:
-            tokens: Number of tokens T.
-            start: Whether the block has a start token. Without one, token 0 is not transformed.
-            device: Device of the result.
+            tokens: number of tokens T.
+            start: whether the block has a start token. Without one, token 0 is not transformed.
+            device: device of the result.
 
         Returns:
             (T,) float64 weights in the block's own order.

@@ -15,11 +15,11 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
-from safetensors import SafetensorError
 
 from ..data.prompts import image_size
 from ..errors import CheckpointError, ConfigError, StarflowError
 from ..io.files import write_text
+from ..io.tensors import SafetensorError
 from ..models.checkpoint import PIPELINE_INDEX
 from ..models.flow import Flow
 from ..models.guidance import Guidance
@@ -41,8 +41,8 @@ class FlowPipelineOutput(BaseOutput):
     """Images of a call and how they were drawn.
 
     Args:
-        images: List of PIL images; or (N, H, W, C) numpy or (N, C, H, W) torch on [0, 1]; or the output of the flow.
-        report: Method, passes, seconds per stage, certificate, and a report per block.
+        images: list of PIL images; or (N, H, W, C) numpy or (N, C, H, W) torch on [0, 1]; or the output of the flow.
+        report: method, passes, seconds per stage, certificate, and a report per block.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -70,11 +70,11 @@ class FlowPipeline(DiffusionPipeline):
         """Read a folder.
 
         Args:
-            folder: The folder.
-            options: See `diffusers.DiffusionPipeline.from_pretrained`.
+            folder: the folder.
+            options: see `diffusers.DiffusionPipeline.from_pretrained`.
 
         Raises:
-            CheckpointError: The folder holds no pipeline, another kind of pipeline, or damaged files.
+            CheckpointError: the folder holds no pipeline, another kind of pipeline, or damaged files.
         """
         if cls is not FlowPipeline:
             try:
@@ -93,9 +93,9 @@ class FlowPipeline(DiffusionPipeline):
         """Write a folder, with a model card if it has none.
 
         Args:
-            folder: The folder.
-            arguments: See `diffusers.DiffusionPipeline.save_pretrained`.
-            options: See `diffusers.DiffusionPipeline.save_pretrained`.
+            folder: the folder.
+            arguments: see `diffusers.DiffusionPipeline.save_pretrained`.
+            options: see `diffusers.DiffusionPipeline.save_pretrained`.
         """
         super().save_pretrained(folder, *arguments, **options)
         if not (card := Path(folder) / "README.md").exists():
@@ -106,12 +106,12 @@ class FlowPipeline(DiffusionPipeline):
         """Height and width in pixels of a request.
 
         Args:
-            height: Height in pixels, by default the one of training.
-            width: Width in pixels, by default the one of training.
-            aspect_ratio: Shape at the area of training such as "3:2", in place of height and width.
+            height: height in pixels, by default the one of training.
+            width: width in pixels, by default the one of training.
+            aspect_ratio: shape at the area of training such as "3:2", in place of height and width.
 
         Raises:
-            ConfigError: The model cannot draw this size.
+            ConfigError: the model cannot draw this size.
         """
         config = self.transformer.config
         side, multiple = config.image_size * self.pixels_per_latent, config.patch_size * self.pixels_per_latent
@@ -139,16 +139,16 @@ class FlowPipeline(DiffusionPipeline):
         """Draw noise, or check noise that was given.
 
         Args:
-            count: Number of images N.
-            size: Height and width of the images in pixels.
-            generator: One generator, or one per image, which makes each image independent of the others.
-            latents: Noise to use.
+            count: number of images N.
+            size: height and width of the images in pixels.
+            generator: one generator, or one per image, which makes each image independent of the others.
+            latents: noise to use.
 
         Returns:
             (N, C, H, W) float32 noise on the device of the call.
 
         Raises:
-            ConfigError: There are more or fewer generators than images, or the shape of `latents` is wrong.
+            ConfigError: there are more or fewer generators than images, or the shape of `latents` is wrong.
         """
         config, device = self.transformer.config, self._execution_device
         latent_size = tuple(length // self.pixels_per_latent for length in size)
@@ -177,13 +177,13 @@ class FlowPipeline(DiffusionPipeline):
 
         Args:
             z: (B, C, H, W) noise.
-            condition: Conditions of the images.
-            options: Guidance, solvers, denoising and certificate.
-            recorder: Takes the times and reports.
-            output_type: As in a call.
-            denoise_batch_size: As in a call.
-            progress: As in a call.
-            callback_on_step_end: As in a call.
+            condition: conditions of the images.
+            options: guidance, solvers, denoising and certificate.
+            recorder: takes the times and reports.
+            output_type: as in a call.
+            denoise_batch_size: as in a call.
+            progress: as in a call.
+            callback_on_step_end: as in a call.
         """
         flow = self.transformer
         x = draw(
@@ -219,14 +219,14 @@ class FlowPipeline(DiffusionPipeline):
         """Draw a batch of jobs, see `starflow.sampling.many.DrawJobs`.
 
         Args:
-            jobs: The jobs.
-            generators: One generator per job.
-            recorder: Takes the times and reports.
-            progress: Called as progress(done, total) with tokens.
-            options: Guidance, solvers, denoising and certificate.
-            size: Height and width in pixels.
-            latents: Return the output of the flow in place of pixels.
-            condition_options: Further arguments of `job_condition`.
+            jobs: the jobs.
+            generators: one generator per job.
+            recorder: takes the times and reports.
+            progress: called as progress(done, total) with tokens.
+            options: guidance, solvers, denoising and certificate.
+            size: height and width in pixels.
+            latents: return the output of the flow in place of pixels.
+            condition_options: further arguments of `job_condition`.
         """
         condition = self.job_condition(jobs, options.guidance, recorder, **condition_options)
         z = self.noise(len(jobs), size, generators)
@@ -246,10 +246,10 @@ class FlowPipeline(DiffusionPipeline):
         """Factor of the score step.
 
         Args:
-            factor: The requested factor; None takes the pipeline's own, or 0 for a model trained without noise.
+            factor: the requested factor; None takes the pipeline's own, or 0 for a model trained without noise.
 
         Raises:
-            ConfigError: The factor is out of range, or the model was trained without Gaussian noise.
+            ConfigError: the factor is out of range, or the model was trained without Gaussian noise.
         """
         if factor is None:
             return self.config.denoise if self.transformer.config.noise_std else 0.0

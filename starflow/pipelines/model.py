@@ -1,4 +1,4 @@
-"""The flow as a component of a pipeline."""
+"""Flow as a component of a pipeline."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from ..models.flow import Flow
 
 
 class FlowModel(ModelMixin, Flow, ConfigMixin):
-    """A `Flow` that diffusers saves and loads: the same weights by the same names, the fields of FlowConfig as config.
+    """A `Flow` that diffusers saves and loads, with the same names of weights.
 
-    `save_pretrained` and `from_pretrained` are those of diffusers: shards (max_shard_size), variants, dtype,
-    device_map; the calibration comes along. Weights or settings that do not fit raise CheckpointError. `config` is the
-    FlowConfig.
+    `save_pretrained` and `from_pretrained` take the arguments of diffusers: several weight files (max_shard_size),
+    variants, dtype, device_map. They include the calibration. Weights or settings that do not fit raise
+    CheckpointError.
+
+    Args:
+        fields: the fields of `FlowConfig`.
     """
 
-    # What model_index.json names, so that files inside this package can move.
+    # model_index.json names this module, so that files inside this package can move.
     __module__ = "starflow.pipelines"
     # Whole blocks run in one call of an op: accelerate must not split them.
     _no_split_modules = ("FlowBlock",)
@@ -37,7 +40,7 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
         Flow.__init__(self, config)
         self._gradient_checkpointing_func = None
 
-    # The settings that diffusers reads from config.json and may set by keyword.
+    # diffusers reads the names of the settings from this signature.
     __init__.__signature__ = inspect.Signature(
         [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
         + [
@@ -63,7 +66,7 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
 
     @classmethod
     def from_flow(cls, flow: Flow) -> FlowModel:
-        """The same flow, sharing its weights."""
+        """Return the same flow as a FlowModel; both share the weights."""
         with torch.device("meta"):
             model = cls(**flow.config.to_dict())
         model.load_state_dict(flow.state_dict(), assign=True)
@@ -72,7 +75,16 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *arguments, **options):
-        """A model of a config.json as a mapping, strictly."""
+        """Build a model of the mapping in a config.json, strictly.
+
+        Args:
+            config: the mapping.
+            arguments: see `diffusers.ConfigMixin.from_config`.
+            options: see `diffusers.ConfigMixin.from_config`.
+
+        Raises:
+            CheckpointError: a setting is unknown, missing or out of range.
+        """
         fields = {name: value for name, value in config.items() if not name.startswith("_")}
         try:
             FlowConfig.from_dict({**fields, **{k: v for k, v in options.items() if k in cls._get_init_keys(cls)}})
@@ -82,7 +94,15 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, folder, **options):
-        """Read what `save_pretrained` wrote, see `diffusers.ModelMixin.from_pretrained`."""
+        """Read a folder that `save_pretrained` wrote.
+
+        Args:
+            folder: the folder.
+            options: see `diffusers.ModelMixin.from_pretrained`.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
+        """
         wants_info = options.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(folder, output_loading_info=True, **options)
@@ -100,5 +120,6 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
     # Pipelines look at the signature for the options that they pass on.
     @functools.wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, folder, *arguments, **options):
+        """Write weights, configuration and calibration, see `diffusers.ModelMixin.save_pretrained`."""
         super().save_pretrained(folder, *arguments, **options)
         save_calibration(self.calibration, folder)

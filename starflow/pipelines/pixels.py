@@ -22,8 +22,8 @@ class TarFlowPipeline(FlowPipeline):
     """Images of a TarFlow (arXiv 2412.06329), with classes or without.
 
     Args:
-        transformer: The flow.
-        denoise: Factor of the score step that calls use by default. A model that was trained on uniformly dequantized
+        transformer: the flow.
+        denoise: factor of the score step that calls use by default. A model that was trained on uniformly dequantized
             data uses none.
     """
 
@@ -60,17 +60,36 @@ class TarFlowPipeline(FlowPipeline):
         denoise_batch_size: int | None = None,
         certify: bool = False,
     ) -> FlowPipelineOutput | tuple[list, SampleReport]:
-        """Draw images. Arguments that are not listed here are those of `STARFlowPipeline`.
+        """Draw images.
 
         Args:
-            class_labels: One class or a list of classes, -1 for no class. None draws without a condition.
-            guidance_scale: Guidance weight >= 0; 0 samples without guidance. A model without classes is guided by an
+            class_labels: one class or a list of classes, -1 for no class. None draws without a condition.
+            height: height in pixels, by default the one of training.
+            width: width in pixels, by default the one of training.
+            aspect_ratio: shape at the area of training such as "3:2", in place of height and width.
+            guidance_scale: guidance weight >= 0; 0 samples without guidance. A model without classes is guided by an
                 attention_temperature other than 1.
-            num_images_per_prompt: Images per class.
+            num_images_per_prompt: images per class, next to each other in the result.
+            generator: one generator, or one per image, which makes each image independent of the others.
+            latents: (N, C, H, W) noise to start from in place of random numbers.
             output_type: "pil", "np" or "pt" on [0, 1], or "latent" for the output of the flow on [-1, 1].
+            return_dict: false returns (images, report).
+            callback_on_step_end: called as callback(pipe, step, block, {"latents": x}) after each flow block; may
+                return a mapping with other latents.
+            progress: called as progress(done, total) with tokens of all blocks.
+            method: "auto", "sequential" or "jacobi", see `Inversion`.
+            window: tokens that "jacobi" iterates together; None for all.
+            tol: tolerance of the parallel solvers.
+            quantize: "int8" or "fp8" rounds weights to one byte per value; "none" does not.
+            guidance_rule: "tarflow" or "starflow".
+            annealed: let the guidance weight grow over the tokens of a block.
+            attention_temperature: attention temperature of the branch without a class.
+            denoise: factor of the score step, 0 for none; the pipeline's own by default.
+            denoise_batch_size: images per backward pass; by default as many as fit into 4 GiB.
+            certify: map the samples back to noise and report the largest difference.
 
         Raises:
-            ConfigError: An argument is out of range; the message names it.
+            ConfigError: an argument is out of range; the message names it.
         """
         check_call(num_images_per_prompt, output_type)
         options = SampleOptions(

@@ -24,12 +24,12 @@ class STARFlowPipeline(FlowPipeline):
     """Images of a STARFlow (arXiv 2506.06276): prompt, text states, flow, score denoising, decoder.
 
     Args:
-        transformer: The flow.
-        vae: The autoencoder whose latents, times its scaling factor, the flow models.
+        transformer: the flow.
+        vae: the autoencoder whose latents, times its scaling factor, the flow models.
         text_encoder: T5; without it calls need prompt_embeds.
-        tokenizer: The tokenizer of T5.
-        mixed_aspect: The flow was trained on several aspect ratios, and every prompt names its own.
-        denoise: Factor of the score step that calls use by default; 0 for an autoencoder whose decoder was trained on
+        tokenizer: the tokenizer of T5.
+        mixed_aspect: the flow was trained on several aspect ratios, and every prompt names its own.
+        denoise: factor of the score step that calls use by default; 0 for an autoencoder whose decoder was trained on
             noisy latents.
     """
 
@@ -83,36 +83,36 @@ class STARFlowPipeline(FlowPipeline):
         """Draw images of prompts.
 
         Args:
-            prompt: One prompt or a list of prompts.
-            height: Height in pixels, by default the one of training. Another size scales the rotary positions.
-            width: Width in pixels, by default the one of training.
-            aspect_ratio: Shape at the area of training such as "3:2", in place of height and width.
-            guidance_scale: Guidance weight >= 0 of the released models; 0 samples without guidance. A scale that counts
+            prompt: one prompt or a list of prompts.
+            height: height in pixels, by default the one of training. Another size scales the rotary positions.
+            width: width in pixels, by default the one of training.
+            aspect_ratio: shape at the area of training such as "3:2", in place of height and width.
+            guidance_scale: guidance weight >= 0 of the released models; 0 samples without guidance. A scale that counts
                 from 1 is this weight plus 1. It acts on the blocks that the text reaches.
-            negative_prompt: Prompt that guidance moves away from, or one per prompt; "" by default.
-            num_images_per_prompt: Images per prompt, next to each other in the result.
-            generator: One generator, or one per image, which makes each image independent of the others.
+            negative_prompt: prompt that guidance moves away from, or one per prompt; "" by default.
+            num_images_per_prompt: images per prompt, next to each other in the result.
+            generator: one generator, or one per image, which makes each image independent of the others.
             latents: (N, C, h, w) noise to start from in place of random numbers.
             prompt_embeds: (N, text_len, text_dim) states from `encode_prompts`, in place of prompts.
             negative_prompt_embeds: (1 or N, text_len, text_dim) states, in place of negative prompts.
             output_type: "pil", "np" or "pt" on [0, 1], or "latent" for the output of the flow.
-            return_dict: False returns (images, report).
-            callback_on_step_end: Called as callback(pipe, step, block, {"latents": x}) after each flow block; may
+            return_dict: false returns (images, report).
+            callback_on_step_end: called as callback(pipe, step, block, {"latents": x}) after each flow block; may
                 return a mapping with other latents.
-            progress: Called as progress(done, total) with tokens of all blocks.
+            progress: called as progress(done, total) with tokens of all blocks.
             method: "auto", "sequential" or "jacobi", see `Inversion`.
-            window: Tokens that "jacobi" iterates together; None for all.
-            tol: Tolerance of the parallel solvers.
+            window: tokens that "jacobi" iterates together; None for all.
+            tol: tolerance of the parallel solvers.
             quantize: "int8" or "fp8" rounds weights to one byte per value; "none" does not.
             guidance_rule: "starflow" or "tarflow".
-            annealed: Let the guidance weight grow over the tokens of a block.
-            attention_temperature: Attention temperature of the branch without the prompt.
-            denoise: Factor of the score step, 0 for none; the pipeline's own by default.
-            denoise_batch_size: Images per backward pass; by default as many as fit into 4 GiB.
-            certify: Map the samples back to noise and report the largest difference.
+            annealed: let the guidance weight grow over the tokens of a block.
+            attention_temperature: attention temperature of the branch without the prompt.
+            denoise: factor of the score step, 0 for none; the pipeline's own by default.
+            denoise_batch_size: images per backward pass; by default as many as fit into 4 GiB.
+            certify: map the samples back to noise and report the largest difference.
 
         Raises:
-            ConfigError: An argument is out of range; the message names it.
+            ConfigError: an argument is out of range; the message names it.
         """
         check_call(num_images_per_prompt, output_type)
         options = SampleOptions(
@@ -153,11 +153,11 @@ class STARFlowPipeline(FlowPipeline):
         """Text states of the prompts of a batch of jobs.
 
         Args:
-            jobs: The jobs.
-            guidance: Guidance of the batch.
-            recorder: Takes the time.
-            ratio: Aspect ratio of the images.
-            negative_prompt: Prompt that guidance moves away from; "" by default.
+            jobs: the jobs.
+            guidance: guidance of the batch.
+            recorder: takes the time.
+            ratio: aspect ratio of the images.
+            negative_prompt: prompt that guidance moves away from; "" by default.
         """
         with recorder.clock("text"):
             text = self._states("prompt", [job.condition for job in jobs], None, ratio)

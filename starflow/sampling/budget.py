@@ -42,12 +42,12 @@ def image_bytes(
     attention weights.
 
     Args:
-        flow: The flow.
-        guidance: Guidance of the samples.
-        inversion: How the flow is inverted.
-        grid: Rows and columns of tokens, by default the ones of training.
-        certify: Whether samples are certified.
-        pixels: Values of the finished image.
+        flow: the flow.
+        guidance: guidance of the samples.
+        inversion: how the flow is inverted.
+        grid: rows and columns of tokens, by default the ones of training.
+        certify: whether samples are certified.
+        pixels: values of the finished image.
     """
     config = flow.config
     rows, columns = grid or config.grid
@@ -85,12 +85,12 @@ def fitting_batch(budget: int, fixed: int, each: int) -> int:
     """Number of images, at most MOST, that fit into a budget.
 
     Args:
-        budget: Bytes in all.
-        fixed: Bytes that are taken already.
-        each: Bytes per image.
+        budget: bytes in all.
+        fixed: bytes that are taken already.
+        each: bytes per image.
 
     Raises:
-        ConfigError: Not even one image fits.
+        ConfigError: not even one image fits.
     """
     fixed += ANY_BATCH
     if budget < fixed + each:

@@ -19,9 +19,9 @@ class Job:
     """One sample. Its noise is determined by the seed of the run, `index` and `copy`.
 
     Args:
-        index: Index of the condition: of the prompt, or the class, or 0 for none.
-        copy: Index of the sample among the samples of its condition.
-        condition: The prompt or class, None for none.
+        index: index of the condition: of the prompt, or the class, or 0 for none.
+        copy: index of the sample among the samples of its condition.
+        condition: the prompt or class, None for none.
     """
 
     index: int
@@ -59,11 +59,11 @@ class Layout:
         format: "png" writes one file per image. "npz" writes files with arr_0, uint8 (N, H, W, C), labels and copies.
             "safetensors" writes files with pixels, uint8 (N, C, H, W), labels and copies. A label is the class, -1 for
             none, or the index of the prompt.
-        per_file: Samples per file of "npz" and "safetensors"; the last file may hold fewer.
-        latents: Write the output of the flow, float32 (N, C, h, w), as latents in place of pixels.
+        per_file: samples per file of "npz" and "safetensors"; the last file may hold fewer.
+        latents: write the output of the flow, float32 (N, C, h, w), as latents in place of pixels.
 
     Raises:
-        ConfigError: The format is unknown, or latents are asked for in another format than safetensors.
+        ConfigError: the format is unknown, or latents are asked for in another format than safetensors.
     """
 
     format: str = "png"

@@ -32,16 +32,16 @@ def begin(out: Path, files: list[SampleFile], settings: dict[str, Any], check: b
     """Begin or continue a run: write the ledger of the files that exist.
 
     Args:
-        out: Folder of the run.
-        files: Files that are asked for.
-        settings: Settings that determine the samples.
-        check: Compare the digests of files of many samples. A file that differs counts as missing.
+        out: folder of the run.
+        files: files that are asked for.
+        settings: settings that determine the samples.
+        check: compare the digests of files of many samples. A file that differs counts as missing.
 
     Returns:
         Names of the files that exist.
 
     Raises:
-        ConfigError: The folder was begun with other settings or samples, or holds images without a ledger.
+        ConfigError: the folder was begun with other settings or samples, or holds images without a ledger.
     """
     present = {path.name for path in out.glob("[0-9]*.*")}
     begun, entries = _read(out) if present else (settings, {})

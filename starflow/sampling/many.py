@@ -46,19 +46,19 @@ def generate(
     Under torchrun every process calls this function and draws its part. All of them get the report of the whole run.
 
     Args:
-        draw_jobs: Draws a batch.
-        jobs: The samples.
-        out: Folder of the run.
-        seed: Seed of the run.
-        batch_size: Samples per batch; the last batch may be smaller.
-        settings: Everything else that determines the samples, such as the checkpoint and the options.
-        device: Device of the flow.
-        columns: Images per row of the grid.
-        layout: How samples are written.
+        draw_jobs: draws a batch.
+        jobs: the samples.
+        out: folder of the run.
+        seed: seed of the run.
+        batch_size: samples per batch; the last batch may be smaller.
+        settings: everything else that determines the samples, such as the checkpoint and the options.
+        device: device of the flow.
+        columns: images per row of the grid.
+        layout: how samples are written.
 
     Raises:
-        ConfigError: The folder was begun with other settings, seed, layout or samples.
-        InverseError: Values are not finite.
+        ConfigError: the folder was begun with other settings, seed, layout or samples.
+        InverseError: values are not finite.
         StarflowError: A file cannot be written.
 
     Warns:
@@ -106,8 +106,8 @@ class ProgressBar:
     """Progress bar of images on stderr; hidden without a terminal.
 
     Args:
-        images: Number of images.
-        hidden: Hide the bar with a terminal too.
+        images: number of images.
+        hidden: hide the bar with a terminal too.
     """
 
     def __init__(self, images: int, hidden: bool = False):

@@ -27,10 +27,10 @@ class SampleOptions:
     """Options of sampling.
 
     Args:
-        guidance: Guidance towards a class or prompt.
-        inversion: Solvers and their tolerance.
-        denoise: Factor of a step along the score after sampling, see `Flow.denoise`; 0 for none.
-        certify: Map the samples back to noise and report the largest difference.
+        guidance: guidance towards a class or prompt.
+        inversion: solvers and their tolerance.
+        denoise: factor of a step along the score after sampling, see `Flow.denoise`; 0 for none.
+        certify: map the samples back to noise and report the largest difference.
     """
 
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
@@ -60,14 +60,14 @@ class SampleReport:
     """Report of how samples were drawn.
 
     Args:
-        count: Samples drawn.
-        kept: Samples that a folder already held and that were not drawn again.
-        seconds: Wall time; of the slowest process where several took part.
-        stages: Seconds per stage: "text", "flow", "certify", "denoise", "decode", "write".
-        certificate: Largest difference between the noise and the samples mapped back to noise, before denoising; None
+        count: samples drawn.
+        kept: samples that a folder already held and that were not drawn again.
+        seconds: wall time; of the slowest process where several took part.
+        stages: seconds per stage: "text", "flow", "certify", "denoise", "decode", "write".
+        certificate: largest difference between the noise and the samples mapped back to noise, before denoising; None
             if it was not asked for or does not exist.
-        certificate_mean: Mean difference.
-        blocks: One report per block of the flow.
+        certificate_mean: mean difference.
+        blocks: one report per block of the flow.
     """
 
     count: int
@@ -110,7 +110,7 @@ class Recorder:
     """Collects what the batches of a run take.
 
     Args:
-        device: Device of the flow.
+        device: device of the flow.
     """
 
     def __init__(self, device: torch.device):
@@ -170,16 +170,16 @@ def draw(
     """Draw one batch.
 
     Args:
-        flow: The flow.
+        flow: the flow.
         z: (B, C, H, W) noise.
-        options: Guidance, solvers, denoising and certificate.
-        recorder: Takes the times, the certificate and the reports of the blocks.
+        options: guidance, solvers, denoising and certificate.
+        recorder: takes the times, the certificate and the reports of the blocks.
         labels: (B,) int64 classes, -1 for no class.
         text: (B, L, text_dim) text states.
         empty_text: (B or 1, L, text_dim) states that guidance moves away from.
-        denoise_rows: Samples per backward pass of denoising, by default all.
-        progress: Called as progress(done, total) with tokens of all blocks.
-        after_block: Called after each block, see `Flow.inverse`.
+        denoise_rows: samples per backward pass of denoising, by default all.
+        progress: called as progress(done, total) with tokens of all blocks.
+        after_block: called after each block, see `Flow.inverse`.
 
     Returns:
         (B, C, H, W) images or latents, denoised.
@@ -225,17 +225,17 @@ def sample(
     """Draw images of a flow on pixels.
 
     Args:
-        flow: The flow.
-        count: Number of images N.
+        flow: the flow.
+        count: number of images N.
         labels: (N,) int64 classes, -1 for no class.
-        seed: Seed of the noise, which does not depend on the batch size.
-        batch_size: Images per batch.
-        options: Guidance, solvers, denoising and certificate.
-        progress: Called as progress(done, total) with tokens of all blocks and images.
+        seed: seed of the noise, which does not depend on the batch size.
+        batch_size: images per batch.
+        options: guidance, solvers, denoising and certificate.
+        progress: called as progress(done, total) with tokens of all blocks and images.
 
     Raises:
-        ConfigError: The flow is on latents.
-        InverseError: Values are not finite.
+        ConfigError: the flow is on latents.
+        InverseError: values are not finite.
     """
     check_pixels(flow)
     noise = flow.noise(count, generator(seed))

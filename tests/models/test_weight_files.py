@@ -1,4 +1,4 @@
-"""Weights in shards: the Hugging Face layout, strict, and one tensor at a time in memory."""
+"""Weight files: the Hugging Face layout, strict, and one tensor at a time in memory."""
 
 import json
 import weakref
@@ -22,7 +22,7 @@ def entries(state: dict[str, torch.Tensor]) -> list[Entry]:
 
 @pytest.fixture
 def sharded(tmp_path):
-    """A flow, and its folder with the weights in three shards."""
+    """A flow, and its folder with the weights in three files."""
     flow = Flow(FlowConfig(image_size=4, image_channels=1, patch_size=2, channels=16, layers=(1, 1), head_dim=8))
     flow.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -54,7 +54,7 @@ def test_files_are_those_of_safetensors(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_a_tensor_larger_than_a_shard(tmp_path):
+def test_a_tensor_larger_than_a_weight_file(tmp_path):
     state = {"small": torch.zeros(2), "large": torch.zeros(100), "after": torch.zeros(2)}
     files = write_weights(tmp_path, entries(state), 64)
     assert [sorted(load_file(tmp_path / f)) for f in files[:-1]] == [["small"], ["large"], ["after"]]
@@ -79,22 +79,22 @@ def edit(folder, change):
     (folder / INDEX).write_text(json.dumps(change(index)))
 
 
-def set_map(name, shard):
-    return lambda index: {**index, "weight_map": {**index["weight_map"], name: shard}}
+def set_map(name, file):
+    return lambda index: {**index, "weight_map": {**index["weight_map"], name: file}}
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / LAST).unlink(), f"lacks the shard {LAST}"),
+        (lambda f: (f / LAST).unlink(), f"lacks the weight file {LAST}"),
         (lambda f: (f / LAST).write_bytes((f / LAST).read_bytes()[:-4]), LAST),
         (lambda f: (f / LAST).write_bytes(b""), LAST),
         (lambda f: (f / LAST).write_bytes((f / FIRST).read_bytes()), f"{LAST} does not fit"),
         (lambda f: (f / INDEX).write_text("{"), "not an index"),
         (lambda f: (f / INDEX).write_text("[]"), "not an index"),
         (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 3}}'), "not an index"),
-        (lambda f: edit(f, set_map("x", "../x.safetensors")), "not the name of a shard"),
-        (lambda f: edit(f, set_map("x", "/etc/passwd")), "not the name of a shard"),
+        (lambda f: edit(f, set_map("x", "../x.safetensors")), "not the name of a weight file"),
+        (lambda f: edit(f, set_map("x", "/etc/passwd")), "not the name of a weight file"),
         (lambda f: edit(f, set_map("x", LAST)), f"{LAST} does not fit .*: x is in only one"),
         (lambda f: edit(f, set_map("blocks.0.proj_in.weight", LAST)), "does not fit"),
         (lambda f: edit(f, lambda index: {**index, "metadata": {"total_size": 1}}), "total_size is 1"),
