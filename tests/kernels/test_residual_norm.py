@@ -107,7 +107,7 @@ def test_second_derivative_is_refused(backend):
     [
         ({"x": None}, TypeError, "x: expected a tensor"),
         ({"x": torch.zeros(3, 4)}, ValueError, r"x: expected shape \(B, T, C\), got \(3, 4\)"),
-        ({"update": torch.zeros(2, 3, 1)}, ValueError, r"update: expected shape \(2, 3, 4\)"),
+        ({"residual": torch.zeros(2, 3, 1)}, ValueError, r"residual: expected shape \(2, 3, 4\)"),
         ({"weight": torch.zeros(3)}, ValueError, r"weight: expected shape \(4,\)"),
         ({"bias": torch.zeros(4, device="meta")}, ValueError, "bias: on meta, expected cpu"),
         ({"kind": "batch_norm"}, ValueError, "kind='batch_norm': expected one of 'layer_norm', 'rms_norm'"),
