@@ -1,0 +1,1 @@
+"""Affine flow transform, data to noise."""

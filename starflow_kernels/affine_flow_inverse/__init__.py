@@ -1,0 +1,1 @@
+"""Inverse affine transform with guidance, noise to data."""

@@ -1,0 +1,1 @@
+"""Flow block, both directions."""

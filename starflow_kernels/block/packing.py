@@ -35,6 +35,7 @@ class WeightCache:
         self.make, self.kept = make, {}
 
     def __call__(self, spec_json: str, weights: list[torch.Tensor], *options: str):
+        """Return make(spec, weights, *options), from the cache where it is valid."""
         if any(map(torch.Tensor.is_inference, weights)):
             return self.make(BlockSpec.from_json(spec_json), weights, *options)
         key = id(weights[0]), spec_json, *options

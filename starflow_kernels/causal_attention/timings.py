@@ -1,7 +1,7 @@
-"""Which backend of an attention was measured to be the fastest: a table, data beside the op.
+"""Table of the attention backend that was measured fastest, stored beside the op and written by benchmarks/gpu.
 
-benchmarks/gpu writes it. An entry holds for a chip, pass, dtype, head size and kind of window, from its number of
-tokens up to that of the next entry; where there is none, the order of the backends stands.
+An entry applies to a chip, pass, dtype, head size and kind of window, from its number of tokens up to that of the next
+entry. Where no entry applies, the usual order of the backends does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import torch
 
 
 class Entry(NamedTuple):
-    """From `tokens` on, `backend` is the fastest; `measured`: on what, with which versions, when, and the times."""
+    """Row of the table: from `tokens` on, `backend` is the fastest.
+
+    kind: "forward" or "backward". head: values per head. window: whether attention is windowed. measured: device,
+    versions, date and times of the measurement.
+    """
 
     chip: str
     kind: str
@@ -35,7 +39,7 @@ def _chip_of(index: int) -> str:
 
 
 def chip(device: torch.device) -> str:
-    """Name of the chip in the table: "sm_90", "gfx942", "cpu"."""
+    """Return the name of a chip in the table, such as "sm_90", "gfx942" or "cpu"."""
     return (
         _chip_of(torch.cuda.current_device() if device.index is None else device.index)
         if device.type == "cuda"
@@ -44,53 +48,54 @@ def chip(device: torch.device) -> str:
 
 
 def chips() -> set[str]:
-    """Those of this machine."""
+    """Return the names of the chips of this machine."""
     return {"cpu", *(_chip_of(i) for i in range(torch.cuda.device_count()))}
 
 
 def merged(old: list[Entry], new: list[Entry]) -> list[Entry]:
-    """All of both, in order; a new entry replaces an old one for the same arguments."""
-    return [found for _, found in sorted({entry[:6]: entry for entry in (*old, *new)}.items())]
+    """Merge two tables, sorted; a new entry replaces an old one for the same arguments."""
+    return [entry for _, entry in sorted({entry[:6]: entry for entry in (*old, *new)}.items())]
 
 
 def write(path: Path, new: list[Entry]) -> None:
-    """Add entries to the table of a file."""
+    """Merge entries into the table of a file."""
     old = Table(path).entries if path.exists() else []
     entries = [json.dumps(entry._asdict()) for entry in merged(old, new)]
     path.write_text("[\n" + ",\n".join(entries) + "\n]\n" if entries else "[]\n")
 
 
 class Table:
-    """The entries of a file, read once."""
+    """Table of a file, read once."""
 
     def __init__(self, path: Path):
         self.path = path
 
     @functools.cached_property
     def entries(self) -> list[Entry]:
+        """All entries."""
         return [Entry(**fields) for fields in json.loads(self.path.read_text())]
 
     @functools.cached_property
     def _index(self) -> dict[tuple, list[tuple[int, str]]]:
-        """Tokens and backend of each entry, the longest first."""
+        """Map from chip, kind, dtype, head and window to (tokens, backend), most tokens first."""
         index: dict[tuple, list[tuple[int, str]]] = {}
         for entry in sorted(self.entries, key=lambda entry: -entry.tokens):
             index.setdefault(entry[:5], []).append((entry.tokens, entry.backend))
         return index
 
     def name(self, kind: str, q: torch.Tensor, window: bool) -> str | None:
-        """The backend that was fastest in the pass `kind` for queries like q (B, T, H, d), or None."""
+        """Return the backend that was fastest in pass `kind` for queries like q (B, T, H, d), or None."""
         if not self._index:
             return None
         key = chip(q.device), kind, str(q.dtype).removeprefix("torch."), q.shape[-1], window
         return next((backend for tokens, backend in self._index.get(key, ()) if tokens <= q.shape[1]), None)
 
     def here(self, kind: str) -> dict[str, str]:
-        """What each backend is the fastest for on this machine."""
-        found: dict[str, list[str]] = {}
+        """Map each backend to the arguments for which it is fastest on this machine."""
+        cases: dict[str, list[str]] = {}
         for entry in self.entries:
             if entry.kind == kind and entry.chip in chips():
                 window = " in a window" if entry.window else ""
                 what = f"{entry.kind} on {entry.chip} for {entry.dtype}, heads of {entry.head}{window}"
-                found.setdefault(entry.backend, []).append(f"{what}, from {entry.tokens} tokens")
-        return {backend: "; ".join(texts) for backend, texts in found.items()}
+                cases.setdefault(entry.backend, []).append(f"{what}, from {entry.tokens} tokens")
+        return {backend: "; ".join(texts) for backend, texts in cases.items()}

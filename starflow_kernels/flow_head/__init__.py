@@ -1,0 +1,1 @@
+"""Flow head: norm, projection and affine transform."""

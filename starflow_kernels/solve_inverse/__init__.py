@@ -1,0 +1,1 @@
+"""Inverse of any causal conditioner."""

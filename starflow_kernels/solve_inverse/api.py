@@ -1,4 +1,4 @@
-"""Inverse of any causal conditioner, with a report of what was done."""
+"""Inverse of any causal conditioner, with a report."""
 
 from __future__ import annotations
 
@@ -27,26 +27,36 @@ def solve_inverse(
     guess: torch.Tensor | None = None,
     certify: bool = False,
 ) -> tuple[torch.Tensor, SolveReport]:
-    """Solve x_t = mu_t(x) + sigma_t(x) z_t for x, where token t's parameters depend on earlier tokens alone.
+    """Solve x_t = mu_t(x) + sigma_t(x) z_t for x, where the parameters of token t depend on earlier tokens alone.
+
+    The inverse of TarFlow (arXiv 2412.06329), eq. 3, for any network; Jacobi by arXiv 2505.12849 and 2505.24791.
 
     Args:
-        conditioner: maps x (B, T, D) to raw parameters (B, T, 2D) [a | b] (D wide where spec.scale is "unit");
-            those of token t may depend only on the tokens before it in `order`, and those of a row on that row. A
-            MADE over n scalars is T = n, D = 1.
-        z: (B, T, D) finite noise.
-        spec: how a and b become sigma and mu.
+        conditioner: maps x (B, T, D) to raw parameters (B, T, 2D) [a | b], (B, T, D) where spec.scale is "unit". The
+            parameters of token t may depend only on the tokens before it in `order`, and a row only on itself. A MADE
+            over n scalars has T = n and D = 1.
+        z: (B, T, D) finite noise, any floating dtype.
+        spec: map from a and b to sigma and mu, as in `affine_flow`.
         order: permutation of 0 .. T - 1, the order in which tokens are generated; None: ascending.
-        solver: sequential or Jacobi, see `Solver`. Every pass evaluates all tokens, so window must be 0.
-        context: tensors of B rows, passed as conditioner(x, *context); rows of samples that are done leave them too.
-        guess: (B, T, D) finite, where Jacobi starts in place of solver.guess.
-        certify: run one density pass over the result and report its residual.
+        solver: sequential or Jacobi, see `Solver`. Every pass evaluates all tokens, so its window must be 0.
+        context: tensors of B rows, passed as conditioner(x, *context); rows of finished samples are left out.
+        guess: (B, T, D) finite initial values of Jacobi, in place of solver.guess.
+        certify: run one density pass over the result and report its largest error.
 
     Returns:
-        x (B, T, D) in the dtype of z, and a SolveReport.
+        x (B, T, D) in the dtype of z, and a SolveReport. Not differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape or value; a conditioner whose output has the
-            wrong shape; z not finite; a result that is not, naming token and sample.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: an argument of the wrong shape or value; an output of the conditioner of the wrong shape; z not
+            finite; a result that is not finite, with its token and sample.
+
+    Equivalent to:
+        ```python
+        x = torch.zeros_like(z)
+        for t in range(z.shape[1]):
+            x[:, t] = affine_flow_inverse(z, conditioner(x), spec)[:, t]
+        ```
     """
     check_tensor("z", z, ("B", "T", "D"))
     check_finite("z", z)
@@ -78,8 +88,8 @@ def solve_inverse(
     tokens = T * (B * T if solver.method == "sequential" else int(sweeps.sum()))
     certificate = None
     if certify:
-        again, _ = affine_flow(x, checked(x), spec.scale, spec.soft_clip, False, False, "sum")
-        certificate = (again - z).abs().max().item() if B else 0.0
+        noise, _ = affine_flow(x, checked(x), spec.scale, spec.soft_clip, False, False, "sum")
+        certificate = (noise - z).abs().max().item() if B else 0.0
     sweeps = sweeps[:, None].repeat(1, T)
     return x, SolveReport(solver.method, passes, tokens, seconds, sweeps, residual, fallbacks, certificate)
 
@@ -88,7 +98,7 @@ def _check_solver(solver: Solver) -> None:
     if not isinstance(solver, Solver):
         raise TypeError(f"solver: expected a Solver, got {type(solver).__name__}")
     if solver.window:
-        raise ValueError(f"solver: window={solver.window}, expected 0, every pass evaluates all tokens")
+        raise ValueError(f"solver: window={solver.window}, expected 0, since every pass evaluates all tokens")
 
 
 def _check_context(context: tuple[torch.Tensor, ...], B: int) -> None:
