@@ -1,1 +1,1 @@
-"""Checks and benchmarks on a GPU."""
+"""Benchmarks of the GPU backends, and the tool that compiles their Triton kernels without a GPU."""

@@ -1,4 +1,4 @@
-"""Where the GPU benchmarks run, how they time, count and poison, and how a check ends."""
+"""Device, clocks and counters of the GPU benchmarks, and the outcome of a check."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ GIB = 2**30
 
 
 class Skip(Exception):
-    """A check that cannot be made here."""
+    """Raised by a check that cannot run here; the message gives the reason."""
 
 
 class Bench:
-    """Where everything runs: a GPU, or in a dry run the CPU."""
+    """Device on which everything runs: a GPU, or in a dry run the CPU.
+
+    Args:
+        dry: use tiny shapes on the CPU.
+    """
 
     def __init__(self, dry: bool):
         self.dry, self.device = dry, "cpu" if dry else "cuda"
@@ -31,7 +35,7 @@ class Bench:
         self.compiler = "aot_eager" if dry else "inductor"
 
     def seconds(self, run: Callable) -> float:
-        """Median seconds of run()."""
+        """Return the median seconds of run() with cold caches."""
         if self.dry:
             start = time.perf_counter()
             run()
@@ -40,7 +44,7 @@ class Bench:
         torch.cuda.synchronize()
         cold, times = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda"), []
         for _ in range(30):
-            cold.zero_()  # what the last call left in cache
+            cold.zero_()  # evicts what the last call left in cache
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run()
@@ -50,7 +54,7 @@ class Bench:
         return statistics.median(start.elapsed_time(end) for start, end in times) / 1e3
 
     def peak_memory(self, run: Callable) -> int | None:
-        """Bytes that run() allocates beyond what was there."""
+        """Return the peak bytes that run() allocates, None in a dry run."""
         if self.dry:
             return None
         torch.cuda.synchronize()
@@ -61,7 +65,7 @@ class Bench:
         return torch.cuda.max_memory_allocated() - before
 
     def ceilings(self) -> dict[str, float]:
-        """Bytes a second of a copy, read and written, and operations a second of a bfloat16 matrix product."""
+        """Measure the bytes per second of a copy and the operations per second of matrix products."""
         size, n = (2**16, 64) if self.dry else (GIB, 8192)
         source = torch.ones(size, dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
@@ -74,7 +78,7 @@ class Bench:
         }
 
     def wall(self, run: Callable) -> tuple[object, float]:
-        """What run() returns and its seconds, until the device has ended."""
+        """Return the result of run() and its seconds, until the device is idle."""
         self.wait()
         start = time.perf_counter()
         result = run()
@@ -82,17 +86,17 @@ class Bench:
         return result, time.perf_counter() - start
 
     def wait(self) -> None:
-        """Until the device has ended."""
+        """Wait until the device is idle."""
         if not self.dry:
             torch.cuda.synchronize()
 
     def allocated(self) -> int:
-        """Bytes of tensors on the GPU."""
+        """Return the bytes of tensors on the GPU."""
         self.wait()
         return 0 if self.dry else torch.cuda.memory_allocated()
 
     def launched(self, run: Callable) -> int:
-        """Kernels that run() launches, replays of graphs included; in a dry run those of Triton alone."""
+        """Count the kernels that run() launches, also by graphs; in a dry run only those of Triton."""
         if not self.dry:
             from torch.profiler import ProfilerActivity, profile
 
@@ -103,6 +107,7 @@ class Bench:
         if runtime.unavailable():
             run()
             return 0
+        # Private to Triton; seen in 3.6.0 and 3.9.0.
         from triton.runtime.interpreter import GridExecutor
 
         launch, count = GridExecutor.__call__, itertools.count()
@@ -120,7 +125,7 @@ class Bench:
 
     @contextlib.contextmanager
     def poisoned(self) -> Iterator[None]:
-        """Memory that torch allocates holds NaN: on a GPU that which its allocator keeps."""
+        """Fill memory that torch will allocate with NaN; on a GPU the blocks that its allocator keeps."""
         if self.dry:
             torch.use_deterministic_algorithms(True)
         else:
@@ -134,7 +139,7 @@ class Bench:
 
     @contextlib.contextmanager
     def products_by_rows(self) -> Iterator[None]:
-        """In the interpreter products are numpy's, whose bits depend on the place of a row: each row alone."""
+        """Multiply row by row in the interpreter: the bits of numpy's products depend on the place of a row."""
         if not self.dry:
             yield
             return
@@ -149,17 +154,22 @@ class Bench:
 
 
 class Clock:
-    """What is left of some seconds."""
+    """Budget of seconds that starts now.
+
+    Args:
+        seconds: the whole budget.
+    """
 
     def __init__(self, seconds: float):
         self.end = time.perf_counter() + seconds
 
     def left(self) -> float:
+        """Return the seconds that are left."""
         return self.end - time.perf_counter()
 
 
 def attempt(function: Callable, *args) -> tuple[str, str]:
-    """ "passed", "skipped" or "failed", and what the function says of it."""
+    """Call a function; return "passed", "skipped" or "failed", and its result or the reason."""
     try:
         return "passed", function(*args) or ""
     except Skip as reason:

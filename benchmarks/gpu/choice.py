@@ -1,4 +1,4 @@
-"""Times of every attention backend on a GPU, and from them the entries of the table that chooses one."""
+"""Times of every attention backend on a GPU, and the entries of the table that chooses one by them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import starflow_kernels
 from starflow_kernels._core import dispatch
 from starflow_kernels.causal_attention.timings import Entry, chip
 
+from .bench import Bench
 from .op_cases import angles, randn
 
 TABLE = Path(starflow_kernels.__file__).parent / "causal_attention" / "timings.json"
@@ -28,28 +29,28 @@ DRY = [(2, 70, 2, 1, 16, None)]
 
 
 class Passes(NamedTuple):
-    """forward() gives out and the log-sum-exp, backward() the gradients of q, k and v, for a fixed draw."""
+    """Both passes of a backend: forward() returns out and log-sum-exp, backward() the gradients of q, k and v."""
 
     forward: Callable
     backward: Callable
 
 
 def draw(shape, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """Inputs and the gradient of the output."""
+    """Return random q, k, v and gradient of the output for a shape (B, T, H, H_kv, d, window)."""
     B, T, H, groups, d, _ = shape
     tensors = randn(dtype, device, (B, T, H, d), (B, T, groups, d), (B, T, groups, d), (B, T, H, d))
     return dict(zip(("q", "k", "v", "grad"), tensors))
 
 
 def arguments(tensors: dict[str, torch.Tensor], window: int | None) -> tuple:
-    """Those of the op, with rotary positions."""
+    """Return the arguments of the op, with rotary positions."""
     q, k, v, _ = tensors.values()
     cos, sin = angles(q.shape[1], q.shape[3], q.dtype, q.device)[q.dtype]
     return q, k, v, cos, sin, "interleaved", window or 0, 1.0
 
 
 def passes(tensors: dict[str, torch.Tensor], window: int | None, backend: str) -> Passes:
-    """Both passes of a backend; forward runs once for what backward reads."""
+    """Return both passes of a backend; the forward pass runs once, as the backward pass reads its outputs."""
     args, grad = arguments(tensors, window), tensors["grad"]
     op = torch.ops.starflow
 
@@ -61,35 +62,38 @@ def passes(tensors: dict[str, torch.Tensor], window: int | None, backend: str) -
 
 
 def verdicts(tensors: dict[str, torch.Tensor], window: int | None, backend: str) -> dict[str, str]:
-    """Of each pass why its results do not count, or "": the error contract, twice the same, a row as it is alone."""
+    """Return for each pass why its results do not count, or "".
+
+    The results must keep the error contract, repeat their bits, and give a row the same bits alone.
+    """
     wide = {name: t.to(torch.float32 if t.dtype != torch.float32 else torch.float64) for name, t in tensors.items()}
     exact, plain = passes(wide, window, "reference"), passes(tensors, window, "reference")
-    found, again = (passes(tensors, window, backend) for _ in range(2))
+    first, again = (passes(tensors, window, backend) for _ in range(2))
     alone = passes({name: t[-1:] for name, t in tensors.items()}, window, backend)
-    said = {}
+    verdict = {}
     for kind in Passes._fields:
-        values = [list(getattr(p, kind)()) for p in (found, plain, exact, again, alone)]
-        said[kind] = ""
+        values = [list(getattr(p, kind)()) for p in (first, plain, exact, again, alone)]
+        verdict[kind] = ""
         for value, usual, right, repeated, row in zip(*values, strict=True):
             if not torch.isfinite(value).all():
-                said[kind] = "not finite"
+                verdict[kind] = "not finite"
                 break
             error, allowed = ((t.double() - right.double()).abs().max().item() for t in (value, usual))
             bound = 2 * (allowed + torch.finfo(value.dtype).eps * right.abs().max().item())
             if error > bound:
-                said[kind] = f"{error / bound:.2f} of the error that the contract allows"
+                verdict[kind] = f"{error / bound:.2f} of the error that the contract allows"
                 break
             if not torch.equal(value, repeated):
-                said[kind] = "not deterministic"
+                verdict[kind] = "not deterministic"
                 break
             if not torch.equal(value[-1:], row):
-                said[kind] = "a row depends on the batch"
+                verdict[kind] = "a row depends on the batch"
                 break
-    return said
+    return verdict
 
 
 def candidates(tensors: dict[str, torch.Tensor], window: int | None) -> list[str]:
-    """The backends that take these arguments here, without the reference."""
+    """Return the backends that take these arguments on this machine, without the reference."""
     kernels = dispatch._kernels["causal_attention"]
     can = (
         name
@@ -100,23 +104,36 @@ def candidates(tensors: dict[str, torch.Tensor], window: int | None) -> list[str
 
 
 def measure(shape: tuple, dtype: torch.dtype, device: str, seconds: Callable) -> list[dict]:
-    """A row a backend and pass: its seconds, and why its results do not count, or ""."""
+    """Return a row per backend and pass: its seconds, and why its results do not count, or ""."""
     tensors, window, rows = draw(shape, dtype, device), shape[-1], []
     for backend in candidates(tensors, window):
         row = {"shape": shape, "dtype": str(dtype)[6:], "backend": backend}
         try:
-            said, both = verdicts(tensors, window, backend), passes(tensors, window, backend)
-            times = {kind: {"verdict": said[kind], "seconds": seconds(getattr(both, kind))} for kind in Passes._fields}
+            verdict, both = verdicts(tensors, window, backend), passes(tensors, window, backend)
+            times = {
+                kind: {"verdict": verdict[kind], "seconds": seconds(getattr(both, kind))} for kind in Passes._fields
+            }
         except Exception as error:
             traceback.print_exc()
             times = {kind: {"verdict": f"{type(error).__name__}: {error}"[:300]} for kind in Passes._fields}
-        rows += [{**row, "pass": kind, **found} for kind, found in times.items()]
+        rows += [{**row, "pass": kind, **fields} for kind, fields in times.items()]
     return rows
 
 
+def measure_all(bench: Bench) -> list[dict]:
+    """Return the rows of all shapes and dtypes."""
+    dtypes = [torch.float32] if bench.dry else [torch.bfloat16, torch.float16]
+    return [
+        row
+        for shape in (DRY if bench.dry else SHAPES)
+        for dtype in dtypes
+        for row in measure(shape, dtype, bench.device, bench.seconds)
+    ]
+
+
 def entries(rows: list[dict], device: torch.device, machine: dict) -> list[Entry]:
-    """An entry a shape, dtype and pass: the fastest of the backends whose results count."""
-    found, groups = [], {}
+    """Return an entry per shape, dtype and pass: the fastest backend among those whose results count."""
+    table, groups = [], {}
     for row in rows:
         groups.setdefault((row["shape"], row["dtype"], row["pass"]), []).append(row)
     for (shape, dtype, kind), group in groups.items():
@@ -128,12 +145,12 @@ def entries(rows: list[dict], device: torch.device, machine: dict) -> list[Entry
         versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton") if name in machine)
         where = f"{machine['device']}, {versions}, {datetime.date.today()}, {shape[:5]}: {times}"
         _, T, _, _, d, window = shape
-        found.append(Entry(chip(device), kind, dtype, d, 0 < (window or 0) < T, T, best["backend"], where))
-    return found
+        table.append(Entry(chip(device), kind, dtype, d, 0 < (window or 0) < T, T, best["backend"], where))
+    return table
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as a table."""
+    """Return the rows as a Markdown table."""
     lines = ["", "| attention (B, T, H, H_kv, d, window) | dtype | pass | backend | us | does not count because |"]
     lines.append("|---|---|---|---|---|---|")
     for r in rows:

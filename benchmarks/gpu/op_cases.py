@@ -1,4 +1,4 @@
-"""What benchmarks.gpu runs: each op with a Triton backend on its inputs, its peers, and what it has to move."""
+"""Inputs, peers, bytes and operations of each op with a Triton backend."""
 
 from __future__ import annotations
 
@@ -17,10 +17,19 @@ SPEC = AffineSpec("softplus", 4.0)
 
 
 class Case(NamedTuple):
-    """An op on one set of inputs, all of which have gradients; the first `batched` of them have a batch dimension.
+    """An op on one set of inputs.
 
-    run(tensors, backend) gives the outputs; peers take the tensors. bytes and flops: those of a forward pass; the
-    gradient moves `backward_bytes` times as many, and does `backward_flops` times the operations.
+    Args:
+        op: name of the op.
+        shape: sizes of the case.
+        tensors: inputs, all of which have gradients.
+        batched: number of leading inputs with a batch dimension.
+        run: run(tensors, backend) returns the outputs.
+        bytes: moved by the forward pass.
+        flops: operations of the forward pass.
+        backward_flops: operations of the backward pass, in units of the forward pass.
+        peers: name -> function of the tensors.
+        backward_bytes: bytes of the backward pass, in units of the forward pass.
     """
 
     op: str
@@ -36,7 +45,7 @@ class Case(NamedTuple):
 
 
 def randn(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    """Normal numbers, the same on every device."""
+    """Return tensors of normal numbers, the same on every device."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
@@ -46,7 +55,7 @@ def _bytes(tensors: list[torch.Tensor], *outputs: torch.Tensor) -> int:
 
 
 def affine_flow(shape, dtype, device) -> Case:
-    """shape: B, T, D."""
+    """Return the case of a shape B, T, D."""
     B, T, D = shape
     tensors = randn(dtype, device, shape, (B, T, 2 * D))
 
@@ -57,7 +66,7 @@ def affine_flow(shape, dtype, device) -> Case:
 
 
 def flow_head(shape, dtype, device) -> Case:
-    """shape: B, T, D, C."""
+    """Return the case of a shape B, T, D, C."""
     B, T, D, C = shape
     tensors = randn(dtype, device, (B, T, D), (B, T, C), (2 * D, C), (2 * D,), (C,))
     tensors[2] *= 0.5 * C**-0.5
@@ -69,7 +78,7 @@ def flow_head(shape, dtype, device) -> Case:
 
 
 def angles(T: int, d: int, dtype: torch.dtype, device: str) -> dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]:
-    """cos and sin for tensors of a dtype and of wider ones: values of float32 in all."""
+    """Return cos and sin (T, d / 2) per dtype of the op's tensors: float32 values, also as float64."""
     pair = torch.arange(d // 2, dtype=torch.float64)
     angle = torch.arange(T, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * pair / d)
     cos, sin = angle.cos().to(device, torch.float32), angle.sin().to(device, torch.float32)
@@ -77,18 +86,18 @@ def angles(T: int, d: int, dtype: torch.dtype, device: str) -> dict[torch.dtype,
 
 
 def causal_attention(shape, dtype, device) -> Case:
-    """shape: B, T, H, H_kv, d."""
+    """Return the case of a shape B, T, H, H_kv, d."""
     B, T, H, groups, d = shape
     tensors = randn(dtype, device, (B, T, H, d), (B, T, groups, d), (B, T, groups, d))
 
-    turns = angles(T, d, dtype, device)
+    rotary = angles(T, d, dtype, device)
 
     def run(tensors, backend):
-        cos, sin = turns[tensors[0].dtype]
+        cos, sin = rotary[tensors[0].dtype]
         options = {"cos": cos, "sin": sin, "rotary": "interleaved", "backend": backend}
         return (starflow_kernels.causal_attention(*tensors, **options),)
 
-    cos, sin = turns[dtype]
+    cos, sin = rotary[dtype]
 
     def sdpa(tensors):
         q, k, v = (
@@ -102,17 +111,17 @@ def causal_attention(shape, dtype, device) -> Case:
 
 
 def attention_flow(shape, dtype, device) -> Case:
-    """shape: B, T, H, H_kv, d, D."""
+    """Return the case of a shape B, T, H, H_kv, d, D."""
     B, T, H, groups, d, D = shape
     tensors = randn(
         dtype, device, (B, T, D), (B, T, H, d), (B, T, groups, d), (B, T, groups, d), (2 * D, H * d), (2 * D,)
     )
     tensors[4] *= 0.5 * (H * d) ** -0.5
 
-    turns = angles(T, d, dtype, device)
+    rotary = angles(T, d, dtype, device)
 
     def run(tensors, backend):
-        cos, sin = turns[tensors[1].dtype]
+        cos, sin = rotary[tensors[1].dtype]
         options = {"cos": cos, "sin": sin, "rotary": "interleaved", "shift": True, "backend": backend}
         return starflow_kernels.attention_flow(*tensors, SPEC, **options)
 
@@ -121,7 +130,7 @@ def attention_flow(shape, dtype, device) -> Case:
 
 
 def residual_norm(shape, dtype, device) -> Case:
-    """shape: B, T, C."""
+    """Return the case of a shape B, T, C."""
     tensors = randn(dtype, device, shape, shape, shape[2:], shape[2:])
 
     def run(tensors, backend):
@@ -136,7 +145,7 @@ def residual_norm(shape, dtype, device) -> Case:
 
 
 def bias_gelu(shape, dtype, device) -> Case:
-    """shape: B, T, C."""
+    """Return the case of a shape B, T, C."""
     tensors = randn(dtype, device, shape, shape[2:])
 
     def run(tensors, backend):
@@ -157,7 +166,7 @@ MAKE = {
     "causal_attention": causal_attention,
     "attention_flow": attention_flow,
 }
-# Of the checks, of the timings, and of both in a dry run.
+# Shapes of the checks.
 CHECKED = {
     "residual_norm": [(3, 130, 65), (4, 256, 768)],
     "bias_gelu": [(3, 130, 65), (4, 256, 768)],
@@ -166,6 +175,7 @@ CHECKED = {
     "causal_attention": [(2, 130, 4, 2, 64), (1, 257, 2, 2, 128)],
     "attention_flow": [(2, 130, 4, 2, 64, 12), (1, 257, 2, 2, 128, 48)],
 }
+# Shapes of the times.
 TIMED = {
     "residual_norm": [(16, 256, 768), (64, 1024, 1024), (16, 1024, 3072)],
     "bias_gelu": [(16, 256, 3072), (64, 1024, 4096)],
@@ -174,6 +184,7 @@ TIMED = {
     "causal_attention": [(16, 256, 12, 12, 64), (8, 1024, 16, 16, 64), (2, 4096, 24, 24, 128)],
     "attention_flow": [(16, 256, 12, 12, 64, 12), (8, 1024, 16, 16, 64, 64)],
 }
+# Shapes of both in a dry run.
 DRY = {
     "residual_norm": [(2, 5, 20)],
     "bias_gelu": [(2, 5, 20)],

@@ -1,9 +1,8 @@
-"""What benchmarks.gpu times of the sampling direction: ours, a decoder in plain PyTorch and the released loop.
+"""Times of sampling: the package, a decoder in plain PyTorch and the released loop.
 
-A case is first solved in float32 (float64 for float32 weights), sequentially, by the plain decoder of
-benchmarks.peers.static_cache;
-every other result is compared with that one, and a code whose error is not allowed has no time.
-Allowed is twice the error of the plain decoder in the same weights, and rounding.
+The plain decoder of benchmarks.peers.static_cache first solves a case sequentially in float32, or in float64 for
+float32 weights. Every other result is compared with that one; a code whose error is too large gets no time. The allowed
+error is twice that of the plain decoder in the same weights, plus rounding.
 """
 
 from __future__ import annotations
@@ -27,25 +26,31 @@ from .sampling_cases import CASES, DRY_CASES, WEIGHTS, Block, Problem, Weights
 from .sampling_checks import inverse, launches_a_step
 
 REPEATS = 5
-# Seconds without which no case is begun.
+# Seconds that must be left to start a case.
 LEAST = 5
-# Tokens by which the time of a call is judged before it is made.
+# Tokens of the short call that predicts the time of a whole one.
 TRIED = 16
-# Of the released loop, where all of it would take too long: lengths of the cache, and tokens that are compared.
-LENGTHS, COMPARED = 8, 33
-# Its error may be so many times what is allowed to ours: more of it is in narrow dtypes.
+# Cache lengths at which steps of the released loop are timed if the whole loop takes too long.
+LENGTHS = 8
+# Tokens of the released loop that are then compared.
+COMPARED = 33
+# Error of the released loop in units of the allowed error: it computes more in narrow dtypes.
 RELEASED_ERROR = 10
-# The error that the parallel inverse may have on top; the tolerance of its sweeps.
-PARALLEL_ERROR, PARALLEL_TOL = 1e-3, 1e-4
+# Additional error of the parallel inverse.
+PARALLEL_ERROR = 1e-3
+# Tolerance of its sweeps.
+PARALLEL_TOL = 1e-4
 
 Run = Callable[[], torch.Tensor]
 
 
 class Code(NamedTuple):
-    """start(problem) gives a function that solves it; the first call of that may take longer than the next ones.
+    """A way to solve a problem.
 
-    slack: error that is allowed on top. most: kernels a token that are allowed for a number of layers, None where
-    tokens have no kernels of their own.
+    Args:
+        start: start(problem) returns a function that solves it, whose first call may take longer.
+        slack: additional allowed error.
+        most: allowed kernels per token for a number of layers; None if tokens have no kernels of their own.
     """
 
     start: Callable[[Problem], Run]
@@ -54,7 +59,7 @@ class Code(NamedTuple):
 
 
 def plain(attention: str, steps: int | None = None) -> Code:
-    """The decoder in plain PyTorch; steps: of each block, None for all."""
+    """Return the decoder in plain PyTorch; steps: per block, None for all."""
 
     def start(problem: Problem) -> Run:
         B, T, _ = problem.z.shape
@@ -75,7 +80,15 @@ def plain(attention: str, steps: int | None = None) -> Code:
 
 
 class Ours:
-    """block_inverse of a problem by a backend; passes: of the network, of all blocks, by a parallel solver."""
+    """Solution of a problem by `block_inverse` on a backend.
+
+    `passes` counts the passes of a parallel solver through the networks of all blocks in the last call.
+
+    Args:
+        problem: blocks and noise.
+        backend: name of the backend.
+        options: further arguments of `block_inverse`.
+    """
 
     def __init__(self, problem: Problem, backend: str, options: dict):
         self.problem, self.backend, self.options, self.passes = problem, backend, options, 0
@@ -85,6 +98,7 @@ class Ours:
         return self.problem.solve(self.invert)
 
     def invert(self, block: Block, z: torch.Tensor) -> torch.Tensor:
+        """Return the data of one block and count passes."""
         if "solver" not in self.options:
             return inverse(block, z, self.backend, **self.options)
         x, report = inverse(block, z, self.backend, **self.options, return_report=True)
@@ -93,13 +107,13 @@ class Ours:
 
 
 def ours(backend: str, weights: Weights, most: Callable[[int], float] | None, **options) -> Code:
-    """block_inverse by a backend."""
+    """Return `block_inverse` on a backend."""
     options = {**weights.options, **options}
     return Code(lambda problem: Ours(problem, backend, options), PARALLEL_ERROR if "solver" in options else 0.0, most)
 
 
 def codes(weights: Weights) -> dict[str, Code]:
-    """What is timed of a case, beside the released loop."""
+    """Return the codes that are timed beside the released loop."""
     return {
         "ours, triton": ours("triton", weights, lambda layers: 5 * layers + 1),
         "ours, cuda": ours("cuda", weights, lambda layers: 0),
@@ -109,25 +123,35 @@ def codes(weights: Weights) -> dict[str, Code]:
 
 
 def parallel_codes(weights: Weights, batch: int, grid: tuple[int, int], neighbours: Callable) -> dict[str, Code]:
-    """The parallel inverses by every backend; the specification goes sample after sample: at batch 1 alone."""
-    found = {}
+    """Return the parallel inverses on every backend; the reference, one sample at a time, only at batch 1."""
+    solvers = {}
     for backend in backends()["block_jacobi"]:
         for window in (32, 64) if backend != "reference" or batch == 1 else ():
             for name, near in (("Jacobi", ()), ("quasi-Newton", neighbours(grid, window))):
                 solver = Solver("jacobi", window=window, tol=PARALLEL_TOL, neighbours=near)
-                found[f"{name}, window {window}, {backend}"] = ours(backend, weights, None, solver=solver)
-    return found
+                solvers[f"{name}, window {window}, {backend}"] = ours(backend, weights, None, solver=solver)
+    return solvers
 
 
 def difference(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """max |found - exact|, or an error where values are not finite."""
+    """Return max |found - exact|; raise AssertionError if a value is not finite."""
     if not torch.isfinite(found).all():
         raise AssertionError("the result is not finite")
     return (found.double() - exact.double()).abs().max().item()
 
 
 class Timing:
-    """One case in one kind of weights, solved in float32; Skip where the clock has no time for that."""
+    """One case in one kind of weights, with its exact solution; raises Skip if the clock has no time for that.
+
+    Args:
+        name: of the case.
+        kind: of weights.
+        problem: blocks and noise.
+        bench: where everything runs.
+        ceilings: measured rates of the device.
+        clock: seconds that are left.
+        resident: see benchmarks.floor.
+    """
 
     def __init__(self, name: str, kind: str, problem: Problem, bench: Bench, ceilings: dict, clock, resident: bool):
         self.weights, self.problem, self.bench, self.clock = WEIGHTS[kind], problem, bench, clock
@@ -153,20 +177,20 @@ class Timing:
         self.allowed = 2 * (error + torch.finfo(self.weights.dtype).eps * self.exact.abs().max().item())
 
     def afford(self, seconds: float) -> None:
-        """Skip where two calls of that many seconds would take longer than what is left."""
+        """Raise Skip if two calls of so many seconds would exceed the clock."""
         needed, left = 2 * max(seconds, self.row["floor_seconds"]), self.clock.left()
         if needed > left:
             raise Skip(f"it takes {needed:.1f} s at least, {max(0, left):.1f} s are left")
 
     def check(self, found: torch.Tensor, slack: float) -> float:
-        """The error, if it is allowed."""
+        """Return the error; raise AssertionError if it is too large."""
         error = difference(found, self.exact)
         if error > self.allowed + slack and self.weights.exact:
             raise AssertionError(f"error {error:.2e}, allowed is {self.allowed + slack:.2e}")
         return error
 
     def measure(self, code: Code, seconds: float) -> dict:
-        """Times of a code that is right: the first call, and the median of the next ones in about `seconds`."""
+        """Return the times of a code: its first call, and the median of later ones within about `seconds`."""
         launched, layers, before = None, self.row["layers"], self.bench.allocated()
         if not self.bench.dry:
             short = self.problem.short(TRIED)
@@ -177,14 +201,14 @@ class Timing:
         if code.most:
             launched = launches_a_step(self.problem, code.start, self.bench)
             if launched is not None and launched > code.most(layers):
-                raise AssertionError(f"{launched:g} kernels a token of {layers} layers")
+                raise AssertionError(f"{launched:g} kernels per token of {layers} layers")
         run = None
         release(self.bench)
         seconds = min(seconds, self.clock.left())
         return {**self.timed(code.start, code.slack, seconds, before), "launches": launched}
 
     def timed(self, start: Callable[[Problem], Run], slack: float, seconds: float, before: int) -> dict:
-        """Times and error of what start(problem) gives; before: bytes that were allocated without it."""
+        """Return times and error of start(problem); before: bytes allocated without it."""
         bench, clock = self.bench, Clock(seconds)
         if not bench.dry:
             torch.cuda.reset_peak_memory_stats()
@@ -203,7 +227,7 @@ class Timing:
 
     @torch.no_grad()
     def released(self, peer, seconds: float) -> dict:
-        """The released loop; where a call would take too long, steps at evenly spaced lengths of its cache."""
+        """Return the times of the released loop, or of steps at evenly spaced cache lengths if it takes too long."""
         self.afford(self.usual)
         before = self.bench.allocated()
         own, z, T = self.problem.blocks, self.problem.z, self.problem.z.shape[1]
@@ -244,7 +268,21 @@ def time_problem(
     resident: bool = False,
     released: bool = True,
 ) -> Iterator[dict]:
-    """A row a code, in about `seconds`."""
+    """Time the codes of a case; yield a row per code.
+
+    Args:
+        name: of the case.
+        kind: of weights.
+        problem: blocks and noise.
+        timed: name -> code.
+        peer: module of the released TarFlow, or None.
+        bench: where everything runs.
+        ceilings: measured rates of the device.
+        clock: seconds that are left.
+        seconds: for this case.
+        resident: see benchmarks.floor.
+        released: time the released loop too.
+    """
     timing = Timing(name, kind, problem, bench, ceilings, clock, resident)
     share = seconds / (len(timed) + 2)
     runs = {code: functools.partial(timing.measure, function, share) for code, function in timed.items()}
@@ -257,12 +295,12 @@ def time_problem(
 
 
 def without_peer() -> None:
-    """In place of the released loop."""
+    """Raise Skip in place of the released loop."""
     raise Skip("it needs --peer DIR")
 
 
 def cases(bench: Bench, ceilings: dict, peer, clock: Clock, reserved: float = 0) -> Iterator[dict]:
-    """The rows of all cases that the clock leaves time for, up to what is reserved for others."""
+    """Yield the rows of all cases within the clock, minus the seconds reserved for others."""
     clock = Clock(clock.left() - reserved)
     chosen = [(case, kind) for case in (DRY_CASES if bench.dry else CASES) for kind in case.weights]
     for i, (case, kind) in enumerate(chosen):
@@ -282,7 +320,7 @@ def cases(bench: Bench, ceilings: dict, peer, clock: Clock, reserved: float = 0)
 
 
 def guarded(rows: Callable[[], Iterator[dict]], row: dict) -> Iterator[dict]:
-    """The rows, up to where making them ends in an error."""
+    """Yield the rows until an error, which becomes the last row."""
     try:
         yield from rows()
     except Skip as reason:
@@ -293,7 +331,7 @@ def guarded(rows: Callable[[], Iterator[dict]], row: dict) -> Iterator[dict]:
 
 
 def trained(checkpoint: str, bench: Bench, ceilings: dict, peer, clock: Clock) -> Iterator[dict]:
-    """The same of a trained flow, and its parallel inverses: those of random weights would say nothing."""
+    """Yield the rows of a trained flow, with its parallel inverses, whose speed depends on the weights."""
     from starflow.inversion.request import neighbours
 
     from ..cpu.parallel import Case as Trained
@@ -317,21 +355,21 @@ def trained(checkpoint: str, bench: Bench, ceilings: dict, peer, clock: Clock) -
 
 
 def release(bench: Bench) -> None:
-    """Give back the memory of what nobody holds."""
+    """Free the memory that nothing refers to."""
     if not bench.dry:
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as a table; a row without a time says why. The plain decoder of a case is the faster of its two."""
+    """Return the rows as a table; a row without a time gives the reason, and the faster plain decoder counts."""
     lines = [
         "",
-        "Sampling: floors as benchmarks/floor.py counts them, errors against float32 sequential, peak memory of a code",
-        "beyond weights and noise; a call of a few tokens has compiled its kernels before the first one.",
+        "Sampling. benchmarks/floor.py counts the floors. Errors are against sequential float32. Peak memory excludes",
+        "weights and noise. A call of a few tokens compiled the kernels before the first call.",
         "",
-        "| case | weights | code | s | us a token step | floor, us | of the floor | released / this | plain / this "
-        "| error | peak MiB | kernels a token | first call, s | repeats, note |",
+        "| case | weights | code | s | us per token step | floor, us | of the floor | released / this | plain / this "
+        "| error | peak MiB | kernels per token | first call, s | repeats, note |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     best: dict[tuple, float] = {}

@@ -1,4 +1,4 @@
-"""The sampling problems of benchmarks.gpu: what is checked, what is timed, and in which weights."""
+"""Sampling problems of benchmarks.gpu: blocks to check, blocks to time, and their kinds of weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from .op_cases import angles
 
 
 class Weights(NamedTuple):
-    """dtype: of the given weights, and so of the network and the cache. bytes: of a value in memory. options: further
-    arguments of `block_inverse`. exact: the error contract holds; otherwise the error is stated and bounds nothing."""
+    """Kind of weights.
+
+    Args:
+        dtype: of the given weights, the network and the cache.
+        bytes: per value in memory.
+        options: further arguments of `block_inverse`.
+        exact: the error contract holds; otherwise the error is only reported.
+    """
 
     dtype: torch.dtype
     bytes: float
@@ -36,14 +42,14 @@ WEIGHTS = {
 
 
 class Block(NamedTuple):
-    """A block and what `block_inverse` takes beside tokens, weights and spec."""
+    """A block, and its arguments of `block_inverse` besides tokens, weights and spec."""
 
     weights: dict[str, torch.Tensor]
     spec: BlockSpec
     context: dict
 
     def to(self, dtype: torch.dtype) -> Block:
-        """The same values in another dtype; rotary angles are float32 or wider in all."""
+        """Return the same values in another dtype; rotary angles stay float32 or wider."""
         wide = torch.promote_types(dtype, torch.float32)
         kinds = {"cos": wide, "sin": wide, "cond": dtype, "prefix": dtype}
         context = {n: v.to(kinds[n]) if n in kinds and v is not None else v for n, v in self.context.items()}
@@ -51,17 +57,17 @@ class Block(NamedTuple):
 
     @property
     def prefix(self) -> int:
-        """Tokens of text in front."""
+        """Tokens of text before the first token."""
         text = self.context.get("prefix")
         return 0 if text is None else text.shape[1]
 
     @property
     def copies(self) -> int:
-        """Rows a sample: 2 under guidance."""
+        """Rows per sample: 2 under guidance, else 1."""
         return 1 if self.context.get("guidance") is None else 2
 
     def first(self, tokens: int) -> Block:
-        """The block for fewer tokens."""
+        """Return the block for its first tokens."""
         weights, spec, context = dict(self.weights), self.spec, dict(self.context)
         if spec.positions:
             weights["pos_embed"] = weights["pos_embed"][:tokens].clone()
@@ -73,31 +79,32 @@ class Block(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Blocks, sampled from the last to the first, and noise (B, T, D)."""
+    """Blocks, which are sampled from the last to the first, and noise (B, T, D)."""
 
     blocks: list[Block]
     z: torch.Tensor
 
     def solve(self, inverse: Callable[[Block, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The data by a function that inverts one block."""
+        """Return the data by a function that inverts one block."""
         x = self.z
         for block in reversed(self.blocks):
             x = inverse(block, x)
         return x
 
     def to(self, dtype: torch.dtype) -> Problem:
+        """Return the problem with weights of another dtype."""
         return Problem([block.to(dtype) for block in self.blocks], self.z.to(torch.promote_types(dtype, torch.float32)))
 
     def last(self) -> Problem:
-        """The block that is sampled first, alone."""
+        """Return the problem of the block that is sampled first."""
         return Problem(self.blocks[-1:], self.z)
 
     def short(self, tokens: int) -> Problem:
-        """The first tokens of the block that is sampled first."""
+        """Return the problem of the first tokens of the block that is sampled first."""
         return Problem([self.blocks[-1].first(tokens)], self.z[:, :tokens].contiguous())
 
     def work(self, weights: Weights, resident: bool = False) -> Work:
-        """What the floor counts."""
+        """Return the work that the floor counts; resident: see benchmarks.floor."""
         B, T, _ = self.z.shape
         widths = {"weight_bytes": weights.bytes, "cache_bytes": weights.dtype.itemsize, "resident": resident}
         works = [
@@ -109,8 +116,19 @@ class Problem(NamedTuple):
 def make(
     specs: list[BlockSpec], samples: int, tokens: int, dtype, device: str, text: int = 0, seed: int = 0, **options
 ):
-    """A problem of blocks with random weights, whose tokens neither grow nor shrink much; `options` reach every block
-    with text, or all where there is none. cond=True adds a condition to every token."""
+    """Return a problem of blocks with random weights that neither grow nor shrink tokens much.
+
+    Args:
+        specs: of the blocks.
+        samples: number of rows.
+        tokens: per sample.
+        dtype: of the weights.
+        device: of all tensors.
+        text: tokens of text, for blocks that read text.
+        seed: of the weights and the noise.
+        options: arguments of `block_inverse`, for every block with text, or for all blocks if there is no text.
+            cond=True adds a condition to every token.
+    """
     draw, blocks = torch.Generator(device).manual_seed(seed), []
     like = {"generator": draw, "device": device, "dtype": dtype}
     options = dict(options)
@@ -137,7 +155,18 @@ def make(
 
 
 class Case(NamedTuple):
-    """A problem whose sampling is timed; released: by the released loop too; resident: see benchmarks.floor."""
+    """A problem whose sampling is timed.
+
+    Args:
+        name: in the table.
+        specs: of the blocks.
+        samples: number of rows.
+        tokens: per sample.
+        options: see `make`.
+        weights: kinds of weights.
+        released: time the released loop too.
+        resident: see benchmarks.floor.
+    """
 
     name: str
     specs: list[BlockSpec]
@@ -149,11 +178,12 @@ class Case(NamedTuple):
     resident: bool = False
 
     def problem(self, dtype: torch.dtype, device: str) -> Problem:
+        """Return the problem with random weights."""
         return make(self.specs, self.samples, self.tokens, dtype, device, **self.options)
 
 
 def tarflow(D: int, channels: int, layers: int, blocks: int = 1, head_dim: int = 64) -> list[BlockSpec]:
-    """Blocks of TarFlow, of which every second one is flipped."""
+    """Return the specs of TarFlow blocks; every second one is flipped."""
     heads = channels // head_dim
     sizes = dict(channels=channels, layers=layers, heads=heads, head_dim=head_dim, kv_heads=heads)
     spec = BlockSpec(token_dim=D, mlp_dim=4 * channels, positions=1, **sizes)
@@ -161,7 +191,7 @@ def tarflow(D: int, channels: int, layers: int, blocks: int = 1, head_dim: int =
 
 
 def starflow(channels: int, layers: tuple[int, ...], text_dim: int, head_dim: int = 64) -> list[BlockSpec]:
-    """Blocks of STARFlow, the last one with text, tokens from left to right."""
+    """Return the specs of STARFlow blocks with tokens from left to right; the last one reads text."""
     heads, last = channels // head_dim, len(layers) - 1
     spec = BlockSpec(
         token_dim=4, channels=channels, layers=1, heads=heads, head_dim=head_dim, kv_heads=heads, mlp_dim=4 * channels,
@@ -202,7 +232,16 @@ DRY_CASES = [
 
 
 class Checked(NamedTuple):
-    """A block that is checked in some weights, and whether by all checks or by the error contract alone."""
+    """A block to check.
+
+    Args:
+        spec: of the block.
+        samples: number of rows.
+        tokens: per sample.
+        options: see `make`.
+        weights: kinds of weights.
+        thorough: run all checks, else only the first few.
+    """
 
     spec: BlockSpec
     samples: int
@@ -213,7 +252,7 @@ class Checked(NamedTuple):
 
 
 def checked(dry: bool) -> dict[str, Checked]:
-    """Odd sizes; of every kind of block and guidance one, as each costs the compilation of its kernels."""
+    """Return blocks of odd sizes, one per kind of block and guidance: each costs a compilation of its kernels."""
     sizes = dict(token_dim=3, channels=20, layers=1, heads=2, head_dim=10, kv_heads=2, mlp_dim=24)
     if not dry:
         sizes |= dict(token_dim=7, channels=40, layers=2, head_dim=20, mlp_dim=90)
@@ -222,7 +261,7 @@ def checked(dry: bool) -> dict[str, Checked]:
     star = dict(affine=AffineSpec("softplus", 4.0), rotary="interleaved", start=True, final_norm=True)
     norms = dict(qk_norm=True, post_norm=True, norm="rms_norm", mlp="swiglu", bias=False, kv_heads=1, rotary="half")
     plain = BlockSpec(**sizes, positions=1, flip=True)
-    found = {
+    blocks = {
         "TarFlow, flipped, condition": Checked(plain, 3, T, {"cond": True}, every),
         "TarFlow, condition, guidance": Checked(plain, 2, T, {"cond": True, "guidance": 1.5}, (narrow,), not dry),
         "STARFlow, text, guidance": Checked(
@@ -233,7 +272,7 @@ def checked(dry: bool) -> dict[str, Checked]:
         ),
     }
     one_byte = ("int8, float32",) if dry else ("int8", "fp8")
-    found["TarFlow, weights of one byte"] = Checked(plain, 2, T, {"cond": True}, one_byte, thorough=False)
+    blocks["TarFlow, weights of one byte"] = Checked(plain, 2, T, {"cond": True}, one_byte, thorough=False)
     if not dry:
-        found["STARFlow, 300 tokens"] = Checked(BlockSpec(**sizes, **star), 2, 300, {}, (narrow,), thorough=False)
-    return found
+        blocks["STARFlow, 300 tokens"] = Checked(BlockSpec(**sizes, **star), 2, 300, {}, (narrow,), thorough=False)
+    return blocks

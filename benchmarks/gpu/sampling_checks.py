@@ -1,4 +1,4 @@
-"""What benchmarks.gpu checks of the sampling direction, on every backend that takes a block."""
+"""Checks of sampling on every GPU backend that takes a block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOLVERS = {
 
 
 def inverse(block: Block, z: torch.Tensor, backend: str | None, **options) -> torch.Tensor:
-    """block_inverse by a backend; Skip where it cannot."""
+    """Run block_inverse on a backend; raise Skip if the backend cannot run it."""
     try:
         return block_inverse(z, block.weights, block.spec, **block.context, **options, backend=backend)
     except ValueError as error:
@@ -29,7 +29,7 @@ def inverse(block: Block, z: torch.Tensor, backend: str | None, **options) -> to
 
 
 def rows_of(problem: Problem, rows: slice) -> Problem:
-    """Some samples of a problem of one block."""
+    """Return some samples of a problem of one block."""
     (block,), z = problem
     context = {
         name: value.unflatten(0, (block.copies, len(z)))[:, rows].flatten(0, 1) if name in ("cond", "prefix") else value
@@ -39,40 +39,49 @@ def rows_of(problem: Problem, rows: slice) -> Problem:
 
 
 class Subject:
-    """A block and noise in some weights, what a backend makes of it, and what is right."""
+    """A block and noise in one kind of weights, with the results of a backend and of the specification.
 
-    def __init__(self, of: Checked, weights: Weights, backend: str, bench: Bench, tokens: int = 0, seed: int = 0):
-        self.of, self.weights, self.backend, self.bench = of, weights, backend, bench
-        drawn = of.samples, tokens or of.tokens, torch.float32, bench.device
-        self.problem = make([of.spec], *drawn, seed=seed, **of.options).to(weights.dtype)
+    Args:
+        checked: the block.
+        weights: kind of weights.
+        backend: name of the backend.
+        bench: where everything runs.
+        tokens: number of tokens; 0 takes that of `checked`.
+        seed: of weights and noise.
+    """
+
+    def __init__(self, checked: Checked, weights: Weights, backend: str, bench: Bench, tokens: int = 0, seed: int = 0):
+        self.checked, self.weights, self.backend, self.bench = checked, weights, backend, bench
+        sizes = checked.samples, tokens or checked.tokens, torch.float32, bench.device
+        self.problem = make([checked.spec], *sizes, seed=seed, **checked.options).to(weights.dtype)
         self.block, self.z = self.problem.blocks[0], self.problem.z
 
     def run(self, rows: slice = slice(None)) -> torch.Tensor:
-        """The data of some rows."""
+        """Return the data of some rows."""
         return self.run_problem(rows_of(self.problem, rows))()
 
     def run_problem(self, problem: Problem) -> Callable:
-        """The same call for another problem."""
+        """Return a function that solves another problem in the same way."""
         return lambda: inverse(problem.blocks[0], problem.z, self.backend, **self.weights.options)
 
     @functools.cached_property
     def first(self) -> torch.Tensor:
-        """The data by a first call."""
+        """Data of the first call."""
         return self.run()
 
     @functools.cached_property
     def usual(self) -> torch.Tensor:
-        """The specification in these weights."""
+        """Data by the specification in these weights."""
         return inverse(self.block, self.z, "reference", **self.weights.options)
 
     @functools.cached_property
     def exact(self) -> torch.Tensor:
-        """The specification in float64, of weights that are rounded alike."""
+        """Data by the specification in float64, from the same rounded weights."""
         wide = self.problem.to(torch.float64)
         return inverse(wide.blocks[0], wide.z, "reference", **self.weights.options)
 
     def compare(self, found: torch.Tensor, slack: float = 0.0) -> str:
-        """The error contract, and of a solver the slack that it asks for."""
+        """Check the error contract, with some slack for a solver; return the share of the allowed error."""
         if not torch.isfinite(found).all():
             raise AssertionError("the result is not finite")
         size = self.exact.abs().max().item()
@@ -84,30 +93,30 @@ class Subject:
 
 
 def equal(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise unless they are the same to the bit."""
+    """Raise AssertionError unless both have the same bits."""
     if not torch.equal(found, expected):
         raise AssertionError(f"largest difference {(found - expected).abs().max().item():.2e}")
 
 
 def contract(s: Subject) -> str:
-    """Against float64, with NaN in memory that nobody has written."""
+    """Compare with float64, with NaN in all unwritten memory."""
     with s.bench.poisoned():
         return s.compare(s.first)
 
 
 def one_token(s: Subject) -> str:
-    """T = 1."""
-    alone = Subject(s.of, s.weights, s.backend, s.bench, tokens=1)
+    """Check the error contract at T = 1."""
+    alone = Subject(s.checked, s.weights, s.backend, s.bench, tokens=1)
     return alone.compare(alone.first)
 
 
 def second_call(s: Subject) -> None:
-    """The same bits by the session that is kept, with NaN in all its buffers and in memory that nobody has written."""
+    """Require the same bits from a kept session, with NaN in all its buffers and in all unwritten memory."""
     expected = s.first
     if s.backend == "triton":
         from starflow_kernels.block.triton import sequential
 
-        for _, session in sequential._sessions._kept.values():
+        for session in sequential.kept_sessions:
             for value in vars(session).values():
                 if isinstance(value, torch.Tensor) and value.is_floating_point():
                     value.fill_(float("nan"))
@@ -116,15 +125,15 @@ def second_call(s: Subject) -> None:
 
 
 def batch_invariant(s: Subject) -> None:
-    """Rows alone and in the batch, to the bit."""
+    """Require the same bits for rows alone and in the batch."""
     with s.bench.products_by_rows():
         whole = s.run()
-        for rows in (slice(0, 1), slice(1, s.of.samples)):
+        for rows in (slice(0, 1), slice(1, s.checked.samples)):
             equal(s.run(rows), whole[rows])
 
 
 def other_stream(s: Subject) -> None:
-    """A call on a stream of its own, right behind one on the usual stream."""
+    """Run a call on another stream, right after one on the usual stream."""
     if s.bench.dry:
         raise Skip("it needs a GPU")
     expected, stream = s.first, torch.cuda.Stream()
@@ -139,8 +148,8 @@ def other_stream(s: Subject) -> None:
 
 
 def two_models(s: Subject) -> None:
-    """Two models in turns: each gives its own bits again."""
-    other, expected = Subject(s.of, s.weights, s.backend, s.bench, seed=1), s.first
+    """Run two models in turns and require that each repeats its bits."""
+    other, expected = Subject(s.checked, s.weights, s.backend, s.bench, seed=1), s.first
     if torch.equal(other.first, expected):
         raise AssertionError("both give the same")
     equal(s.run(), expected)
@@ -148,7 +157,7 @@ def two_models(s: Subject) -> None:
 
 
 def round_trip(s: Subject) -> str:
-    """block_forward of the data is the noise, as nearly as for the specification."""
+    """Map the data back to noise and compare the distance with that of the specification."""
     if s.block.copies == 2 or "quantize" in s.weights.options:
         raise Skip("under guidance, or by weights of one byte, it is not the inverse of the density pass")
     ours, usual = (
@@ -162,18 +171,21 @@ def round_trip(s: Subject) -> str:
 
 
 def few_launches(s: Subject) -> str:
-    """At most five kernels a layer and one for the rest of a token; on chip one for all tokens."""
-    a_step, layers = launches_a_step(s.problem, s.run_problem, s.bench), s.of.spec.layers
+    """Require at most five kernels per layer and one per token; the CUDA backend has one for all tokens."""
+    a_step, layers = launches_a_step(s.problem, s.run_problem, s.bench), s.checked.spec.layers
     if a_step is None:
         raise Skip("no kernel was seen")
     if a_step > (0 if s.backend == "cuda" else 5 * layers + 1):
-        raise AssertionError(f"{a_step:g} kernels a token of {layers} layers")
-    return f"{a_step:g} kernels a token of {layers} layers"
+        raise AssertionError(f"{a_step:g} kernels per token of {layers} layers")
+    return f"{a_step:g} kernels per token of {layers} layers"
 
 
 def launches_a_step(problem: Problem, run: Callable[[Problem], Callable], bench: Bench) -> float | None:
-    """Kernels of a token step: the difference between calls of few and of some more tokens, None where none is seen;
-    run(problem) gives a function without arguments."""
+    """Return the kernels per token step, or None if none is seen.
+
+    The number is the difference between calls of few and of some more tokens. run(problem) returns a function without
+    arguments.
+    """
     few, more = (2, 3) if bench.dry else (8, 16)
     counts = []
     for tokens in (few, more):
@@ -191,27 +203,27 @@ def launches_a_step(problem: Problem, run: Callable[[Problem], Callable], bench:
 CHECKS = {
     "error contract": contract,
     "second call, NaN in the session": second_call,
-    "kernels a token": few_launches,
+    "kernels per token": few_launches,
     "T = 1": one_token,
     "batch invariance": batch_invariant,
     "another stream": other_stream,
     "two models": two_models,
     "round trip": round_trip,
 }
-BRIEF = ("error contract", "second call, NaN in the session", "kernels a token")
+BRIEF = ("error contract", "second call, NaN in the session", "kernels per token")
 
 
-def check_inverse(name: str, of: Checked, bench: Bench, clock: Clock) -> Iterator[dict]:
-    """A row a backend, weights and check; one for a backend that cannot run the block, with the reason."""
-    shape = f"{name}, {of.samples} x {of.tokens}"
+def check_inverse(name: str, block: Checked, bench: Bench, clock: Clock) -> Iterator[dict]:
+    """Yield a row per backend, weights and check; one with the reason for a backend that cannot run the block."""
+    shape = f"{name}, {block.samples} x {block.tokens}"
     for backend in [backend for backend in backends()["block_inverse"] if backend not in ("reference", "native")]:
-        for kind in of.weights:
+        for kind in block.weights:
             row = {"op": f"block_inverse, {backend}", "shape": shape, "dtype": kind}
             if clock.left() < 0:
                 yield {**row, "check": "all", "result": "skipped", "note": "the time for checks is spent"}
                 continue
-            subject = Subject(of, WEIGHTS[kind], backend, bench)
-            for check in CHECKS if of.thorough else BRIEF:
+            subject = Subject(block, WEIGHTS[kind], backend, bench)
+            for check in CHECKS if block.thorough else BRIEF:
                 result, note = attempt(CHECKS[check], subject)
                 if result == "skipped" and check == "error contract":
                     yield {**row, "check": "all", "result": result, "note": note}
@@ -219,26 +231,30 @@ def check_inverse(name: str, of: Checked, bench: Bench, clock: Clock) -> Iterato
                 yield {**row, "check": check, "result": result, "note": note}
 
 
-def check_jacobi(name: str, of: Checked, bench: Bench, clock: Clock) -> Iterator[dict]:
-    """The parallel inverse by every backend that takes the block, plain and with neighbours."""
-    kind = of.weights[0]
-    subject = Subject(of, WEIGHTS[kind], "reference", bench)
+def check_jacobi(name: str, block: Checked, bench: Bench, clock: Clock) -> Iterator[dict]:
+    """Check the parallel inverse on every backend that takes the block, without and with neighbours."""
+    kind = block.weights[0]
+    subject = Subject(block, WEIGHTS[kind], "reference", bench)
     for backend in backends()["block_jacobi"]:
         for check, solver in SOLVERS.items():
 
             def solved(backend=backend, solver=solver):
                 options = {"solver": solver, "return_report": True}
                 x, report = inverse(subject.block, subject.z, backend, **options)
-                return f"{subject.compare(x, slack=1e-5)}, {report.passes} passes for {of.tokens} tokens"
+                return f"{subject.compare(x, slack=1e-5)}, {report.passes} passes for {block.tokens} tokens"
 
-            row = {"op": f"block_jacobi, {backend}", "shape": f"{name}, {of.samples} x {of.tokens}", "dtype": kind}
+            row = {
+                "op": f"block_jacobi, {backend}",
+                "shape": f"{name}, {block.samples} x {block.tokens}",
+                "dtype": kind,
+            }
             result, note = attempt(solved) if clock.left() > 0 else ("skipped", "the time for checks is spent")
             yield {**row, "check": check, "result": result, "note": note}
 
 
 def checks(bench: Bench, clock: Clock) -> Iterator[dict]:
-    """All rows."""
-    for name, of in checked(bench.dry).items():
-        yield from check_inverse(name, of, bench, clock)
-        if of.thorough:
-            yield from check_jacobi(name, of, bench, clock)
+    """Yield the rows of all checks."""
+    for name, block in checked(bench.dry).items():
+        yield from check_inverse(name, block, bench, clock)
+        if block.thorough:
+            yield from check_jacobi(name, block, bench, clock)

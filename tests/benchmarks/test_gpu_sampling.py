@@ -99,7 +99,7 @@ def test_more_launches_than_allowed_are_a_failure(bench, monkeypatch):
     for most, failed in ((11, True), (12, False)):
         code = {"ours": Code(plain("fused").start, most=lambda layers, most=most: most)}
         (row, _) = time_problem("a case", "float32", problem, code, None, bench, CEILINGS, Clock(60), 60)
-        assert ("12 kernels a token of 2 layers" in row.get("failed", "")) == failed
+        assert ("12 kernels per token of 2 layers" in row.get("failed", "")) == failed
 
 
 def test_what_the_clock_has_no_time_for_is_skipped(bench):

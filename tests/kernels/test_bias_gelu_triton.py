@@ -24,7 +24,7 @@ def test_error_contract(T, C, dtype, bias):
 @pytest.mark.parametrize("shares", [1, 3])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_programs_that_take_several_blocks_of_rows(shares, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("starflow_kernels.bias_gelu.triton"), "PARTS", shares)
+    monkeypatch.setattr(importlib.import_module("starflow_kernels.bias_gelu.triton"), "SHARES", shares)
     check_contract(inputs(True, 2, 37, 40, torch.float32), "triton")
 
 

@@ -29,7 +29,7 @@ def test_error_contract(B, T, C, dtype, kind):
 @pytest.mark.parametrize("shares", [1, 3])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_programs_that_take_several_blocks_of_rows(shares, kind, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("starflow_kernels.residual_norm.triton"), "PARTS", shares)
+    monkeypatch.setattr(importlib.import_module("starflow_kernels.residual_norm.triton"), "SHARES", shares)
     check_contract(inputs(2, 73, 40, torch.float32), PARTS[0], kind, "triton")
 
 
