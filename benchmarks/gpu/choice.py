@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 import starflow_kernels
-from starflow_kernels._core import dispatch
 from starflow_kernels.causal_attention.timings import Entry, chip
 
 from .bench import Bench
@@ -94,13 +93,16 @@ def verdicts(tensors: dict[str, torch.Tensor], window: int | None, backend: str)
 
 def candidates(tensors: dict[str, torch.Tensor], window: int | None) -> list[str]:
     """Return the backends that take these arguments on this machine, without the reference."""
-    kernels = dispatch._kernels["causal_attention"]
-    can = (
-        name
-        for name, kernel in kernels.items()
-        if kernel.unavailable() is None and kernel.refuse(*arguments(tensors, window)) is None
-    )
-    return [name for name in can if name != "reference"]
+    names = []
+    for name in (name for name in starflow_kernels.backends()["causal_attention"] if name != "reference"):
+        try:
+            passes(tensors, window, name)
+        except Exception as error:
+            # `measure` records any other error.
+            if "cannot run" in str(error):
+                continue
+        names.append(name)
+    return names
 
 
 def measure(shape: tuple, dtype: torch.dtype, device: str, seconds: Callable) -> list[dict]:

@@ -16,14 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .._core.numerics import accumulation_dtype
+from .._core.numerics import NORM_EPS, accumulation_dtype
 from .._triton.math import log_sigma_slope, sigma_of, soft_clipped
 from .._triton.runtime import contiguous, refuse_tensors
 from .._triton.tiles import chip_of
 from ..affine_flow.triton import sum_rows
 
 WIDEST = 256
-RMS_EPS = tl.constexpr(1e-6)
+RMS_EPS = tl.constexpr(NORM_EPS["rms_norm"])
 # BLOCK_D -> (tokens per block, channels per block, warps): the largest that compile without spills for every target.
 NARROW = {16: (64, 64, 4), 32: (32, 64, 4), 64: (16, 64, 4), 128: (32, 32, 8), 256: (16, 16, 8)}
 FLOAT32 = {16: (32, 16, 4), 32: (32, 32, 4), 64: (16, 32, 8), 128: (16, 16, 8), 256: (8, 16, 8)}

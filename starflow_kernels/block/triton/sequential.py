@@ -83,15 +83,15 @@ def tile(n: int) -> int:
 
 
 class Model:
-    """Weights as the kernels read them.
+    """Weights of a block as the kernels read them.
 
     Rotary pairs lie half a head apart, the position table is in the block's own order, and each weight of one byte has
     its scales under "<name>.scale".
 
     Args:
-        spec: of the block.
-        weights: in the order of spec.weight_shapes.
-        quantize: "none", "int8" or "fp8".
+        spec: sizes and options of the block.
+        weights: tensors in the order of spec.weight_shapes.
+        quantize: storage of the weights, "none", "int8" or "fp8".
     """
 
     def __init__(self, spec: BlockSpec, weights: list[torch.Tensor], quantize: str = "none"):
@@ -167,8 +167,8 @@ class TritonSession:
 
     Args:
         model: gives spec, quantization and dtype.
-        shape: of the part of a batch that the session takes.
-        device: of all tensors.
+        shape: sizes of the part of a batch that the session takes.
+        device: device of all tensors.
         buffers: shape and dtype of each buffer, see `buffers`.
         n: tokens of each sequence per step.
     """
@@ -191,7 +191,8 @@ class TritonSession:
         sizes = self.hidden.element_size(), self.spec.token_dim, self.spec.head_dim
         return {"BLOCK_M": BLOCK_M, **config(kernel, *sizes, self.quantize != "none"), **self.pdl}
 
-    def _norm(self, w: dict, name: str) -> tuple:
+    def _pair(self, w: dict, name: str) -> tuple:
+        """Return weight and bias of a layer, None for what it lacks."""
         return w.get(f"{name}.weight"), w.get(f"{name}.bias")
 
     def attend(self, i: int, n: int, stop: torch.Tensor | None) -> None:
@@ -221,8 +222,8 @@ class TritonSession:
             layer, first = f"layers.{i}", i == 0
             before, after = (self.h_in, h) if first else (h, h_next)
             step_kernels.block_qkv_kernel[self._grid(rows, (H + 2 * KV) * triton.cdiv(d - d // 2, pairs))](
-                before, after, self.residual, post, *self._norm(w, f"{layer}.attn_norm"),
-                *self._norm(w, f"{layer}.qkv"), w.get(f"{layer}.head_norms"), self.cos, self.sin, self.scale,
+                before, after, self.residual, post, *self._pair(w, f"{layer}.attn_norm"),
+                *self._pair(w, f"{layer}.qkv"), w.get(f"{layer}.head_norms"), self.cos, self.sin, self.scale,
                 self.position, self.q, self.k_cache[i], self.v_cache[i], w.get(f"{layer}.qkv.weight.scale"), stop,
                 rows, n, C, self.k_cache.shape[3], H=H, KV=KV, HEAD=d, POST=post is not None,
                 QK_NORM=spec.qk_norm, ROTARY=spec.rotary != "none", FIRST=first, PAIRS=pairs, NORM=spec.norm,
@@ -232,14 +233,14 @@ class TritonSession:
                 h, h_next = h_next, h
             self.attend(i, n, stop)
             step_kernels.block_project_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
-                self.split_out, self.split_max, self.split_sum, self.position, *self._norm(w, f"{layer}.proj"), h,
+                self.split_out, self.split_max, self.split_sum, self.position, *self._pair(w, f"{layer}.proj"), h,
                 self.residual, w.get(f"{layer}.proj.weight.scale"), stop, rows, n, C, self.splits, H=H, HEAD=d,
                 BIAS=spec.bias, POST=spec.post_norm, SPLIT=SPLIT, DTYPE=stored, **self._tiles("project"),
             )  # fmt: skip
             post = w.get(f"{layer}.attn_post_norm.weight")
             step_kernels.block_up_kernel[self._grid(rows, triton.cdiv(width, BLOCK_N))](
-                h, h_next, self.residual, post, *self._norm(w, f"{layer}.mlp_norm"), *self._norm(w, f"{layer}.up"),
-                *self._norm(w, f"{layer}.gate"), self.hidden, w.get(f"{layer}.up.weight.scale"),
+                h, h_next, self.residual, post, *self._pair(w, f"{layer}.mlp_norm"), *self._pair(w, f"{layer}.up"),
+                *self._pair(w, f"{layer}.gate"), self.hidden, w.get(f"{layer}.up.weight.scale"),
                 w.get(f"{layer}.gate.weight.scale"), self.position, stop, rows, n, C, width, POST=post is not None,
                 NORM=spec.norm,
                 GATED=spec.mlp == "swiglu", BIAS=spec.bias, DTYPE=stored, **self._tiles("up"),
@@ -247,7 +248,7 @@ class TritonSession:
             if post is not None:
                 h, h_next = h_next, h
             step_kernels.block_down_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
-                self.hidden, *self._norm(w, f"{layer}.down"), h, self.residual, w.get(f"{layer}.down.weight.scale"),
+                self.hidden, *self._pair(w, f"{layer}.down"), h, self.residual, w.get(f"{layer}.down.weight.scale"),
                 self.position, stop, rows, n, C, width, BIAS=spec.bias, POST=spec.post_norm, DTYPE=stored,
                 **self._tiles("down"),
             )  # fmt: skip
@@ -256,7 +257,7 @@ class TritonSession:
 
     def _embed_weights(self, w: dict) -> tuple:
         """Return the tensors that the projection of a token reads."""
-        return *self._norm(w, "proj_in"), w.get("pos_embed"), self.cond if self.shape.cond else None
+        return *self._pair(w, "proj_in"), w.get("pos_embed"), self.cond if self.shape.cond else None
 
     def _embed_options(self) -> dict:
         options = {"BRANCHES": self.shape.branches, "TABLE": self.spec.positions > 0, "COND": self.shape.cond}
@@ -267,7 +268,7 @@ class TritonSession:
         spec, shape, h, tiles = self.spec, self.shape, self.layers(w), self._tiles("head")
         head_kernels.block_head_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, tiles["BLOCK_N"]))](
             h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
-            *self._norm(w, "proj_out"), self.z, self.guidance, self.x, self.h_in, *self._embed_weights(w),
+            *self._pair(w, "proj_out"), self.z, self.guidance, self.x, self.h_in, *self._embed_weights(w),
             self.position, shape.samples, shape.tokens, shape.prefix, spec.channels, spec.token_dim,
             spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm,
             RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
@@ -305,7 +306,7 @@ class TritonSession:
                 given = text[:, :, first : first + n].flatten(0, 1).contiguous()
                 rows = self.rows * given.shape[1]
                 step_kernels.block_down_kernel[self._grid(rows, triton.cdiv(spec.channels, BLOCK_N))](
-                    given, *self._norm(w, "proj_text"), self.h_in, self.h_in, None, None, None, rows, 1,
+                    given, *self._pair(w, "proj_text"), self.h_in, self.h_in, None, None, None, rows, 1,
                     spec.channels, spec.text_dim, BIAS=True, POST=True, DTYPE=None, **self._tiles("down"),
                 )  # fmt: skip
                 self.position.fill_(first)
@@ -388,8 +389,8 @@ def loaded_sessions(
         model: packed weights.
         z: (B, T, D), noise.
         context: cond, prefix, cos, sin and guidance.
-        rule: of guidance.
-        temperature: of guidance.
+        rule: rule of guidance, "tarflow" or "starflow".
+        temperature: divides the scores of the unconditional branch.
         kind: class of the sessions.
         n: tokens of each sequence per step.
         options: further arguments of the class; sessions are kept per value of them.

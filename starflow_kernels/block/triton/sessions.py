@@ -170,11 +170,11 @@ def loaded(
     Args:
         z: (B, T, D), noise in the block's own order.
         context: cond, prefix, cos, sin and guidance of all rows.
-        shape: of the whole batch.
-        temperature: of guidance.
-        size: bytes of a session for a shape.
-        budget: bytes of a session.
-        session: returns the session for a shape.
+        shape: sizes of the whole batch.
+        temperature: divides the scores of the unconditional branch.
+        size: size(shape) returns the bytes of a session.
+        budget: most bytes of a session.
+        session: session(shape) returns a session.
     """
     B = len(z)
     most = largest(B, lambda samples: size(shape._replace(samples=samples)), budget)
@@ -197,7 +197,7 @@ def sample(
 
     Args:
         z: (B, T, D), in the block's own order.
-        steps: per part.
+        steps: number of steps per part.
         wait: waits for the device.
         running: rows and loaded session of each part.
     """

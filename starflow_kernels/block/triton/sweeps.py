@@ -95,7 +95,7 @@ class JacobiSession(sequential.TritonSession):
         spread, log_sigma, *learned = (getattr(self, name, None) for name in NEWTON)
         sweep_kernels.block_sweep_head_kernel[(triton.cdiv(shape.samples * n, sequential.BLOCK_M),)](
             h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
-            *self._norm(w, "proj_out"), self.z, self.guidance, self.x, self.y, spread, log_sigma, self.change,
+            *self._pair(w, "proj_out"), self.z, self.guidance, self.x, self.y, spread, log_sigma, self.change,
             self.move, self.size, self.position, self.stop, shape.samples, n, shape.tokens, shape.prefix, C, D,
             spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm,
             RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start, BRANCHES=shape.branches,

@@ -7,8 +7,10 @@ has the same bits in any batch.
 import triton
 import triton.language as tl
 
-RMS_EPS = tl.constexpr(1e-6)
-LAYER_EPS = tl.constexpr(1e-5)
+from ..._core.numerics import NORM_EPS
+
+RMS_EPS = tl.constexpr(NORM_EPS["rms_norm"])
+LAYER_EPS = tl.constexpr(NORM_EPS["layer_norm"])
 
 
 @triton.jit
