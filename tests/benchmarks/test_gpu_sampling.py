@@ -1,4 +1,4 @@
-"""The benchmark of sampling on a GPU, without one: its problems, its gates, its page."""
+"""Benchmark of sampling on a GPU, run without one: its problems, its gates, its page."""
 
 from __future__ import annotations
 

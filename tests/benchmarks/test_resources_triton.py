@@ -1,4 +1,4 @@
-"""What benchmarks.gpu.triton_resources reads out of compiled kernels and refuses."""
+"""Resources of compiled kernels: parsing, limits and table of benchmarks.gpu.triton_resources."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_complains_of_spills_and_of_shared_memory(tool):
     assert tool.complaint(tool.Resources(64, 277, 65536), "gfx942", 276) is not None
 
 
-def test_table_has_a_row_a_kernel_and_the_numbers_of_each_version(tool):
+def test_table_has_a_row_per_kernel_and_the_numbers_of_each_version(tool):
     found = [{(k, t): tool.Resources(n, 2, 3) for k in ("a", "b") for t in ("sm_80", "sm_90")} for n in (1, 4)]
     found[1]["b", "sm_90"] = tool.Resources(1, 2, 3)
     assert tool.table(found, ["sm_80", "sm_90"]).splitlines() == [

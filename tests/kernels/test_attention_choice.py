@@ -1,4 +1,4 @@
-"""Which backend of causal_attention runs: flash-attn and torch's fused kernel on a GPU, and the measured table."""
+"""Choice of the backend of causal_attention: flash-attn, torch's fused kernel, and the measured table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def clear():
 
 @pytest.fixture
 def probe(monkeypatch):
-    """flash.unavailable() on a machine with a GPU and with the modules that are given."""
+    """Result of flash.unavailable() on a machine with a GPU and the given modules."""
 
     def with_modules(**modules):
         for name in ("flash_attn", "flash_attn.flash_attn_interface"):
@@ -41,7 +41,7 @@ def probe(monkeypatch):
 
 
 def fake_interface(calls: list[str]) -> types.ModuleType:
-    """The two functions by the specification, which flash-attn calls heads first, queries last: (window_left, 0)."""
+    """Module with flash-attn's two functions, computed by the specification; calls collects their names."""
     module = types.ModuleType("flash_attn.flash_attn_interface")
 
     def options(scale, window, q):
@@ -74,7 +74,7 @@ def fake_interface(calls: list[str]) -> types.ModuleType:
 
 @pytest.fixture
 def calls(probe, monkeypatch):
-    """What a fake flash-attn, which takes tensors on the CPU, was called for."""
+    """Names of the passes that a fake flash-attn, which takes tensors on the CPU, was called for."""
     names = []
     assert probe(flash_attn=types.ModuleType("flash_attn"), flash_attn_interface=fake_interface(names)) is None
     monkeypatch.setattr(flash, "refuse_heads", lambda q: None)
@@ -83,7 +83,7 @@ def calls(probe, monkeypatch):
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """Replaces the package's table by one of entries for float64 heads of 8 on the CPU."""
+    """Replace the package's table by entries for float64 heads of 8 on the CPU."""
 
     def write(*entries):
         path = tmp_path / "timings.json"
@@ -153,7 +153,7 @@ def test_flash_attn_takes_tensors_of_a_gpu():
 
 @pytest.mark.parametrize("rotary, window", [("none", 0), ("half", 3)])
 def test_calls_the_fused_kernel_of_a_gpu_as_torch_declares_it(rotary, window, monkeypatch):
-    """On tensors without memory: the shapes and types of arguments and results."""
+    """Shapes and types of arguments and results, on tensors without memory."""
     monkeypatch.setattr(
         importlib.import_module("starflow_kernels.causal_attention.external"), "_rotary_kernels", lambda x: None
     )
@@ -188,7 +188,7 @@ def test_what_the_kernels_of_a_gpu_refuse(monkeypatch):
 
 @pytest.fixture
 def choice(monkeypatch):
-    """The backend that is chosen for inputs of T tokens."""
+    """Function that returns the backend chosen for inputs of T tokens."""
 
     def choose(T, window=0, dtype=torch.float64, d=8):
         q = torch.zeros(1, T, 1, d, dtype=dtype)

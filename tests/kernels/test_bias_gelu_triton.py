@@ -29,13 +29,13 @@ def test_programs_that_take_several_blocks_of_rows(shares, monkeypatch):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-def test_far_values_and_another_dtype_of_the_bias():
+def test_large_values_and_a_bias_of_another_dtype():
     x, bias = inputs(dtype=torch.float32)
     check_contract([x.half(), bias], "triton")
     check_contract([1e4 * x, bias], "triton")
 
 
-def test_bits_of_a_row():
+def test_a_row_has_the_same_bits_alone():
     (x, bias), seed = inputs(B=5, T=9, C=33, dtype=torch.float32), torch.randn(5, 9, 33)
     batch, again = (with_gradients(op("triton"), [x, bias], [seed]) for _ in range(2))
     assert all(torch.equal(*values) for values in zip(batch, again))

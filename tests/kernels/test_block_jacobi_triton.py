@@ -16,7 +16,7 @@ ALL = Solver("jacobi", tol=1e-6)
 
 
 def case(name, guided=False, rule="tarflow", dtype=F32, coupling=1.0, **sizes):
-    """Noise, weights and spec, and the options of a call."""
+    """Return noise, weights, spec, and the options of a call."""
     torch.manual_seed(3)
     z, w, spec, context = block(BLOCKS[name], copies=1 + guided, dtype=dtype, **sizes)
     w["proj_out.weight"] = w["proj_out.weight"] * coupling
@@ -25,7 +25,7 @@ def case(name, guided=False, rule="tarflow", dtype=F32, coupling=1.0, **sizes):
 
 
 def assert_agrees(z, w, spec, options, solver, **more):
-    """Values to rounding, and what was done to one pass a token, in which rounding may show."""
+    """Compare values up to rounding, and passes per token up to one, as rounding may change the last pass."""
     run = lambda b: block_inverse(z, w, spec, **options, solver=solver, return_report=True, backend=b, **more)  # noqa: E731
     (x, found), (expected, plain) = run("triton"), run("reference")
     half = w["proj_in.weight"].dtype != F32
@@ -98,7 +98,7 @@ def test_diverged_values_are_not_waited_for():
 
 
 @pytest.mark.parametrize("window", [0, 3])
-def test_what_no_solver_can_solve_is_an_error(window):
+def test_noise_that_no_solver_can_invert_is_an_error(window):
     z, w, spec, options = case("no-norm-no-position", B=3, tokens=4, layers=1)
     options["cond"][1] = 3e38
     with pytest.raises(ValueError, match="not finite at token 1 of sample 1"):
@@ -107,7 +107,7 @@ def test_what_no_solver_can_solve_is_an_error(window):
 
 @pytest.fixture
 def matmul_by_rows(monkeypatch):
-    """The interpreter's products are numpy's, whose bits depend on the place of a row in its tile: each row alone."""
+    """Multiply row by row: the bits of numpy's products, which the interpreter uses, depend on the place of a row."""
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: (a[:, :, None] * b[None]).sum(1, dtype=dtype))
 
 

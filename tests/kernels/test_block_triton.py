@@ -22,7 +22,7 @@ def doubled(z, w, context):
 
 
 def assert_inverse(case, guided=False, rule="tarflow", quantize="none", **sizes):
-    """The error contract of the whole inverse, against the reference in float64."""
+    """Check the error contract of the whole inverse against the reference in float64."""
     z, w, spec, context = block(case, copies=2 if guided else 1, **sizes)
     options = {"guidance": torch.rand(z.shape[:2]) * 2, "rule": rule, "temperature": 0.7} if guided else {}
     options["quantize"] = quantize
@@ -99,7 +99,7 @@ def test_every_value_of_a_byte(dtype):
 
 @pytest.fixture
 def matmul_by_rows(monkeypatch):
-    """The interpreter's products are numpy's, whose bits depend on the place of a row in its tile: each row alone."""
+    """Multiply row by row: the bits of numpy's products, which the interpreter uses, depend on the place of a row."""
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: (a[:, :, None] * b[None]).sum(1, dtype=dtype))
 
 
@@ -126,7 +126,7 @@ def test_rows_have_the_same_bits_in_any_batch(name, guided, T, monkeypatch):
     assert torch.equal(run(slice(None)), whole)
 
 
-def test_sessions_are_used_again_and_end_with_their_model():
+def test_sessions_are_reused_and_end_with_their_model():
     from starflow_kernels.block.triton import sequential
 
     gc.collect()
@@ -168,7 +168,7 @@ def test_refuses_with_the_reason(changes, why):
         block_inverse(z, w, spec, **context, backend="triton")
 
 
-def test_dependent_launch_is_asked_for_and_begins_with_sm_90(monkeypatch):
+def test_dependent_launch_is_opt_in_and_needs_sm_90(monkeypatch):
     from starflow_kernels.block.triton import sequential
 
     chip, device = [(9, 0)], torch.device("cuda")

@@ -1,4 +1,4 @@
-"""causal_attention in Triton's interpreter: sizes around its blocks, and what only its kernels promise.
+"""causal_attention in Triton's interpreter: sizes around its blocks, and promises of its kernels alone.
 
 TRITON_INTERPRET=1 pytest tests/kernels/test_causal_attention_triton.py
 """
@@ -56,7 +56,7 @@ def test_error_contract_around_blocks(T, d, H, H_kv, window, rotary, dtype):
 
 @pytest.mark.parametrize("rotary, window", [("interleaved", None), ("half", 40)])
 def test_a_row_is_its_own(rotary, window):
-    """The same bits alone and in a batch, and without the tokens after it."""
+    """A row has the same bits alone and in a batch, and without the tokens after it."""
     tensors, seeds = inputs(3, 111, 2, 1, 24, F32), (torch.randn(3, 111, 2, 24), torch.randn(3, 2, 111))
     options = {"window": window, **rotary_options(rotary, 111, 24, F32)}
     batch = run(tensors, seeds, **options)
@@ -68,7 +68,7 @@ def test_a_row_is_its_own(rotary, window):
 
 
 def test_later_and_earlier_tokens_stay_out():
-    """Of queries behind the window or in front of a key, not even infinite gradients are read."""
+    """A key's gradient does not depend on queries past its window or before it."""
     tensors, seeds = inputs(1, 111, 1, 1, 16, F32), [torch.randn(1, 111, 1, 16), torch.randn(1, 1, 111)]
     before = run(tensors, seeds, window=20)
     for t in (tensors[0], seeds[0]):
@@ -89,14 +89,14 @@ def test_a_group_of_heads_is_heads_with_their_own_keys():
         torch.testing.assert_close(a, b.unflatten(2, (2, 2)).sum(3), rtol=1e-6, atol=1e-6)
 
 
-def test_the_log_sum_exp_alone():
+def test_gradient_of_the_log_sum_exp_alone():
     tensors, seed = inputs(1, 65, 2, 1, 16, F32), torch.randn(1, 2, 65)
-    turn = rotary_options("half", 65, 16)  # float64 angles
+    rotary = rotary_options("half", 65, 16)  # float64 angles
 
     def lse(*tensors):
-        return [causal_attention(*tensors, **turn, return_lse=True, backend="triton")[1]]
+        return [causal_attention(*tensors, **rotary, return_lse=True, backend="triton")[1]]
 
-    exact = with_gradients(lambda *t: [naive(*t, **turn)[1]], [t.double() for t in tensors], [seed])
+    exact = with_gradients(lambda *t: [naive(*t, **rotary)[1]], [t.double() for t in tensors], [seed])
     torch.testing.assert_close(with_gradients(lse, tensors, [seed]), [t.float() for t in exact], rtol=1e-5, atol=1e-6)
 
 

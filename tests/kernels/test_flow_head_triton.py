@@ -31,8 +31,8 @@ def inputs(spec, B, T, D, C, bias=True, norm=True, dtype=torch.float32) -> dict[
 @pytest.mark.parametrize("T, D, C", [(65, 3, 65), (33, 48, 33), (17, 70, 80), (9, 200, 17)])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_error_contract_around_the_blocks(T, D, C, dtype, spec):
-    """One sum over tokens is a single draw of the error, torch's too: those of all parts together."""
-    B, found = 3, {}
+    """The error of one sum over tokens is a single draw, for torch too: the draws of all parts count together."""
+    B, results = 3, {}
     for part, (bias, norm, shift, flip) in enumerate(PARTS):
         logdet = ("sum", "none", "mean")[part % 3]
         tensors = inputs(spec, B, T, D, C, bias, norm, dtype)
@@ -45,8 +45,8 @@ def test_error_contract_around_the_blocks(T, D, C, dtype, spec):
 
         exact = run([t.double() for t in tensors], "reference")
         for name, *values in zip(["z", logdet, *names], run(tensors, "triton"), run(tensors, "reference"), exact):
-            found.setdefault(name, []).append([value.flatten() for value in values])
-    for draws in found.values():
+            results.setdefault(name, []).append([value.flatten() for value in values])
+    for draws in results.values():
         assert_within_contract(*(torch.cat(values) for values in zip(*draws)))
 
 

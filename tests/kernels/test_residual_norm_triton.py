@@ -20,7 +20,7 @@ require_interpreter()
 @pytest.mark.parametrize("B, T, C", [(70, 1, 1), (2, 33, 3), (2, 65, 40), (2, 7, 1024), (2, 3, 1025), (2, 1, 5000)])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_error_contract(B, T, C, dtype, kind):
-    """Rows of one value lose all digits of the gradient of their norm, so that many are compared at once."""
+    """The norm of a row of one value has a gradient without digits, so many rows are compared at once."""
     for parts in PARTS[: 5 if C < 1024 else 1]:
         check_contract(inputs(B, T, C, dtype), parts, kind, "triton")
 
@@ -34,14 +34,14 @@ def test_programs_that_take_several_blocks_of_rows(shares, kind, monkeypatch):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-def test_other_dtypes():
+def test_mixed_dtypes():
     x, update, weight, bias = inputs(T=9, dtype=torch.float32)
     check_contract([x, update.half(), weight, bias.half()], PARTS[0], "layer_norm", "triton")
     check_contract([x.half(), update, weight, bias], PARTS[0], "rms_norm", "triton")
 
 
 @every_kind
-def test_bits_of_a_row(kind):
+def test_a_row_has_the_same_bits_alone(kind):
     tensors, seeds = inputs(5, 41, 33, torch.float32), torch.randn(2, 5, 41, 33)
 
     def run(i):
@@ -56,7 +56,7 @@ def test_bits_of_a_row(kind):
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_one_output_alone(used):
+def test_gradient_of_one_output_alone(used):
     tensors, seed = inputs(dtype=torch.float32), torch.randn(2, 5, 7)
     run = lambda backend: with_gradients(  # noqa: E731
         lambda *t: [op(PARTS[0], "layer_norm", backend)(*t)[used]], tensors, [seed]
