@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-CHECKOUT = Path(__file__).parents[1]
-# Folders that tools and builds write to.
-TOOL_FOLDERS = {".git", ".venv", "build", "dist", "site", "__pycache__", ".pytest_cache", ".ruff_cache", ".benchmarks"}
+from support.checkout import checkout_files
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -46,15 +43,6 @@ def working_directory():
         os.chdir(folder)
         yield
         os.chdir(start)
-
-
-def checkout_files() -> set[str]:
-    """Paths of all files in the checkout but those of tools and builds."""
-    found = set()
-    for folder, folders, names in os.walk(CHECKOUT):
-        folders[:] = [name for name in folders if name not in TOOL_FOLDERS]
-        found.update(os.path.join(folder, name) for name in names)
-    return found
 
 
 @pytest.fixture

@@ -41,9 +41,9 @@ def test_decoder_in_bfloat16_is_as_near_as_the_reference():
 
 
 SPEC = BlockSpec(token_dim=2, channels=8, layers=3, heads=4, head_dim=2, kv_heads=2, mlp_dim=16, positions=5)
-# qkv 16 x 8, proj 8 x 8, up and down 8 x 16 a layer; in 8 x 2, out 4 x 8.
+# Per layer qkv 16 x 8, proj 8 x 8, up and down 8 x 16; outside the layers in 8 x 2, out 4 x 8.
 MATRICES = 3 * (16 * 8 + 8 * 8 + 2 * 8 * 16) + 16 + 32
-# Two norms with weights and biases, biases of the four products; of in, out, and a row of the table.
+# Per layer two norms with weights and biases, and four biases; outside the biases of in and out, one position.
 VECTORS = 3 * (4 * 8 + 16 + 8 + 16 + 8) + 8 + 4 + 8
 
 

@@ -1,4 +1,4 @@
-"""The published parallel inverses that benchmarks compare with: run to the end, they are the inverse."""
+"""The published parallel inverses that benchmarks compare with equal the inverse when run to the end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
 
 def block(shape, steep=0.2):
-    """Noise, what the ops take, and the same as a block in eager torch; steep: how much a token tells the next ones."""
+    """Return noise, arguments of the ops, and the block in eager torch; steep: influence of a token on later ones."""
     spec = dataclasses.replace(BASE, **shape)
     weights = {}
     for name, size in spec.weight_shapes.items():
@@ -57,7 +57,7 @@ def block(shape, steep=0.2):
 
 
 def exactly(rule):
-    """The rule with nothing that ends its sweeps early and no clamp."""
+    """Return the rule without a clamp and without a bound that ends its sweeps early."""
     return dataclasses.replace(rule, bound=0.0, clamp=math.inf, limit=1 if rule is SEQUENTIAL else T)
 
 
@@ -83,7 +83,7 @@ def test_counts_passes_and_tokens(shape, rule):
 
 
 def test_modules_are_the_published_ones():
-    """Sizes count inputs: where token 0 passes unchanged the last module is a token shorter."""
+    """Sizes count inputs: where token 0 passes unchanged, the last module is one token shorter."""
     assert GS_JACOBI.spans(1, 16) == [(1, 17 - 1)]
     assert dataclasses.replace(GS_JACOBI, modules=8).spans(1, 16)[-2:] == [(13, 15), (15, 16)]
     assert STARFLOW.spans(0, 64) == [(0, 16), (16, 32), (32, 48), (48, 64)]
@@ -120,7 +120,7 @@ def test_first_sweep_is_from_its_guess(shape, rule, zero):
     "rule, bound", [(SEJD, 0.5), (STARFLOW, 1e-3), (GS_JACOBI, 1e-6)], ids=["sejd", "starflow", "gs"]
 )
 def test_stops_at_its_bound(rule, bound):
-    """The change of the last sweep of a module, measured here, is within the bound, and no earlier one is."""
+    """The last sweep of a module is the first whose change is within the bound."""
     z, _, eager = block(SHAPES["starflow"])
     x = z.clone() if rule.guess == "noise" else torch.zeros_like(z)
     seen = [x]
@@ -138,7 +138,7 @@ def test_stops_at_its_bound(rule, bound):
 
 @pytest.mark.parametrize("modules", [1, 8])
 def test_clamp_bounds_the_values_after_every_sweep(modules):
-    """Token 0, which passes unchanged, is clamped without modules alone, as in the released code."""
+    """Token 0, which passes unchanged, is clamped only without modules, as in the released code."""
     z, _, eager = block(SHAPES["tarflow"])
     z, seen = 4 * z, []
     solve(eager, z, dataclasses.replace(GS_JACOBI, modules=modules), lambda x: seen.append(x.clone()))

@@ -20,6 +20,8 @@ def takes(backend, dtype=F64):
 
 
 in_float64 = on_backends("affine_flow", takes)
+# For bounds that are measured by the reference itself.
+except_reference = on_backends("affine_flow", lambda backend: backend != "reference")
 
 
 @pytest.fixture(params=cpu_backends("affine_flow"))
@@ -102,6 +104,7 @@ def test_error_contract(dtype, spec, backend):
         assert_within_contract(*values)
 
 
+@except_reference
 @every_spec
 @every_order
 @pytest.mark.parametrize("D", [1, 2, 3, 12, 16, 48, 192])

@@ -38,7 +38,7 @@ def inputs(spec, guided, B=2, T=5, D=3, dtype=F64):
 
 
 def naive(z, params, spec, guidance=None, rule=None):
-    """x = mu + sigma z with both guidance rules as their papers write them."""
+    """Return x = mu + sigma z with both guidance rules as their papers write them."""
     if guidance is None:
         mu, sigma = naive_raw(params, spec)
         return mu + sigma * z
@@ -67,7 +67,7 @@ def test_matches_formulas(spec, rule, backend):
 @pytest.mark.parametrize("narrower", [True, False], ids=["sigma_c-smaller", "sigma_c-larger"])
 @in_float64
 def test_starflow_guidance_is_a_product_of_gaussians(narrower, backend):
-    """Its log-density is (1 + w) log p_c - w min(sigma_u / sigma_c, 1)^2 log p_u, a parabola: three points give it."""
+    """The log-density is the parabola (1 + w) log p_c - w min(sigma_u / sigma_c, 1)^2 log p_u: three points give it."""
     w, sigma_c, sigma_u, mu_c, mu_u = 1.7, 0.6 if narrower else 1.4, 1.0, 0.3, -0.8
     k = 1.0 if narrower else (sigma_u / sigma_c) ** 2
 

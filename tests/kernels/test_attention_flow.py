@@ -71,20 +71,20 @@ def run(tensors, seeds, spec=AffineSpec(), **options):
 @with_and_without_bias
 @in_float64
 def test_matches_its_parts(spec, shift, flip, rotary, bias, backend):
-    tensors, turn = inputs(spec, bias), rotary_options(rotary, 5, 4)
+    tensors, rotation = inputs(spec, bias), rotary_options(rotary, 5, 4)
     for logdet, window in (("sum", None), ("mean", 2), ("none", 1)):
-        options = {"window": window, "temperature": 0.7, "shift": shift, "flip": flip, "logdet": logdet, **turn}
+        options = {"window": window, "temperature": 0.7, "shift": shift, "flip": flip, "logdet": logdet, **rotation}
         actual = attention_flow(**tensors, spec=spec, **options, backend=backend)
         torch.testing.assert_close(actual, naive(spec, **tensors, **options), rtol=1e-11, atol=1e-11)
 
 
 @in_float64
 def test_matches_the_composition_of_references(backend):
-    spec, turn = AffineSpec("softplus", 4.0), rotary_options("half", 5, 4)
+    spec, rotation = AffineSpec("softplus", 4.0), rotary_options("half", 5, 4)
     x, q, k, v, weight, bias = inputs(spec).values()
-    out = causal_attention(q, k, v, **turn, window=3, backend="reference").flatten(2)
+    out = causal_attention(q, k, v, **rotation, window=3, backend="reference").flatten(2)
     expected = affine_flow(x, out @ weight.T + bias, spec, shift=True, backend="reference")
-    actual = attention_flow(x, q, k, v, weight, bias, spec, **turn, window=3, shift=True, backend=backend)
+    actual = attention_flow(x, q, k, v, weight, bias, spec, **rotation, window=3, shift=True, backend=backend)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -135,7 +135,7 @@ SIZES = [
 def test_error_contract(size, bias, backend):
     T, D, H, H_kv, d, window, rotary, scale, dtype = size
     spec, logdet = AffineSpec(scale, 1.5 * bias), "sum" if bias else "none"
-    B = 8 if T < 3 else 1  # one short log-determinant is a single draw of the error, torch's too
+    B = 8 if T < 3 else 1  # one short log-determinant is a single draw of the error, for torch too
     tensors = inputs(spec, bias, B, T, D, H, H_kv, d, dtype)
     options = {"window": window, "temperature": 0.8, "shift": bias, "flip": T % 2 == 0, "logdet": logdet}
     options |= rotary_options(rotary, T, d, torch.float32)
@@ -208,7 +208,7 @@ def test_logdet_is_that_of_the_jacobian(shift, flip, backend):
 
     def flow(x):
         own = (x.flip(1) if flip else x).tanh() @ mix
-        if not shift:  # token t's parameters come from the tokens before it
+        if not shift:  # the parameters of token t depend on the tokens before it
             own = torch.nn.functional.pad(own[:, :-1], (0, 0, 1, 0))
         q, k, v, _ = own.unflatten(2, (4, 2, 2)).unbind(2)
         return attention_flow(
@@ -242,8 +242,8 @@ def test_no_rows(backend):
 @with_and_without_bias
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_opcheck(rotary, window, logdet, bias, dtype):
-    tensors, turn = inputs(AffineSpec(), bias, dtype=dtype), rotary_options(rotary, 5, 4, dtype)
-    options = (turn.get("cos"), turn.get("sin"), rotary, window, 0.7, "softplus", 4.0, True, True, logdet)
+    tensors, rotation = inputs(AffineSpec(), bias, dtype=dtype), rotary_options(rotary, 5, 4, dtype)
+    options = (rotation.get("cos"), rotation.get("sin"), rotary, window, 0.7, "softplus", 4.0, True, True, logdet)
     args = (*(tensors.get(name) for name in ("x", "q", "k", "v", "weight", "bias")), *options)
     outputs = list(torch.ops.starflow.attention_flow(*args))
     grads = [torch.randn_like(t) for t in outputs]
@@ -254,14 +254,14 @@ def test_opcheck(rotary, window, logdet, bias, dtype):
 
 @pytest.mark.parametrize("used", [(0, 2), (2,)], ids=["z-lse", "lse"])
 def test_gradient_of_the_log_sum_exp(used, backend):
-    """The registered op gives it, and its gradient is right too."""
-    tensors, turn = inputs(AffineSpec(), dtype=torch.float32), angles(5, 4, torch.float32)
+    """The registered op returns the log-sum-exp, and its gradient is right too."""
+    tensors, rotation = inputs(AffineSpec(), dtype=torch.float32), angles(5, 4, torch.float32)
     seeds = [torch.randn(2, 5, 3), None, torch.randn(2, 2, 5)]
 
     def flow(*tensors, backend=backend):
         found = torch.ops.starflow.attention_flow(
-            *tensors, *(turn[n].to(tensors[0].dtype) for n in ("cos", "sin")), "half", 3, 0.7, "exp", 0.0, True, False,
-            "sum", backend=backend,
+            *tensors, *(rotation[n].to(tensors[0].dtype) for n in ("cos", "sin")), "half", 3, 0.7, "exp", 0.0,
+            True, False, "sum", backend=backend,
         )  # fmt: skip
         return [found[i] for i in used]
 
@@ -274,11 +274,11 @@ def test_gradient_of_the_log_sum_exp(used, backend):
 
 @pytest.mark.parametrize("compiler, rotary", [("aot_eager", "half"), ("inductor", "none")])
 def test_compiles_as_one_graph(compiler, rotary):
-    tensors, turn = list(inputs(AffineSpec()).values()), rotary_options(rotary, 5, 4)
+    tensors, rotation = list(inputs(AffineSpec()).values()), rotary_options(rotary, 5, 4)
     seeds = draws(2, 5, 3, "sum")
 
     def flow(*tensors):
-        return attention_flow(*tensors, **turn, window=3, shift=True, flip=True)
+        return attention_flow(*tensors, **rotation, window=3, shift=True, flip=True)
 
     eager, graph = (with_gradients(f, tensors, seeds) for f in (flow, compiled(flow, compiler)))
     torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)

@@ -45,7 +45,7 @@ def test_forward_matches_naive_network(case, forward):
 
 @every_block
 def test_forward_with_gradients_is_the_same(case, forward):
-    """With a gradient the block is composed of smaller ops: same values, gradients of the naive network."""
+    """A block with gradients is composed of smaller ops: same values, gradients of the naive network."""
     x, w, spec, context = block(case)
     seeds = torch.randn_like(x), torch.randn_like(x)
     composed, tensors = of_tensors(lambda *a, **c: block_forward(*a, **c, logdet="none"), x, w, spec, context)

@@ -1,5 +1,7 @@
-"""The on-chip inverse of csrc/cuda, its threads executed on the CPU: forward and in reverse order, see
-csrc/emulation/fibers.h. STARFLOW_SANITIZE=address builds it with a sanitizer, whose library must be preloaded."""
+"""The on-chip inverse of csrc/cuda, with its threads executed on the CPU, in order and in reverse order.
+
+See csrc/emulation/fibers.h. STARFLOW_SANITIZE=address builds it with a sanitizer, whose library must be preloaded.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """The kernel built for the CPU, with the binding that it has on a GPU."""
+    """Build the kernel for the CPU, with the binding that it has on a GPU."""
     from torch.utils import cpp_extension
 
     target = tmp_path_factory.mktemp("emulated") / "emulated.so"
@@ -60,7 +62,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def emulated(library, monkeypatch):
-    """Makes cuda.block_inverse run on the CPU: emulated(reverse, sizes of the device, what to change of its plans)."""
+    """Run cuda.block_inverse on the CPU: emulated(reverse, sizes of the device, changes to its plans)."""
     planner = cuda.plan
 
     def choose(reverse=False, sizes=HOPPER, **changes):
@@ -76,7 +78,7 @@ def emulated(library, monkeypatch):
 
 
 def cluster_of(size, processors, **changes):
-    """For `emulated`: a device of no memory, whose plans are for its largest clusters, and what to change of them."""
+    """Return arguments of `emulated`: a device without memory, which plans its largest clusters, and changes."""
     return {"sizes": cuda.Device(0, processors, size), "on_chip": True, **changes}
 
 
@@ -85,7 +87,7 @@ def fields(spec, dtype=torch.float32):
 
 
 def run(z, w, spec, context, guidance=None, rule="tarflow", temperature=1.0):
-    """The kernel on the CPU."""
+    """Run the kernel on the CPU."""
     given = [context.get(name) for name in ("cond", "prefix", "cos", "sin")]
     assert cuda.refuse_block(z, list(w.values()), None, guidance, spec.to_json(), cuda.device_sizes(z.device)) is None
     return cuda.block_inverse(z, list(w.values()), *given, guidance, spec.to_json(), rule, temperature)
@@ -242,7 +244,7 @@ def test_a_plan_takes_what_fits(spec, dtype, emulated):
         assert less.one == one.one - -(-values * dtype.itemsize // 16) * 16
         assert cuda.plan(fields(spec, dtype), T, copies, 1, less.one, 1, 1).group == 1
         assert cuda.plan(fields(spec, dtype), T, copies, 1, less.one - 1, 1, 1).group == 0
-        # Groups are no larger than the processors make them, than 64 rows, and than memory allows.
+        # The number of processors, 64 rows and the memory each bound the size of a group.
         assert cuda.plan(fields(spec, dtype), T, copies, 7, 2**29, 3, 1).group == 3
         assert cuda.plan(fields(spec, dtype), T, copies, 1000, 2**29, 1, 1).group == 64 // copies
         limited = cuda.plan(fields(spec, dtype), T, copies, 1000, one.one + 30000, 1, 1).group
@@ -284,7 +286,7 @@ def test_clusters_of_a_hopper(C, layers, dtype, T, cluster, least, emulated):
     spec = BlockSpec(token_dim=4, channels=C, layers=layers, heads=heads, head_dim=64, kv_heads=heads, mlp_dim=4 * C)
     plan = cuda.plan(fields(spec, dtype), T, 1, 10000, *HOPPER)
     assert plan.cluster == cluster and plan.group >= least and plan.one <= HOPPER.limit
-    # Fewer samples than clusters: one each.
+    # With fewer samples than clusters, each cluster has one.
     assert cuda.plan(fields(spec, dtype), T, 1, HOPPER.processors // cluster, *HOPPER).group == 1
     if cluster > 1:
         assert not cuda.plan(fields(spec, dtype), T, 1, 1, HOPPER.limit, HOPPER.processors, cluster // 2).group

@@ -28,11 +28,11 @@ from starflow_kernels.block.triton.sessions import (
 
 
 class Model:
-    """What a session belongs to."""
+    """Owner of sessions."""
 
 
 class FakeGraph:
-    """A session whose replays are steps of the reference, counted."""
+    """Session whose replays are counted steps of the reference."""
 
     def __init__(self, weights, spec, shape: Shape):
         self.weights, self.spec, self.shape, self.loads, self.steps = list(weights.values()), spec, shape, 0, 0

@@ -11,7 +11,7 @@ from support.naive import angles
 
 from starflow_kernels import block_forward, block_inverse
 
-# (block, changed arguments, error, message); of the weights only what changes, None takes one out
+# (block, changed arguments, error, message); `weights` lists the changed weights, None removes one
 SHARED_ERRORS = [
     ("tarflow", {"weights": {"proj_in.bias": None}}, ValueError, r"weights: missing \['proj_in.bias'\]"),
     ("tarflow", {"weights": {"lora": torch.zeros(1)}}, ValueError, r"weights: .*unknown \['lora'\]"),

@@ -15,7 +15,7 @@ from starflow_kernels.block import api
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Gives the block the parts that it has on a GPU."""
+    """Compose the block of the ops that it uses on a GPU."""
     monkeypatch.setattr(api, "_on_gpu", lambda x: True)
 
 
@@ -63,7 +63,7 @@ def test_compiles_as_one_graph():
 
 
 def test_autocast_keeps_the_stream_in_float32(ran):
-    """Updates are bfloat16 then, states float32."""
+    """Under autocast residuals are bfloat16, states float32."""
     x, w, spec, context = block(BLOCKS["tarflow"], dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         narrow = passes(x, w, spec, context)

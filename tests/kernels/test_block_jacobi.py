@@ -29,7 +29,7 @@ def inverse(request):
 
 
 def coupled(B, T, D=3, seed=0, **changes):
-    """A block whose tokens depend on each other strongly, noise and context."""
+    """Return noise, weights, spec and context of a block whose tokens depend on each other strongly."""
     torch.manual_seed(seed)
     spec = BlockSpec(
         token_dim=D, channels=32, layers=2, heads=2, head_dim=16, kv_heads=2, mlp_dim=64, **{"positions": T, **changes}
@@ -104,7 +104,7 @@ def test_a_window_slides_and_modules_do_not(inverse):
 
 
 def test_quasi_newton_takes_fewer_passes(inverse):
-    """The parameters depend on the previous token alone, linearly: two sweeps teach the model all there is."""
+    """The parameters are linear in the previous token alone, so two sweeps determine the model."""
     z, w, spec, context = coupled(4, 64, rotary="none")
     for name in w:
         if name.endswith(("proj.weight", "down.weight")):
@@ -140,7 +140,7 @@ def test_a_window_that_overflows_is_solved_token_by_token(solver, inverse):
 
 
 def test_diverged_values_are_not_waited_for(inverse):
-    """Finite values far beyond the noise end a window too."""
+    """Finite values far beyond the noise count as diverged."""
     z, w, spec, context = coupled(2, 20)
     w["proj_in.weight"] = w["proj_in.weight"] * 0
     w["proj_out.weight"] = w["proj_out.weight"] * 0

@@ -1,4 +1,4 @@
-"""What the native block kernels promise beyond the ops: one arithmetic, packed weights, instruction sets."""
+"""Promises of the native block kernels beyond the ops: equal bits, packed weights, instruction sets."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_rows_have_the_same_bits_at_any_batch_and_thread_count(spec, dtype):
 @every_wide_spec
 @dtypes
 def test_sampling_ends_where_the_density_pass_says(spec, dtype):
-    """The sample is mu + sigma z of the parallel parameters: what is left is the rounding of that line."""
+    """The sample equals mu + sigma z of the parallel parameters, but for the rounding of this formula."""
     z, w, context = tame_block(spec, 2, 150, 3, dtype)
     torch.set_num_threads(2)
     x = block_inverse(z, w, spec, **context, backend="native")
@@ -193,7 +193,7 @@ def test_what_the_progress_callback_raises_ends_the_call(backend):
     assert seen == [(10 if backend == "native" else 4, 10)]
 
 
-# A shell ignores SIGINT for its background jobs, and their children inherit that.
+# Background jobs of a shell ignore SIGINT, and their children inherit it.
 LONG_CALL = """
 import signal
 import torch

@@ -37,7 +37,7 @@ def new_tokens(B=3, n=2, H=4, H_kv=2, d=8, dtype=F64):
 
 
 def filled_caches(lengths: list[int], S=9, H_kv=2, d=8, dtype=F64):
-    """Caches with a prefix a row, and NaN behind it."""
+    """Return caches with one prefix per row, and NaN behind it."""
     caches = [torch.full((len(lengths), S, H_kv, d), math.nan, dtype=dtype) for _ in range(2)]
     for cache in caches:
         for i, length in enumerate(lengths):
@@ -54,14 +54,14 @@ def int32(lengths):
 
 
 def naive(q, k, v, k_cache, v_cache, lengths, cos=None, sin=None, rotary="none", window=None, temperature=1.0):
-    """Row after row, over the prefix and the new tokens alone."""
+    """Attend row by row over the prefix and the new tokens alone."""
     rows, n = [], q.shape[1]
     for i, length in enumerate(lengths):
-        turn = [None, None] if cos is None else [cos[length : length + n], sin[length : length + n]]
-        keys = torch.cat([k_cache[i, :length], naive_rotate(k[i], *turn, rotary)])
+        rotation = [None, None] if cos is None else [cos[length : length + n], sin[length : length + n]]
+        keys = torch.cat([k_cache[i, :length], naive_rotate(k[i], *rotation, rotary)])
         values = torch.cat([v_cache[i, :length], v[i]])
         visible = naive_visible(range(length, length + n), length + n, window)
-        query = naive_rotate(q[i], *turn, rotary)
+        query = naive_rotate(q[i], *rotation, rotary)
         rows.append(naive_attention(query[None], keys[None], values[None], visible, temperature)[0])
     return torch.stack(rows)
 
@@ -83,9 +83,9 @@ def test_matches_sdpa_and_writes_only_the_new_slots(rotary, window, lengths, tem
     expected = naive(q, k, v, *caches, lengths, **options, window=window, temperature=temperature)
     torch.testing.assert_close(out, expected, rtol=bound, atol=bound)
     for i, length in enumerate(lengths):
-        turn = [options[name][length : length + 2] if rotary != "none" else None for name in ("cos", "sin")]
+        rotation = [options[name][length : length + 2] if rotary != "none" else None for name in ("cos", "sin")]
         torch.testing.assert_close(
-            k_cache[i, length : length + 2], naive_rotate(k[i], *turn, rotary), rtol=bound, atol=bound
+            k_cache[i, length : length + 2], naive_rotate(k[i], *rotation, rotary), rtol=bound, atol=bound
         )
         assert torch.equal(v_cache[i, length : length + 2], v[i])
         for cache, before in ((k_cache, caches[0]), (v_cache, caches[1])):
@@ -114,7 +114,7 @@ def test_chunks_equal_the_parallel_pass(rotary, chunks, window, backend):
 @pytest.mark.usefixtures("poisoned_memory")
 @in_float64
 def test_sizes(T, d, backend):
-    """The last token, over a cache of T - 1 that is then exactly full."""
+    """The last token fills a cache of T slots."""
     q, k, v = new_tokens(B=2, n=1, d=d)
     caches = filled_caches([T - 1] * 2, S=T, d=d)
     options = rotary_options("interleaved", T, d)
@@ -142,7 +142,7 @@ def test_error_contract(dtype, rotary, backend):
 @pytest.mark.parametrize("window", [None, 1, 17])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_error_contract_over_sizes(T, d, n, H, H_kv, window, backend):
-    """Ragged prefixes, NaN behind them."""
+    """Prefixes have different lengths, with NaN behind them."""
     lengths, S = [T, 0, T // 2], T + n
     tensors, caches = new_tokens(3, n, H, H_kv, d, torch.float32), filled_caches(lengths, S, H_kv, d, torch.float32)
     options = {"window": window, "temperature": 0.7, **rotary_options(ROTARY[T % 3], S, d, torch.float32)}
@@ -201,8 +201,8 @@ def test_strided_inputs_are_read_and_left(dtype, backend):
     given, big = [strided(t) for t in tensors], torch.full((2, 3, 9, 2, 16), math.nan, dtype=dtype)
     k_cache, v_cache = big[..., 4:12]
     k_cache.copy_(caches[0]), v_cache.copy_(caches[1])
-    turn = {"cos": strided(options["cos"]), "sin": strided(options["sin"]), "rotary": "half"}
-    out = cached_attention(*given, k_cache, v_cache, int32(lengths), **turn, backend=backend)
+    rotation = {"cos": strided(options["cos"]), "sin": strided(options["sin"]), "rotary": "half"}
+    out = cached_attention(*given, k_cache, v_cache, int32(lengths), **rotation, backend=backend)
     bound = 1e-12 if dtype == F64 else 1e-6
     torch.testing.assert_close(out, expected, rtol=bound, atol=bound)
     assert all(torch.equal(a, b) for a, b in zip(given, tensors))

@@ -154,10 +154,10 @@ def test_strided_inputs_are_read_and_left(rotary, dtype, backend):
     bound = 1e-12 if dtype == F64 else 3e-6
     packed, seeds = torch.cat(tensors, dim=2), (torch.randn(2, 7, 4, 8),)
     views = packed.split((4, 2, 2), dim=2)
-    turn = {name: strided(t) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
+    rotation = {name: strided(t) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
     expected = with_gradients(lambda *t: [causal_attention(*t, **options)], tensors, seeds)
     for given in (views, [strided(t) for t in tensors]):
-        actual = with_gradients(lambda *t: [causal_attention(*t, **turn, backend=backend)], given, seeds)
+        actual = with_gradients(lambda *t: [causal_attention(*t, **rotation, backend=backend)], given, seeds)
         torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
         assert all(torch.equal(a, b) for a, b in zip(given, tensors))
 

@@ -23,7 +23,7 @@ OPS = {
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Registers a backend for affine_flow that is gone after the test: its log-determinant is `mark`."""
+    """Register a backend for affine_flow until the test ends; its log-determinant is `mark`."""
     monkeypatch.setattr(dispatch, "_kernels", dict(dispatch._kernels))
 
     def register(name, mark, refuse=lambda *args: None):

@@ -22,6 +22,8 @@ def takes(backend, dtype=F64):
 
 
 in_float64 = on_backends("flow_head", takes)
+# For bounds that are measured by the reference itself.
+except_reference = on_backends("flow_head", lambda backend: backend != "reference")
 every_part = pytest.mark.parametrize(
     "bias, norm", list(itertools.product([False, True], repeat=2)), ids=["weight", "norm", "bias", "bias-norm"]
 )
@@ -130,6 +132,7 @@ def test_error_contract(dtype, spec, backend):
         assert_within_contract(*values)
 
 
+@except_reference
 @every_spec
 @every_order
 @pytest.mark.parametrize("T, D, C", [(1, 1, 5), (2, 2, 16), (63, 3, 24), (111, 12, 65), (111, 16, 32), (63, 48, 80)])
@@ -148,11 +151,12 @@ def test_error_contract_over_sizes(T, D, C, spec, shift, flip, backend):
         exact = run([t.double() for t in tensors], "reference")
         for name, *values in zip(["z", logdet, *names], run(tensors, backend), run(tensors, "reference"), exact):
             found.setdefault(name, []).append([value.flatten() for value in values])
-    # One sum over tokens is a single draw of the error, torch's too: those of all parts together.
+    # One sum over tokens is a single draw of the error, for torch too, so that all parts are compared together.
     for draws in found.values():
         assert_within_contract(*(torch.cat(values) for values in zip(*draws)))
 
 
+@except_reference
 @pytest.mark.parametrize("D, C", [(192, 200), (8192, 20), (2, 70000)])
 def test_wide_tokens_and_states(D, C, backend):
     tensors = list(inputs(AffineSpec("exp"), B=9, T=3, D=D, C=C, dtype=torch.float32).values())
@@ -206,7 +210,7 @@ def test_strided_inputs_are_read_and_left(shift, flip, backend):
 
 @on_backends("flow_head", takes, dtype=[F32, F64])
 def test_bits_at_any_batch_and_thread_count(dtype, backend):
-    """Those of a row are its own; sums over tokens are the same at any number of threads."""
+    """A row has the same bits in any batch; sums over tokens have the same bits at any number of threads."""
     spec, B = AffineSpec("softplus", 4.0), 40
     tensors, seeds = list(inputs(spec, B=B, T=63, C=24, dtype=dtype).values()), (torch.randn(B, 63, 3), torch.randn(B))
 

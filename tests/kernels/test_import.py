@@ -35,7 +35,7 @@ print("imported", starflow_kernels.__file__)
 
 
 def test_importing_needs_torch_alone():
-    """In a process in which only the standard library, torch, what torch requires and numpy can be imported."""
+    """Run a process that can import the standard library, torch, its requirements and numpy alone."""
     process = python(STRICT, distributions=["torch", "numpy"], modules=["starflow_kernels"])
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["imported", str(PACKAGE / "__init__.py")]
@@ -76,7 +76,7 @@ assert "triton" not in sys.modules
     [(0, "torch sees no GPU", "torch sees no GPU, and TRITON_INTERPRET is not 1"), (1, "not on cpu", "available")],
 )
 def test_calls_on_the_cpu_never_import_triton(gpus, reason, listed, tmp_path):
-    """With an installed package of that name, and with and without a GPU."""
+    """A package named triton is installed; torch sees a GPU, or none."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"}

@@ -1,4 +1,4 @@
-"""Weights of one byte: how they are rounded, which are, and block_inverse with them."""
+"""Weights of one byte: the rounding, the choice of weights, and block_inverse with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_values_are_the_nearest(kind):
     assert values.dtype == KINDS[kind][0] and values.shape == weight.shape and scales.shape == (5,)
     found, scaled = values.double(), weight.double() / scales[:, None].double()
     assert (found.abs().amax(1) == KINDS[kind][1]).all()
-    # fp8 has three bits behind the leading one, down to 2^-9.
+    # fp8 has three mantissa bits, down to 2^-9.
     step = 1 if kind == "int8" else torch.exp2(scaled.abs().log2().floor().clamp(min=-6) - 3)
     assert ((found - scaled).abs() <= 0.5 * step * (1 + 1e-5)).all()
 

@@ -22,7 +22,7 @@ def permutation(order: str, T: int) -> torch.Tensor | None:
 
 
 class Conditioner:
-    """Two masked layers in the manner of MADE: the parameters of a token see only the tokens before it in the order."""
+    """Two masked layers, as in MADE: the parameters of a token depend on the tokens before it in the order."""
 
     def __init__(self, T, D, P, order=None, hidden=6, dtype=F64):
         rank = torch.arange(T) if order is None else order.argsort()
@@ -55,7 +55,7 @@ def test_density_of_the_result_is_the_noise(spec, order, T, D):
 
 @every_spec
 def test_matches_a_loop_over_single_tokens(spec):
-    """Rows one by one, tokens one by one, from what has been generated alone."""
+    """The loop samples row by row and token by token, from the tokens generated so far."""
     order = permutation("random", 6)
     conditioner, z = Conditioner(6, 3, spec.params_dim(3), order), torch.randn(2, 6, 3, dtype=F64)
     expected = torch.full_like(z, 1e6)
@@ -149,14 +149,14 @@ def test_errors_name_the_argument(change, error, message):
 
 
 def row_by_row(conditioner):
-    """The same function of one row after another: its bits do not depend on the batch."""
+    """Return the same function applied row by row, so that its bits do not depend on the batch."""
     return lambda x, *context: torch.cat(
         [conditioner(x[i : i + 1], *(c[i : i + 1] for c in context)) for i in range(len(x))]
     )
 
 
 def sheared(maps, offsets=(1,), order=None):
-    """A conditioner linear in its neighbours: mu_t = sum_k M_k x_{t-k}, log sigma constant at 0.3."""
+    """Return a conditioner linear in its neighbours: mu_t = sum_k M_k x_{t-k}, log sigma = 0.3."""
 
     def conditioner(x):
         places = torch.arange(x.shape[1]) if order is None else order
@@ -171,7 +171,7 @@ def sheared(maps, offsets=(1,), order=None):
 
 
 def random_maps(count, D, dtype=F64):
-    """Derivatives of norm 0.9 over all neighbours."""
+    """Return one matrix per neighbour; their norms sum to 0.9."""
     return (0.9 / count * torch.linalg.qr(torch.randn(count, D, D, dtype=F64)).Q).to(dtype)
 
 
@@ -184,7 +184,7 @@ solvers = pytest.mark.parametrize("offsets", [(), (1, 4), (2, 30)], ids=["jacobi
 @pytest.mark.parametrize("T, D", [(1, 3), (2, 1), (17, 1), (17, 3)])
 @pytest.mark.parametrize("guess", ["noise", "zero", "tensor"])
 def test_the_fixed_point_has_the_bits_of_sequential(order, dtype, offsets, T, D, guess):
-    """Neighbours need not fit the conditioner: they change the way, not the result."""
+    """Neighbours that do not fit the conditioner change the sweeps, not the result."""
     spec, order = AffineSpec("softplus", 4.0), permutation(order, T)
     conditioner = row_by_row(Conditioner(T, D, 2 * D, order, dtype=dtype))
     z = strided(torch.randn(5, T, D, dtype=dtype))
@@ -201,7 +201,7 @@ def test_the_fixed_point_has_the_bits_of_sequential(order, dtype, offsets, T, D,
 @pytest.mark.parametrize("tol", [1e-2, 1e-6])
 @solvers
 def test_a_sweep_changed_no_value_of_the_result_by_more_than_the_tolerance(tol, offsets):
-    """The residual is the last change: of a solution that is not at its fixed point yet, it is not zero."""
+    """The residual is the last change; it is not zero before the fixed point."""
     conditioner, z = Conditioner(32, 3, 6), torch.randn(6, 32, 3, dtype=F64)
     conditioner.mix = [mix / 3 for mix in conditioner.mix]
     spec = AffineSpec("softplus", 4.0)
@@ -212,7 +212,7 @@ def test_a_sweep_changed_no_value_of_the_result_by_more_than_the_tolerance(tol, 
 
 
 def test_no_residual_after_as_many_sweeps_as_tokens():
-    """A chain in which the change of a sweep stays large to the end: every token then follows from exact ones."""
+    """The changes of this chain stay large until every token is computed from exact ones."""
     chain, z = sheared(torch.full((1, 1, 1), -1.0, dtype=F64)), torch.randn(2, 9, 1, dtype=F64)
     x, report = solve_inverse(chain, z, solver=Solver("jacobi", tol=1e-9))
     assert report.passes == 9 and report.residual == 0
@@ -235,7 +235,7 @@ def test_context_leaves_the_batch_with_its_samples():
 
 
 def squares(order, most=math.inf):
-    """log sigma_t = x_{t-1}^2, -10 at the first token: noise may overflow where the solution is small."""
+    """Return log sigma_t = x_{t-1}^2, and -10 at the first token: noise may overflow though the solution is small."""
 
     def conditioner(x):
         before = x[:, order].square().clamp(max=most)[:, :-1]
@@ -298,7 +298,7 @@ def test_an_empty_batch(dtype):
 @every_dtype
 @pytest.mark.parametrize("D", [1, 3])
 def test_the_model_of_a_linear_conditioner_is_found(order, dtype, D):
-    """What the first two sweeps did tells all there is to know, but for the ridge."""
+    """Two sweeps determine the model, but for its ridge."""
     order, z = permutation(order, 48), torch.randn(4, 48, D, dtype=dtype)
     conditioner = sheared(random_maps(2, D, dtype), (1, 5), order)
     expected, _ = solve_inverse(conditioner, z, order=order)
@@ -310,7 +310,7 @@ def test_the_model_of_a_linear_conditioner_is_found(order, dtype, D):
 
 
 def test_the_model_lowers_the_passes_of_a_nonlinear_chain():
-    """The derivatives of mu and log sigma differ from place to place; what they have in common is worth having."""
+    """The derivatives of mu and log sigma differ from token to token; their common part lowers the passes."""
     by_mu, by_log_sigma = random_maps(2, 2) * 1.6
 
     def conditioner(x):
@@ -326,7 +326,7 @@ def test_the_model_lowers_the_passes_of_a_nonlinear_chain():
 
 
 def test_an_unstable_model_does_not_lead_away():
-    """The largest change bounds what the model may add, so that its values cannot grow from token to token."""
+    """The largest change bounds the correction of the model, so that values cannot grow from token to token."""
     z = torch.randn(3, 200, 1, dtype=F64)
     chain = sheared(torch.full((1, 1, 1), 1.5, dtype=F64))
 

@@ -17,14 +17,14 @@ TEXT_LEN, TEXT_DIM = 12, 16
 
 
 def tokenizer() -> T5TokenizerFast:
-    """T5's tokenizer with a vocabulary of words and letters."""
+    """Return T5's tokenizer with a vocabulary of words and letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -3.0) for word in WORDS] + [(letter, -5.0) for letter in string.ascii_lowercase]
     return T5TokenizerFast(vocab=pieces, extra_ids=0)
 
 
 def text_encoder() -> T5EncoderModel:
-    """T5 as flan-t5 has it: gated GELU, relative positions."""
+    """Return T5 with the gated GELU and relative positions of flan-t5."""
     torch.manual_seed(1)
     config = T5Config(
         vocab_size=30 + len(WORDS), d_model=TEXT_DIM, d_kv=8, num_heads=2, d_ff=32, num_layers=2,
@@ -34,7 +34,7 @@ def text_encoder() -> T5EncoderModel:
 
 
 def vae() -> AutoencoderKL:
-    """As the autoencoder of Stable Diffusion, 4 latent channels, but 2 pixels a latent."""
+    """Return an autoencoder like that of Stable Diffusion, 4 latent channels, but 2 pixels per latent."""
     torch.manual_seed(2)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -44,7 +44,7 @@ def vae() -> AutoencoderKL:
 
 
 def flow_model(**changes) -> FlowModel:
-    """STARFlow's architecture, every weight random and the heads tame."""
+    """Return STARFlow's architecture with random weights and small heads."""
     torch.manual_seed(3)
     fields = {
         "image_size": 8, "image_channels": 4, "patch_size": 1, "channels": 16, "layers": [1, 1, 2], "head_dim": 8,
@@ -59,13 +59,13 @@ def flow_model(**changes) -> FlowModel:
 
 
 def pipeline(**changes) -> STARFlowPipeline:
-    """All components together; without a progress bar."""
+    """Return all components together, without a progress bar."""
     made = STARFlowPipeline(flow_model(), vae(), text_encoder(), tokenizer(), **changes)
     made.set_progress_bar_config(disable=True)
     return made
 
 
 def save(folder: Path, **options) -> Path:
-    """A folder in the layout of diffusers."""
+    """Save all components in the layout of diffusers."""
     pipeline().save_pretrained(folder, **options)
     return folder

@@ -49,8 +49,8 @@ def naive_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary: 
     y = x if x.dtype == torch.float64 else x.float()
     half = x.shape[-1] // 2
     pairs = torch.stack([y[..., :half], y[..., half:]], -1) if rotary == "half" else y.unflatten(-1, (half, 2))
-    turn = torch.complex(cos.to(y.dtype), sin.to(y.dtype)).unsqueeze(-2)
-    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    rotation = torch.complex(cos.to(y.dtype), sin.to(y.dtype)).unsqueeze(-2)
+    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * rotation)
     return (torch.cat([pairs[..., 0], pairs[..., 1]], -1) if rotary == "half" else pairs.flatten(-2)).to(x.dtype)
 
 

@@ -23,7 +23,7 @@ class Case(NamedTuple):
     guidance: Guidance
 
     def noise(self) -> torch.Tensor:
-        """Noise of the prior: the stored standard normal draws, scaled where the flow preserves volume."""
+        """Return noise of the prior: the stored standard normal draws, scaled where the flow preserves volume."""
         noise = self.tensors["noise"]
         if self.flow.prior_variance is None:
             return noise

@@ -39,14 +39,14 @@ def make(fields: dict) -> Flow:
 
 
 def upstream_state(flow: Flow) -> dict[str, torch.Tensor]:
-    """State dict as the upstream code saves it."""
+    """Return the state dict that the upstream code saves."""
     theirs, state = names.upstream_names(flow.config), flow.state_dict()
     upstream = {theirs[n]: t.reshape(names.upstream_shape(n, tuple(t.shape))).clone() for n, t in state.items()}
     return upstream | {n: names.make_buffer(n, s) for n, s in names.dead_buffers(flow.config).items()}
 
 
 def settings(flow: Flow) -> dict:
-    """YAML of the upstream kind."""
+    """Return the settings that the upstream code reads."""
     shapes = {name: tuple(tensor.shape) for name, tensor in upstream_state(flow).items()}
     arguments = write_arguments(flow.config, shapes)
     arguments["layers_per_block"] = " ".join(map(str, arguments["layers_per_block"]))

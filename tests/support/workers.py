@@ -13,7 +13,7 @@ CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "
 
 
 def start(folder: Path, count: int, *arguments: str, failing: int = -1) -> list[multiprocessing.Process]:
-    """`count` processes of `starflow` with what torchrun would tell them; they write errors to folder/RANK.txt.
+    """Start `count` processes of `starflow` with the environment of torchrun; they write to folder/RANK.txt.
 
     failing: rank of a process whose flow gives values that are not finite.
     """
@@ -31,7 +31,7 @@ def start(folder: Path, count: int, *arguments: str, failing: int = -1) -> list[
 
 
 def run(folder: Path, count: int, *arguments: str, failing: int = -1) -> tuple[list[int], list[str]]:
-    """Exit codes and what each process wrote."""
+    """Return the exit code and the output of each process."""
     processes = start(folder, count, *arguments, failing=failing)
     for process in processes:
         process.join(120)
@@ -39,7 +39,7 @@ def run(folder: Path, count: int, *arguments: str, failing: int = -1) -> tuple[l
 
 
 def work(variables: dict[str, object], arguments: list[str], output: str, fails: bool) -> None:
-    """What one process does."""
+    """Run the command line in one process."""
     os.environ.update({name: str(value) for name, value in variables.items()})
     from starflow.cli import main
     from starflow.errors import InverseError
