@@ -73,7 +73,7 @@ def test_parts_cover_the_batch_once():
     assert [list(range(10))[rows] for rows in parts(10, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_sessions_are_opened_once_a_key_and_go_when_unused_for_longest():
+def test_sessions_are_opened_once_per_key_and_the_least_recently_used_are_closed():
     sessions, model, opened = Sessions(), Model(), []
 
     def get(name, size=40, of=model):

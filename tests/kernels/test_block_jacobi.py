@@ -234,7 +234,7 @@ def test_wrong_guesses_are_refused():
         block_inverse(z, w, spec, **context, guess=z)
 
 
-def test_opcheck_and_one_graph():
+def test_opcheck():
     z, w, spec, context = coupled(2, 9)
     given = [context.get(n) for n in ("cond", "prefix", "cos", "sin")]
     arguments = (*given, None, [1, 3], spec.to_json(), "tarflow", 1.0, 4, True, 1e-6)
@@ -242,7 +242,7 @@ def test_opcheck_and_one_graph():
 
 
 @needs_native
-def test_strided_inputs_and_what_comes_back():
+def test_strided_inputs_are_read_and_left():
     z, w, spec, context = coupled(2, 21, flip=True)
     wide = torch.stack([z, torch.full_like(z, float("nan"))], dim=-1)[..., 0]
     before = wide.clone()

@@ -42,13 +42,13 @@ def test_error_contract(dtype, kind, backend):
     check_contract(inputs(T=63, C=40, dtype=dtype), PARTS[0], kind, backend)
 
 
-def test_an_update_and_weights_of_other_dtypes(backend):
-    x, update, weight, bias = inputs(T=9, dtype=torch.float32)
-    check_contract([x, update.bfloat16(), weight, bias.half()], PARTS[0], "layer_norm", backend)
-    check_contract([x.bfloat16(), update, weight, bias], PARTS[0], "rms_norm", backend)
+def test_a_residual_and_weights_of_other_dtypes(backend):
+    x, residual, weight, bias = inputs(T=9, dtype=torch.float32)
+    check_contract([x, residual.bfloat16(), weight, bias.half()], PARTS[0], "layer_norm", backend)
+    check_contract([x.bfloat16(), residual, weight, bias], PARTS[0], "rms_norm", backend)
 
 
-def test_without_an_update_the_sum_is_x(backend):
+def test_without_a_residual_the_sum_is_x(backend):
     x, *_ = inputs()
     assert residual_norm(x, backend=backend)[0] is x
 

@@ -35,9 +35,9 @@ def test_programs_that_take_several_blocks_of_rows(shares, kind, monkeypatch):
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_mixed_dtypes():
-    x, update, weight, bias = inputs(T=9, dtype=torch.float32)
-    check_contract([x, update.half(), weight, bias.half()], PARTS[0], "layer_norm", "triton")
-    check_contract([x.half(), update, weight, bias], PARTS[0], "rms_norm", "triton")
+    x, residual, weight, bias = inputs(T=9, dtype=torch.float32)
+    check_contract([x, residual.half(), weight, bias.half()], PARTS[0], "layer_norm", "triton")
+    check_contract([x.half(), residual, weight, bias], PARTS[0], "rms_norm", "triton")
 
 
 @every_kind

@@ -81,7 +81,7 @@ def test_json_round_trips(spec):
     assert pickle.loads(pickle.dumps(spec)) == spec
 
 
-def test_replaced_spec_has_its_own_text_and_weights():
+def test_replaced_spec_has_its_own_json_and_weights():
     wider = dataclasses.replace(FULL, token_dim=4)
     assert json.loads(wider.to_json())["token_dim"] == 4
     assert wider.weight_shapes["proj_in.weight"] == (8, 4) and FULL.weight_shapes["proj_in.weight"] == (8, 3)

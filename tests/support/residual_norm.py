@@ -11,13 +11,13 @@ from support.contract import assert_within_contract, strided, with_gradients
 
 F64 = torch.float64
 every_kind = pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
-# update, weight, bias
+# residual, weight, bias
 PARTS = [(True, True, True), (False, True, True), (True, True, False), (True, False, False), (False, False, True)]
 every_part = pytest.mark.parametrize("parts", PARTS, ids=str)
 
 
 def inputs(B=2, T=5, C=7, dtype=F64) -> list[torch.Tensor]:
-    """Return x (B, T, C), update (B, T, C), weight (C,) and bias (C,)."""
+    """Return x (B, T, C), residual (B, T, C), weight (C,) and bias (C,)."""
     return [torch.randn(shape, dtype=F64).to(dtype) for shape in ((B, T, C), (B, T, C), (C,), (C,))]
 
 
@@ -27,7 +27,7 @@ def only(parts, tensors) -> list[torch.Tensor]:
 
 
 def spread(parts, tensors) -> list[torch.Tensor | None]:
-    """Return x, update, weight and bias, with None for parts that are not given."""
+    """Return x, residual, weight and bias, with None for parts that are not given."""
     tensors = iter(tensors)
     return [next(tensors) if there else None for there in (True, *parts)]
 
@@ -41,8 +41,8 @@ def naive(parts, kind, eps=None):
     """Return torch's layer_norm or rms_norm by hand; the norm is in float32 or wider, the outputs in the dtype of x."""
 
     def run(*tensors):
-        x, update, weight, bias = spread(parts, tensors)
-        total = x if update is None else (x + update).to(x.dtype)
+        x, residual, weight, bias = spread(parts, tensors)
+        total = x if residual is None else (x + residual).to(x.dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
         if kind == "layer_norm":
             w, b = (None if t is None else t.to(wide) for t in (weight, bias))
