@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from starflow import Flow
 from starflow.cli import parser
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,7 @@ def stand_ins(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("stand_ins")
     components.save(folder / "starflow-3b")
-    components.flow_model().save_pretrained(folder / "converted")
+    Flow.save_pretrained(components.flow_model(), folder / "converted")
     components.vae().save_pretrained(folder / "sd-vae-ft-ema")
     for part in (components.text_encoder(), components.tokenizer()):
         part.save_pretrained(folder / "flan-t5-xl")
