@@ -69,6 +69,11 @@ def test_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeyp
         exec(compile("\n" * (line - 1) + text, str(page), "exec"), namespace)
 
 
+def test_every_op_readme_has_an_example():
+    readmes = sorted(ROOT.glob("starflow_kernels/*/README.md"))
+    assert readmes and all(blocks(readme, "python") for readme in readmes)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_exist(command):
     words = shlex.split(command, comments=True)
