@@ -1,4 +1,4 @@
-"""Sampling on the CPU against the released TarFlow loop: same weights, same noise, one process.
+"""Sampling on the CPU against a plain KV cache and the released TarFlow loop: same weights, same noise, one process.
 
     python -m benchmarks.cpu.sampling --peer DIR --json benchmarks/results/sampling_cpu.json
 
@@ -23,6 +23,7 @@ from starflow_kernels import block_inverse
 
 from ..machine import description, peak_flops, read_bandwidth
 from ..peers.released import convert, load_peer, median_seconds, timed
+from ..peers.sliced_cache import sliced_inverse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,16 @@ def make_peer(peer, case: Case):
     return model
 
 
-def ours(model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend: str | None = None):
-    """Return a function that inverts all blocks with our op."""
+def ours(
+    model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend: str | None = None, inverse=block_inverse
+):
+    """Return a function that inverts all blocks with our op, or with another `inverse` of the same arguments."""
     blocks = []
     for index, block in enumerate(model.blocks):
         spec, weights = convert(block, index)
         spec = dataclasses.replace(spec, positions=z.shape[1])
         weights["pos_embed"] = weights["pos_embed"][: z.shape[1]]
-        options = {"backend": backend}
+        options = {"backend": backend} if backend else {}
         if case.guidance:
             embed = block.class_embed.detach().squeeze(1)
             options["cond"] = torch.cat([embed[labels], embed.mean(0).expand(len(labels), -1)]).to(z.dtype)
@@ -91,7 +94,7 @@ def ours(model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend
     def run() -> torch.Tensor:
         x = z
         for weights, spec, options in reversed(blocks):
-            x = block_inverse(x, weights, spec, **options)
+            x = inverse(x, weights, spec, **options)
         return x
 
     return run
@@ -131,6 +134,7 @@ def measure(peer, case: Case, compile_peer: bool) -> dict:
     checked = case.checked or model.num_patches
     exact = ours(model, z[:, :checked].double(), labels, case, torch.float64, "reference")()
     own, reference = ours(model, z, labels, case, case.dtype), ours(model, z, labels, case, case.dtype, "reference")
+    plain = ours(model, z, labels, case, case.dtype, inverse=sliced_inverse)
 
     def released() -> torch.Tensor:
         return model.patchify(model.reverse(z.clone(), labels, guidance=case.guidance))
@@ -139,7 +143,7 @@ def measure(peer, case: Case, compile_peer: bool) -> dict:
         return floor_seconds(model, case)
 
     steps = case.blocks * (model.num_patches - 1)
-    runs = {"ours": own, "released": released} | ({} if case.checked else {"reference": reference})
+    runs = {"ours": own, "released": released} | ({} if case.checked else {"plain": plain, "reference": reference})
     found, times = {"ours": own()}, {name: [] for name in runs}
     # The speed of a shared machine moves within seconds, so methods take turns, each long enough to be warm, and the
     # better of two floors counts.
@@ -175,15 +179,19 @@ def measure(peer, case: Case, compile_peer: bool) -> dict:
 def markdown(rows: list[dict]) -> str:
     """Format the rows as a table."""
     lines = [
-        "| case | ours, us a step | floor, us (bound) | released / ours | our reference / ours | error (released) |",
-        "|---|---|---|---|---|---|",
+        "| case | ours, us per step | floor, us (bound) | plain / ours | released / ours | our reference / ours "
+        "| error (plain, released) |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        released = f"{row['error']['released']:.1e}" if "released" in row["error"] else "float32 weights"
-        reference = f"{row['ratio_reference']:.1f}x" if "ratio_reference" in row else "not timed"
+        errors = [f"{row['error'][name]:.1e}" for name in ("plain", "released") if name in row["error"]]
+        plain, reference = (
+            f"{row[f'ratio_{name}']:.1f}x" if f"ratio_{name}" in row else "not timed" for name in ("plain", "reference")
+        )
         lines.append(
             f"| {row['case']} | {row['microseconds']['ours']:.1f} | {row['floor_microseconds']:.1f} ({row['floor']}) "
-            f"| {row['ratio_released']:.1f}x | {reference} | {row['error']['ours']:.1e} ({released}) |"
+            f"| {plain} | {row['ratio_released']:.1f}x | {reference} | {row['error']['ours']:.1e} "
+            f"({', '.join(errors)}) |"
         )
     return "\n".join(lines)
 
