@@ -67,7 +67,9 @@ def refuse_tensors(dtypes: tuple[torch.dtype, ...], **tensors: torch.Tensor | No
         if tensor is not None and tensor.device.type != "cpu":
             return f"it runs on the CPU, {name} is on {tensor.device}"
         if tensor is not None and tensor.dtype not in dtypes:
-            return f"{name} is {tensor.dtype}, it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+            *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+            accepted = f"{', '.join(others)} and {last}" if others else last
+            return f"{name} is {tensor.dtype}, it takes {accepted}"
     return None
 
 

@@ -144,7 +144,7 @@ def refuse_block(z, weights, prefix, guidance, spec_json: str, device: Device) -
     if any(w.dtype != dtype for w in weights):
         return "weights are of different dtypes"
     if prefix is not None:
-        return "text states precede the tokens, it takes tokens alone"
+        return "it takes no prefix"
     B, T, _ = z.shape
     fields = tuple(spec_fields(BlockSpec.from_json(spec_json), dtype))
     return does_not_fit(plan(fields, T, 1 if guidance is None else 2, B, *device), device.limit)

@@ -314,7 +314,7 @@ def test_what_it_does_not_take_is_refused_with_the_reason(emulated):
     assert reason() is None
     assert "tokens are torch.float64" in reason(z=z.double())
     assert "weights are torch.float16" in reason(dtype=torch.float16)
-    assert "states in front of the tokens" in reason(prefix=torch.zeros(2, 1, 3))
+    assert "it takes no prefix" in reason(prefix=torch.zeros(2, 1, 3))
     mixed = [t.bfloat16() if i else t for i, t in enumerate(w.values())]
     assert "different dtypes" in cuda.refuse_block(z, mixed, None, None, spec.to_json(), HOPPER)
 

@@ -229,7 +229,7 @@ def sample_by_jacobi(*args, **options):
 @pytest.mark.parametrize(
     "tokens, weights, reason",
     [
-        (torch.float32, torch.float16, "weight is torch.float16, it takes float32, bfloat16"),
+        (torch.float32, torch.float16, "weight is torch.float16, it takes float32 and bfloat16"),
         (torch.float64, torch.float32, "x is torch.float64, it takes float32"),
     ],
     ids=["weights", "tokens"],
