@@ -181,10 +181,10 @@ def loaded(
     cond, prefix, cos, sin, guidance = context
     for rows in parts(B, most):
 
-        def of_branches(value, rows=rows):
+        def branch_rows(value, rows=rows):
             return None if value is None else value.unflatten(0, (shape.branches, B))[:, rows]
 
-        part = of_branches(cond), of_branches(prefix), cos, sin, None if guidance is None else guidance[rows]
+        part = branch_rows(cond), branch_rows(prefix), cos, sin, None if guidance is None else guidance[rows]
         opened = session(shape._replace(samples=bucket(rows.stop - rows.start)))
         opened.load(z[rows], part, temperature)
         yield rows, opened
