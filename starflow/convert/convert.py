@@ -13,11 +13,11 @@ import torch
 from ..errors import CheckpointError, ConfigError, StarflowError
 from ..io.files import write_folder, write_text
 from ..io.weights import MAX_BYTES, Entry, write_weights
-from ..models.checkpoint import CONFIG, check_tensors
+from ..models.checkpoint import CONFIG, NOTICE, check_tensors
 from ..models.config import FlowConfig
 from .formats import flow_config, read_arguments
 from .names import DENOISER, count, dead_buffers, family, upstream_names, upstream_shape, weight_shapes
-from .notice import CARD, NOTICE, write_notice
+from .notice import CARD, write_notice_and_card
 from .pickles import read_pickle
 from .report import Report, is_replaceable
 
@@ -80,7 +80,9 @@ def convert(
             seconds=time.perf_counter() - started,
         )
         report.write(folder)
-        write_notice(folder, report, dtype_names(state[name].dtype for name in kept.values()), out.resolve().name)
+        write_notice_and_card(
+            folder, report, dtype_names(state[name].dtype for name in kept.values()), out.resolve().name
+        )
     return report
 
 

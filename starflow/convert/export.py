@@ -14,12 +14,11 @@ import yaml
 from ..errors import CheckpointError
 from ..io.files import write_folder, write_text
 from ..io.weights import read_weights
-from ..models.checkpoint import CONFIG, check_tensors, resolve
+from ..models.checkpoint import CONFIG, NOTICE, check_tensors, read_notice, resolve
 from ..models.config import FlowConfig
 from .convert import check_target, dtype_names
 from .formats import write_arguments
 from .names import count, dead_buffers, family, make_buffer, upstream_names, upstream_shape, weight_shapes
-from .notice import NOTICE
 from .report import Report
 
 # Folder of the flow in a pipeline of diffusers.
@@ -62,8 +61,8 @@ def export_upstream(source: str | Path, out: str | Path, overwrite: bool = False
             # torch reports a full disk as a RuntimeError.
             raise OSError(str(error).splitlines()[0]) from None
         texts = {f"{Path(name).stem}.yaml": _yaml(arguments)}
-        if (folder / NOTICE).exists():
-            texts[NOTICE] = (folder / NOTICE).read_text()
+        if notice := read_notice(folder):
+            texts[NOTICE] = notice
         for file, text in texts.items():
             write_text(target / file, text)
         report = Report(

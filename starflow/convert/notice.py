@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..io.files import write_text
+from ..models.checkpoint import NOTICE, save_notice
 from .names import Family
 from .report import Report, shortened
 
-NOTICE = "NOTICE"
 CARD = "README.md"
 PROJECTS = {
     "tarflow": ("TarFlow", "https://github.com/apple/ml-tarflow", "2412.06329"),
@@ -79,7 +79,7 @@ flow = Flow.from_pretrained("{name}")
 {notice}"""
 
 
-def write_notice(folder: Path, report: Report, source_dtype: str, name: str) -> None:
+def write_notice_and_card(folder: Path, report: Report, source_dtype: str, name: str) -> None:
     """Write NOTICE and README.md beside converted weights.
 
     Args:
@@ -109,7 +109,7 @@ def write_notice(folder: Path, report: Report, source_dtype: str, name: str) -> 
         dtype=report.dtype,
         notice=notice,
     )
-    write_text(folder / NOTICE, notice)
+    save_notice(notice, folder)
     write_text(folder / CARD, card)
 
 

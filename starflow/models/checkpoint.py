@@ -17,6 +17,8 @@ from .config import FlowConfig
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+# License notice of weights that derive from others.
+NOTICE = "NOTICE"
 # In the folder of a whole pipeline.
 PIPELINE_INDEX = "model_index.json"
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
@@ -37,6 +39,18 @@ def write_checkpoint(
     save_tensors(state, folder / WEIGHTS)
     write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
     save_calibration(calibration, folder)
+
+
+def read_notice(folder: str | Path) -> str:
+    """Return the license notice of a checkpoint folder, empty without one."""
+    path = Path(folder) / NOTICE
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def save_notice(notice: str, folder: str | Path) -> None:
+    """Write a license notice into a checkpoint folder; an empty one writes nothing."""
+    if notice:
+        write_text(Path(folder) / NOTICE, notice)
 
 
 def read_config(folder: Path) -> FlowConfig:

@@ -17,7 +17,7 @@ from starflow_kernels.spec import Quantize
 from ..errors import ConfigError, InverseError
 from .block import FlowBlock
 from .calibration import Calibration, Measurement, read_calibration
-from .checkpoint import load_weights, read_config, resolve, write_checkpoint
+from .checkpoint import load_weights, read_config, read_notice, resolve, save_notice, write_checkpoint
 from .config import FlowConfig
 from .guidance import Guidance
 from .tokens import patchify, rotary_angles, unpatchify
@@ -49,7 +49,7 @@ class Flow(nn.Module):
 
     Both directions keep the layout of the images. Labels are int64 (B,), with -1 for no class. Text is (B, L, text_dim)
     states of a text encoder, zero at the padding. The attribute `calibration` holds the measured speed of the solvers,
-    or None; it is saved with the weights.
+    or None; `notice` holds a license notice of the weights, or nothing. Both are saved with the weights.
 
     Args:
         config: the configuration.
@@ -59,6 +59,7 @@ class Flow(nn.Module):
         super().__init__()
         self.config = config
         self.calibration: Calibration | None = None
+        self.notice = ""
         self.blocks = nn.ModuleList(
             FlowBlock(config.block_spec(i), config.num_classes if config.conditioned(i) else 0)
             for i in range(len(config.layers))
@@ -96,17 +97,18 @@ class Flow(nn.Module):
         with torch.device("meta"):
             flow = cls(config)
         load_weights(flow, folder)
-        flow.calibration = read_calibration(folder, config)
+        flow.calibration, flow.notice = read_calibration(folder, config), read_notice(folder)
         return flow.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
-        """Write weights, configuration and calibration into a folder; each file is written whole or not at all.
+        """Write weights, configuration, calibration and notice into a folder; each file is written whole or not at all.
 
         Args:
             folder: the folder.
             state: weights to write in place of the flow's own.
         """
         write_checkpoint(folder, self.config, state or self.state_dict(), self.calibration)
+        save_notice(self.notice, folder)
 
     def sample(
         self,

@@ -45,7 +45,7 @@ def model_card(pipeline: str, flow: Flow, side: int, name: str) -> str:
     config = flow.config
     kind = pipeline if pipeline in KINDS else "classes" if config.num_classes else "unconditional"
     tag, description = KINDS[kind]
-    return CARD.format(
+    card = CARD.format(
         tag=tag,
         name=name,
         kind=description,
@@ -57,5 +57,6 @@ def model_card(pipeline: str, flow: Flow, side: int, name: str) -> str:
         tokens=config.grid[0] * config.grid[1],
         token_dim=config.token_dim,
         side=side,
-        noise=f"Gaussian noise of {config.noise_std}" if config.noise_std else f"{config.levels} dequantised levels",
+        noise=f"Gaussian noise of {config.noise_std}" if config.noise_std else f"{config.levels} dequantized levels",
     )
+    return f"{card}\n## License\n\n{flow.notice}" if flow.notice else card

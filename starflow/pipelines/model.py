@@ -14,6 +14,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..errors import CheckpointError, ConfigError
 from ..models.calibration import read_calibration, save_calibration
+from ..models.checkpoint import read_notice, save_notice
 from ..models.config import FlowConfig
 from ..models.flow import Flow
 
@@ -22,7 +23,7 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
     """A `Flow` that diffusers saves and loads, with the same names of weights.
 
     `save_pretrained` and `from_pretrained` take the arguments of diffusers: several weight files (max_shard_size),
-    variants, dtype, device_map. They include the calibration. Weights or settings that do not fit raise
+    variants, dtype, device_map. They include the calibration and the notice. Weights or settings that do not fit raise
     CheckpointError.
 
     Args:
@@ -70,7 +71,7 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
         with torch.device("meta"):
             model = cls(**flow.config.to_dict())
         model.load_state_dict(flow.state_dict(), assign=True)
-        model.calibration = flow.calibration
+        model.calibration, model.notice = flow.calibration, flow.notice
         return model.train(flow.training)
 
     @classmethod
@@ -114,7 +115,8 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
             if info.get(problem):
                 names = ", ".join(map(str, sorted(info[problem])[:3]))
                 raise CheckpointError(f"{folder}: {problem.replace('_', ' ')} {names}: weights do not fit config.json")
-        model.calibration = read_calibration(Path(folder, options.get("subfolder") or ""), model.config)
+        folder = Path(folder, options.get("subfolder") or "")
+        model.calibration, model.notice = read_calibration(folder, model.config), read_notice(folder)
         return (model, info) if wants_info else model
 
     # Pipelines look at the signature for the options that they pass on.
@@ -123,3 +125,4 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
         """Write weights, configuration and calibration, see `diffusers.ModelMixin.save_pretrained`."""
         super().save_pretrained(folder, *arguments, **options)
         save_calibration(self.calibration, folder)
+        save_notice(self.notice, folder)

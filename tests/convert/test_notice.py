@@ -8,6 +8,7 @@ import yaml
 
 from starflow import Flow
 from starflow.convert import convert, export_upstream
+from starflow.pipelines import FlowModel, TarFlowPipeline
 
 ATTRIBUTION = (
     "Apple Machine Learning Research Model is licensed under the "
@@ -65,6 +66,21 @@ def test_an_export_keeps_the_notice(converted, tmp_path):
     report = export_upstream(converted, tmp_path / "upstream")
     assert "NOTICE" in report.files
     assert (tmp_path / "upstream" / "NOTICE").read_bytes() == (converted / "NOTICE").read_bytes()
+
+
+def test_a_flow_keeps_its_notice(converted, tmp_path):
+    Flow.from_pretrained(converted).save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "NOTICE").read_bytes() == (converted / "NOTICE").read_bytes()
+
+
+def test_a_pipeline_keeps_the_notice_of_its_flow(converted, tmp_path):
+    notice = (converted / "NOTICE").read_text()
+    TarFlowPipeline(FlowModel.from_flow(Flow.from_pretrained(converted))).save_pretrained(tmp_path / "first")
+    TarFlowPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        assert (folder / "transformer" / "NOTICE").read_text() == notice
+        assert (folder / "README.md").read_text().endswith(notice)
+    assert "NOTICE" in export_upstream(tmp_path / "second", tmp_path / "upstream").files
 
 
 def test_weights_of_other_origin_have_no_notice(converted, tmp_path):
