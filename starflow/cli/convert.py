@@ -46,7 +46,7 @@ def add_arguments(parser: Parser) -> None:
         help="Leave out unknown weights whose names match PATTERN; may be repeated. Default: refuse them.",
     )
     parser.add_argument(
-        "--max-shard",
+        "--max-file-size",
         type=byte_count,
         default=MAX_BYTES,
         metavar="SIZE",
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         report = export_upstream(args.source, args.out, args.overwrite)
     else:
         dtype = DTYPES[args.dtype] if args.dtype else None
-        report = convert(args.source, args.out, args.config, dtype, args.drop, args.max_shard, args.overwrite)
+        report = convert(args.source, args.out, args.config, dtype, args.drop, args.max_file_size, args.overwrite)
     print(f"{args.out}: {', '.join(report.files)}")
     print("\n".join(report.lines()))
     return dataclasses.asdict(report)

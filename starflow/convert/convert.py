@@ -30,7 +30,7 @@ def convert(
     config: str | Path | None = None,
     dtype: torch.dtype | None = None,
     drop: Iterable[str] = (),
-    max_shard: int = MAX_BYTES,
+    max_bytes: int = MAX_BYTES,
     overwrite: bool = False,
 ) -> Report:
     """Convert an upstream checkpoint to a folder with config.json, weights, conversion.json, NOTICE and README.md.
@@ -43,7 +43,7 @@ def convert(
         config: upstream YAML. Without it, the name of a TarFlow file gives the settings.
         dtype: dtype of the weights. None keeps float32 and bfloat16, and converts others to float32.
         drop: patterns of names to leave out, beside the dead buffers.
-        max_shard: largest size of a weight file in bytes.
+        max_bytes: largest size of a weight file in bytes.
         overwrite: whether to replace a folder that a conversion wrote.
 
     Raises:
@@ -62,7 +62,7 @@ def convert(
     shapes = weight_shapes(flow)
     entries = [_entry(name, shapes[name], upstream, state[upstream], dtype, source) for name, upstream in kept.items()]
     with write_folder(out, overwrite) as folder:
-        files = [CONFIG, *write_weights(folder, entries, max_shard), NOTICE, CARD]
+        files = [CONFIG, *write_weights(folder, entries, max_bytes), NOTICE, CARD]
         write_text(folder / CONFIG, json.dumps(flow.to_dict(), indent=2) + "\n")
         report = Report(
             source=source.name,

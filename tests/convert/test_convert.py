@@ -159,14 +159,14 @@ def test_the_published_text_to_image_model_has_its_configuration():
 
 def test_weights_are_split_into_files_with_an_index(tarflow):
     path, state, out = tarflow
-    report = convert(path, out, dtype=torch.bfloat16, max_shard=100_000)
-    shards = sorted(out.glob("*.safetensors"))
-    assert len(shards) > 3 and [p.name for p in shards] == [n for n in report.files if n.endswith(".safetensors")]
-    assert all(p.stat().st_size < 110_000 for p in shards) and not (out / "model.safetensors").exists()
+    report = convert(path, out, dtype=torch.bfloat16, max_bytes=100_000)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 3 and [p.name for p in files] == [n for n in report.files if n.endswith(".safetensors")]
+    assert all(p.stat().st_size < 110_000 for p in files) and not (out / "model.safetensors").exists()
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    stored = {name: tensor for p in shards for name, tensor in load_file(p).items()}
+    stored = {name: tensor for p in files for name, tensor in load_file(p).items()}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored.values()) == report.bytes
-    assert all(index["weight_map"][name] == p.name for p in shards for name in load_file(p))
+    assert all(index["weight_map"][name] == p.name for p in files for name in load_file(p))
     flow = Flow.from_pretrained(out)
     assert all(p.dtype == torch.bfloat16 for p in flow.parameters()) and report.dtype == "bfloat16"
     assert torch.equal(flow.blocks[1].class_embed, state["blocks.1.class_embed"].squeeze(1).bfloat16())

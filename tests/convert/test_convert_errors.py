@@ -253,7 +253,7 @@ def test_a_flow_without_upstream_settings_is_not_exported(tmp_path):
 def test_errors_are_one_line(tarflow, capsys):
     path, _, out = tarflow
     assert "no checkpoint at nowhere.pth" in fails(capsys, "convert", "nowhere.pth", "--out", str(out))
-    assert "--max-shard" in fails(capsys, "convert", str(path), "--out", str(out), "--max-shard", "five")
+    assert "--max-file-size" in fails(capsys, "convert", str(path), "--out", str(out), "--max-file-size", "five")
     assert "--dtype" in fails(capsys, "convert", str(path), "--out", str(out), "--dtype", "int8")
     back = ["convert", "digits", "--out", str(out), "--to", "upstream"]
     assert "no setting for this flow: head_dim=64" in fails(capsys, *back)
