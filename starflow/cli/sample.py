@@ -153,7 +153,13 @@ def add_arguments(parser: Parser) -> None:
         choices=FORMATS,
         help="Write one PNG per image, or files of many images. Default: one grid.png; png for pipelines or torchrun.",
     )
-    parser.add_argument("--images", dest="format", action="store_const", const="png", help="Same as --format png.")
+    parser.add_argument(
+        "--images",
+        dest="format",
+        action="store_const",
+        const="png",
+        help="Same as --format png. Default: as --format says.",
+    )
     parser.add_argument(
         "--samples-per-file",
         type=positive,
@@ -175,14 +181,22 @@ def add_arguments(parser: Parser) -> None:
         "flags of the upstream code", "They choose the jacobi solver. Its images are exact to --tol nevertheless."
     )
     upstream.add_argument(
-        "--jacobi", type=non_negative, default=0, metavar="0|1", help="1 means --method jacobi. Default: 0."
-    )
-    upstream.add_argument("--jacobi_block_size", type=positive, metavar="N", help="Same as --window N.")
-    upstream.add_argument(
-        "--jacobi_th", type=float, metavar="X", help=f"Same as --tol sqrt(X), if that is below {TOLERANCE:g}."
+        "--jacobi", type=non_negative, default=0, metavar="0|1", help="With 1, same as --method jacobi. Default: 0."
     )
     upstream.add_argument(
-        "--jacobi_max_iter", type=positive, metavar="N", help="Ignored: jacobi iterates until it reaches --tol."
+        "--jacobi_block_size", type=positive, metavar="N", help="Same as --window N. Default: all tokens."
+    )
+    upstream.add_argument(
+        "--jacobi_th",
+        type=float,
+        metavar="X",
+        help=f"Same as --tol sqrt(X), if that is below {TOLERANCE:g}. Default: --tol.",
+    )
+    upstream.add_argument(
+        "--jacobi_max_iter",
+        type=positive,
+        metavar="N",
+        help="Ignored: jacobi iterates until it reaches --tol. Default: no limit.",
     )
 
 

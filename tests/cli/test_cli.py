@@ -70,7 +70,7 @@ def test_seeds_reproduce_to_the_bit(tmp_path, settings):
 def test_sample(tmp_path, run, capsys):
     out = tmp_path / "drawn"
     arguments = ["sample", "--checkpoint", run, "--out", str(out), "--num", "20", "--batch-size", "7", "--certify"]
-    assert main([*arguments, "--images", "--json"]) == 0
+    assert main([*arguments, "--images", "--verbose", "--json"]) == 0
     captured = capsys.readouterr()
     results, printed = json.loads(captured.out)["results"], captured.err
     assert 0 <= results["certificate_mean"] <= results["certificate"] < 1e-4 and results["count"] == 20

@@ -304,7 +304,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ]
     capsys.readouterr()
     assert main(["info", "--checkpoint", str(folder)]) == 0
-    assert '"solvers": ["jacobi, window 8, neighbours", "jacobi, window 8, neighbours"]' in capsys.readouterr().out
+    assert "1e+03 ms, sequential 2e+03 ms, on " in capsys.readouterr().out
+    assert main(["info", "--checkpoint", str(folder), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["results"]["calibration"]
+    assert measured[0]["solvers"] == ["jacobi, window 8, neighbours"] * 2
     drawn = ["sample", "--checkpoint", str(folder), "--num", "2", "--out", str(tmp_path / "drawn"), "--certify"]
     assert main([*drawn, "--guidance", "2", "--tol", "1e-4", "--verbose"]) == 0
     assert "block 1: jacobi, window 8, neighbours: " in capsys.readouterr().out
