@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,27 +44,10 @@ def open_model(
     """
     if not is_pipeline(path):
         return Flow.from_pretrained(path, device, dtype)
-    from .pipelines import FlowPipeline
+    from .pipelines import FlowPipeline, without_loading_bars
 
-    with _without_progress_bars():
+    with without_loading_bars():
         pipe = FlowPipeline.from_pretrained(path, dtype=dtype, variant=variant).to(device)
     if "vae" in pipe.components:
         pipe.vae.enable_slicing()
     return pipe
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Hide the progress bars that diffusers and transformers show while they load."""
-    import diffusers
-    import transformers
-
-    shown = [module.utils.logging for module in (diffusers, transformers)]
-    shown = [logging for logging in shown if logging.is_progress_bar_enabled()]
-    for logging in shown:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logging in shown:
-            logging.enable_progress_bar()
