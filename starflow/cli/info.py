@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ from starflow_kernels import __version__, backends
 from ..models.calibration import Measurement
 from ..models.checkpoint import BUNDLED, CONFIG, resolve
 from ..models.flow import Flow
+from ..open_model import open_model
 from ..settings import PRESETS, presets
 from .common import Parser, device
 from .packages import PACKAGES, install_command
@@ -135,14 +137,15 @@ def _presets(kind: str) -> Table:
 
 
 def _describe(checkpoint: str, device: str) -> dict[str, Any]:
-    """Return size, configuration and measurements of a checkpoint."""
-    flow = Flow.from_pretrained(checkpoint, device)
-    rows, columns = flow.config.grid
+    """Return size, configuration and measurements of a flow or of a pipeline's flow."""
+    model = open_model(checkpoint, device)
+    flow = model if isinstance(model, Flow) else model.transformer
     measurements = flow.calibration.measurements if flow.calibration else ()
     return {
-        "checkpoint": str(resolve(checkpoint)),
+        "checkpoint": str(Path(checkpoint).resolve() if Path(checkpoint).exists() else resolve(checkpoint)),
+        "kind": type(model).__name__,
         "parameters": sum(p.numel() for p in flow.parameters()),
-        "tokens": rows * columns,
+        "tokens": math.prod(flow.config.grid),
         "token_dim": flow.config.token_dim,
         "config": flow.config.to_dict(),
         "calibration": [_measured(measurement) for measurement in measurements],
@@ -153,6 +156,7 @@ def _checkpoint_table(described: dict[str, Any]) -> Table:
     """Return the description of a checkpoint as text."""
     table = {
         "folder": described["checkpoint"],
+        "kind": described["kind"],
         "parameters": f"{described['parameters']:,}",
         "tokens": f"{described['tokens']} of {described['token_dim']} values",
         **{f"config.{name}": str(value) for name, value in described["config"].items()},

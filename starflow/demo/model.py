@@ -21,6 +21,7 @@ from ..io.images import image_grid
 from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..open_model import open_model
+from ..sampling.sample import SampleReport
 from ..seeds import generator
 
 MAX_IMAGES = 100
@@ -71,21 +72,13 @@ class Drawing:
         images: uint8 (N, C, H, W), on the CPU.
         columns: images per row of their grid.
         seed: seed of all random numbers.
-        method: method of inversion that was used.
-        stages: seconds by stage.
-        steps: network passes.
-        certificate: largest error of the certificate, None where it is not defined.
-        certificate_mean: mean error of the certificate, None where it is not defined.
+        report: times, solvers and certificate.
     """
 
     images: torch.Tensor
     columns: int
     seed: int
-    method: str
-    stages: dict[str, float]
-    steps: int
-    certificate: float | None
-    certificate_mean: float | None
+    report: SampleReport
 
     def grid(self) -> PIL.Image.Image:
         """Return the images as one image."""
@@ -174,7 +167,6 @@ class DemoModel:
                     count, labels, seed=seed, batch_size=count, guidance=guidance, inversion=inversion, denoise=denoise,
                     certify=True, progress=watch,
                 )  # fmt: skip
-                stages = {"all": report.seconds}
             else:
                 options = self._noise_and_condition(condition, count, seed)
                 if self.text and self.config.rotary != "none":
@@ -183,9 +175,8 @@ class DemoModel:
                     **options, guidance_scale=guidance.weight, guidance_rule=guidance.rule, method=choices.method,
                     denoise=denoise, certify=True, progress=watch, output_type="pt", return_dict=False,
                 )  # fmt: skip
-                images, stages = (found * 255).round().to("cpu", torch.uint8), report.stages
-        exact = report.certificate, report.certificate_mean
-        return Drawing(images, columns, seed, report.method, stages, report.steps, *exact)
+                images = (found * 255).round().to("cpu", torch.uint8)
+        return Drawing(images, columns, seed, report)
 
     def _prompt(self, choices: Choices) -> str:
         """Return the prompt without surrounding spaces."""

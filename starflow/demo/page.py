@@ -147,20 +147,15 @@ class Page:
 
 def figures_html(drawing: Drawing) -> str:
     """Return certificate, time, count and method as HTML."""
-    exact, mean = "not defined", ""
-    if drawing.certificate is not None:
-        exact, mean = f"{drawing.certificate:.1e}", f", mean {drawing.certificate_mean:.1e}"
-    seconds = sum(drawing.stages.values())
-    stages = ", ".join(f"{name} {part:.2f}" for name, part in drawing.stages.items() if part >= 0.005)
+    report, exact, mean = drawing.report, "not defined", ""
+    if report.certificate is not None:
+        exact, mean = f"{report.certificate:.1e}", f", mean {report.certificate_mean:.1e}"
+    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.stages.items() if seconds >= 0.005)
     shown = [
         ("certificate", exact, f"max |flow(x) − z|{mean}"),
-        (
-            "time",
-            f"{seconds:.2f} s",
-            stages if len(drawing.stages) > 1 else f"{len(drawing.images) / seconds:.0f} images per second",
-        ),
-        ("images", str(len(drawing.images)), f"seed {drawing.seed}"),
-        ("method", drawing.method, f"{drawing.steps:,} passes"),
+        ("time", f"{report.seconds:.2f} s", f"{report.images_per_second:.3g} images per second: {stages}"),
+        ("images", str(report.count), f"seed {drawing.seed}"),
+        ("method", report.method, f"{report.steps:,} passes"),
     ]
     parts = (
         f'<div><dt>{name}</dt><dd id="{name}">{html.escape(value)}</dd><small>{html.escape(note)}</small></div>'

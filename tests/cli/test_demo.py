@@ -43,7 +43,7 @@ def digits():
 def test_the_first_choices_draw(digits):
     drawing = digits.draw(digits.defaults)
     assert drawing.images.shape == (100, 1, 8, 8) and drawing.columns == 10
-    assert drawing.certificate < 1e-4 and f">{drawing.certificate:.1e}<" in figures_html(drawing)
+    assert drawing.report.certificate < 1e-4 and f">{drawing.report.certificate:.1e}<" in figures_html(drawing)
 
 
 def test_a_seed_draws_the_images_of_the_command(digits):
@@ -57,10 +57,13 @@ def test_a_seed_draws_the_images_of_the_command(digits):
 def test_methods(digits):
     drawn = {method: digits.draw(Choices(count=4, method=method)) for method in ("auto", "sequential", "jacobi")}
     assert digits.defaults.method == "auto" and torch.equal(drawn["auto"].images, drawn["sequential"].images)
-    assert [drawing.method for drawing in drawn.values()] == ["sequential", "sequential", "jacobi"]
+    assert [drawing.report.method for drawing in drawn.values()] == ["sequential", "sequential", "jacobi"]
     assert (drawn["jacobi"].images.int() - drawn["sequential"].images.int()).abs().max() <= 1
     shown = figures_html(drawn["jacobi"])
-    assert f"mean {drawn['jacobi'].certificate_mean:.1e}" in shown and f"{drawn['jacobi'].steps:,} passes" in shown
+    assert (
+        f"mean {drawn['jacobi'].report.certificate_mean:.1e}" in shown
+        and f"{drawn['jacobi'].report.steps:,} passes" in shown
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_stop_ends_a_drawing_at_once(digits):
     with pytest.raises(Stopped):
         digits.draw(Choices(EACH, 20), progress, stop=stop)
     assert len(seen) == 1 and seen[0] < 0.2
-    assert digits.draw(Choices(EACH, 20)).certificate < 1e-4
+    assert digits.draw(Choices(EACH, 20)).report.certificate < 1e-4
 
 
 def test_one_drawing_at_a_time(digits):
@@ -140,7 +143,7 @@ def test_a_pipeline_has_a_prompt(tmp_path):
     with pytest.raises(ConfigError, match="Prompt: say what to draw"):
         model.draw(model.defaults)
     drawing = model.draw(Choices("a cat", 2, 0, 2.0, "starflow", denoise=1.0, aspect="3:2"))
-    assert len(drawing.images) == 2 and drawing.certificate < 1e-4
+    assert len(drawing.images) == 2 and drawing.report.certificate < 1e-4
     config = Page(model).blocks.get_config_file()
     shown = {part["props"].get("label") for part in config["components"] if part["props"].get("visible", True)}
     assert "Prompt" in shown and "Class" not in shown
