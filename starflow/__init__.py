@@ -1,20 +1,21 @@
 """TarFlow and STARFlow models on starflow_kernels: train, sample, evaluate."""
 
-from typing import Any
-
-from starflow_kernels import __version__
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, ConfigError, DataError, InverseError, StarflowError
-from .inversion.request import Inversion
-from .io.images import save_grid
-from .models.config import FlowConfig
-from .models.flow import Flow, FlowOutput
-from .models.guidance import Guidance
-from .open_model import open_model
-from .sampling.sample import SampleOptions, SampleReport
 
-# They need diffusers and transformers, which are imported on first use.
-PIPELINES = ("FlowModel", "FlowPipeline", "STARFlowPipeline", "TarFlowPipeline")
+if TYPE_CHECKING:
+    from starflow_kernels import __version__
+
+    from .inversion.request import Inversion
+    from .io.images import save_grid
+    from .models.config import FlowConfig
+    from .models.flow import Flow, FlowOutput
+    from .models.guidance import Guidance
+    from .opening import open_model
+    from .pipelines import FlowModel, FlowPipeline, STARFlowPipeline, TarFlowPipeline
+    from .sampling.sample import SampleOptions, SampleReport
 
 __all__ = [
     "CheckpointError",
@@ -39,9 +40,26 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in PIPELINES:
-        from . import pipelines
+# Modules are imported on first use, so that the command line can report a missing package in one line.
+MODULES = {
+    "starflow_kernels": ("__version__",),
+    ".inversion.request": ("Inversion",),
+    ".io.images": ("save_grid",),
+    ".models.config": ("FlowConfig",),
+    ".models.flow": ("Flow", "FlowOutput"),
+    ".models.guidance": ("Guidance",),
+    ".opening": ("open_model",),
+    ".pipelines": ("FlowModel", "FlowPipeline", "STARFlowPipeline", "TarFlowPipeline"),
+    ".sampling.sample": ("SampleOptions", "SampleReport"),
+}
 
-        return getattr(pipelines, name)
+
+def __getattr__(name: str) -> Any:
+    for module, names in MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(module, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

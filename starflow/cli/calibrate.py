@@ -20,7 +20,7 @@ from ..models.calibration import SOLVERS, BlockMeasurement, Measurement, save_ca
 from ..models.checkpoint import BUNDLED, PIPELINE_INDEX, resolve
 from ..models.flow import Flow
 from ..models.guidance import Guidance
-from ..open_model import open_model
+from ..opening import open_model
 from ..training.loop import METRICS, STATE
 from .common import DTYPES, Parser, device, non_negative, positive, seed_argument
 

@@ -19,7 +19,7 @@ from starflow_kernels import __version__, backends
 from ..models.calibration import Measurement
 from ..models.checkpoint import BUNDLED, CONFIG, resolve
 from ..models.flow import Flow
-from ..open_model import open_model
+from ..opening import open_model
 from ..settings import PRESETS, presets
 from .common import Parser, device
 from .packages import PACKAGES, install_command

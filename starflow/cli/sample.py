@@ -20,7 +20,7 @@ from ..io.images import save_grid
 from ..models.checkpoint import PIPELINE_INDEX
 from ..models.flow import Flow
 from ..models.guidance import Guidance
-from ..open_model import open_model
+from ..opening import open_model
 from ..sampling.budget import denoise_bytes, fitting_batch, image_bytes, weight_bytes
 from ..sampling.jobs import FORMATS, SAMPLES_PER_FILE, Job, Layout
 from ..sampling.many import GRID, DrawJobs, ProgressBar, draw_flow_jobs, generate

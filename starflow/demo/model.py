@@ -20,7 +20,7 @@ from ..inversion.request import Inversion
 from ..io.images import image_grid
 from ..models.flow import Flow
 from ..models.guidance import Guidance
-from ..open_model import open_model
+from ..opening import open_model
 from ..sampling.sample import SampleReport
 from ..seeds import generator
 

@@ -1,11 +1,13 @@
 """The command line with only some packages installed: it works with the required ones, and names a missing one."""
 
+import importlib.util
 import json
 
 import pytest
 from PIL import Image
 from support.imports import ROOT, python
 
+import starflow
 from starflow.cli.packages import PACKAGES, install_line
 
 REQUIRED = [package.name for package in PACKAGES.values() if not package.extra]
@@ -62,6 +64,23 @@ def test_required_packages_are_enough(tmp_path):
         assert code == 2 and not out and error.startswith("starflow ") and error.count("\n") == 1, error
         extra = next(package.extra for package in PACKAGES.values() if package.name == name)
         assert name in error and "pip install" in error and f"starflow-kernels[{extra}]" in error
+
+
+@pytest.mark.parametrize("package", ["safetensors", "PyYAML", "tqdm", "Pillow"])
+def test_a_required_package_is_missing(package):
+    others = [name for name in REQUIRED if name != package]
+    ((code, out, error),) = run(["--help"], distributions=others)
+    expected = f"starflow: error: the package {package} is not installed: pip install {package}\n"
+    assert (code, out, error) == (2, "", expected)
+
+
+def test_public_names():
+    assert set(dir(starflow)) == set(starflow.__all__)
+    for name in starflow.__all__:
+        if name not in starflow.MODULES[".pipelines"] or importlib.util.find_spec("diffusers"):
+            assert getattr(starflow, name) is not None
+    with pytest.raises(AttributeError, match="'starflow' has no attribute 'nothing'"):
+        starflow.nothing  # noqa: B018
 
 
 def test_other_missing_modules_are_not_ours():
