@@ -18,7 +18,8 @@ inline Spec read_spec(const std::vector<int64_t>& fields, double clip) {
     for (int* size : {&spec.token_dim, &spec.channels, &spec.layers, &spec.heads, &spec.head_dim, &spec.kv_heads,
                       &spec.mlp_dim, &spec.positions, &spec.text_dim})
         *size = number();
-    for (bool* flag : {&spec.start, &spec.flip, &spec.bias, &spec.qk_norm, &spec.post_norm, &spec.final_norm, &spec.bf16})
+    for (bool* flag :
+         {&spec.start, &spec.flip, &spec.bias, &spec.qk_norm, &spec.post_norm, &spec.final_norm, &spec.bf16})
         *flag = number();
     spec.mlp = Mlp(number());
     spec.norm = Norm(number());

@@ -14,7 +14,7 @@ constexpr int64_t SERIAL = 1 << 14;
 constexpr int64_t CHUNK = 512;
 
 AffineCall affine_call(const Tensor& x, const Tensor& params, int64_t scale, double clip, bool shift, bool flip,
-                                 int64_t logdet) {
+                       int64_t logdet) {
     AffineCall call{};
     call.B = x.size(0), call.T = x.size(1), call.D = int(x.size(2));
     call.chunk = std::max<int64_t>(1, CHUNK / call.D);

@@ -66,9 +66,10 @@ int64_t jacobi_floats(int64_t tokens, int64_t token_dim, int64_t neighbours) {
 
 // `tokens` are the values so far of the solution for `noise`; places, sweeps and residual say where it stands.
 void block_jacobi(Tensor tokens, Tensor noise, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
-                  double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance, int64_t rule,
-                  double temperature, std::vector<int64_t> neighbours, double tol, Tensor places, Tensor sweeps,
-                  Tensor residual, Tensor memory, Tensor cache, Tensor workspace, std::vector<int64_t> plan) {
+                  double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance,
+                  int64_t rule, double temperature, std::vector<int64_t> neighbours, double tol, Tensor places,
+                  Tensor sweeps, Tensor residual, Tensor memory, Tensor cache, Tensor workspace,
+                  std::vector<int64_t> plan) {
     Model model(read_spec(spec, clip), data(packed), offsets);
     BlockCall call = call_of(model, tokens, cond, prefix, cos, sin, guidance, rule, temperature, cache);
     Jacobi solver{};

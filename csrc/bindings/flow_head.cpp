@@ -114,7 +114,8 @@ void flow_head_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor 
         }
     });
     if (!grad_bias) return;
-    for (int64_t p = 0; p < P; ++p) data(grad_bias)[p] = float(total(wide_P * wide_C + p) - total(wide_P * (wide_C + 1) + p));
+    for (int64_t p = 0; p < P; ++p)
+        data(grad_bias)[p] = float(total(wide_P * wide_C + p) - total(wide_P * (wide_C + 1) + p));
 }
 
 }  // namespace

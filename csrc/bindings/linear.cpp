@@ -44,8 +44,7 @@ void linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor grad_x, Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
     m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()");
-    m.def(
-        "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!) grad_x, Tensor(b!) grad_weight) -> ()");
+    m.def("linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!) grad_x, Tensor(b!) grad_weight) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(starflow_native, CPU, m) {

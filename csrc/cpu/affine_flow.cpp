@@ -6,9 +6,7 @@ namespace starflow::STARFLOW_ISA {
 
 namespace {
 
-int64_t params_at(const Chunk& chunk) {
-    return (chunk.row * chunk.call.T + chunk.first_source()) * chunk.call.P();
-}
+int64_t params_at(const Chunk& chunk) { return (chunk.row * chunk.call.T + chunk.first_source()) * chunk.call.P(); }
 
 void gather(const Chunk& chunk, Scratch& room) {
     const AffineCall& call = chunk.call;

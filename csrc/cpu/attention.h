@@ -19,8 +19,7 @@ struct KeyValues {
 inline void append(KeyValues to, int64_t position, const float* key, const float* value, int d) {
     float* tile = to.keys + position / LANES * d * LANES + position % LANES;
     for (int i = 0; i < d; ++i) tile[i * LANES] = key[i];
-    for (int i = 0; i < d; i += LANES)
-        store(to.values + i * to.S + position * LANES, load(value + i, d - i));
+    for (int i = 0; i < d; i += LANES) store(to.values + i * to.S + position * LANES, load(value + i, d - i));
 }
 
 // The weighted sum of values, divided by the sum of weights.
@@ -52,22 +51,31 @@ template <int ITEMS, int TILES>
 __attribute__((noinline)) void tile_each(const float* const* x, const float* const* w, int64_t stride, int64_t K,
                                          int64_t column, float* const* y) {
     const float *xs[ITEMS], *ws[ITEMS];
-    UNROLL for (int i = 0; i < ITEMS; ++i) xs[i] = x[i], ws[i] = w[i] + column / LANES * stride;
+    UNROLL
+    for (int i = 0; i < ITEMS; ++i) xs[i] = x[i], ws[i] = w[i] + column / LANES * stride;
     for (int64_t begin = 0; begin < K; begin += K_BLOCK) {
         Vec sum[ITEMS][TILES];
-        UNROLL for (int i = 0; i < ITEMS; ++i)
-            UNROLL for (int t = 0; t < TILES; ++t) sum[i][t] = splat(0.0f);
-        for (int64_t k = begin; k < K && k < begin + K_BLOCK; ++k)
-            UNROLL for (int i = 0; i < ITEMS; ++i) {
+        UNROLL
+        for (int i = 0; i < ITEMS; ++i) {
+            UNROLL
+            for (int t = 0; t < TILES; ++t) sum[i][t] = splat(0.0f);
+        }
+        for (int64_t k = begin; k < K && k < begin + K_BLOCK; ++k) {
+            UNROLL
+            for (int i = 0; i < ITEMS; ++i) {
                 Vec a = splat(xs[i][k]);
-                UNROLL for (int t = 0; t < TILES; ++t)
-                    sum[i][t] = fma(a, load(ws[i] + t * stride + k * LANES), sum[i][t]);
+                UNROLL
+                for (int t = 0; t < TILES; ++t) sum[i][t] = fma(a, load(ws[i] + t * stride + k * LANES), sum[i][t]);
             }
-        UNROLL for (int i = 0; i < ITEMS; ++i)
-            UNROLL for (int t = 0; t < TILES; ++t) {
+        }
+        UNROLL
+        for (int i = 0; i < ITEMS; ++i) {
+            UNROLL
+            for (int t = 0; t < TILES; ++t) {
                 float* to = y[i] + column + t * LANES;
                 store(to, begin ? load(to) + sum[i][t] : sum[i][t]);
             }
+        }
     }
 }
 

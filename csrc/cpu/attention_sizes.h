@@ -29,9 +29,9 @@ struct CachedScratch {
 
 // Matrices of one head: rows of d values, padded, and transposed in blocks of 64 tokens [d][64].
 struct CausalScratch {
-    float *k, *v, *k_across, *v_across;                       // all tokens
+    float *k, *v, *k_across, *v_across;                      // all tokens
     float *q, *out, *grad_out, *q_across, *grad_out_across;  // a block of queries
-    float *weights, *grad_scores;                             // (all keys, block of queries)
+    float *weights, *grad_scores;                            // (all keys, block of queries)
     float *grad_q, *grad_k, *grad_v, *end;
 
     CausalScratch(const AttentionCall& call, bool gradient, float* from) {

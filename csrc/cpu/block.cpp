@@ -14,8 +14,8 @@ void transform(const Pass& pass) {
     for (int64_t b = 0; b < pass.sequences; ++b) {
         const float* without = call.guidance ? pass.ws.params + (pass.sequences + b) * P : nullptr;
         float weight = call.guidance ? call.guidance[(pass.first_sequence + b) * call.T + t] : 0.0f;
-        affine_inverse(pass.at(call.state, b, t), pass.ws.params + b * P, without, weight, D, call.rule, pass.spec.affine,
-                       pass.ws.fresh + b * padded(D));
+        affine_inverse(pass.at(call.state, b, t), pass.ws.params + b * P, without, weight, D, call.rule,
+                       pass.spec.affine, pass.ws.fresh + b * padded(D));
     }
 }
 

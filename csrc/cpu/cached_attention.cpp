@@ -11,7 +11,7 @@ namespace {
 
 // Keys whose products fit the registers.
 constexpr int KEYS = ACCUMULATORS >= 8 ? 8 : ACCUMULATORS >= 4 ? 4 : 2;
-constexpr int64_t AHEAD = 256;   // floats that are fetched before they are used, in units of sixteen keys
+constexpr int64_t AHEAD = 256;  // floats that are fetched before they are used, in units of sixteen keys
 
 // Products of one query, padded with zeros, with sixteen keys.
 INLINE Vec products(const float* q, const float* const (&key)[LANES], int d) {
@@ -19,17 +19,20 @@ INLINE Vec products(const float* q, const float* const (&key)[LANES], int d) {
     int whole = d / LANES * LANES;
     for (int first = 0; first < LANES; first += KEYS) {
         Vec part[KEYS];
-        UNROLL for (int i = 0; i < KEYS; ++i) part[i] = splat(0.0f);
+        UNROLL
+        for (int i = 0; i < KEYS; ++i) part[i] = splat(0.0f);
         for (int c = 0; c < whole; c += LANES) {
             Vec x = load(q + c);
-            UNROLL for (int i = 0; i < KEYS; ++i) part[i] = fma(x, load(key[first + i] + c), part[i]);
+            UNROLL
+            for (int i = 0; i < KEYS; ++i) part[i] = fma(x, load(key[first + i] + c), part[i]);
         }
         if (whole < d) {
             Vec x = load(q + whole);
-            UNROLL for (int i = 0; i < KEYS; ++i)
-                part[i] = fma(x, load(key[first + i] + whole, d - whole), part[i]);
+            UNROLL
+            for (int i = 0; i < KEYS; ++i) part[i] = fma(x, load(key[first + i] + whole, d - whole), part[i]);
         }
-        UNROLL for (int i = 0; i < KEYS; ++i) sum[first + i] = part[i];
+        UNROLL
+        for (int i = 0; i < KEYS; ++i) sum[first + i] = part[i];
     }
     return sums(sum);
 }
@@ -39,17 +42,25 @@ template <int N, int COLUMNS>
 INLINE void add_columns(const float* weight, const float* value, int64_t stride, int64_t count, int n, float* to,
                         int64_t width) {
     Vec sum[N][COLUMNS];
-    UNROLL for (int i = 0; i < N; ++i)
-        UNROLL for (int j = 0; j < COLUMNS; ++j) sum[i][j] = load(to + i * width + j * LANES);
-    for (int64_t s = 0; s < count; s += N)
-        UNROLL for (int i = 0; i < N; ++i) {
+    UNROLL
+    for (int i = 0; i < N; ++i) {
+        UNROLL
+        for (int j = 0; j < COLUMNS; ++j) sum[i][j] = load(to + i * width + j * LANES);
+    }
+    for (int64_t s = 0; s < count; s += N) {
+        UNROLL
+        for (int i = 0; i < N; ++i) {
             const float* row = value + (s + i) * stride;
             Vec w = splat(weight[s + i]);
-            UNROLL for (int j = 0; j < COLUMNS; ++j)
-                sum[i][j] = fma(w, load(row + j * LANES, n - j * LANES), sum[i][j]);
+            UNROLL
+            for (int j = 0; j < COLUMNS; ++j) sum[i][j] = fma(w, load(row + j * LANES, n - j * LANES), sum[i][j]);
         }
-    UNROLL for (int i = 0; i < N; ++i)
-        UNROLL for (int j = 0; j < COLUMNS; ++j) store(to + i * width + j * LANES, sum[i][j]);
+    }
+    UNROLL
+    for (int i = 0; i < N; ++i) {
+        UNROLL
+        for (int j = 0; j < COLUMNS; ++j) store(to + i * width + j * LANES, sum[i][j]);
+    }
 }
 
 template <int N>
@@ -66,7 +77,7 @@ void add_values(const float* weight, const float* value, int64_t stride, int64_t
 struct Pass {
     const AttentionCall& call;
     CachedScratch scratch;
-    int64_t row, head, heads;  // heads of keys head .. head + heads - 1
+    int64_t row, head, heads;       // heads of keys head .. head + heads - 1
     int64_t group, begin, queries;  // query i of a head of keys is that of token (begin + i) / group
     int64_t base, end;              // keys that the pass reads
 

@@ -87,9 +87,7 @@ INLINE Vec log1p(Vec u) {
     return log_reduced(n, fma(u, scale, scale - splat(1.0f)));
 }
 
-INLINE Vec copysign(Vec x, Vec sign) {
-    return bits((bits(x) & splat(INT32_MAX)) | (bits(sign) & splat(INT32_MIN)));
-}
+INLINE Vec copysign(Vec x, Vec sign) { return bits((bits(x) & splat(INT32_MAX)) | (bits(sign) & splat(INT32_MIN))); }
 
 // tanh t = E / (E + 2) with E = e^2t - 1 = 2^n (e^r - 1) + (2^n - 1), which keeps its digits near 0; 0 <= t <= 10.
 // `near` is t but for rounding, where that is known earlier.
@@ -111,8 +109,7 @@ INLINE Vec tanh(Vec x) {
 INLINE Vec gelu(Vec x) {
     static const float above[] = {0.398942262f,    0.0339286886f,   0.00467731059f,
                                   0.000168922867f, 6.28948101e-06f, 2.22961773e-08f};
-    static const float below[] = {1.0f,           0.251712948f,    0.0286773127f,
-                                  0.00188545824f, 7.33407796e-05f, 1.17959837e-06f};
+    static const float below[] = {1.0f, 0.251712948f, 0.0286773127f, 0.00188545824f, 7.33407796e-05f, 1.17959837e-06f};
     Vec square = x * x, half = x * polynomial(square, above) / polynomial(square, below);
     half = select(abs(x) > splat(5.6f), copysign(splat(0.5f), x), half);
     return x * (splat(0.5f) + half);
@@ -134,9 +131,7 @@ INLINE Vec softplus_power(Vec a) {
     return scaled(fma(expm1_reduced(to.r) - splat(2.13357839e-8f), e_less_one, e_less_one), to);
 }
 
-INLINE Vec softplus_of(Vec a, Vec v) {
-    return select(a > splat(SOFTPLUS_LARGE), a + splat(SOFTPLUS_SHIFT), log1p(v));
-}
+INLINE Vec softplus_of(Vec a, Vec v) { return select(a > splat(SOFTPLUS_LARGE), a + splat(SOFTPLUS_SHIFT), log1p(v)); }
 
 INLINE Vec softplus_one(Vec a) { return softplus_of(a, softplus_power(a)); }
 

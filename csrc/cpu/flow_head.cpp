@@ -62,10 +62,11 @@ struct Tile {
     void project_wide() const {
         for (int64_t m = 0; m < chunk.tokens && call.norm; ++m) roots[m] = sum_of_squares(state(m), int(C));
         Stream next(state(chunk.tokens), chunk.tokens * C, chunk.tokens, wide_P / LANES, C);
-        product(state(0), C, chunk.tokens, call.weight, C, 0, wide_P / LANES, scratch,
-                [&](int64_t m, int64_t tile, Vec v)
-                    __attribute__((always_inline)) { store(products + m * wide_P + tile * LANES, v); },
-                &next);
+        product(
+            state(0), C, chunk.tokens, call.weight, C, 0, wide_P / LANES, scratch,
+            [&](int64_t m, int64_t tile, Vec v)
+                __attribute__((always_inline)) { store(products + m * wide_P + tile * LANES, v); },
+            &next);
     }
 
     // The gradients in `params`, to which those of bias, weight and states are due.
@@ -100,7 +101,8 @@ struct Tile {
         each(C, [&](int64_t c, int count) __attribute__((always_inline)) {
             for (int64_t first = 0; first < P; first += GRADIENT_OUTPUTS) {
                 Vec weight[GRADIENT_OUTPUTS], dots[GRADIENT_OUTPUTS];
-                UNROLL for (int p = 0; p < GRADIENT_OUTPUTS; ++p) {
+                UNROLL
+                for (int p = 0; p < GRADIENT_OUTPUTS; ++p) {
                     weight[p] = load(call.across + c * NARROW + (first + p) * LANES);
                     dots[p] = splat(0.0f);
                 }
@@ -108,14 +110,16 @@ struct Tile {
                     float *to = call.grad_h + (source + m) * C + c, *gradients = params + m * wide_P + first;
                     Vec value = load(state(m) + c, count), unit = value * splat(roots[m]);
                     Vec total = first ? load(to, count) : splat(0.0f);
-                    UNROLL for (int p = 0; p < GRADIENT_OUTPUTS; ++p) {
+                    UNROLL
+                    for (int p = 0; p < GRADIENT_OUTPUTS; ++p) {
                         Vec gradient = splat(gradients[p]);
                         total = fma(gradient, weight[p], total);
                         dots[p] = fma(gradient, unit, dots[p]);
                     }
                     store(to, first + GRADIENT_OUTPUTS < P ? total : through_norm(m, value, total), count);
                 }
-                UNROLL for (int p = 0; p < GRADIENT_OUTPUTS; ++p) {
+                UNROLL
+                for (int p = 0; p < GRADIENT_OUTPUTS; ++p) {
                     float* to = call.grad_weight + (first + p) * wide_C + c;
                     store(to, load(to) + dots[p]);
                 }

@@ -27,7 +27,7 @@ struct Window {
     const Pass& pass;
     const Jacobi& solver;
     const QuasiNewton& model;
-    int64_t first;  // token, as many as pass.n
+    int64_t first;                    // token, as many as pass.n
     float *fresh, *spread, *outputs;  // rows of padded D: mu + sigma z, sigma z; of 2 padded D: mu, log sigma
 
     int64_t D() const { return pass.spec.token_dim; }
@@ -44,7 +44,8 @@ struct Window {
             float weight = call.guidance ? call.guidance[pass.first_sequence * call.T + first + i] : 0.0f;
             const float* noise = pass.at(solver.noise, 0, first + i);
             for (int c = 0; c < D(); c += LANES) {
-                Gaussian g = gaussian_at(pass.ws.params + i * P, without, weight, c, int(D()), call.rule, pass.spec.affine);
+                Gaussian g =
+                    gaussian_at(pass.ws.params + i * P, without, weight, c, int(D()), call.rule, pass.spec.affine);
                 Vec z = load(noise + c, int(D()) - c);
                 store(fresh + i * width() + c, fma(g.sigma, z, g.mu));
                 if (!solver.neighbours) continue;
@@ -128,7 +129,8 @@ void run_jacobi(const BlockCall& call, int64_t sequence, float* cache, float* sh
     // Between the barriers the first thread alone writes where the sequence stands.
     Place& place = solver.places[sequence];
     for (int64_t pass = 0; pass < solver.passes && place.done < T && !place.failed; ++pass) {
-        int64_t first = place.done, end = solver.slide ? first + solver.window : (first / solver.window + 1) * solver.window;
+        int64_t first = place.done,
+                end = solver.slide ? first + solver.window : (first / solver.window + 1) * solver.window;
         int64_t n = first < place.single ? 1 : (end < T ? end : T) - first;
         Pass network{call, spec, team, ws, cache, sequence, 1, spec.start ? first : first - 1, n};
         network.network();

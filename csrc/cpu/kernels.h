@@ -76,10 +76,10 @@ struct BlockCall {
     Rule rule;
     float temperature;
     const Jacobi* jacobi;  // sampling by Jacobi, else null
-    float* cache;         // cache_floats(spec, L + T) a row: (copies B) rows in sampling, else `group` rows a thread
-    int64_t first, last;  // slots to run, the prefix being slots -L .. -1
-    int64_t group;        // sequences that go together
-    int64_t chunk;        // slots a pass where the inputs are known, which is everywhere but in sampling
+    float* cache;          // cache_floats(spec, L + T) a row: (copies B) rows in sampling, else `group` rows a thread
+    int64_t first, last;   // slots to run, the prefix being slots -L .. -1
+    int64_t group;         // sequences that go together
+    int64_t chunk;         // slots a pass where the inputs are known, which is everywhere but in sampling
 };
 
 enum class Logdet { sum, mean, none };
@@ -94,8 +94,8 @@ struct AffineCall {
     Logdet logdet;
     Format x_format, params_format;  // z and the gradients have the format of what they belong to
     const void *x, *params;
-    void* z;         // (B, T, D)
-    float* logdets;  // (B, T, D) for Logdet::none, else unused
+    void* z;          // (B, T, D)
+    float* logdets;   // (B, T, D) for Logdet::none, else unused
     double* partial;  // (B, chunks()): sums of log sigma, unused for Logdet::none
     // The gradient's alone; those of the outputs may be null.
     const void *saved_z, *grad_z;
@@ -138,8 +138,8 @@ struct LinearCall {
     int64_t M, N, K;
     const float *x, *weight;  // weight (N, K), or (K, N) if `across`
     bool across;
-    float* packed;      // the weight as product.h says
-    const float* bias;  // (N,) or null
+    float* packed;       // the weight as product.h says
+    const float* bias;   // (N,) or null
     float* y;            // in the gradient dL/dy
     float* grad_weight;  // (N, K)
 };
@@ -194,7 +194,8 @@ struct Kernels {
     // of the group's. shared: workspace of the team's first thread; own: that of the member.
     void (*run_block)(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, const Team& team);
     // The same for one sequence by Jacobi.
-    void (*run_jacobi)(const BlockCall& call, int64_t sequence, float* cache, float* shared, float* own, const Team& team);
+    void (*run_jacobi)(const BlockCall& call, int64_t sequence, float* cache, float* shared, float* own,
+                       const Team& team);
     // Chunks first .. last - 1 of the B chunks() that there are.
     void (*affine_flow)(const AffineCall& call, int64_t first, int64_t last);
     void (*affine_flow_backward)(const AffineCall& call, int64_t first, int64_t last);

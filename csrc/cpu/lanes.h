@@ -18,7 +18,8 @@ INLINE Part folded(Part a, Part b, std::integer_sequence<int, I...>) {
 template <int N, int H>
 INLINE void fold(Part* part) {
     if constexpr (H > 0) {
-        UNROLL for (int i = 0; i < N / 2; ++i)
+        UNROLL
+        for (int i = 0; i < N / 2; ++i)
             part[i] = folded<H>(part[2 * i], part[2 * i + 1], std::make_integer_sequence<int, PART>());
         fold<N / 2, H / 2>(part);
     }
@@ -27,15 +28,18 @@ INLINE void fold(Part* part) {
 // Lane i is sum(a[i]), to the bit.
 INLINE Vec sums(const Vec (&a)[LANES]) {
     Part part[LANES];
-    UNROLL for (int i = 0; i < LANES; ++i) {
+    UNROLL
+    for (int i = 0; i < LANES; ++i) {
         Vec x = a[i];
-        UNROLL for (int half = PARTS / 2; half; half /= 2)
+        UNROLL
+        for (int half = PARTS / 2; half; half /= 2)
             for (int j = 0; j < half; ++j) x.part[j] = x.part[j] + x.part[j + half];
         part[i] = x.part[0];
     }
     fold<LANES, PART / 2>(part);
     Vec out;
-    UNROLL for (int i = 0; i < PARTS; ++i) out.part[i] = part[i];
+    UNROLL
+    for (int i = 0; i < PARTS; ++i) out.part[i] = part[i];
     return out;
 }
 
@@ -50,7 +54,8 @@ INLINE void exchange(Part& x, Part& y, std::integer_sequence<int, I...>) {
 template <int H>
 INLINE void exchange_all(Part (&a)[PART]) {
     if constexpr (H > 0) {
-        UNROLL for (int i = 0; i < PART; ++i)
+        UNROLL
+        for (int i = 0; i < PART; ++i)
             if (!(i & H)) exchange<H>(a[i], a[i + H], std::make_integer_sequence<int, PART>());
         exchange_all<H / 2>(a);
     }
@@ -61,9 +66,11 @@ inline void transpose(const float* x, int64_t ldx, float* y, int64_t ldy) {
     for (int i = 0; i < LANES; i += PART)
         for (int j = 0; j < LANES; j += PART) {
             Part a[PART];
-            UNROLL for (int k = 0; k < PART; ++k) a[k] = *reinterpret_cast<const LoosePart*>(x + (i + k) * ldx + j);
+            UNROLL
+            for (int k = 0; k < PART; ++k) a[k] = *reinterpret_cast<const LoosePart*>(x + (i + k) * ldx + j);
             exchange_all<PART / 2>(a);
-            UNROLL for (int k = 0; k < PART; ++k) *reinterpret_cast<LoosePart*>(y + (j + k) * ldy + i) = a[k];
+            UNROLL
+            for (int k = 0; k < PART; ++k) *reinterpret_cast<LoosePart*>(y + (j + k) * ldy + i) = a[k];
         }
 }
 

@@ -17,28 +17,36 @@ template <int ROWS, int TILES>
 void add_outer(const float* grad, int64_t N, const float* x, int64_t K, int64_t samples, int count, bool first,
                float* out) {
     Vec sum[ROWS][TILES];
-    UNROLL for (int n = 0; n < ROWS; ++n)
-        UNROLL for (int t = 0; t < TILES; ++t) sum[n][t] = splat(0.0f);
+    UNROLL
+    for (int n = 0; n < ROWS; ++n) {
+        UNROLL
+        for (int t = 0; t < TILES; ++t) sum[n][t] = splat(0.0f);
+    }
     for (int64_t m = 0; m < samples; ++m) {
         Vec columns[TILES];
-        UNROLL for (int t = 0; t < TILES; ++t)
-            columns[t] = TILES == 1 ? load(x + m * K, count) : load(x + m * K + t * LANES);
-        UNROLL for (int n = 0; n < ROWS; ++n) {
+        UNROLL
+        for (int t = 0; t < TILES; ++t) columns[t] = TILES == 1 ? load(x + m * K, count) : load(x + m * K + t * LANES);
+        UNROLL
+        for (int n = 0; n < ROWS; ++n) {
             Vec scale = splat(grad[m * N + n]);
-            UNROLL for (int t = 0; t < TILES; ++t) sum[n][t] = fma(scale, columns[t], sum[n][t]);
+            UNROLL
+            for (int t = 0; t < TILES; ++t) sum[n][t] = fma(scale, columns[t], sum[n][t]);
         }
     }
-    UNROLL for (int n = 0; n < ROWS; ++n)
-        UNROLL for (int t = 0; t < TILES; ++t) {
+    UNROLL
+    for (int n = 0; n < ROWS; ++n) {
+        UNROLL
+        for (int t = 0; t < TILES; ++t) {
             float* to = out + n * K + t * LANES;
             int lanes = TILES == 1 ? count : LANES;
             store(to, first ? sum[n][t] : load(to, lanes) + sum[n][t], lanes);
         }
+    }
 }
 
 template <int TILES, int ROWS = GRADIENT_ROWS>
-void add_rows(int rows, const float* grad, int64_t N, const float* x, int64_t K, int64_t samples, int count,
-              bool first, float* out) {
+void add_rows(int rows, const float* grad, int64_t N, const float* x, int64_t K, int64_t samples, int count, bool first,
+              float* out) {
     if constexpr (ROWS > 1)
         if (rows < ROWS) return add_rows<TILES, ROWS - 1>(rows, grad, N, x, K, samples, count, first, out);
     add_outer<ROWS, TILES>(grad, N, x, K, samples, count, first, out);
@@ -67,14 +75,15 @@ void linear(const LinearCall& call, int64_t first_row, int64_t last_row, float* 
     int64_t N = call.N, M = last_row - first_row, tiles = (N + 15) / 16;
     // Outputs to come: they are written once, and fetched for that.
     Stream next(call.y + last_row * N, M * N, M, tiles, call.K);
-    product(call.x + first_row * call.K, call.K, M, call.packed, call.K, 0, tiles, scratch,
-            [&](int64_t m, int64_t tile, Vec v) __attribute__((always_inline)) {
-                int64_t n = tile * LANES;
-                int count = int(N - n);
-                Vec bias = call.bias ? load(call.bias + n, count) : splat(0.0f);
-                store(call.y + (first_row + m) * N + n, v + bias, count);
-            },
-            &next);
+    product(
+        call.x + first_row * call.K, call.K, M, call.packed, call.K, 0, tiles, scratch,
+        [&](int64_t m, int64_t tile, Vec v) __attribute__((always_inline)) {
+            int64_t n = tile * LANES;
+            int count = int(N - n);
+            Vec bias = call.bias ? load(call.bias + n, count) : splat(0.0f);
+            store(call.y + (first_row + m) * N + n, v + bias, count);
+        },
+        &next);
 }
 
 // grad_weight (N, K) from rows first .. last - 1 of it.

@@ -23,27 +23,34 @@ inline Pair narrow_product(const float* x, int64_t ldx, const float* w, int64_t 
     for (int row = 0; row < 2; row += PAIR_ROWS)
         for (int first = 0; first < NARROW; first += PAIR_OUTPUTS) {
             Vec dots[PAIR_ROWS][PAIR_OUTPUTS], square[PAIR_ROWS];
-            UNROLL for (int m = 0; m < PAIR_ROWS; ++m) {
+            UNROLL
+            for (int m = 0; m < PAIR_ROWS; ++m) {
                 square[m] = splat(0.0f);
-                UNROLL for (int p = 0; p < PAIR_OUTPUTS; ++p) dots[m][p] = splat(0.0f);
+                UNROLL
+                for (int p = 0; p < PAIR_OUTPUTS; ++p) dots[m][p] = splat(0.0f);
             }
             each(C, [&](int64_t c, int count) __attribute__((always_inline)) {
                 Vec value[PAIR_ROWS];
-                UNROLL for (int m = 0; m < PAIR_ROWS; ++m) {
+                UNROLL
+                for (int m = 0; m < PAIR_ROWS; ++m) {
                     const float* at = x + (row + m) * ldx + c;
                     // The rows after these.
                     __builtin_prefetch(at + 2 * ldx);
                     value[m] = load(at, count);
                     square[m] = fma(value[m], value[m], square[m]);
                 }
-                UNROLL for (int p = 0; p < PAIR_OUTPUTS; ++p) {
+                UNROLL
+                for (int p = 0; p < PAIR_OUTPUTS; ++p) {
                     Vec weight = load(w + c * NARROW + (first + p) * LANES);
-                    UNROLL for (int m = 0; m < PAIR_ROWS; ++m) dots[m][p] = fma(value[m], weight, dots[m][p]);
+                    UNROLL
+                    for (int m = 0; m < PAIR_ROWS; ++m) dots[m][p] = fma(value[m], weight, dots[m][p]);
                 }
             });
-            UNROLL for (int m = 0; m < PAIR_ROWS; ++m) {
+            UNROLL
+            for (int m = 0; m < PAIR_ROWS; ++m) {
                 pair.squares[row + m] = sum(square[m]);
-                UNROLL for (int p = 0; p < PAIR_OUTPUTS; ++p) total[(row + m) * NARROW + first + p] = dots[m][p];
+                UNROLL
+                for (int p = 0; p < PAIR_OUTPUTS; ++p) total[(row + m) * NARROW + first + p] = dots[m][p];
             }
         }
     store(pair.products[0], sums(total));

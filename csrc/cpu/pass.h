@@ -19,9 +19,7 @@ struct Pass {
     int64_t rows() const { return sequences * call.copies; }
     int64_t values() const { return rows() * n; }
     // Row of the call's tensors of row r of this group: those with the condition come first.
-    int64_t global_row(int64_t r) const {
-        return r / sequences * call.B + first_sequence + r % sequences;
-    }
+    int64_t global_row(int64_t r) const { return r / sequences * call.B + first_sequence + r % sequences; }
     int64_t order(int64_t token) const { return spec.flip ? call.T - 1 - token : token; }
     bool sampling() const { return call.state; }
     // Token t in the block's own order, of a tensor (B, T, D) in the order of the data.
@@ -52,7 +50,8 @@ struct Pass {
         for (int64_t r = 0; r < rows(); ++r) {
             const float* states = call.prefix + (global_row(r) * call.L + call.L + slot) * width;
             float* h = ws.h + r * n * C;
-            multiply(call.block->proj_text, states, width, n, [&](int64_t m, int64_t c, Vec v) { store(h + m * C + c, v); });
+            multiply(call.block->proj_text, states, width, n,
+                     [&](int64_t m, int64_t c, Vec v) { store(h + m * C + c, v); });
         }
     }
 
@@ -99,7 +98,8 @@ struct Pass {
         if (!spec.post_norm) return;
         for (int64_t m = team.begin(values()); m < team.end(values()); ++m) {
             rms_norm(to + m * C, post_norm, spec.channels, to + m * C);
-            for (int64_t c = 0; c < C; c += LANES) store(ws.h + m * C + c, load(ws.h + m * C + c) + load(to + m * C + c));
+            for (int64_t c = 0; c < C; c += LANES)
+                store(ws.h + m * C + c, load(ws.h + m * C + c) + load(to + m * C + c));
         }
         team.wait();
     }
@@ -181,7 +181,8 @@ struct Pass {
         if (spec.mlp == Mlp::gelu) {
             multiply(layer.up, x, [&](int64_t m, int64_t c, Vec v) { store(ws.hidden + m * width + c, gelu(v)); });
         } else {
-            multiply(layer.gate, x, [&](int64_t m, int64_t c, Vec v) { store(ws.hidden + m * width + c, gelu_tanh(v)); });
+            multiply(layer.gate, x,
+                     [&](int64_t m, int64_t c, Vec v) { store(ws.hidden + m * width + c, gelu_tanh(v)); });
             multiply(layer.up, x, [&](int64_t m, int64_t c, Vec v) {
                 float* at = ws.hidden + m * width + c;
                 store(at, load(at) * v);

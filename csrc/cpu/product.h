@@ -35,8 +35,10 @@ struct Ahead {
 
     template <int ROWS, int TILES>
     INLINE void fetch(int64_t k) const {
-        if constexpr (ROWS >= 4)
-            UNROLL for (int t = 0; t < TILES; ++t) __builtin_prefetch(at + k * step + t * stride, 0, 2);
+        if constexpr (ROWS >= 4) {
+            UNROLL
+            for (int t = 0; t < TILES; ++t) __builtin_prefetch(at + k * step + t * stride, 0, 2);
+        }
     }
 };
 
@@ -60,10 +62,13 @@ INLINE void multiply(const float* x, int64_t ldx, const float* w, int64_t stride
     for (int64_t k = 0; k < K; ++k) {
         ahead.fetch<ROWS, TILES>(k);
         Vec b[TILES];
-        UNROLL for (int t = 0; t < TILES; ++t) b[t] = load(w + t * stride + k * LANES);
-        UNROLL for (int m = 0; m < ROWS; ++m) {
+        UNROLL
+        for (int t = 0; t < TILES; ++t) b[t] = load(w + t * stride + k * LANES);
+        UNROLL
+        for (int m = 0; m < ROWS; ++m) {
             Vec a = splat(x[m * ldx + k]);
-            UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = fma(a, b[t], sum[m][t]);
+            UNROLL
+            for (int t = 0; t < TILES; ++t) sum[m][t] = fma(a, b[t], sum[m][t]);
         }
     }
 }
@@ -74,14 +79,17 @@ INLINE void multiply(const float* x, int64_t ldx, const Bf16* w, int64_t stride,
                      Vec (&sum)[ROWS][TILES]) {
     auto half = [&](int64_t k, auto widen) __attribute__((always_inline)) {
         Vec b[TILES];
-        UNROLL for (int t = 0; t < TILES; ++t) {
+        UNROLL
+        for (int t = 0; t < TILES; ++t) {
             Int pair;
             memcpy(&pair, w + t * stride + k / 2 * 2 * LANES, sizeof pair);
             b[t] = bits(widen(pair));
         }
-        UNROLL for (int m = 0; m < ROWS; ++m) {
+        UNROLL
+        for (int m = 0; m < ROWS; ++m) {
             Vec a = splat(x[m * ldx + k]);
-            UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = fma(a, b[t], sum[m][t]);
+            UNROLL
+            for (int t = 0; t < TILES; ++t) sum[m][t] = fma(a, b[t], sum[m][t]);
         }
     };
     auto even = [](Int pair) __attribute__((always_inline)) { return pair << 16; };
@@ -99,14 +107,20 @@ template <int ROWS, int TILES, class W>
 __attribute__((noinline)) void tile(const float* x, int64_t ldx, const W* w, int64_t stride, int64_t K, Ahead ahead,
                                     float* y, int64_t ldy, bool add) {
     Vec sum[ROWS][TILES];
-    UNROLL for (int m = 0; m < ROWS; ++m)
-        UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = splat(0.0f);
+    UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+        UNROLL
+        for (int t = 0; t < TILES; ++t) sum[m][t] = splat(0.0f);
+    }
     multiply(x, ldx, w, stride, K, ahead, sum);
-    UNROLL for (int m = 0; m < ROWS; ++m)
-        UNROLL for (int t = 0; t < TILES; ++t) {
+    UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+        UNROLL
+        for (int t = 0; t < TILES; ++t) {
             float* to = y + m * ldy + t * LANES;
             store(to, add ? load(to) + sum[m][t] : sum[m][t]);
         }
+    }
 }
 
 template <class W>
@@ -120,7 +134,8 @@ constexpr TileFunction<W> tile_or_null() {
         return nullptr;
 }
 
-#define TILE_ROW(W, R) {tile_or_null<W, R, 1>(), tile_or_null<W, R, 2>(), tile_or_null<W, R, 3>(), tile_or_null<W, R, 4>()}
+#define TILE_ROW(W, R) \
+    {tile_or_null<W, R, 1>(), tile_or_null<W, R, 2>(), tile_or_null<W, R, 3>(), tile_or_null<W, R, 4>()}
 template <class W>
 constexpr TileFunction<W> TILES_OF[6][4] = {TILE_ROW(W, 1), TILE_ROW(W, 2), TILE_ROW(W, 3),
                                             TILE_ROW(W, 4), TILE_ROW(W, 5), TILE_ROW(W, 6)};
@@ -146,8 +161,9 @@ void product_tiles(const float* x, int64_t ldx, int64_t M, const W* w, int64_t s
                     ahead = {stream->at, stream->bytes / width, 0}, stream->at += stream->bytes;
                 else if (passes == 1)
                     ahead = {reinterpret_cast<const char*>(x), 0, 0};
-                TILES_OF<W>[rows - 1][count - 1](x + m * ldx + k, ldx, w + t * stride + k * LANES, stride, width,
-                                                 ahead, y + m * ldy + t * LANES, ldy, k > 0);
+                TileFunction<W> run = TILES_OF<W>[rows - 1][count - 1];
+                run(x + m * ldx + k, ldx, w + t * stride + k * LANES, stride, width, ahead, y + m * ldy + t * LANES,
+                    ldy, k > 0);
                 t += count;
             }
         }

@@ -93,7 +93,8 @@ private:
         for (int64_t i = 0; i < inputs; ++i) {
             Vec weight = splat(near[i] / size);
             float *squares = gram + i * columns, *products = cross + i * 2 * width;
-            for (int64_t c = 0; c < columns; c += LANES) store(squares + c, fma(weight, load(near + c), load(squares + c)));
+            for (int64_t c = 0; c < columns; c += LANES)
+                store(squares + c, fma(weight, load(near + c), load(squares + c)));
             for (int64_t c = 0; c < 2 * width; c += LANES)
                 store(products + c, fma(weight, load(changes + c), load(products + c)));
         }

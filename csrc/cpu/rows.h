@@ -34,11 +34,13 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, i
 inline float sum_of_squares(const float* x, int n) {
     Vec square[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
     int i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        UNROLL for (int j = 0; j < 4; ++j) {
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        UNROLL
+        for (int j = 0; j < 4; ++j) {
             Vec value = load(x + i + j * LANES);
             square[j] = fma(value, value, square[j]);
         }
+    }
     for (; i < n; i += LANES) {
         Vec value = load(x + i, n - i);
         square[0] = fma(value, value, square[0]);

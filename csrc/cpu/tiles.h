@@ -18,22 +18,31 @@ __attribute__((noinline)) void multiply_tile(const float* a, const float* b, int
     constexpr int ROWS = SUMS / TILES;
     for (int first = 0; first < LANES; first += ROWS) {
         Vec sum[ROWS][TILES];
-        UNROLL for (int m = 0; m < ROWS; ++m)
-            UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = splat(0.0f);
+        UNROLL
+        for (int m = 0; m < ROWS; ++m) {
+            UNROLL
+            for (int t = 0; t < TILES; ++t) sum[m][t] = splat(0.0f);
+        }
         const float* from = a + first * (ACROSS ? 1 : BLOCK);
         for (int64_t k = 0; k < K; ++k) {
             Vec column[TILES];
-            UNROLL for (int t = 0; t < TILES; ++t) column[t] = load(b + k * ldb + t * LANES);
-            UNROLL for (int m = 0; m < ROWS; ++m) {
+            UNROLL
+            for (int t = 0; t < TILES; ++t) column[t] = load(b + k * ldb + t * LANES);
+            UNROLL
+            for (int m = 0; m < ROWS; ++m) {
                 Vec x = splat(from[ACROSS ? m + k * BLOCK : m * BLOCK + k]);
-                UNROLL for (int t = 0; t < TILES; ++t) sum[m][t] = fma(x, column[t], sum[m][t]);
+                UNROLL
+                for (int t = 0; t < TILES; ++t) sum[m][t] = fma(x, column[t], sum[m][t]);
             }
         }
-        UNROLL for (int m = 0; m < ROWS; ++m)
-            UNROLL for (int t = 0; t < TILES; ++t) {
+        UNROLL
+        for (int m = 0; m < ROWS; ++m) {
+            UNROLL
+            for (int t = 0; t < TILES; ++t) {
                 float* to = c + (first + m) * ldc + t * LANES;
                 store(to, add ? load(to) + sum[m][t] : sum[m][t]);
             }
+        }
     }
 }
 
@@ -43,7 +52,7 @@ void multiply(const float* a, const float* b, int64_t ldb, int64_t K, int64_t ti
     for (; tiles >= COLUMNS; tiles -= COLUMNS, b += COLUMNS * LANES, c += COLUMNS * LANES)
         multiply_tile<ACROSS, COLUMNS>(a, b, ldb, K, c, ldc, add);
     for (; tiles >= 2 && COLUMNS > 2; tiles -= 2, b += 2 * LANES, c += 2 * LANES)
-        multiply_tile<ACROSS, COLUMNS < 2 ? 1 : 2>(a, b, ldb, K, c, ldc, add);
+        multiply_tile < ACROSS, COLUMNS<2 ? 1 : 2>(a, b, ldb, K, c, ldc, add);
     if (tiles > 0 && COLUMNS > 1) multiply_tile<ACROSS, 1>(a, b, ldb, K, c, ldc, add);
 }
 

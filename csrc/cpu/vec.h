@@ -42,8 +42,8 @@ struct Int {
     IntPart part[PARTS];
 };
 
-#define LANEWISE(result, expression)                 \
-    result out;                                      \
+#define LANEWISE(result, expression)                            \
+    result out;                                                 \
     for (int i = 0; i < PARTS; ++i) out.part[i] = (expression); \
     return out
 
@@ -164,7 +164,8 @@ INLINE Int first(int n) {
 // Lanes by one fixed tree: lane l with l + 8, then l + 4, l + 2, l + 1.
 template <class Combine>
 INLINE float reduce(Vec a, Combine combine) {
-    UNROLL for (int half = PARTS / 2; half; half /= 2)
+    UNROLL
+    for (int half = PARTS / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) a.part[i] = combine(a.part[i], a.part[i + half]);
     Part x = a.part[0];
 #if defined(__AVX512F__)

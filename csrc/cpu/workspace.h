@@ -18,7 +18,7 @@ inline int64_t cache_floats(const Spec& spec, int64_t tokens) {
 }
 
 struct Workspace {
-    float *h, *qkv, *attended, *hidden, *branch, *params;                // of the team
+    float *h, *qkv, *attended, *hidden, *branch, *params;                               // of the team
     float *normed, *tokens, *fresh, *spread, *outputs, *scratch, *scores, *sums, *end;  // of the thread
 
     // `passed`: rows of values, tokens of a pass over all rows of a team. `cached`: its length.

@@ -71,10 +71,10 @@ struct Onchip : Cluster<CLUSTERED> {
             }
             for (int k = 0; k < depth; ++k) {
                 Quad<float> quad = weights[k * dense.share + n];
-            STARFLOW_UNROLL
+                STARFLOW_UNROLL
                 for (int m = 0; m < TILE; ++m) {
                     Quad<float> values = reinterpret_cast<const Quad<float>*>(from[m])[k];
-            STARFLOW_UNROLL
+                    STARFLOW_UNROLL
                     for (int j = 0; j < 4; ++j) sums[m][j] = fmaf(values.values[j], quad.values[j], sums[m][j]);
                 }
             }
@@ -214,8 +214,7 @@ struct Onchip : Cluster<CLUSTERED> {
     STARFLOW_DEVICE void score(const float* q, const Weight* keys, int slot, float scale, float* scores) const {
         for (int j = lane(); j * size() + rank() <= slot; j += WARP) {
             float score = 0;
-            for (int i = 0; i < spec().head_dim; ++i)
-                score = fmaf(q[i], widen(keys[i * plan().key_slots + j]), score);
+            for (int i = 0; i < spec().head_dim; ++i) score = fmaf(q[i], widen(keys[i * plan().key_slots + j]), score);
             store(scores + j * size() + rank(), score * scale);
         }
     }

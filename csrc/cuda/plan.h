@@ -121,8 +121,8 @@ inline Plan make_plan(const Spec& spec, int64_t T, int copies, int group, bool c
     plan.slots = limited(slots);
     plan.key_slots = limited(divided_up(slots, cluster));
     plan.value_dims = int(divided_up(spec.head_dim, cluster));
-    plan.cache_row = limited((divided_up(slots, cluster) * spec.head_dim + slots * plan.value_dims) * spec.layers *
-                             spec.kv_heads);
+    plan.cache_row =
+        limited((divided_up(slots, cluster) * spec.head_dim + slots * plan.value_dims) * spec.layers * spec.kv_heads);
     plan.h_row = row_floats(spec.channels);
     plan.mid_row = row_floats(most(spec.channels, spec.heads * spec.head_dim));
     plan.wide_row = row_floats(most(most(spec.channels, spec.params_dim()), most(spec.qkv_dim(), spec.mlp_dim)));

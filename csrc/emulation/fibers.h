@@ -142,9 +142,8 @@ inline void store_at(int rank, float* at, float value) {
 
 template <class T, class Function>
 void with_warp(const T& given, Function function) {
-    Cluster::running()->with_warp(&given, [&](auto of) {
-        function([&](int lane) -> const T& { return *static_cast<const T*>(of(lane)); });
-    });
+    Cluster::running()->with_warp(
+        &given, [&](auto of) { function([&](int lane) -> const T& { return *static_cast<const T*>(of(lane)); }); });
 }
 
 inline float shuffle_xor(float value, int mask) {

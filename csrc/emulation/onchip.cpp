@@ -20,9 +20,8 @@ void run(const OnchipCall& call, char* shared) {
 void launch_onchip(const OnchipCall& call, int64_t stream) {
     for (int first = 0; first < call.blocks; first += call.plan.cluster) {
         emulation::Cluster cluster(first, call.plan.cluster, call.blocks, THREADS, call.plan.bytes);
-        cluster.run(stream == 1, [&](char* shared) {
-            call.spec.bf16 ? run<Bf16>(call, shared) : run<float>(call, shared);
-        });
+        cluster.run(stream == 1,
+                    [&](char* shared) { call.spec.bf16 ? run<Bf16>(call, shared) : run<float>(call, shared); });
     }
 }
 
