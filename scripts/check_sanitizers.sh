@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The tests of the native kernels with sanitizers, including CUDA kernels on the emulation. Leaves that build in place.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export STARFLOW_NATIVE=1 STARFLOW_SANITIZE=address,undefined
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1
+python setup.py -q build_ext --inplace --force
+libraries="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+LD_PRELOAD="$libraries" python -m pytest -q tests/kernels/test_block_cuda.py \
+    -k "guided or bits or fill_the_memory or (error_contract and 2 and True)"
+unset STARFLOW_SANITIZE
+LD_PRELOAD="$libraries" python -m pytest -q -n 2 tests/kernels/test_block_{native,jacobi}.py \
+    tests/kernels/test_{causal,cached}_attention.py tests/kernels/test_affine_flow{,_inverse}.py \
+    tests/kernels/test_{flow_head,linear}.py -k "(test_block_native or native) and not interrupt"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Style, layers, types and the format of csrc/; needs the extra `lint`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+ruff check .
+ruff format --check .
+lint-imports --no-cache
+mypy
+git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs clang-format --dry-run -Werror
