@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from starflow import Flow
-from starflow.data.datasets import generator
+from starflow.seeds import generator
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "img"
