@@ -1,4 +1,4 @@
-"""Autoencoders of the diffusers library: load, save whole or not at all, and what depends on their scaling factor."""
+"""Autoencoders of diffusers: loading, saving, encoding and decoding."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..errors import CheckpointError, ConfigError, StarflowError
 VAE_CONFIG = "config.json"
 
 
-def autoencoder_class():
-    """diffusers' AutoencoderKL; ConfigError where the package is missing."""
+def autoencoder_class() -> Any:
+    """Return the class AutoencoderKL of diffusers. Raises ConfigError if the package is missing."""
     try:
         from diffusers import AutoencoderKL
     except ImportError:
@@ -23,8 +23,15 @@ def autoencoder_class():
     return AutoencoderKL
 
 
-def vae_folder(folder: Path) -> Path:
-    """Folder of an autoencoder, which may be that of a pipeline with a vae/ inside."""
+def vae_folder(folder: str | Path) -> Path:
+    """Return the folder of an autoencoder, which may be the folder vae/ inside the given one.
+
+    Args:
+        folder: folder of an autoencoder or a pipeline.
+
+    Raises:
+        CheckpointError: there is no autoencoder.
+    """
     folder = Path(folder)
     for path in (folder / "vae", folder):
         if (path / VAE_CONFIG).exists():
@@ -32,22 +39,40 @@ def vae_folder(folder: Path) -> Path:
     raise CheckpointError(f"no autoencoder at {folder} ({VAE_CONFIG} is not there)")
 
 
-def load_vae(folder: str | Path, device: str | torch.device = "cpu"):
-    """float32 AutoencoderKL in eval mode of a folder in the diffusers layout, or of a pipeline's."""
+def load_vae(folder: str | Path, device: str | torch.device = "cpu") -> Any:
+    """Load a float32 AutoencoderKL in eval mode.
+
+    Args:
+        folder: folder of an autoencoder in the layout of diffusers, or of a pipeline.
+        device: device of the weights.
+
+    Raises:
+        CheckpointError: there is no autoencoder, or it is damaged.
+        ConfigError: diffusers is not installed.
+    """
     path = vae_folder(folder)
     try:
         vae = autoencoder_class().from_pretrained(path, local_files_only=True, torch_dtype=torch.float32)
     except ConfigError:
         raise
     except Exception as error:
-        # diffusers raises whatever its readers do.
+        # diffusers passes on the exceptions of its readers.
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: not an autoencoder that diffusers reads ({reason})") from None
     return vae.to(device).eval()
 
 
 def save_vae(vae: Any, folder: Path, scaling_factor: float | None = None) -> None:
-    """Write an autoencoder in the diffusers layout, each file whole or not at all."""
+    """Write an autoencoder in the layout of diffusers; each file is written whole or not at all.
+
+    Args:
+        vae: the autoencoder.
+        folder: folder to write.
+        scaling_factor: scaling factor to store, by default the one of the autoencoder.
+
+    Raises:
+        StarflowError: the file system refuses.
+    """
     folder = Path(folder)
     if scaling_factor is not None:
         vae.register_to_config(scaling_factor=scaling_factor)
@@ -55,7 +80,7 @@ def save_vae(vae: Any, folder: Path, scaling_factor: float | None = None) -> Non
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".vae.") as temporary:
             vae.save_pretrained(temporary)
-            # The configuration last: a folder with one has its weights.
+            # The configuration comes last, so that a folder with a configuration has its weights.
             for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == VAE_CONFIG):
                 path.chmod(0o644)
                 os.replace(path, folder / path.name)
@@ -64,22 +89,28 @@ def save_vae(vae: Any, folder: Path, scaling_factor: float | None = None) -> Non
 
 
 def scale_images(images: torch.Tensor, levels: int, channels: int) -> torch.Tensor:
-    """float32 images on [-1, 1] of integer grey levels; a grey image is repeated over the channels."""
+    """Scale integer gray levels to float32 images on [-1, 1].
+
+    Args:
+        images: (B, C, H, W) gray levels.
+        levels: number of gray levels.
+        channels: channels of the result; a gray image is repeated.
+    """
     return (images.float() / (levels - 1) * 2 - 1).expand(-1, channels, -1, -1)
 
 
 def downsampling(vae: Any) -> int:
-    """Pixels of an image a pixel of its latent."""
+    """Return the pixels per latent pixel along a side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 @torch.no_grad()
 def posterior(vae: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latents of images (B, C, H, W) on [-1, 1], unscaled."""
+    """Encode images (B, C, H, W) on [-1, 1]; return mean and standard deviation of the unscaled latents."""
     distribution = vae.encode(x).latent_dist
     return distribution.mean, distribution.std
 
 
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W) on [-1, 1] of scaled latents."""
+    """Decode scaled latents to images (B, C, H, W) on [-1, 1]."""
     return vae.decode(latents / vae.config.scaling_factor).sample

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from starflow_kernels import BlockSpec, block_forward, block_inverse
+
+# Cosine and sine of rotary angles, or Nones.
+Rotary = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class FlowBlock(nn.Module):
@@ -53,7 +58,14 @@ class FlowBlock(nn.Module):
         """Return the parameters by name, in the order of `spec.weight_shapes`."""
         return {name: getattr(owner, leaf) for name, (owner, leaf) in self._slots.items()}
 
-    def forward(self, x, classes=None, text=None, rotary=(None, None), **options):
+    def forward(
+        self,
+        x: torch.Tensor,
+        classes: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        rotary: Rotary = (None, None),
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Map data to noise, see `starflow_kernels.block_forward`.
 
         Args:
@@ -65,7 +77,14 @@ class FlowBlock(nn.Module):
         """
         return block_forward(x, self.weights(), self.spec, **self.context(classes, text, rotary), **options)
 
-    def inverse(self, z, classes=None, text=None, rotary=(None, None), **options):
+    def inverse(
+        self,
+        z: torch.Tensor,
+        classes: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        rotary: Rotary = (None, None),
+        **options: Any,
+    ) -> Any:
         """Map noise to data, see `starflow_kernels.block_inverse`. Under guidance, classes and text have 2B rows.
 
         Args:
@@ -77,7 +96,7 @@ class FlowBlock(nn.Module):
         """
         return block_inverse(z, self.weights(), self.spec, **self.context(classes, text, rotary), **options)
 
-    def context(self, classes, text, rotary) -> dict[str, torch.Tensor | None]:
+    def context(self, classes: torch.Tensor | None, text: torch.Tensor | None, rotary: Rotary) -> dict[str, Any]:
         """Return the arguments of the block ops beside tokens and weights.
 
         Args:
@@ -85,5 +104,6 @@ class FlowBlock(nn.Module):
             text: (B, L, text_dim) text states in front of the tokens.
             rotary: cosine and sine of the rotary angles, or (None, None).
         """
-        cond = None if classes is None else classes.to(self.class_embed.dtype) @ self.class_embed
+        embed = self.class_embed
+        cond = None if classes is None or embed is None else classes.to(embed.dtype) @ embed
         return {"cond": cond, "prefix": text, "cos": rotary[0], "sin": rotary[1]}

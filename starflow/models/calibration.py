@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from starflow_kernels.solver import Solver
+from starflow_kernels.solver import Method, Solver
 
 from ..errors import CheckpointError, StarflowError
 from ..io.files import write_text
@@ -106,7 +106,7 @@ class Trial:
         error: largest absolute difference from the sequential result.
     """
 
-    method: str
+    method: Method
     window: int = 0
     neighbours: tuple[int, ...] = ()
     seconds: float | None = None
@@ -114,7 +114,7 @@ class Trial:
     tokens: int | None = None
     error: float | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         return describe(self.method, self.window, self.neighbours)
 
 
@@ -152,12 +152,12 @@ class Measurement:
     @property
     def seconds(self) -> float:
         """Seconds per batch with the chosen solvers."""
-        return sum(block.choice.seconds for block in self.blocks)
+        return sum(block.choice.seconds or 0.0 for block in self.blocks)
 
     @property
     def sequential_seconds(self) -> float:
         """Seconds per batch with sequential solvers."""
-        return sum(block.trials[0].seconds for block in self.blocks)
+        return sum(block.trials[0].seconds or 0.0 for block in self.blocks)
 
 
 @dataclasses.dataclass(frozen=True)

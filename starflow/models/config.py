@@ -1,4 +1,4 @@
-"""Configuration of a flow: everything that tells one TarFlow or STARFlow from another is data here."""
+"""Configuration of a flow: all differences between TarFlow and STARFlow models are settings."""
 
 from __future__ import annotations
 
@@ -19,21 +19,42 @@ ConditionBlocks = Literal["all", "last"]
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
-    """A stack of flow blocks over image patches. The defaults are TarFlow's (arXiv 2412.06329).
+    """Settings of a stack of flow blocks over image patches. The defaults are those of TarFlow (arXiv 2412.06329).
 
-    image_size: side of a training image in pixels (latent pixels for a latent model). image_channels, patch_size:
-        give tokens of patch_size^2 image_channels features, in the order `patch_order` ("chw" TarFlow, "hwc" STARFlow).
-    channels, layers: width of the network and layers of each block; last_channels: width of the last block, 0 for the
-        same. head_dim, heads, kv_heads: attention heads; 0 derives heads from the width and kv_heads from heads.
-    scale, soft_clip: the affine transform, see AffineSpec. start: learned first token.
-    rotary: "none" gives a learned position table a block; otherwise the layout of the rotated pairs.
-        rotary_size: side in tokens at which rotary positions are unscaled, 0 for that of image_size.
-    sequence_order: "R2L" reverses the tokens of the blocks 1, 3, ...; "L2R" those of the blocks 0, 2, ...
-    num_classes: class embedding added to every token; text_dim, text_len: width and number of text states in front of
-        the tokens; condition_blocks: which blocks they reach.
-    levels: grey levels of the data, 0 for latents, which have none. noise_std: standard deviation of the Gaussian noise
-        of training on the scale of [-1, 1], or of the latents; 0 means uniform dequantisation over `levels`, and no
-        noise on latents.
+    Args:
+        image_size: side of a training image in pixels, or in latent pixels.
+        image_channels: channels of an image.
+        patch_size: side of a token in pixels. A token has patch_size^2 image_channels values.
+        channels: width of the network of each block.
+        layers: number of layers of each block.
+        last_channels: width of the network of the last block, 0 for `channels`.
+        head_dim: width of an attention head.
+        heads: attention heads, 0 for channels / head_dim.
+        kv_heads: heads of keys and values, 0 for `heads`.
+        expansion: width of an MLP over the width of the network.
+        scale: scale function of the affine transform, see `AffineSpec`.
+        soft_clip: soft clip of the affine transform, see `AffineSpec`.
+        start: whether each block has a learned start token.
+        rotary: layout of the rotated pairs; "none" gives each block a learned position table.
+        rotary_size: side in tokens at which rotary positions are not scaled, 0 for the side of `image_size`.
+        patch_order: order of the values of a token: "chw" (TarFlow) or "hwc" (STARFlow).
+        sequence_order: "R2L" reverses the tokens of the blocks 1, 3, ...; "L2R" of the blocks 0, 2, ...
+        num_classes: number of classes, whose embedding is added to every token; 0 for none.
+        text_dim: width of the text states in front of the tokens, 0 for none.
+        text_len: number of text states.
+        condition_blocks: blocks that class and text reach: "all" or "last".
+        norm: norm of the layers, see `BlockSpec`.
+        mlp: MLP of the layers, see `BlockSpec`.
+        bias: whether linear layers have biases.
+        qk_norm: whether queries and keys are normalized.
+        post_norm: whether the outputs of attention and MLP are normalized.
+        final_norm: whether the output of the last layer is normalized.
+        levels: gray levels of the data, 0 for latents.
+        noise_std: standard deviation of the Gaussian noise of training, on the scale of [-1, 1] or of the latents. 0
+            means uniform dequantization over `levels`, and no noise on latents.
+
+    Raises:
+        ConfigError: a setting is out of range; the message names it.
     """
 
     image_size: int
@@ -66,14 +87,14 @@ class FlowConfig:
     levels: int = 256
     noise_std: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("image_size", "image_channels", "patch_size", "channels", "head_dim"):
             self._check_number(name, 1, int)
         for name in ("last_channels", "heads", "kv_heads", "rotary_size", "num_classes", "text_dim", "text_len"):
             self._check_number(name, 0, int)
         self._check_number("levels", 0, int)
         if self.levels == 1:
-            raise ConfigError("levels=1: expected at least 2 grey levels, or 0 for latents")
+            raise ConfigError("levels=1: expected at least 2 gray levels, or 0 for latents")
         for name in ("expansion", "soft_clip", "noise_std"):
             self._check_number(name, 0, (int, float))
         if not isinstance(self.layers, (list, tuple)) or not self.layers:
@@ -98,13 +119,14 @@ class FlowConfig:
             raise ConfigError(str(error)) from None
 
     def _check_number(self, name: str, low: int, kind: type | tuple[type, ...]) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value < float("inf"):
+        value: Any = getattr(self, name)
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not is_number or not low <= value < float("inf"):
             raise ConfigError(f"{name}={value!r}: expected a number of at least {low}")
 
     @property
     def token_dim(self) -> int:
-        """Features of a token."""
+        """Values per token."""
         return self.image_channels * self.patch_size**2
 
     @property
@@ -113,15 +135,15 @@ class FlowConfig:
         return (self.image_size // self.patch_size,) * 2
 
     def block_channels(self, block: int) -> int:
-        """Width of a block's network."""
+        """Return the width of the network of a block."""
         return self.last_channels or self.channels if block == len(self.layers) - 1 else self.channels
 
     def conditioned(self, block: int) -> bool:
-        """Whether classes and text reach a block."""
+        """Return whether class and text reach a block."""
         return self.condition_blocks == "all" or block == len(self.layers) - 1
 
     def block_spec(self, block: int) -> BlockSpec:
-        """Description of a block for the kernels."""
+        """Return the description of a block for the kernels."""
         channels = self.block_channels(block)
         heads = self.heads or channels // self.head_dim
         return BlockSpec(
@@ -148,7 +170,14 @@ class FlowConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> FlowConfig:
-        """Config of a mapping; a field that is unknown or missing is a ConfigError that names it."""
+        """Read a mapping.
+
+        Args:
+            fields: settings by name.
+
+        Raises:
+            ConfigError: a setting is unknown, missing or out of range; the message names it.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(fields.keys() - known):
             raise ConfigError(f"unknown model settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
@@ -158,12 +187,19 @@ class FlowConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain mapping, for JSON and YAML."""
+        """Return the settings as a mapping for JSON and YAML."""
         return {**dataclasses.asdict(self), "layers": list(self.layers)}
 
     @classmethod
     def load(cls, path: Path) -> FlowConfig:
-        """Read the JSON that `to_dict` describes."""
+        """Read a JSON file.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ConfigError: the file is not readable, or a setting is unknown, missing or out of range.
+        """
         try:
             fields = json.loads(Path(path).read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

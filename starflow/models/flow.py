@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -14,13 +13,14 @@ from torch import nn
 from starflow_kernels.solver import Solver, SolveReport
 from starflow_kernels.spec import Quantize
 
-from ..errors import ConfigError, InverseError
+from ..errors import InverseError
 from .block import FlowBlock
 from .calibration import Calibration, Measurement, read_calibration
 from .checkpoint import load_weights, read_config, read_notice, resolve, save_notice, write_checkpoint
+from .conditions import BlockCondition, block_conditions, check_conditions
 from .config import FlowConfig
 from .guidance import Guidance
-from .tokens import patchify, rotary_angles, unpatchify
+from .tokens import patchify, rotary_table, unpatchify
 
 # `Flow.sample` and `Flow.calibrate` are implemented in these modules, which use flows.
 if TYPE_CHECKING:
@@ -60,17 +60,18 @@ class Flow(nn.Module):
         self.config = config
         self.calibration: Calibration | None = None
         self.notice = ""
-        self.blocks = nn.ModuleList(
+        blocks = [
             FlowBlock(config.block_spec(i), config.num_classes if config.conditioned(i) else 0)
             for i in range(len(config.layers))
-        )
+        ]
+        self.blocks = cast("Sequence[FlowBlock]", nn.ModuleList(blocks))
         rows, columns = config.grid
         if config.scale == "unit":
             self.register_buffer("prior_variance", torch.ones(rows * columns, config.token_dim))
         else:
             self.prior_variance = None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         config, parameters = self.config, sum(parameter.numel() for parameter in self.parameters())
         width = f"width {config.channels}" + (f", last {config.last_channels}" if config.last_channels else "")
         return (
@@ -208,7 +209,7 @@ class Flow(nn.Module):
             dropout: dropout rate of the residual branches, see `starflow_kernels.block_forward`.
             backend: name of the backend; None takes the first that can.
         """
-        self._check_context(labels, text, len(x))
+        check_conditions(self.config, labels, text, len(x))
         grid, tokens, contexts = self.grid(x), self.tokens(x), self.contexts(labels, text, x)
         logdet = tokens.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         latents = []
@@ -292,14 +293,14 @@ class Flow(nn.Module):
             ConfigError: guidance has no condition, no text to move away from, and no temperature.
             InverseError: the noise or data of a block is not finite; the message names the block.
         """
-        self._check_context(labels, text, len(z))
+        check_conditions(self.config, labels, text, len(z))
         grid, tokens = self.grid(z), self.tokens(z)
         contexts = self.contexts(labels, text, z, guidance, empty_text)
         count, each = len(self.blocks), tokens.shape[0] * tokens.shape[1]
         solvers = [solvers] * count if isinstance(solvers, Solver) else list(solvers)
         if len(solvers) != count:
             raise ValueError(f"solvers: {len(solvers)} of them for {count} blocks")
-        reports: list[SolveReport | None] = []
+        reports: list[SolveReport] = []
         for i in reversed(range(count)):
             block, (context, guided) = self.blocks[i], contexts[i]
             options = guidance.options(tokens.shape[1], block.spec.start, z.device) if guided else {}
@@ -316,8 +317,11 @@ class Flow(nn.Module):
                 if i + 1 < count:
                     self._check_finite(i + 1, tokens)
                 raise InverseError(f"block {i}: {error}") from error
-            tokens, report = result if return_reports else (result, None)
-            reports.insert(0, report)
+            if return_reports:
+                tokens, report = result
+                reports.insert(0, report)
+            else:
+                tokens = result
             if progress:
                 progress((count - i) * each, count * each)
             if after_block:
@@ -341,8 +345,8 @@ class Flow(nn.Module):
         like: torch.Tensor,
         guidance: Guidance = Guidance(),
         empty_text: torch.Tensor | None = None,
-    ) -> list[tuple[tuple[torch.Tensor | None, torch.Tensor | None], bool]]:
-        """Conditions of each block.
+    ) -> list[BlockCondition]:
+        """Condition of each block.
 
         Args:
             labels: (B,) int64 classes, -1 for no class.
@@ -351,30 +355,10 @@ class Flow(nn.Module):
             guidance: guidance towards the class or text.
             empty_text: (B or 1, L, text_dim) states that guidance moves away from.
 
-        Returns:
-            One pair ((class weights, text), guided) per block. A guided block has 2B rows, first the B rows with the
-            condition.
-
         Raises:
             ConfigError: guidance has no condition, no text to move away from, and no temperature.
         """
-        classes, conditional = self._class_weights(labels, like), labels is not None or text is not None
-        plain = guided = classes, text
-        if guidance.weight:
-            if not conditional and guidance.temperature == 1:
-                raise ConfigError("guidance: needs labels, text, or an attention temperature other than 1")
-            if text is not None and empty_text is None:
-                raise ConfigError("guidance: text needs empty_text, the states of the empty prompt")
-            guided = (
-                None if classes is None else torch.cat([classes, self._class_weights(None, like)]),
-                None if text is None else torch.cat([text, empty_text.expand_as(text)]),
-            )
-        pairs = []
-        for i in range(len(self.blocks)):
-            reached = self.config.conditioned(i)
-            acts = bool(guidance.weight) and (reached or not conditional)
-            pairs.append(((guided if acts else plain) if reached else (None, None), acts))
-        return pairs
+        return block_conditions(self.config, labels, text, like, guidance, empty_text)
 
     def noise(
         self,
@@ -435,32 +419,6 @@ class Flow(nn.Module):
         """Rows and columns of tokens of images (B, C, H, W)."""
         return x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size
 
-    def _check_context(self, labels: torch.Tensor | None, text: torch.Tensor | None, rows: int) -> None:
-        config = self.config
-        for name, value, wanted in (("labels", labels, config.num_classes), ("text", text, config.text_dim)):
-            if value is not None and not wanted:
-                raise ValueError(f"{name}: given, but the model has no such condition")
-            if value is not None and len(value) != rows:
-                raise ValueError(f"{name}: {len(value)} rows, expected {rows}")
-        if config.text_dim and (text is None or text.shape[1:] != (config.text_len, config.text_dim)):
-            given = "none" if text is None else tuple(text.shape)
-            raise ValueError(f"text: expected states (B, {config.text_len}, {config.text_dim}), got {given}")
-        if labels is not None and not torch.compiler.is_compiling():
-            low, high = labels.aminmax()
-            if low < -1 or high >= config.num_classes:
-                raise ValueError(f"labels: expected -1 (no class) .. {config.num_classes - 1}, got {labels.tolist()}")
-
-    def _class_weights(self, labels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-        """Weights (B, num_classes) of the class embeddings: one for the class, or equal weights for no class."""
-        classes = self.config.num_classes
-        if not classes:
-            return None
-        mean = like.new_full((len(like), classes), 1 / classes)
-        if labels is None:
-            return mean
-        one = torch.nn.functional.one_hot(labels.clamp(min=0), classes).to(mean.dtype)
-        return torch.where(labels.unsqueeze(1) < 0, mean, one)
-
     def rotary(
         self, block: int, grid: tuple[int, int], like: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -477,11 +435,4 @@ class Flow(nn.Module):
         text_len = config.text_len if config.text_dim and config.conditioned(block) else 0
         size = config.rotary_size or config.grid[0]
         key = grid, config.head_dim, size, text_len, bool(config.text_len)
-        table = _rotary_table.__wrapped__ if torch.compiler.is_compiling() else _rotary_table
-        return table(key, torch.promote_types(like.dtype, torch.float32), like.device)
-
-
-@functools.lru_cache(maxsize=32)
-def _rotary_table(key, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = rotary_angles(*key)
-    return angles.cos().to(dtype=dtype, device=device), angles.sin().to(dtype=dtype, device=device)
+        return rotary_table(key, torch.promote_types(like.dtype, torch.float32), like.device)

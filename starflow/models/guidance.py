@@ -33,7 +33,7 @@ class Guidance:
     annealed: bool = False
     temperature: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             check_choice("rule", self.rule, GuidanceRule)
         except ValueError as error:

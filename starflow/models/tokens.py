@@ -1,7 +1,8 @@
-"""Images to tokens and back, and the rotary positions of a token grid."""
+"""Tokens of images, and the rotary positions of a grid of tokens."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -11,9 +12,15 @@ TEXT_ANGLES = 8
 
 
 def patchify(images: torch.Tensor, patch: int, order: str) -> torch.Tensor:
-    """(B, C, H, W) images to (B, T, D) row-major tokens.
+    """Split images into tokens, row by row.
 
-    The features of a token run (C, row, column) for order "chw" and (row, column, C) for "hwc".
+    Args:
+        images: (B, C, H, W) images.
+        patch: side of a token in pixels.
+        order: order of the values of a token: "chw" is (C, row, column), "hwc" is (row, column, C).
+
+    Returns:
+        (B, T, D) tokens.
     """
     B, C, H, W = images.shape
     if H % patch or W % patch:
@@ -24,7 +31,17 @@ def patchify(images: torch.Tensor, patch: int, order: str) -> torch.Tensor:
 
 
 def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch: int, order: str) -> torch.Tensor:
-    """Inverse of `patchify` for a grid of (rows, columns) tokens."""
+    """Join tokens to images: the inverse of `patchify`.
+
+    Args:
+        tokens: (B, T, D) tokens.
+        grid: rows and columns of tokens.
+        patch: side of a token in pixels.
+        order: order of the values of a token, see `patchify`.
+
+    Returns:
+        (B, C, H, W) images.
+    """
     B, h, w = tokens.shape[0], *grid
     if order == "chw":
         x = tokens.reshape(B, h, w, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)
@@ -36,11 +53,21 @@ def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch: int, order: s
 def rotary_angles(
     grid: tuple[int, int], head_dim: int, size: int, text_len: int = 0, text_axis: bool = False
 ) -> torch.Tensor:
-    """Rotary angles (text_len + rows * columns, head_dim / 2), float64 (arXiv 2506.06276, released code).
+    """Compute rotary angles (arXiv 2506.06276, upstream code).
 
-    An image token at (row, column) has positions scaled by size / sqrt(rows * columns), so that other resolutions span
-    the range of pretraining; text token l stands at l * size / text_len on an axis of its own. With that axis 8 angles
-    of a head (a quarter of a small one) are the text's; the rest is shared evenly by rows and columns.
+    The positions of image tokens are scaled by size / sqrt(rows * columns), so that every resolution spans the range
+    of pretraining. Text token l has the position l * size / text_len on a separate axis. Rows and columns share the
+    angles of a head evenly; a text axis takes 8 of them, or a quarter in a small head.
+
+    Args:
+        grid: rows and columns of image tokens.
+        head_dim: width of an attention head.
+        size: side in tokens at which positions are not scaled.
+        text_len: number of text tokens in front of the image tokens.
+        text_axis: whether some angles belong to a text axis.
+
+    Returns:
+        (text_len + rows * columns, head_dim / 2) float64 angles.
     """
     half = head_dim // 2
     text_angles = min(TEXT_ANGLES, half // 4) if text_axis else 0
@@ -57,3 +84,23 @@ def rotary_angles(
         ROTARY_BASE ** -(torch.arange(n, dtype=torch.float64) / max(n, 1)) for n in (axis_angles, text_angles)
     )
     return torch.cat([position[:, :1] * axis, position[:, 1:2] * axis, position[:, 2:] * text], dim=1)
+
+
+def rotary_table(key: tuple, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of rotary angles; recent results are kept.
+
+    Args:
+        key: arguments of `rotary_angles`.
+        dtype: dtype of the result.
+        device: device of the result.
+    """
+    # A cache cannot be traced.
+    return (_rotary_table if torch.compiler.is_compiling() else _cached_table)(key, dtype, device)
+
+
+def _rotary_table(key: tuple, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = rotary_angles(*key)
+    return angles.cos().to(dtype=dtype, device=device), angles.sin().to(dtype=dtype, device=device)
+
+
+_cached_table = functools.lru_cache(maxsize=32)(_rotary_table)
