@@ -17,10 +17,10 @@ from ..inversion.measure import WINDOWS
 from ..inversion.request import TOLERANCE, Inversion
 from ..io.files import write_folder
 from ..models.calibration import SOLVERS, BlockMeasurement, Measurement, save_calibration
-from ..models.checkpoint import BUNDLED, PIPELINE_INDEX, resolve
+from ..models.checkpoint import BUNDLED, resolve
 from ..models.flow import Flow
 from ..models.guidance import Guidance
-from ..opening import open_model
+from ..opening import is_pipeline, open_model
 from ..training.loop import METRICS, STATE
 from .common import DTYPES, Parser, device, non_negative, positive, seed_argument
 
@@ -99,7 +99,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print and store."""
     folder = Path(args.checkpoint)
-    pipeline = (folder / PIPELINE_INDEX).exists()
+    pipeline = is_pipeline(folder)
     folder = folder if pipeline else resolve(folder)
     _check_target(args, folder)
     tol = Inversion("jacobi", tol=args.tol).tolerance
