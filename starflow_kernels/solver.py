@@ -33,7 +33,7 @@ class Solver:
     tol: float = 5e-7
     neighbours: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("method", self.method, Method)
         check_choice("guess", self.guess, Guess)
         if not isinstance(self.window, int) or self.window < 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 Scale = Literal["exp", "softplus", "unit"]
 Logdet = Literal["sum", "mean", "none"]
@@ -46,7 +46,7 @@ class AffineSpec:
     scale: Scale = "exp"
     soft_clip: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("scale", self.scale, Scale)
         if not 0 <= self.soft_clip < float("inf"):
             raise ValueError(f"soft_clip={self.soft_clip}: expected a finite number >= 0 (0 turns it off)")
@@ -102,8 +102,11 @@ class BlockSpec:
     qk_norm: bool = False
     post_norm: bool = False
     final_norm: bool = False
+    # Set per instance; ClassVar keeps them out of the fields.
+    _json: ClassVar[str]
+    _weight_shapes: ClassVar[dict[str, tuple[int, ...]]]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("mlp", self.mlp, Mlp)
         check_choice("norm", self.norm, Norm)
         check_choice("rotary", self.rotary, Rotary)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .._core.checks import check_same_dtype, check_tensor
@@ -20,7 +22,7 @@ ARGUMENTS = (
 )
 
 
-def _fake(x, q, *args):
+def _fake(x: torch.Tensor, q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, T, H, _ = q.shape
     lse = q.new_empty((B, H, T), dtype=accumulation_dtype(q.dtype))
     return x.new_empty(x.shape), empty_logdet(x, args[-1]), lse

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from .quantize import fake_quantize
 CONTEXT = "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin"
 
 
-def _empty_params(x, *args) -> torch.Tensor:
+def _empty_params(x: torch.Tensor, *args: Any) -> torch.Tensor:
     spec = BlockSpec.from_json(args[-1])
     return x.new_empty(*x.shape[:2], spec.affine.params_dim(spec.token_dim))
 
@@ -286,7 +287,17 @@ def block_inverse(
     return x, SolveReport("sequential", steps, B * steps, time.perf_counter() - start, sweeps)
 
 
-def _jacobi(z, guess, tensors, context, spec: BlockSpec, rule, temperature, solver: Solver, backend):
+def _jacobi(
+    z: torch.Tensor,
+    guess: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    context: tuple[torch.Tensor | None, ...],
+    spec: BlockSpec,
+    rule: str,
+    temperature: float,
+    solver: Solver,
+    backend: str | None,
+) -> tuple[torch.Tensor, SolveReport]:
     start, (B, T, D) = time.perf_counter(), z.shape
     if guess is not None:
         check_tensor("guess", guess, (B, T, D), like=z)
@@ -326,14 +337,16 @@ def _fused_ops(x: torch.Tensor, backend: str | None) -> network.FusedOps:
     if not _on_gpu(x):
         return network.FusedOps()
 
-    def add_norm(h, residual, w, name, spec):
+    def add_norm(
+        h: torch.Tensor, residual: torch.Tensor | None, w: network.Weights, name: str, spec: BlockSpec
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if spec.norm == "none" or (residual is not None and torch.promote_types(h.dtype, residual.dtype) != h.dtype):
             return network.add_norm(h, residual, w, name, spec)
         options = w[f"{name}.weight"], w.get(f"{name}.bias"), spec.norm, NORM_EPS[spec.norm]
         total, normed = call("residual_norm", h, residual, *options, backend=backend)
         return h if residual is None else total, normed
 
-    def up_gelu(x, w, name, linear):
+    def up_gelu(x: torch.Tensor, w: network.Weights, name: str, linear: Callable) -> torch.Tensor:
         return call("bias_gelu", linear(x, w[f"{name}.weight"], None), w.get(f"{name}.bias"), backend=backend)
 
     return network.FusedOps(add_norm, up_gelu)
@@ -343,7 +356,16 @@ def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[torch.Tensor]:
+def _check_block(
+    x: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    spec: BlockSpec,
+    cond: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rows: int,
+) -> list[torch.Tensor]:
     if weights.keys() != spec.weight_shapes.keys():
         missing, unknown = spec.weight_shapes.keys() - weights.keys(), weights.keys() - spec.weight_shapes.keys()
         raise ValueError(f"weights: missing {sorted(missing)}, unknown {sorted(unknown)}")
@@ -363,7 +385,7 @@ def _check_block(x, weights, spec, cond, prefix, cos, sin, rows: int) -> list[to
         check_tensor("prefix", prefix, (rows, "L", spec.text_dim), like=x)
     if (spec.rotary != "none") != (cos is not None) or (cos is None) != (sin is None):
         raise ValueError(f"cos, sin: needed with rotary other than 'none', and only then; rotary={spec.rotary!r}")
-    if cos is not None:
+    if cos is not None and sin is not None:
         angles = (T + (0 if prefix is None else prefix.shape[1]), spec.head_dim // 2)
         check_tensor("cos", cos, angles, like=x)
         check_tensor("sin", sin, angles, like=x)

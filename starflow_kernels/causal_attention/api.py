@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from . import flash, native, reference, sdpa, timings
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str rotary, int window, float temperature"
 
 
-def _fake(q, *args):
+def _fake(q: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=accumulation_dtype(q.dtype))
 
@@ -36,19 +37,29 @@ runtime.register("causal_attention")
 TABLE = timings.Table(Path(__file__).with_name("timings.json"))
 
 
-def _measured(q, k, v, cos, sin, rotary, window, temperature) -> str | None:
-    return TABLE.name("forward", q, 0 < window < q.shape[1])
+def _measured(q: torch.Tensor, *others: Any) -> str | None:
+    return TABLE.name("forward", q, 0 < others[-2] < q.shape[1])
 
 
-def _measured_backward(grads, outputs, q, k, v, cos, sin, rotary, window, temperature) -> str | None:
-    return TABLE.name("backward", q, 0 < window < q.shape[1])
+def _measured_backward(grads: list, outputs: list, q: torch.Tensor, *others: Any) -> str | None:
+    return TABLE.name("backward", q, 0 < others[-2] < q.shape[1])
 
 
 prefer("causal_attention", _measured, lambda: TABLE.here("forward"))
 prefer("causal_attention_backward", _measured_backward, lambda: TABLE.here("backward"))
 
 
-def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperature: float, cache: int = 0) -> None:
+def check_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rotary: str,
+    window: int | None,
+    temperature: float,
+    cache: int = 0,
+) -> None:
     """Check the arguments that `causal_attention` and `cached_attention` share; cache: its slots, 0 for no cache."""
     check_choice("rotary", rotary, Rotary)
     check_tensor("q", q, ("B", "T", "H", "d"))
@@ -66,7 +77,7 @@ def check_attention(q, k, v, cos, sin, rotary: str, window: int | None, temperat
             if rotary != "none"
             else "cos, sin: given, but rotary='none' does not use them"
         )
-    if cos is not None:
+    if cos is not None and sin is not None:
         if d % 2:
             raise ValueError(f"q: rotary positions need an even head size, got {d}")
         check_tensor("cos", cos, (angles, d // 2), like=q)

@@ -14,7 +14,7 @@ from . import reference
 ARGUMENTS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, str kind, float eps"
 
 
-def _fake(x, residual, *others):
+def _fake(x: torch.Tensor, residual: torch.Tensor | None, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(0) if residual is None else x.new_empty(x.shape), x.new_empty(x.shape)
 
 

@@ -15,6 +15,7 @@ OPS = {
     "affine_flow_inverse_out",
     "block_forward",
     "block_inverse",
+    "block_params",
     "cached_attention",
     "causal_attention",
     "flow_head",
