@@ -306,7 +306,7 @@ def test_errors_name_the_argument(change, error, message):
 @pytest.mark.parametrize(
     "D, dtype, reason",
     [
-        (2, F64, "z is torch.float64, it takes float32, bfloat16, float16"),
+        (2, F64, "z is torch.float64, it takes float32, bfloat16 and float16"),
         (8193, F32, "tokens of 8193 values, it takes up to 8192"),
     ],
     ids=str,
