@@ -1,4 +1,4 @@
-"""YAML settings of a run: presets, files, and overrides from the command line."""
+"""Settings of a run in YAML: presets, files, and assignments from the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text; this reads it as the number that it is."""
+    """Loader that reads 1e-3 as a number. YAML 1.1 reads it as text."""
 
 
 _Loader.add_implicit_resolver(
@@ -25,12 +25,16 @@ _Loader.add_implicit_resolver(
 
 
 def presets(kind: str = "") -> list[str]:
-    """Names of the presets of `starflow train`, or of another kind of run: a folder in that of the presets."""
+    """Return the names of the presets of a kind of run.
+
+    Args:
+        kind: folder of the presets: "autoencoder", "decoder", or "" for flows.
+    """
     return sorted(path.stem for path in (PRESETS / kind).glob("*.yaml"))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Mapping of a YAML file."""
+    """Read the mapping in a YAML file. Raises ConfigError."""
     try:
         settings = yaml.load(Path(path).read_text(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -41,7 +45,15 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def override(settings: dict[str, Any], assignments: list[str]) -> None:
-    """Apply "section.name=value" assignments, values in YAML, in place."""
+    """Change settings in place.
+
+    Args:
+        settings: mapping of sections.
+        assignments: texts "section.name=value" with values in YAML.
+
+    Raises:
+        ConfigError: an assignment has another form, or its section does not exist.
+    """
     for assignment in assignments:
         path, equals, value = assignment.partition("=")
         section, dot, name = path.partition(".")
@@ -54,7 +66,11 @@ def override(settings: dict[str, Any], assignments: list[str]) -> None:
 
 
 def section(kind: type) -> Callable[[dict[str, Any]], Any]:
-    """Reader of a section into a dataclass; unknown or missing settings raise a ConfigError that names them."""
+    """Return a reader of a section, which raises a ConfigError that names unknown or missing settings.
+
+    Args:
+        kind: dataclass to read into.
+    """
 
     def read(fields: dict[str, Any]) -> Any:
         known = {field.name for field in dataclasses.fields(kind)}
@@ -71,7 +87,15 @@ def section(kind: type) -> Callable[[dict[str, Any]], Any]:
 
 
 def read_sections(settings: dict[str, Any], readers: dict[str, Callable[[dict[str, Any]], Any]]) -> dict[str, Any]:
-    """Each section of nested mappings through its reader; there must be these sections and no other."""
+    """Read each section.
+
+    Args:
+        settings: mapping of sections.
+        readers: reader of each section.
+
+    Raises:
+        ConfigError: a section is missing or unknown, or a reader refuses it.
+    """
     if not isinstance(settings, dict) or settings.keys() != readers.keys():
         raise ConfigError(f"settings need exactly the sections {', '.join(readers)}")
     for name, fields in settings.items():

@@ -79,13 +79,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--aspect",
         metavar="W:H",
-        help="Aspect ratio of the images, such as 3:2, at the area of the training images. Default: that of training.",
+        help="Aspect ratio of the images, such as 3:2, at the area of the training images. Default: as in training.",
     )
     parser.add_argument(
-        "--height", type=positive, metavar="PIXELS", help="Height of the images. Default: that of training."
+        "--height", type=positive, metavar="PIXELS", help="Height of the images. Default: as in training."
     )
     parser.add_argument(
-        "--width", type=positive, metavar="PIXELS", help="Width of the images. Default: that of training."
+        "--width", type=positive, metavar="PIXELS", help="Width of the images. Default: as in training."
     )
     parser.add_argument(
         "--guidance",
@@ -369,7 +369,7 @@ def _jobs(labels: list[int | None]) -> list[Job]:
 
 
 def _batch_size(args: argparse.Namespace, default: int, fixed: int, each: int) -> int:
-    """Batch size that was asked for, or that fits beside `fixed` bytes with `each` bytes per image."""
+    """Return the requested batch size, or the one that fits beside `fixed` bytes with `each` bytes per image."""
     if args.memory is None and args.batch_size != "auto":
         return args.batch_size or default
     if isinstance(args.batch_size, int):

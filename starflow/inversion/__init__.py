@@ -1,1 +1,1 @@
-"""Inverting a flow: what is asked for, which solver serves it, and reports."""
+"""Inversion of a flow: requests, measured solvers and reports."""

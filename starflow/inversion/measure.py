@@ -206,8 +206,8 @@ class _Race:
 
 
 def _trial(solver: Solver, seconds=None, report: SolveReport | None = None, error=None) -> Trial:
-    found = (None, None) if report is None else (report.passes, report.tokens)
-    return Trial(solver.method, solver.window, solver.neighbours, seconds, *found, error)
+    counts = (None, None) if report is None else (report.passes, report.tokens)
+    return Trial(solver.method, solver.window, solver.neighbours, seconds, *counts, error)
 
 
 def _machine(device: torch.device) -> str:

@@ -1,1 +1,1 @@
-"""Files: atomic writes, weight files and images."""
+"""Files: atomic writes, weight files, images and digests."""

@@ -10,12 +10,12 @@ CHUNK_BYTES = 2**20
 
 def digest(*parts: bytes | Path) -> str:
     """SHA-256, in hexadecimal, of bytes and of the contents of files, one after the other."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, bytes):
-            found.update(part)
+            sha.update(part)
             continue
         with open(part, "rb") as file:
             while chunk := file.read(CHUNK_BYTES):
-                found.update(chunk)
-    return found.hexdigest()
+                sha.update(chunk)
+    return sha.hexdigest()

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from ..errors import StarflowError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there.
+    """Write a temporary file beside `path`, then move it there.
 
-    Raises StarflowError where the file system refuses (no space, no permission); `path` is then as it was.
+    Args:
+        path: file to write.
+        write: called with the path of the temporary file; writes it.
+
+    Raises:
+        StarflowError: the file system refuses, for instance without space or permission. `path` is then unchanged.
     """
     path = Path(path)
     temporary = None
@@ -31,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         temporary = None
     except (OSError, RuntimeError) as error:
-        # torch.save and safetensors report a full disk as errors of their own.
+        # torch.save and safetensors report a full disk by other exceptions.
         reason = getattr(error, "strerror", None) or error
         raise StarflowError(f"cannot write {path}: {reason}") from None
     finally:
@@ -46,15 +51,19 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def write_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` when the block ends without an error.
+    """Give a temporary folder beside `path` that becomes `path` when the context ends without an error.
 
-    With `overwrite` it takes the place of a folder that is there; the caller knows that nobody misses that. Raises
-    StarflowError where `path` is taken or the file system refuses; nothing of the new folder is left then.
+    Args:
+        path: folder to write.
+        overwrite: replace an existing folder.
+
+    Raises:
+        StarflowError: `path` exists, or the file system refuses. The temporary folder is then removed.
     """
     path = Path(path).absolute()
     if os.path.lexists(path) and not overwrite:
         raise StarflowError(f"{path} exists already")
-    made = [parent for parent in path.parents if not parent.exists()]
+    new_parents = [parent for parent in path.parents if not parent.exists()]
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +83,6 @@ def write_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
+        for parent in new_parents:
             with contextlib.suppress(OSError):
                 parent.rmdir()

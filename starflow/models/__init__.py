@@ -1,1 +1,1 @@
-"""Flow models, their configuration, checkpoints and certificates."""
+"""Flow models, their configurations, checkpoints and certificates."""

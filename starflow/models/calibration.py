@@ -181,8 +181,8 @@ class Calibration:
 
     def find(self, call: Conditions) -> Measurement | None:
         """Return the measurement that covers a call and has the nearest batch size, or None."""
-        found = [m for m in self.measurements if m.conditions.cover(call)]
-        return min(found, key=lambda m: _log_ratio(m.conditions.batch_size, call.batch_size), default=None)
+        covering = [m for m in self.measurements if m.conditions.cover(call)]
+        return min(covering, key=lambda m: _log_ratio(m.conditions.batch_size, call.batch_size), default=None)
 
 
 def describe(method: str, window: int, neighbours: tuple[int, ...]) -> str:
@@ -228,10 +228,10 @@ def read_calibration(folder: str | Path, config: FlowConfig) -> Calibration | No
         raise CheckpointError(f"{path} is not a calibration ({reason}): delete it and calibrate again") from None
     expected = len(config.layers), config.grid, config.token_dim
     for measurement in measurements:
-        found = len(measurement.blocks), calibration.grid, calibration.token_dim
-        if found != expected:
+        shape = len(measurement.blocks), calibration.grid, calibration.token_dim
+        if shape != expected:
             raise CheckpointError(
-                f"{path} belongs to another flow, (blocks, grid, token_dim) are {found} and not {expected}: delete it "
+                f"{path} belongs to another flow, (blocks, grid, token_dim) are {shape} and not {expected}: delete it "
                 "and calibrate again"
             )
     return calibration

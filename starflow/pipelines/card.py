@@ -13,7 +13,7 @@ tags: [normalizing-flow, starflow, diffusers]
 # {name}
 
 {kind}: {blocks} flow blocks of {layers} layers, {parameters:,} parameters.
-An image of {side}x{side} pixels is {tokens} tokens of {token_dim} features. Trained with {noise}.
+An image of {side}x{side} pixels is {tokens} tokens of {token_dim} values. Trained with {noise}.
 
 ## Use
     pip install starflow-kernels[models]
@@ -34,14 +34,21 @@ CALLS = {
     "unconditional": "image = pipe().images[0]",
 }
 KINDS = {
-    "STARFlowPipeline": ("text-to-image", "Text to image in the latents of an autoencoder (arXiv 2506.06276)"),
-    "classes": ("unconditional-image-generation", "Class-conditional flow in pixels (arXiv 2412.06329)"),
-    "unconditional": ("unconditional-image-generation", "Unconditional flow in pixels (arXiv 2412.06329)"),
+    "STARFlowPipeline": ("text-to-image", "Text to image on the latents of an autoencoder (arXiv 2506.06276)"),
+    "classes": ("unconditional-image-generation", "Class-conditional flow on pixels (arXiv 2412.06329)"),
+    "unconditional": ("unconditional-image-generation", "Unconditional flow on pixels (arXiv 2412.06329)"),
 }
 
 
 def model_card(pipeline: str, flow: Flow, side: int, name: str) -> str:
-    """Markdown with front matter; pipeline: name of its class, side: of an image in pixels, name: of the model."""
+    """Return a model card in Markdown with front matter.
+
+    Args:
+        pipeline: name of the pipeline's class.
+        flow: the flow.
+        side: side of an image in pixels.
+        name: name of the model.
+    """
     config = flow.config
     kind = pipeline if pipeline in KINDS else "classes" if config.num_classes else "unconditional"
     tag, description = KINDS[kind]

@@ -121,7 +121,7 @@ class TarFlowPipeline(FlowPipeline):
         return Condition(self._labels([-1 if job.condition is None else job.condition for job in jobs], 1))
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (N, C, H, W) on [0, 1], rounded to the grey levels of training."""
+        """Images (N, C, H, W) on [0, 1], rounded to the gray levels of training."""
         config = self.transformer.config
         return to_pixels(x, config.levels, config.noise_std) / 255
 

@@ -87,8 +87,8 @@ class STARFlowPipeline(FlowPipeline):
             height: height in pixels, by default the one of training. Another size scales the rotary positions.
             width: width in pixels, by default the one of training.
             aspect_ratio: shape at the area of training such as "3:2", in place of height and width.
-            guidance_scale: guidance weight >= 0 of the released models; 0 samples without guidance. A scale that counts
-                from 1 is this weight plus 1. It acts on the blocks that the text reaches.
+            guidance_scale: guidance weight >= 0; 0 samples without guidance. A scale that counts from 1 is this weight
+                plus 1. It acts on the blocks that the text reaches.
             negative_prompt: prompt that guidance moves away from, or one per prompt; "" by default.
             num_images_per_prompt: images per prompt, next to each other in the result.
             generator: one generator, or one per image, which makes each image independent of the others.
@@ -178,7 +178,7 @@ class STARFlowPipeline(FlowPipeline):
         ratio: str,
         copies: int,
     ) -> Condition:
-        """Condition with `copies` rows per row of text; the states to move away from are made under guidance only."""
+        """Condition with `copies` rows per row of text; only guidance computes states to move away from."""
         empty = None
         if guidance.weight:
             negative_prompt = "" if negative_prompt is None and negative_embeds is None else negative_prompt

@@ -1,1 +1,1 @@
-"""Sampling: one batch, or many files by many processes."""
+"""Sampling of one batch, or of many files by many processes."""

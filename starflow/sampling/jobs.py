@@ -63,7 +63,7 @@ class Layout:
         latents: write the output of the flow, float32 (N, C, h, w), as latents in place of pixels.
 
     Raises:
-        ConfigError: the format is unknown, or latents are asked for in another format than safetensors.
+        ConfigError: the format is unknown, or latents are requested in another format than safetensors.
     """
 
     format: str = "png"

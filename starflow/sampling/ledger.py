@@ -22,7 +22,7 @@ FREE = ("method", "window", "certify")
 
 
 def entry(file: SampleFile, sha256: str | None = None) -> dict[str, Any]:
-    """Line of a sample file; sha256: digest of a file of many samples."""
+    """Return the line of a sample file; sha256: digest of a file of many samples."""
     if file.is_image:
         return {"file": file.name, "condition": file.jobs[0].condition}
     return {"file": file.name, "sha256": sha256, "samples": [[job.index, job.copy, job.condition] for job in file.jobs]}
@@ -33,7 +33,7 @@ def begin(out: Path, files: list[SampleFile], settings: dict[str, Any], check: b
 
     Args:
         out: folder of the run.
-        files: files that are asked for.
+        files: requested files.
         settings: settings that determine the samples.
         check: compare the digests of files of many samples. A file that differs counts as missing.
 
@@ -55,7 +55,7 @@ def begin(out: Path, files: list[SampleFile], settings: dict[str, Any], check: b
         elif file.is_image and file.name in present:
             # A killed run may have left an image without its line. Its name and the settings say what it is.
             entries[file.name] = entry(file)
-    # Existing files that are not asked for stay listed.
+    # Existing files that were not requested stay listed.
     existing = {name: known for name, known in entries.items() if name in present}
     # Temporary files of a killed run.
     for path in out.glob(".*.part"):

@@ -65,7 +65,7 @@ class SampleReport:
         seconds: wall time; of the slowest process where several took part.
         stages: seconds per stage: "text", "flow", "certify", "denoise", "decode", "write".
         certificate: largest difference between the noise and the samples mapped back to noise, before denoising; None
-            if it was not asked for or does not exist.
+            if it was not requested or does not exist.
         certificate_mean: mean difference.
         blocks: one report per block of the flow.
     """
