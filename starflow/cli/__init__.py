@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import platform
 import sys
+from collections.abc import Collection
 from pathlib import Path
-from types import ModuleType
 
 from ..errors import StarflowError
 from .packages import install_line
+
+# Name of each command: its module, and what it does.
+COMMANDS = {
+    "train": ("train", "Train a flow on images or on cached latents."),
+    "train-autoencoder": ("train_autoencoder", "Train a small autoencoder, on whose latents a flow can be trained."),
+    "train-decoder": ("train_decoder", "Fine-tune the decoder of an autoencoder on noisy latents."),
+    "encode": ("encode", "Encode images to latents once, together with the text states of their captions."),
+    "sample": ("sample", "Draw images with a flow or a pipeline."),
+    "eval": ("evaluate", "Measure likelihood, accuracy and exactness of a flow on images."),
+    "calibrate": (
+        "calibrate",
+        "Measure the fastest exact solver of each block, for starflow sample --method auto.",
+    ),
+    "info": ("info", "Describe this installation, this machine and, if asked, a checkpoint."),
+    "convert": (
+        "convert",
+        "Convert a checkpoint of the original TarFlow or STARFlow code, or convert one back.",
+    ),
+    "demo": ("demo", "Draw images from a local web page."),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     name = "starflow"
     try:
         # The commands are imported here, so that a missing package is reported in one line.
-        args = parser().parse_args(arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        args = parser(words[:1]).parse_args(words)
         name = f"starflow {args.command}"
         _run(args)
     except StarflowError as error:
@@ -42,26 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 2
 
 
-def commands() -> dict[str, ModuleType]:
-    """Return the module of each command by the command's name."""
-    from . import calibrate, convert, demo, encode, evaluate, info, sample, train, train_autoencoder, train_decoder
-
-    return {
-        "train": train,
-        "train-autoencoder": train_autoencoder,
-        "train-decoder": train_decoder,
-        "encode": encode,
-        "sample": sample,
-        "eval": evaluate,
-        "calibrate": calibrate,
-        "info": info,
-        "convert": convert,
-        "demo": demo,
-    }
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+def parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """Return the parser; only the commands in `wanted` are imported and get their arguments."""
     from starflow_kernels import __version__
 
     from .common import Parser, positive
@@ -71,14 +75,14 @@ def parser() -> argparse.ArgumentParser:
     subparsers = root.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True, parser_class=Parser
     )
-    for name, command in commands().items():
+    for name, (module, summary) in COMMANDS.items():
         sub = subparsers.add_parser(
-            name,
-            help=command.HELP,
-            description=command.HELP,
-            epilog=f"example:\n  {command.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        if name not in wanted:
+            continue
+        command = importlib.import_module(f".{module}", __name__)
+        sub.epilog = f"example:\n  {command.EXAMPLE}"
         sub.set_defaults(run=command.run)
         command.add_arguments(sub)
         common = sub.add_argument_group("options of every command")

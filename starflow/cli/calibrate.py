@@ -26,7 +26,6 @@ from .common import DTYPES, Parser, device, non_negative, positive, seed_argumen
 
 TRANSFORMER = "transformer"
 
-HELP = "Measure the fastest exact solver of each block on this machine, for starflow sample --method auto."
 EXAMPLE = "starflow calibrate --checkpoint runs/photos --batch-size 1 16"
 
 

@@ -11,7 +11,6 @@ from ..errors import ConfigError
 from ..io.weights import MAX_BYTES
 from .common import DTYPES, Parser, byte_count
 
-HELP = "Convert a checkpoint of the original TarFlow or STARFlow code to this package's format, or back."
 EXAMPLE = "starflow convert afhq_model_8_768_8_8_0.07.pth --out afhq"
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from ..errors import ConfigError
 from .common import Parser, device, non_negative
 
-HELP = "Draw images from a local web page."
 EXAMPLE = "starflow demo --checkpoint digits --open"
 
 

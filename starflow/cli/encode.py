@@ -13,7 +13,6 @@ from ..settings import override, read_settings, section
 from ..training.loop import SETTINGS
 from .common import Parser, device, positive
 
-HELP = "Encode images to latents once, together with the text states of their captions."
 EXAMPLE = "starflow encode --vae runs/autoencoder --text runs/text --length 8 --out runs/latents"
 
 

@@ -23,7 +23,6 @@ from .common import DTYPES, Parser, checkpoint_arguments, device, positive
 # Larger images take too many backward passes, one per value.
 JACOBIAN_DIMS = 768
 
-HELP = "Measure likelihood, accuracy and exactness of a flow on images."
 EXAMPLE = "starflow eval --checkpoint runs/digits --json report.json"
 
 

@@ -24,7 +24,6 @@ from ..settings import PRESETS, presets
 from .common import Parser, device
 from .packages import PACKAGES, install_command
 
-HELP = "Describe this installation, this machine and, if asked, a checkpoint."
 EXAMPLE = "starflow info --checkpoint runs/digits"
 # Presets by the command that trains from them: the folder of their files.
 PRESET_KINDS = {"train": "", "train-autoencoder": "autoencoder", "train-decoder": "decoder"}

@@ -37,7 +37,6 @@ MEMORY = 2_000_000_000
 # Arguments for pipelines alone, by the name that the parser gives them.
 PIPELINE_ONLY = ("prompt", "prompt_file", "negative_prompt", "aspect", "height", "width", "variant")
 
-HELP = "Draw images with a flow or a pipeline."
 EXAMPLE = "starflow sample --num 100 --label all --out samples"
 
 

@@ -9,7 +9,6 @@ from ..training.flow import FlowTrainer
 from .common import Parser
 from .runs import run_arguments, run_loop
 
-HELP = "Train a flow on images or on cached latents."
 EXAMPLE = "starflow train --preset digits --out runs/digits"
 
 

@@ -10,7 +10,6 @@ from .common import Parser
 from .runs import run_arguments, run_loop
 
 KIND = "autoencoder"
-HELP = "Train a small autoencoder, on whose latents a flow can be trained."
 EXAMPLE = "starflow train-autoencoder --preset digits --out runs/autoencoder"
 
 

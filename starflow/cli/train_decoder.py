@@ -10,7 +10,6 @@ from .common import Parser
 from .runs import run_arguments, run_loop
 
 KIND = "decoder"
-HELP = "Fine-tune the decoder of an autoencoder on noisy latents."
 EXAMPLE = "starflow train-decoder --preset digits --vae runs/autoencoder --out runs/decoder"
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from support.commands import fails
 
 from starflow import Flow
-from starflow.cli import commands, main, parser
+from starflow.cli import COMMANDS, main, parser
 from starflow.inversion.request import TOLERANCE
 from starflow.settings import PRESETS, presets, read_settings
 from starflow_kernels import __version__
@@ -156,7 +156,7 @@ def test_version(capsys):
     assert exit.value.code == 0 and capsys.readouterr().out == f"starflow {__version__}\n"
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_explained_with_its_default(command):
     subparsers = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
     sub = subparsers.choices[command]
@@ -168,7 +168,7 @@ def test_every_option_is_explained_with_its_default(command):
         assert explained or id(action) in in_groups or action.dest == "help", action.option_strings
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])

@@ -69,7 +69,8 @@ def test_required_packages_are_enough(tmp_path):
 @pytest.mark.parametrize("package", ["safetensors", "PyYAML", "tqdm", "Pillow"])
 def test_a_required_package_is_missing(package):
     others = [name for name in REQUIRED if name != package]
-    ((code, out, error),) = run(["--help"], distributions=others)
+    shown, (code, out, error) = run(["--help"], ["train", "--help"], distributions=others)
+    assert shown[0] == 0 and "commands:" in shown[1]
     expected = f"starflow: error: the package {package} is not installed: pip install {package}\n"
     assert (code, out, error) == (2, "", expected)
 
