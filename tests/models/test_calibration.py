@@ -125,6 +125,15 @@ def test_a_wrong_result_is_never_chosen(monkeypatch):
     assert {str(block.choice) for block in found.blocks} == {"jacobi, window 8"}
 
 
+def test_a_flow_keeps_its_measurements(monkeypatch):
+    Stopwatch(monkeypatch, {SEQUENTIAL: 1.0, NEAR: 0.5})
+    flow = make()
+    measured = [flow.calibrate(batch_size, windows=(8,)) for batch_size in (2, 9)]
+    assert flow.calibration.measurements == tuple(measured) and flow.calibration.grid == flow.config.grid
+    flow.calibrate(2, windows=(8,))
+    assert [m.conditions.batch_size for m in flow.calibration.measurements] == [9, 2]
+
+
 def test_a_hopeless_solver_is_given_up(monkeypatch):
     flow = make()
     race = measuring._Race(flow, 0, Guidance(), [measuring._draw(flow, 2, Guidance(), None, None, 0, 0)])

@@ -102,6 +102,13 @@ def test_identity_at_the_start():
     torch.testing.assert_close(logdet, torch.zeros(2), atol=1e-5, rtol=0)
 
 
+def test_repr_names_the_size():
+    flow = make("tarflow", layers=(1, 2), last_channels=32)
+    text = repr(flow)
+    assert text.startswith("Flow(2 blocks of 1, 2 layers, width 16, last 32, 4 tokens of 8 values, ")
+    assert text.endswith(f"{sum(p.numel() for p in flow.parameters()):,} parameters)")
+
+
 def test_loss_is_the_negative_log_likelihood():
     flow = make("starflow")
     x, _, _ = inputs(flow)

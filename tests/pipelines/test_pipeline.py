@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from support import components
 from support.components import TEXT_DIM, TEXT_LEN
 
-from starflow import CheckpointError, ConfigError, Flow, FlowConfig, Guidance
+from starflow import CheckpointError, ConfigError, Flow, FlowConfig, Guidance, open_model
 from starflow.convert import convert, export_upstream
 from starflow.data.prompts import encode_prompts
 from starflow.inversion.request import METHODS
@@ -54,6 +54,15 @@ def tarflow():
     pipe = TarFlowPipeline(FlowModel.from_flow(flow))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def test_open_model_tells_flows_from_pipelines(folder, tmp_path):
+    Flow.save_pretrained(components.flow_model(), tmp_path)
+    flow, digits, pipe = open_model(tmp_path), open_model("digits"), open_model(folder, dtype=torch.bfloat16)
+    assert type(flow) is type(digits) is Flow and isinstance(pipe, STARFlowPipeline)
+    assert pipe.transformer.dtype == torch.bfloat16 and pipe.vae.use_slicing
+    with pytest.raises(CheckpointError, match="no checkpoint at nowhere"):
+        open_model("nowhere")
 
 
 def test_layout(folder):

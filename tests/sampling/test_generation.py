@@ -1,6 +1,7 @@
 """`starflow sample` of pipeline folders: any number of images, in any batches, in one run or in several."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,18 @@ def files(out) -> dict[str, tuple[int, bytes]]:
 
 def ledger(out) -> list[dict]:
     return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def test_the_result_is_one_line_on_standard_output(tmp_path, capsys):
+    out = str(tmp_path)
+    assert main(["sample", "--num", "10", "--out", out]) == 0
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"10 images in \d+\.\d\d s \([\d.]+ per second\): {out}/grid\.png\n", printed.out)
+    assert printed.err == ""
+    assert main(["sample", "--num", "10", "--format", "npz", "--certify", "--out", out]) == 0
+    result, certificate = capsys.readouterr().out.splitlines()
+    assert result.startswith("10 images in ") and result.endswith(f": {out}")
+    assert re.fullmatch(r"certificate: max \|flow\(x\) - z\| = \d\.\de-\d\d, mean \d\.\de-\d\d", certificate)
 
 
 def test_prompt_as_in_the_documentation(folder, tmp_path, capsys):
