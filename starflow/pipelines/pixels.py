@@ -103,16 +103,9 @@ class TarFlowPipeline(FlowPipeline):
         z = self.noise(count, self.size(height, width, aspect_ratio), generator, latents)
         recorder = Recorder(self._execution_device)
         return self._call(
-            z,
-            Condition(labels),
-            options,
-            recorder,
-            output_type,
-            denoise_batch_size,
-            progress,
-            callback_on_step_end,
+            z, Condition(labels), options, recorder, output_type, denoise_batch_size, progress, callback_on_step_end,
             return_dict,
-        )
+        )  # fmt: skip
 
     def job_condition(self, jobs: list[Job], guidance: Guidance, recorder: Recorder) -> Condition:
         """Classes of a batch of jobs; a model with classes takes -1 for no class."""

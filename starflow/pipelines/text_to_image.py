@@ -124,23 +124,15 @@ class STARFlowPipeline(FlowPipeline):
         size = self.size(height, width, aspect_ratio)
         ratio = aspect_ratio or nearest_ratio(*size)
         recorder = Recorder(self._execution_device)
-        with recorder.clock("text"):
-            text = self._states("prompt", prompt, prompt_embeds, ratio)
-            condition = self._condition(
-                text, options.guidance, negative_prompt, negative_prompt_embeds, ratio, num_images_per_prompt
-            )
+        condition = self._condition(
+            prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, ratio, num_images_per_prompt,
+            options.guidance, recorder,
+        )  # fmt: skip
         z = self.noise(len(condition.text), size, generator, latents)
         return self._call(
-            z,
-            condition,
-            options,
-            recorder,
-            output_type,
-            denoise_batch_size,
-            progress,
-            callback_on_step_end,
+            z, condition, options, recorder, output_type, denoise_batch_size, progress, callback_on_step_end,
             return_dict,
-        )
+        )  # fmt: skip
 
     def job_condition(
         self,
@@ -159,9 +151,8 @@ class STARFlowPipeline(FlowPipeline):
             ratio: aspect ratio of the images.
             negative_prompt: prompt that guidance moves away from; "" by default.
         """
-        with recorder.clock("text"):
-            text = self._states("prompt", [job.condition for job in jobs], None, ratio)
-            return self._condition(text, guidance, negative_prompt, None, ratio, 1)
+        prompts = [job.condition for job in jobs]
+        return self._condition(prompts, None, negative_prompt, None, ratio, 1, guidance, recorder)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, C, H, W) on [0, 1] of latents."""
@@ -171,22 +162,25 @@ class STARFlowPipeline(FlowPipeline):
 
     def _condition(
         self,
-        text: torch.Tensor,
-        guidance: Guidance,
+        prompt: str | list[str] | None,
+        embeds: torch.Tensor | None,
         negative_prompt: str | list[str] | None,
         negative_embeds: torch.Tensor | None,
         ratio: str,
         copies: int,
+        guidance: Guidance,
+        recorder: Recorder,
     ) -> Condition:
-        """Condition with `copies` rows per row of text; only guidance computes states to move away from."""
-        empty = None
-        if guidance.weight:
-            negative_prompt = "" if negative_prompt is None and negative_embeds is None else negative_prompt
-            empty = self._states("negative_prompt", negative_prompt, negative_embeds, ratio)
-            if len(empty) not in (1, len(text)):
-                raise ConfigError(f"negative_prompt: {len(empty)} of them for {len(text)} prompts")
-            empty = empty.expand_as(text).repeat_interleave(copies, dim=0)
-        return Condition(None, text.repeat_interleave(copies, dim=0), empty)
+        """Condition with `copies` rows per prompt; only guidance computes states to move away from."""
+        with recorder.clock("text"):
+            text, empty = self._states("prompt", prompt, embeds, ratio), None
+            if guidance.weight:
+                negative_prompt = "" if negative_prompt is None and negative_embeds is None else negative_prompt
+                empty = self._states("negative_prompt", negative_prompt, negative_embeds, ratio)
+                if len(empty) not in (1, len(text)):
+                    raise ConfigError(f"negative_prompt: {len(empty)} of them for {len(text)} prompts")
+                empty = empty.expand_as(text).repeat_interleave(copies, dim=0)
+            return Condition(None, text.repeat_interleave(copies, dim=0), empty)
 
     def _states(
         self, name: str, prompts: str | list[str] | None, states: torch.Tensor | None, ratio: str

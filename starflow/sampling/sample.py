@@ -188,17 +188,9 @@ def draw(
     with clock("flow"):
         solvers = options.inversion.solvers(flow, z, guidance)
         x, reports = flow.inverse(
-            z,
-            labels,
-            text,
-            guidance,
-            empty_text,
-            progress=progress,
-            after_block=after_block,
-            solvers=solvers,
-            quantize=options.inversion.quantize,
-            return_reports=True,
-        )
+            z, labels, text, guidance, empty_text, progress=progress, after_block=after_block, solvers=solvers,
+            quantize=options.inversion.quantize, return_reports=True,
+        )  # fmt: skip
     exact = None
     if options.certify:
         with clock("certify"):
