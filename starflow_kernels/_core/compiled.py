@@ -21,7 +21,7 @@ def load_error(name: str, title: str) -> str | None:
         return f"{title} kernels need torch >= 2.10, this is {torch.__version__}"
     library, note = FOLDER / f"_{name}.abi3.so", FOLDER / f"_{name}.txt"
     if not library.exists():
-        why = note.read_text().strip() if note.exists() else "not built when the package was installed"
+        why = note.read_text().strip() if note.exists() else f"the build did not set STARFLOW_{name.upper()}=1"
         return f"no {title} kernels: {why}"
     try:
         torch.ops.load_library(library)
