@@ -1,4 +1,4 @@
-// The flat form in which Python hands a spec over.
+// Reads a spec from the flat list of numbers that Python passes.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace starflow {
 
-// Reads `fields` in the order of Spec's members (see packing.py). Throws std::invalid_argument on a wrong length.
+// Reads `fields` in the order of Spec's members, see block/packing.py. Throws std::invalid_argument on a wrong length.
 inline Spec read_spec(const std::vector<int64_t>& fields, double clip) {
     if (fields.size() != 20) throw std::invalid_argument("block spec: expected 20 fields");
     auto field = fields.begin();

@@ -1,4 +1,4 @@
-// Sizes and options of a flow block, for the CPU's kernels and the GPU's.
+// Sizes and options of a flow block, shared by the CPU and CUDA kernels.
 #pragma once
 
 namespace starflow {

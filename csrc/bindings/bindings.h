@@ -1,4 +1,4 @@
-// What the torch ops of this folder share. They are private: the public ops are those of the Python package.
+// Helpers shared by the torch ops of this folder. The ops are private: the public ops are those of the Python package.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -12,13 +12,13 @@ void parallel_for(int64_t n, RangeFunction function, void* context) {
     torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { function(begin, end, context); });
 }
 
-// (floats of KV cache a row of `cached` tokens, floats of workspace a thread), see block/cpu.py.
+// Floats of KV cache per row of `cached` tokens, and floats of workspace per thread; see block/native.py.
 std::vector<int64_t> block_sizes(std::vector<int64_t> spec, int64_t passed, int64_t cached) {
     Spec read = read_spec(spec, 0);
     return {cache_floats(read, cached), workspace_floats(read, passed, cached)};
 }
 
-// What both directions take beside tokens, weights and plan.
+// Arguments that both directions share, without tokens, weights and plan.
 BlockCall call_of(const Model& model, const Tensor& tokens, const Optional& cond, const Optional& prefix,
                   const Optional& cos, const Optional& sin, const Optional& guidance, int64_t rule, double temperature,
                   const Tensor& cache) {

@@ -5,7 +5,7 @@
 
 namespace starflow::STARFLOW_ISA {
 
-constexpr int64_t MOST = 8192;  // values of a chunk: D <= MOST, see affine_flow/cpu.py
+constexpr int64_t MOST = 8192;  // values of a chunk: D <= MOST, see affine_flow/native.py
 
 struct Scratch {
     alignas(64) float a[MOST + ROOM], b[MOST + ROOM], sigma[MOST + ROOM], x[MOST + ROOM], z[MOST + ROOM],
@@ -43,7 +43,7 @@ struct Chunk {
         store(room.b + size(), splat(0.0f));
     }
 
-    // The way back.
+    // Writes gradients back in the order of the raw parameters.
     void scatter(const Scratch& room, void* to, Format format, int64_t at, int64_t stride) const {
         int64_t D = call.D, mean = call.P() - D;
         for (int64_t i = 0; i < tokens; ++i) {

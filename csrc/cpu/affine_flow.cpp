@@ -13,8 +13,8 @@ void gather(const Chunk& chunk, Scratch& room) {
     chunk.gather(call.params, call.params_format, params_at(chunk), call.P(), room);
 }
 
-// Brings in what the next chunk touches while this one is computed, a line a vector: a burst of them would stall, and
-// no machine foresees tokens in reverse order.
+// Prefetches the next chunk while this one is computed, one cache line per vector: a burst of them would stall, and
+// hardware does not prefetch tokens in reverse order.
 template <bool GRADIENT>
 struct NextChunk {
     const AffineCall& call;

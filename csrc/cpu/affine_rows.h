@@ -1,4 +1,4 @@
-// The affine transform, density direction, on rows of n values in cache. One short loop a step: a long chain of
+// The affine transform, density direction, on rows of n values in cache. One short loop per step: a long chain of
 // operations would leave the machine waiting. Rows that are no input have room for n values and 4 vectors more.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace starflow::STARFLOW_ISA {
 
 constexpr int64_t ROOM = 4 * LANES;
 
-// What the loops over n values call for each vector, to bring in memory that is needed next: params(i) along 2n
+// Called by the loops over n values for each vector, to prefetch memory that is needed next: params(i) along 2n
 // parameters (n where sigma = 1), rows(i) along n values. Here nothing.
 struct NothingAhead {
     INLINE void params(int64_t) const {}

@@ -45,8 +45,8 @@ inline void attend(const float* q, int64_t ldq, int n, KeyValues kv, int64_t pos
     for (int i = 0; i < n; ++i) weigh(sums + i * width, total[i], d, out + i * ldo);
 }
 
-// y[i] (16 TILES columns) = x[i] (K) times weights w[i] for several i: alone, each would wait for its own sums. The sums
-// are those of product_tiles.
+// y[i] (16 TILES columns) = x[i] (K) times weights w[i] for several i: alone, each would wait for its own sums.
+// Sums are in the order of product_tiles.
 template <int ITEMS, int TILES>
 __attribute__((noinline)) void tile_each(const float* const* x, const float* const* w, int64_t stride, int64_t K,
                                          int64_t column, float* const* y) {
@@ -102,7 +102,7 @@ struct Query {
     float scale, *scores, *out;
 };
 
-// As attend() for each of up to MOST_QUERIES queries at one position. sums: as many rows of d, padded.
+// attend() for each of up to MOST_QUERIES queries at one position. sums: one padded row of d per query.
 inline void attend_each(const Query* queries, int count, int64_t position, int d, float* sums) {
     const float *x[MOST_QUERIES], *w[MOST_QUERIES];
     float *y[MOST_QUERIES], total[MOST_QUERIES];

@@ -1,4 +1,4 @@
-// Scratch memory of the attention kernels, floats a thread.
+// Scratch memory of the attention kernels, in floats per thread.
 #pragma once
 
 #include "workspace.h"

@@ -12,8 +12,8 @@ struct Tile {
     const HeadCall& call;
     Chunk chunk;
     int64_t C, P, wide_C, wide_P, source;  // source: first state of the tile
-    // A row a token: states over their root mean squares, packed for the gradient; products of states and weights; raw
-    // parameters; 1 / root mean square, and how much of the state the gradient of the norm loses.
+    // One row per token: states over their root mean squares, packed for the gradient; products of states and weights;
+    // raw parameters; 1 / root mean square, and how much of the state the gradient of the norm loses.
     float *packed, *products, *params, *transposed, *roots, *means, *scratch;
 
     Tile(const HeadCall& call, int64_t index) : call(call), chunk(call.affine, index) {

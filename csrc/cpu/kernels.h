@@ -1,4 +1,4 @@
-// What the kernels are told, and the table of them for each instruction set. Plain data: no library types cross into
+// Arguments of the kernels, and the table of kernels per instruction set. Plain data: no library types cross into
 // code that is compiled for an instruction set which the machine may lack.
 #pragma once
 
@@ -53,7 +53,7 @@ struct Jacobi {
     int32_t* sweeps;         // (B, T): passes that a token took part in
     float* residual;         // (B,): largest change in the pass that a token was accepted in, see Solver
 
-    // A model of D values a token: see quasi_newton.h.
+    // A model of D values per token: see quasi_newton.h.
     int64_t memory_floats(int64_t T, int64_t D) const {
         int64_t inputs = neighbours * D, width = (D + 15) / 16 * 16, columns = (inputs + 15) / 16 * 16;
         return 3 * T * width + inputs * (2 * columns + 4 * width) + columns + 2 * width;
@@ -76,10 +76,10 @@ struct BlockCall {
     Rule rule;
     float temperature;
     const Jacobi* jacobi;  // sampling by Jacobi, else null
-    float* cache;          // cache_floats(spec, L + T) a row: (copies B) rows in sampling, else `group` rows a thread
-    int64_t first, last;   // slots to run, the prefix being slots -L .. -1
-    int64_t group;         // sequences that go together
-    int64_t chunk;         // slots a pass where the inputs are known, which is everywhere but in sampling
+    float* cache;  // cache_floats(spec, L + T) per row: (copies B) rows in sampling, else `group` rows per thread
+    int64_t first, last;  // slots to run, the prefix being slots -L .. -1
+    int64_t group;        // sequences that go together
+    int64_t chunk;        // slots per pass where the inputs are known, which is everywhere but in sampling
 };
 
 enum class Logdet { sum, mean, none };
@@ -120,7 +120,7 @@ struct HeadCall {
     bool norm;       // the weights have the factor 1 + norm weight in them
     // Packed as product.h says, (P, C), or as narrow.h says, (outputs(), C); weight is null in a narrow head. Padded.
     const float *weight, *across, *bias;
-    float* room;  // room_floats() a thread
+    float* room;  // room_floats() per thread
     // The gradient's alone. The last two are sums over tokens, zero at first: (padded P, padded C) of gradients times
     // states over their root mean square, and (2, padded P) with what the additions rounded away behind the sums.
     float *grad_h, *grad_weight, *grad_bias;
@@ -210,14 +210,14 @@ struct Kernels {
     void (*causal_attention_backward)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
     // The weight to `packed`, tiles of 16 outputs.
     void (*pack)(const LinearCall& call, int64_t first_tile, int64_t last_tile);
-    // Rows first .. last - 1; scratch: 64 floats a row.
+    // Rows first .. last - 1; scratch: 64 floats per row.
     void (*linear)(const LinearCall& call, int64_t first_row, int64_t last_row, float* scratch);
     // The sums over all rows, for outputs first .. last - 1.
     void (*linear_weight_gradient)(const LinearCall& call, int64_t first, int64_t last);
     void (*elementary)(Elementary which, const float* x, float* y, int64_t n);
 };
 
-// Those of the widest instruction set of this machine, or of the one that STARFLOW_ISA names.
+// Kernels for the widest instruction set of this processor, or for the one that STARFLOW_ISA names.
 const Kernels& kernels();
 
 }  // namespace starflow

@@ -43,7 +43,7 @@ INLINE Vec sums(const Vec (&a)[LANES]) {
     return out;
 }
 
-// Of the lanes in runs of 2 H: the second half of x and the first of y change places.
+// With lanes in runs of 2 H, swaps the second half of each run of x with the first half of that of y.
 template <int H, int... I>
 INLINE void exchange(Part& x, Part& y, std::integer_sequence<int, I...>) {
     Part second = __builtin_shufflevector(x, y, (I & H ? I + PART : I + H)...);

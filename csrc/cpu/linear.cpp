@@ -12,7 +12,8 @@ constexpr int GRADIENT_ROWS = ACCUMULATORS / GRADIENT_TILES;
 // Samples of one sum; sums are added in order.
 constexpr int64_t SAMPLES = 128;
 
-// out (ROWS, 16 TILES) = or += the sum over samples of grad (ROWS,) times x (16 TILES,); `count` columns of the last tile.
+// out (ROWS, 16 TILES) = or += the sum over samples of grad (ROWS,) times x (16 TILES,); the last tile has `count`
+// columns.
 template <int ROWS, int TILES>
 void add_outer(const float* grad, int64_t N, const float* x, int64_t K, int64_t samples, int count, bool first,
                float* out) {

@@ -1,4 +1,4 @@
-// From the flat form in which Python hands a block over to the structures of the kernels, and from a call to threads.
+// Converts the flat arrays that Python passes to the kernels' structures, and distributes a call over threads.
 #pragma once
 
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace starflow {
 
-// A block and the layers that it points to. offsets: place of each weight in `packed`, in the order of block/cpu.py.
+// A block and the layers that it points to. offsets: place of each weight in `packed`, ordered as in block/packing.py.
 class Model {
 public:
     Model(const Spec& spec, const float* packed, const std::vector<int64_t>& offsets);

@@ -135,7 +135,7 @@ struct Pass {
         return 1.0f / (__builtin_sqrtf(float(spec.head_dim)) * (r < sequences ? 1.0f : call.temperature));
     }
 
-    // One token a row: a key and value head goes to the thread that appends to it.
+    // One token per row: a key-value head belongs to the thread that appends to it.
     void attend_token(const Layer& layer, int64_t index) const {
         int d = spec.head_dim, group = spec.heads / spec.kv_heads, waiting = 0;
         int64_t ldq = padded(spec.qkv_dim()), ldo = padded(int64_t(spec.heads) * d), room = padded(call.L + call.T);

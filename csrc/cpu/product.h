@@ -42,7 +42,7 @@ struct Ahead {
     }
 };
 
-// What the caller needs next, in place of weights that the cache holds anyway: `bytes` more with every tile.
+// Memory that the caller reads next, prefetched when the weights are in cache already: `bytes` more per tile.
 struct Stream {
     const char* at;
     int64_t bytes;

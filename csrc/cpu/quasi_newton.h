@@ -28,7 +28,7 @@ public:
         changes = take(2 * width);
     }
 
-    // What token t moved by in the last sweep, and what its mean and log scale were then; to be written after `learn`.
+    // The move of token t in the last sweep, and its mean and log scale then; written after `learn`.
     float* moves(int64_t t) const { return moves_ + t * width; }
     float* outputs(int64_t t) const { return outputs_ + t * 2 * width; }
 
@@ -49,7 +49,7 @@ public:
         solve();
     }
 
-    // What the model says that the moves of tokens from `moved` on did to token t: mean, then log scale.
+    // Predicted effect of the moves of tokens from `moved` on on token t: on its mean, then on its log scale.
     const float* predict(int64_t t, int64_t moved) const {
         gather(t, moved);
         for (int64_t c = 0; c < 2 * width; c += LANES) {
@@ -61,7 +61,7 @@ public:
     }
 
 private:
-    // What a sweep teaches weighs FORGET of it in the next; RIDGE: relative to the mean square of the inputs.
+    // FORGET: weight of a sweep in the model of the next one; RIDGE: relative to the mean square of the inputs.
     static constexpr float FORGET = 0.7f, RIDGE = 0.03f;
     // Tokens whose neighbours moved less than this share of the largest move teach nothing: it is rounding.
     static constexpr float SMALLEST_MOVE = 1e-3f;

@@ -1,4 +1,4 @@
-// What happens to one row of values: norms, rotary positions, softmax. Reductions go by lanes, then by the tree of
+// Functions of one row of values: norms, rotary positions, softmax. Reductions go by lanes, then by the tree of
 // sum(), whatever the machine.
 #pragma once
 

@@ -1,6 +1,6 @@
 // Sixteen float lanes on every machine. The same operations in the same order whatever the register width, so that the
 // width never shows in a result; where the machine has fused multiply-add, fma() is fused.
-// Compiled once an instruction set, each time in a namespace of its own: see setup.py.
+// Compiled once per instruction set, each time in its own namespace; see setup.py.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ struct Vec {
     Part part[PARTS];
 };
 
-// Integers, and the masks (0 or -1 a lane) that comparisons give.
+// Integers, and the masks (0 or -1 per lane) that comparisons give.
 struct Int {
     IntPart part[PARTS];
 };

@@ -1,4 +1,4 @@
-// What a thread block of a cluster does to be one of several; alone, it is the only one.
+// Communication between the thread blocks of a cluster; a thread block without a cluster is a cluster of one.
 #pragma once
 
 #include "device.h"

@@ -1,4 +1,4 @@
-// What the kernels use of CUDA. Compiled by anything but nvcc, the same code runs on fibers, see emulation/fibers.h.
+// The CUDA features that the kernels use. Without nvcc the same code runs on fibers, see emulation/fibers.h.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// The call of the on-chip kernel, for those who know nothing of CUDA.
+// The call of the on-chip kernel, declared without CUDA headers.
 #pragma once
 
 #include "plan.h"
@@ -12,7 +12,7 @@ struct OnchipCall {
     Plan plan;
     int64_t B, T;
     float* state;            // (B, T, D) noise that becomes data
-    const void* weights;     // plan.weight_bytes a rank of a cluster, as in shared memory; 16-byte aligned
+    const void* weights;     // plan.weight_bytes per rank of a cluster, as in shared memory; 16-byte aligned
     void* cache;             // blocks x plan.group x copies rows, of the dtype of the weights, or null if on chip
     const float* positions;  // (T, C) in the block's own order, or null
     const float* cond;       // (copies B, C) or null

@@ -127,7 +127,7 @@ struct Onchip : Cluster<CLUSTERED> {
         }
     }
 
-    // As many rows a thread, or warp, as leave every one work.
+    // As many rows per thread, or per warp, as leave work for every one.
     template <class Done>
     STARFLOW_DEVICE void multiply(const Dense& dense, int layer, const float* x, int x_row, Done done) const {
         if constexpr (sizeof(Weight) == sizeof(Bf16)) {
@@ -146,7 +146,7 @@ struct Onchip : Cluster<CLUSTERED> {
         }
     }
 
-    // The norm of h, a warp a row, for the product that comes next.
+    // The norm of h for the next product, one warp per row.
     STARFLOW_DEVICE const float* normalized(const NormPlaces& places, int layer) const {
         if (spec().norm == Norm::none) return h(0);
         for (int row = warp(); row < rows; row += WARPS) {
@@ -204,7 +204,7 @@ struct Onchip : Cluster<CLUSTERED> {
         return floats(plan().scores) + (CLUSTERED ? row * spec().heads + head : warp()) * plan().slots;
     }
 
-    // Of a head of keys and values of one row: keys [head_dim][key_slots], then values [slots][value_dims].
+    // Cache of one key-value head of one row: keys [head_dim][key_slots], then values [slots][value_dims].
     STARFLOW_DEVICE Weight* keys(int row, int index, int head) const {
         int values = spec().head_dim * plan().key_slots + plan().slots * plan().value_dims;
         return cache() + int64_t(row) * plan().cache_row + (index * spec().kv_heads + head) * values;
@@ -239,7 +239,7 @@ struct Onchip : Cluster<CLUSTERED> {
         warp_barrier();
     }
 
-    // Of one head of a row, rotated: its share of the key's and the value's places.
+    // Stores this thread block's share of the rotated key and of the value of one head of a row.
     STARFLOW_DEVICE void append(const float* key, const float* value, int slot, Weight* keys, Weight* values) const {
         int begin = rank() * plan().value_dims;
         for (int i = lane(); i < spec().head_dim; i += WARP) {
@@ -376,7 +376,7 @@ STARFLOW_DEVICE void run_onchip(const OnchipCall& call, char* shared) {
     auto from = static_cast<const Quad<float>*>(call.weights) + cluster.rank() * (plan.weight_bytes / 16);
     auto to = reinterpret_cast<Quad<float>*>(shared);
     for (int i = thread_index(); i < plan.weight_bytes / 16; i += THREADS) to[i] = from[i];
-    // What pads a row is multiplied by zero weights: it must be finite.
+    // The padding of a row is multiplied by zero weights, so it must be finite.
     for (int i = thread_index() + plan.activations / 4; i < plan.bytes / 4; i += THREADS)
         reinterpret_cast<float*>(shared)[i] = 0;
     cluster.barrier();

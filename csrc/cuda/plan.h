@@ -34,9 +34,9 @@ struct Plan {
     Dense proj_in, proj_out;
     int start, final_norm, layers, layer_bytes, weight_bytes;
     LayerPlaces layer;
-    // Of the KV cache a thread block has every cluster-th slot of the keys and a share of the dimensions of the values.
+    // Each thread block holds every cluster-th slot of the keys and a share of the dimensions of the values.
     int slots, key_slots, value_dims;
-    int cache_row;        // values of it that a thread block has a row
+    int cache_row;        // values of the cache per row in one thread block
     bool cached_on_chip;  // else in device memory, which no other thread block reads
     // Rows of activations: the state h, of C; what a norm or attention leaves; the widest, of q k v, the MLP and the
     // parameters; the tokens. Rows are as many floats apart as the other numbers say.
@@ -140,9 +140,9 @@ inline Plan make_plan(const Spec& spec, int64_t T, int copies, int group, bool c
     return plan;
 }
 
-// The smallest of clusters of up to `most_cluster` thread blocks that take a sample, and the most samples of B that one
-// takes with `limit` bytes of shared memory a thread block, spread over the processors, with their KV cache if one fits
-// with it, else without; a group of 0 where not even one fits.
+// The smallest cluster of up to `most_cluster` thread blocks that holds a sample, and the most samples of B that one
+// cluster holds with `limit` bytes of shared memory per thread block, spread over the processors. The KV cache is on
+// chip if one sample fits with it. A group of 0 if not even one sample fits.
 inline Plan choose_plan(const Spec& spec, int64_t T, int copies, int64_t B, int64_t limit, int64_t processors,
                         int most_cluster) {
     int cluster = 1;

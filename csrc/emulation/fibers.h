@@ -21,7 +21,7 @@ public:
         for (int i = 0; i < blocks; ++i) memories.emplace_back(bytes / sizeof(Word), Word{{~0u, ~0u, ~0u, ~0u}});
     }
 
-    // body(shared memory) once a thread. Throws std::logic_error where threads wait for each other in vain.
+    // Calls body(shared memory) once per thread. Throws std::logic_error where threads wait for each other in vain.
     void run(bool reverse, std::function<void(char*)> body) {
         this->body = std::move(body);
         running() = this;
@@ -61,7 +61,7 @@ public:
         wait(State::at_warp);
     }
 
-    // What lies at `here` in the running thread block's shared memory, in that of another.
+    // The address in another thread block's shared memory that corresponds to `here` in the running one's.
     char* mapped(const void* here, int other) {
         return memory(other) + (static_cast<const char*>(here) - memory(rank));
     }
