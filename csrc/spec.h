@@ -14,7 +14,7 @@ struct Affine {
     float clip;  // 0: no soft clip
 };
 
-// See BlockSpec.
+// The fields of BlockSpec in starflow_kernels/spec.py.
 struct Spec {
     int token_dim, channels, layers, heads, head_dim, kv_heads, mlp_dim, positions, text_dim;
     bool start, flip, bias, qk_norm, post_norm, final_norm, bf16;

@@ -7,10 +7,10 @@ namespace starflow {
 
 namespace {
 
-// Rough number of values below which threads cost more than they bring.
+// Below about this many values, threads cost more than they save.
 constexpr int64_t SERIAL = 1 << 14;
 
-// A few cache lines to each of the loops over a chunk.
+// Values per chunk: each loop over a chunk covers several cache lines.
 constexpr int64_t CHUNK = 512;
 
 AffineCall affine_call(const Tensor& x, const Tensor& params, int64_t scale, double clip, bool shift, bool flip,

@@ -5,10 +5,10 @@ namespace starflow {
 
 namespace {
 
-// Rough number of values below which threads cost more than they bring.
+// Below about this many values, threads cost more than they save.
 constexpr int64_t SERIAL = 1 << 14;
 
-// z and out have values side by side within a token; params and guidance are contiguous.
+// The values of each token are contiguous in z and out; params and guidance are contiguous as a whole.
 void affine_flow_inverse(Tensor z, Tensor params, Optional guidance, int64_t scale, double clip, int64_t rule,
                          Tensor out) {
     InverseCall call{};

@@ -1,4 +1,4 @@
-// Ops of attention: in parallel over the heads of keys.
+// Attention ops, parallel over the key heads.
 #include <cmath>
 
 #include "../cpu/attention_sizes.h"
@@ -8,12 +8,12 @@ namespace starflow {
 
 namespace {
 
-// Rough number of operations below which threads cost more than they bring.
+// Below about this many operations, threads cost more than they save.
 constexpr int64_t SERIAL = 1 << 17;
 
 Heads heads(const Tensor& x) { return {data(x), x.stride(0), x.stride(1), x.stride(2)}; }
 
-// `keys`: how many a query sees at most.
+// Fills a call from the tensors. `keys` is the largest number of keys that a query sees.
 AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos,
                              const Optional& sin, int64_t rotary, int64_t window, double temperature, int64_t keys) {
     AttentionCall call{};
@@ -27,7 +27,7 @@ AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, 
     return call;
 }
 
-// `floats`: scratch of a thread.
+// Runs `kernel` over all key heads, with `floats` floats of scratch per thread.
 template <class Kernel>
 void run_heads(const AttentionCall& call, int64_t keys, int64_t floats, Kernel kernel) {
     int64_t work = call.T * (call.H / call.H_kv) * (call.window ? call.window : keys) * call.d;

@@ -1,4 +1,4 @@
-// Helpers shared by the torch ops of this folder. The ops are private: the public ops are those of the Python package.
+// Helpers shared by the torch ops of this folder. These ops are private; the Python package has the public ones.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -25,7 +25,7 @@ inline Format format(const Tensor& tensor) {
     return type == ScalarType::Float ? Format::float32 : type == ScalarType::Half ? Format::float16 : Format::bfloat16;
 }
 
-// Floats, zeros if asked for, at the start of a cache line: vectors that cross lines load at half the speed.
+// Buffer of floats, zeroed on request. It starts at a cache line: vectors that cross lines load at half the speed.
 class Floats {
     struct alignas(64) Line {
         float values[16];
@@ -42,7 +42,7 @@ public:
     float* data() { return reinterpret_cast<float*>(lines.get()); }
 };
 
-// Log-determinants of the rows from the sums of their chunks, in order.
+// Computes the log-determinant of each row from the sums of its chunks, added in order.
 inline void sum_logdets(const AffineCall& call) {
     for (int64_t row = 0; row < call.B; ++row) {
         double total = 0;

@@ -12,13 +12,13 @@ void parallel_for(int64_t n, RangeFunction function, void* context) {
     torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { function(begin, end, context); });
 }
 
-// Floats of KV cache per row of `cached` tokens, and floats of workspace per thread; see block/native.py.
+// Returns the floats of KV cache per row of `cached` tokens and of workspace per thread; see block/native.py.
 std::vector<int64_t> block_sizes(std::vector<int64_t> spec, int64_t passed, int64_t cached) {
     Spec read = read_spec(spec, 0);
     return {cache_floats(read, cached), workspace_floats(read, passed, cached)};
 }
 
-// Arguments that both directions share, without tokens, weights and plan.
+// Fills the arguments that both directions share, except tokens, weights and plan.
 BlockCall call_of(const Model& model, const Tensor& tokens, const Optional& cond, const Optional& prefix,
                   const Optional& cos, const Optional& sin, const Optional& guidance, int64_t rule, double temperature,
                   const Tensor& cache) {
@@ -39,7 +39,7 @@ BlockCall call_of(const Model& model, const Tensor& tokens, const Optional& cond
     return call;
 }
 
-// `tokens` is the data of the density direction, or with params null the state of sampling.
+// Runs the density direction on the data `tokens` if params is given, else sampling, where `tokens` is the state.
 void block_run(Tensor tokens, Optional params, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
                double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance, int64_t rule,
                double temperature, Tensor cache, Tensor workspace, std::vector<int64_t> plan) {
@@ -57,14 +57,15 @@ void block_run(Tensor tokens, Optional params, Tensor packed, std::vector<int64_
 
 static_assert(sizeof(Place) == 7 * sizeof(int64_t), "a row of the tensor `places`");
 
-// Floats of memory of a sequence of `tokens` tokens, see Jacobi.
+// Returns the floats of memory for a sequence of `tokens` tokens, see Jacobi.
 int64_t jacobi_floats(int64_t tokens, int64_t token_dim, int64_t neighbours) {
     Jacobi solver{};
     solver.neighbours = neighbours;
     return solver.memory_floats(tokens, token_dim);
 }
 
-// `tokens` are the values so far of the solution for `noise`; places, sweeps and residual say where it stands.
+// Continues the Jacobi iteration for `noise`. `tokens` holds its current values, and places, sweeps and residual hold
+// its progress.
 void block_jacobi(Tensor tokens, Tensor noise, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
                   double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance,
                   int64_t rule, double temperature, std::vector<int64_t> neighbours, double tol, Tensor places,

@@ -7,13 +7,13 @@ namespace starflow {
 
 namespace {
 
-// Tokens of a tile, within bounds of the values that it keeps in cache; multiply-adds below which threads cost more
-// than they bring; parts of the sums over tokens and the fewest tiles of one.
+// TOKENS: most tokens per tile. STATES, VALUES: most values that a tile keeps in cache. SERIAL: below about this many
+// multiply-adds, threads cost more than they save. SLABS: most parts of a sum over tokens. TILES: fewest tiles of one.
 constexpr int64_t TOKENS = 48, STATES = 1 << 16, VALUES = 8192, SERIAL = 1 << 20, SLABS = 16, TILES = 4;
 
 int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
-// A call without outputs, and the packed weights that it points to.
+// A call whose outputs are not set yet, and the packed weights that it points to.
 struct Head {
     HeadCall call{};
     Floats weight, across, bias;
@@ -51,7 +51,7 @@ struct Head {
         call.across = across.data();
     }
     int64_t chunks() const { return call.affine.B * call.affine.chunks(); }
-    // Chunks that one thread should take at least.
+    // Fewest chunks that are worth a thread.
     int64_t grain() const { return SERIAL / (call.affine.chunk * call.C * call.affine.P()) + 1; }
     Floats room() const { return Floats(call.room_floats(), Floats::anything); }
 };

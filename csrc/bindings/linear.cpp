@@ -7,8 +7,8 @@ namespace starflow {
 
 namespace {
 
-// Rows of one product; multiply-adds below which threads cost more than they bring; rows of a weight gradient that a
-// thread takes at a time.
+// ROWS: rows per product. SERIAL: below about this many multiply-adds, threads cost more than they save.
+// OUTPUTS: rows of a weight gradient that a thread takes at a time.
 constexpr int64_t ROWS = 48, SERIAL = 1 << 20, OUTPUTS = 48;
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }

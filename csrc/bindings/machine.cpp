@@ -1,4 +1,4 @@
-// Ops about the machine, and the elementary functions alone for their tests.
+// Ops that describe the machine, and the elementary functions on their own, for tests.
 #include <sys/mman.h>
 
 #include <string>
@@ -9,7 +9,7 @@ namespace starflow {
 
 namespace {
 
-// Ask for huge pages behind a large tensor that has not been written yet: weights stream faster through them.
+// Requests huge pages for a large tensor that has not been written yet: weights stream faster from them.
 void use_huge_pages(Tensor tensor) {
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = 4096;

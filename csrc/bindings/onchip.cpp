@@ -1,4 +1,4 @@
-// Ops of the on-chip inverse, for CUDA's tensors, or as STARFLOW_LIBRARY and STARFLOW_DEVICES say.
+// Ops of the on-chip inverse. They take CUDA tensors, unless STARFLOW_LIBRARY and STARFLOW_DEVICES say otherwise.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -18,8 +18,8 @@ using Optional = std::optional<Tensor>;
 
 const float* data(const Optional& tensor) { return tensor ? static_cast<const float*>(tensor->data_ptr()) : nullptr; }
 
-// [thread blocks of a cluster; samples of it, 0 where none fits; 1 with the KV cache on chip; then of a thread block:
-// bytes of the weights; values of cache of a sample; bytes of shared memory with one sample].
+// Returns: thread blocks per cluster; samples per cluster, 0 where none fits; 1 if the KV cache is on chip, else 0.
+// Then, per thread block: bytes of weights; values of KV cache per sample; bytes of shared memory with one sample.
 std::vector<int64_t> onchip_plan(std::vector<int64_t> fields, int64_t T, int64_t copies, int64_t B, int64_t limit,
                                  int64_t processors, int64_t most_cluster) {
     Spec spec = read_spec(fields, 0);
@@ -28,7 +28,8 @@ std::vector<int64_t> onchip_plan(std::vector<int64_t> fields, int64_t T, int64_t
     return {plan.cluster, plan.group, plan.cached_on_chip, plan.weight_bytes, copies * one.cache_row, one.bytes};
 }
 
-// cache: in device memory, or none. plan: thread blocks of a cluster, samples of it, thread blocks, stream.
+// cache: in device memory; none if the cache is on chip.
+// plan: thread blocks per cluster, samples per cluster, number of thread blocks, stream.
 void onchip_inverse(Tensor state, Tensor weights, std::vector<int64_t> fields, double clip, Optional cache,
                     Optional positions, Optional cond, Optional cos, Optional sin, Optional guidance, int64_t rule,
                     double temperature, std::vector<int64_t> plan) {

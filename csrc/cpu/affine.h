@@ -10,7 +10,7 @@ struct Gaussian {
     Vec mu, sigma;
 };
 
-// c tanh(r / c); the quotient is that of a division, to the bit.
+// Returns c tanh(r / c). The quotient has the bits of a division.
 INLINE Vec soft_clip(Vec r, float clip) {
     if (clip == 0) return r;
     Vec c = splat(clip), inverse = splat(1.0f / clip), size = min(abs(r), splat(TANH_LARGE * clip));
@@ -22,17 +22,17 @@ INLINE Vec sigma_of(Vec a, Scale scale) {
     return scale == Scale::exp ? exp(a) : scale == Scale::softplus ? softplus_one(a) : splat(1.0f);
 }
 
-// Below, softplus is an exponential to all digits.
+// Below this value, softplus equals the exponential in float32.
 constexpr float SOFTPLUS_SMALL = -17.0f;
 
-// log sigma, from sigma where that is a float with all its digits.
+// Returns log sigma, computed from sigma where sigma has full precision.
 INLINE Vec log_sigma_of(Vec a, Vec sigma, Scale scale) {
     if (scale == Scale::exp) return a;
     if (scale == Scale::unit) return splat(0.0f);
     return select(a < splat(SOFTPLUS_SMALL), a + splat(SOFTPLUS_SHIFT), log(sigma));
 }
 
-// Lanes i .. of the raw parameters [a | b] of one token, after the soft clip; a is unused where sigma = 1.
+// Sixteen lanes from i on of the raw parameters [a | b] of one token, after the soft clip; a is unused where sigma = 1.
 struct Raw {
     Vec a, b;
 };
@@ -43,7 +43,7 @@ INLINE Raw raw_at(const float* params, int i, int D, const Affine& affine) {
             soft_clip(load(params + (unit ? 0 : D) + i, D - i), affine.clip)};
 }
 
-// Mean and scale under guidance of weight w, see affine_flow_inverse/api.py.
+// Returns mean and scale under guidance, see affine_flow_inverse/api.py.
 INLINE Gaussian guided(Raw with, Raw without, float weight, Rule rule, Scale scale) {
     Vec w = splat(weight);
     if (rule == Rule::tarflow) {
@@ -55,7 +55,7 @@ INLINE Gaussian guided(Raw with, Raw without, float weight, Rule rule, Scale sca
     return {((splat(1.0f) + w) * with.b - ws * without.b) / precision, sigma / root(precision)};
 }
 
-// Lanes i .. of mean and scale of one token; `without` is null without guidance.
+// Returns sixteen lanes from i on of the mean and scale of one token; `without` is null without guidance.
 INLINE Gaussian gaussian_at(const float* params, const float* without, float weight, int i, int D, Rule rule,
                             const Affine& affine) {
     Raw raw = raw_at(params, i, D, affine);
@@ -63,7 +63,7 @@ INLINE Gaussian gaussian_at(const float* params, const float* without, float wei
                    : Gaussian{raw.b, sigma_of(raw.a, affine.scale)};
 }
 
-// x = mu + sigma z for one token; x == z allowed.
+// Computes x = mu + sigma z for one token; x may be z.
 inline void affine_inverse(const float* z, const float* params, const float* without, float weight, int D, Rule rule,
                            const Affine& affine, float* x) {
     for (int i = 0; i < D; i += LANES) {

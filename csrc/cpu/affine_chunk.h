@@ -1,4 +1,4 @@
-// The affine transform, density direction, on a chunk of the tokens of a sequence, from its raw parameters.
+// The affine transform in the density direction, on a chunk of the tokens of a sequence.
 #pragma once
 
 #include "affine_rows.h"
@@ -15,7 +15,7 @@ struct Scratch {
 struct Chunk {
     const AffineCall& call;
     int64_t row, begin, tokens;  // tokens begin .. begin + tokens - 1 of sequence `row` have parameters
-    int64_t identity = -1;       // and this one passes unchanged, -1: none
+    int64_t identity = -1;       // token that passes unchanged, -1 for none
 
     Chunk(const AffineCall& call, int64_t index) : call(call) {
         row = index / call.chunks();
@@ -27,11 +27,11 @@ struct Chunk {
     }
     int64_t size() const { return tokens * call.D; }
     int64_t at(int64_t token) const { return (row * call.T + token) * call.D; }
-    // Whose parameters transform a token; those of the chunk are neighbours, in rising or falling order.
+    // Returns the index of a token's parameters. The indices of a chunk are contiguous, ascending or descending.
     int64_t source(int64_t token) const { return (call.flip ? call.T - 1 - token : token) - call.shift; }
     int64_t first_source() const { return call.flip ? source(begin + tokens - 1) : source(begin); }
 
-    // Raw parameters, those of source s at place `at` + (s - first_source()) stride, to rows in the order of x.
+    // Copies raw parameters to rows in the order of x. Source s is at `at` + (s - first_source()) stride.
     void gather(const void* from, Format format, int64_t at, int64_t stride, Scratch& room) const {
         int64_t D = call.D, mean = call.P() - D;
         for (int64_t i = 0; i < tokens; ++i) {
@@ -53,7 +53,7 @@ struct Chunk {
         }
     }
 
-    // z and log-determinant from the parameters in `room`.
+    // Computes z and the log-determinant from the parameters in `room`.
     void density(int64_t index, Scratch& room, auto ahead) const {
         bool narrow = call.x_format != Format::float32, each_value = call.logdet == Logdet::none;
         int64_t at = this->at(begin), n = size();
@@ -70,7 +70,7 @@ struct Chunk {
         if (each_value) memset(call.logdets + at, 0, call.D * sizeof(float));
     }
 
-    // grad_x; the parameters in `room` become their gradients.
+    // Computes grad_x, and replaces the parameters in `room` by their gradients.
     void gradient(Scratch& room, auto ahead) const {
         bool narrow = call.x_format != Format::float32;
         int64_t at = this->at(begin), n = size();

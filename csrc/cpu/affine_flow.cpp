@@ -1,5 +1,5 @@
-// The affine transform, density direction, and its gradient. A chunk of tokens has its parameters gathered, shift and
-// order undone, into two rows a and b that run along with x; memory is read and written once.
+// The affine transform in the density direction, and its gradient. The parameters of a chunk of tokens are gathered
+// into two rows a and b in the order of x, with shift and flip undone. Memory is read and written once.
 #include "affine_chunk.h"
 
 namespace starflow::STARFLOW_ISA {
@@ -13,8 +13,8 @@ void gather(const Chunk& chunk, Scratch& room) {
     chunk.gather(call.params, call.params_format, params_at(chunk), call.P(), room);
 }
 
-// Prefetches the next chunk while this one is computed, one cache line per vector: a burst of them would stall, and
-// hardware does not prefetch tokens in reverse order.
+// Prefetches the next chunk while this one is computed, one cache line per vector: a burst of prefetches would stall,
+// and the hardware does not prefetch tokens in reverse order.
 template <bool GRADIENT>
 struct NextChunk {
     const AffineCall& call;

@@ -1,4 +1,4 @@
-// The affine transform, sampling direction.
+// The affine transform in the sampling direction.
 #include "affine.h"
 #include "formats.h"
 

@@ -1,5 +1,5 @@
-// The affine transform, density direction, on rows of n values in cache. One short loop per step: a long chain of
-// operations would leave the machine waiting. Rows that are no input have room for n values and 4 vectors more.
+// The affine transform in the density direction, on rows of n values in cache. Each step is a short loop, because a
+// long chain of dependent operations would stall. Rows other than inputs have room for n values and 4 more vectors.
 #pragma once
 
 #include "affine.h"
@@ -9,8 +9,8 @@ namespace starflow::STARFLOW_ISA {
 
 constexpr int64_t ROOM = 4 * LANES;
 
-// Called by the loops over n values for each vector, to prefetch memory that is needed next: params(i) along 2n
-// parameters (n where sigma = 1), rows(i) along n values. Here nothing.
+// Hooks that the loops over n values call once per vector, to prefetch memory that is needed next. params(i) covers 2n
+// parameters (n where sigma = 1), rows(i) covers n values. This version does nothing.
 struct NothingAhead {
     INLINE void params(int64_t) const {}
     INLINE void rows(int64_t) const {}
@@ -24,7 +24,7 @@ inline void clip_row(float* r, int64_t n, float clip, auto early) {
     }
 }
 
-// The first of two steps of softplus_one.
+// Computes the first of the two steps of softplus_one.
 inline void softplus_powers(const float* a, int64_t n, float* v, auto early) {
     for (int64_t i = 0; i < n; i += LANES) {
         early(i);
@@ -32,7 +32,7 @@ inline void softplus_powers(const float* a, int64_t n, float* v, auto early) {
     }
 }
 
-// A sum over many vectors, with what each addition rounds away (Kahan).
+// A sum over many vectors, with compensation of the rounding errors (Kahan).
 struct LongSum {
     Vec sum = splat(0.0f), lost = splat(0.0f);
 
@@ -51,7 +51,7 @@ struct LongSum {
     }
 };
 
-// Sum of log sigma over n values. With bounded sigma the logarithm of four at a time.
+// Returns the sum of log sigma over n values. Where sigma is bounded, one logarithm serves the product of four vectors.
 inline double log_sigma_sum(const float* a, float* sigma, int64_t n, float clip) {
     LongSum total;
     if (clip > 0 && clip <= 16) {
@@ -69,8 +69,8 @@ inline double log_sigma_sum(const float* a, float* sigma, int64_t n, float clip)
     return total.total();
 }
 
-// z = (x - mu) / sigma; a and b, raw and with zeros past the end, are overwritten. Returns the sum of log sigma, or
-// writes -log sigma to `logdets` where that is not null. z == x allowed.
+// Computes z = (x - mu) / sigma. a and b hold raw parameters, with zeros past the end, and are overwritten. Returns the
+// sum of log sigma, or writes -log sigma to `logdets` if that is not null. z may be x.
 inline double density_rows(float* a, float* b, float* sigma, const float* x, int64_t n, const Affine& affine, float* z,
                            float* logdets, auto ahead) {
     auto of_b = [&](int64_t i) __attribute__((always_inline)) { ahead.params(i); };
@@ -117,8 +117,8 @@ inline double density_rows(float* a, float* b, float* sigma, const float* x, int
     return 0;
 }
 
-// Gradients with respect to x and the raw parameters: a and b, as density_rows takes them, are overwritten by theirs.
-// grad_l has room, too. grad_x == grad_z allowed.
+// Computes the gradients with respect to x and the raw parameters. a and b are as in density_rows, and are overwritten
+// by their gradients. grad_l needs the same extra room. grad_x may be grad_z.
 inline void density_gradient_rows(float* a, float* b, float* v, const float* grad_z, const float* z,
                                   const float* grad_l, int64_t n, const Affine& affine, float* grad_x, auto ahead) {
     Vec one = splat(1.0f), inverse = splat(affine.clip > 0 ? 1.0f / affine.clip : 0.0f);

@@ -22,14 +22,14 @@ inline void append(KeyValues to, int64_t position, const float* key, const float
     for (int i = 0; i < d; i += LANES) store(to.values + i * to.S + position * LANES, load(value + i, d - i));
 }
 
-// The weighted sum of values, divided by the sum of weights.
+// Divides the weighted sum of values by the sum of weights.
 inline void weigh(const float* sums, float total, int d, float* out) {
     Vec whole = splat(1.0f / total);
     for (int c = 0; c < d; c += LANES) store(out + c, load(sums + c) * whole, d - c);
 }
 
-// n <= MAX_ROWS queries (rows ldq apart) at positions position .. position + n - 1, each over the keys up to its own
-// position. scores: n rows of S floats. sums: n rows of d, padded.
+// Attends with n <= MAX_ROWS queries (rows ldq apart) at positions position .. position + n - 1, each over the keys up
+// to its own position. scores: n rows of S floats. sums: n rows of d, padded.
 inline void attend(const float* q, int64_t ldq, int n, KeyValues kv, int64_t position, int d, float scale,
                    float* scores, float* sums, float* out, int64_t ldo) {
     int64_t keys = position + n, width = padded(d);
@@ -38,15 +38,15 @@ inline void attend(const float* q, int64_t ldq, int n, KeyValues kv, int64_t pos
     for (int i = 0; i < n; ++i) {
         int64_t seen = position + i + 1;
         total[i] = softmax(scores + i * kv.S, seen, scale);
-        // Keys of the later queries weigh nothing.
+        // Keys of later queries have weight zero.
         for (int64_t s = padded(seen); s < keys; ++s) scores[i * kv.S + s] = 0;
     }
     product_tiles(scores, kv.S, n, kv.values, kv.S * LANES, keys, int(width / LANES), sums, width);
     for (int i = 0; i < n; ++i) weigh(sums + i * width, total[i], d, out + i * ldo);
 }
 
-// y[i] (16 TILES columns) = x[i] (K) times weights w[i] for several i: alone, each would wait for its own sums.
-// Sums are in the order of product_tiles.
+// Computes y[i] (16 TILES columns) = x[i] (K) times weights w[i] for several i at once, because the sums of a single
+// one would wait for each other. Sums are in the order of product_tiles.
 template <int ITEMS, int TILES>
 __attribute__((noinline)) void tile_each(const float* const* x, const float* const* w, int64_t stride, int64_t K,
                                          int64_t column, float* const* y) {
@@ -102,7 +102,7 @@ struct Query {
     float scale, *scores, *out;
 };
 
-// attend() for each of up to MOST_QUERIES queries at one position. sums: one padded row of d per query.
+// Calls attend() for each of up to MOST_QUERIES queries at one position. sums: one padded row of d per query.
 inline void attend_each(const Query* queries, int count, int64_t position, int d, float* sums) {
     const float *x[MOST_QUERIES], *w[MOST_QUERIES];
     float *y[MOST_QUERIES], total[MOST_QUERIES];

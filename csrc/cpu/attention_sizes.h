@@ -5,15 +5,15 @@
 
 namespace starflow {
 
-constexpr int64_t QUERIES = 16;  // queries, of all heads, that a pass over the cache serves
-constexpr int64_t CHAINS = 4;    // sums of values that run side by side
+constexpr int64_t QUERIES = 16;  // queries, of all heads, per pass over the cache
+constexpr int64_t CHAINS = 4;    // sums of values that are computed side by side
 constexpr int64_t BLOCK = 64;    // tokens taken at a time
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct CachedScratch {
     float *q, *scores, *sums, *end;
-    int64_t heads, width;  // heads of keys that a pass takes; floats of a row of scores
+    int64_t heads, width;  // key heads per pass; floats per row of scores
 
     CachedScratch(const AttentionCall& call, float* from) {
         int64_t queries = least(call.T * (call.H / call.H_kv), QUERIES);
@@ -27,7 +27,7 @@ struct CachedScratch {
     }
 };
 
-// Matrices of one head: rows of d values, padded, and transposed in blocks of 64 tokens [d][64].
+// Matrices of one head: rows of d values, padded, and their transposes in blocks of 64 tokens [d][64].
 struct CausalScratch {
     float *k, *v, *k_across, *v_across;                      // all tokens
     float *q, *out, *grad_out, *q_across, *grad_out_across;  // a block of queries

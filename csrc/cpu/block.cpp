@@ -1,12 +1,12 @@
-// A flow block on groups of sequences. The density direction passes over its tokens in chunks, sampling token by token,
-// both through the same code on the same cache.
+// A flow block on groups of sequences. The density direction takes the tokens in chunks, sampling takes them one by
+// one. Both run the same code on the same kind of cache.
 #include "pass.h"
 
 namespace starflow::STARFLOW_ISA {
 
 namespace {
 
-// Every thread transforms the token for itself, which saves a barrier.
+// Transforms the token. Every thread repeats this, which saves a barrier.
 void transform(const Pass& pass) {
     const BlockCall& call = pass.call;
     int D = pass.spec.token_dim;
@@ -19,7 +19,7 @@ void transform(const Pass& pass) {
     }
 }
 
-// Write out the token that the slot before gave; all threads have read their noise by now.
+// Writes the token that the previous slot computed; by now all threads have read their noise.
 void write_token(const Pass& pass, int64_t t) {
     if (pass.team.rank) return;
     int D = pass.spec.token_dim;

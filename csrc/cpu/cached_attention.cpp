@@ -9,11 +9,11 @@ namespace starflow::STARFLOW_ISA {
 
 namespace {
 
-// Keys whose products fit the registers.
+// Number of keys whose products fit into the registers.
 constexpr int KEYS = ACCUMULATORS >= 8 ? 8 : ACCUMULATORS >= 4 ? 4 : 2;
 constexpr int64_t AHEAD = 256;  // floats that are fetched before they are used, in units of sixteen keys
 
-// Products of one query, padded with zeros, with sixteen keys.
+// Returns the products of one query, padded with zeros, with sixteen keys.
 INLINE Vec products(const float* q, const float* const (&key)[LANES], int d) {
     Vec sum[LANES];
     int whole = d / LANES * LANES;
@@ -37,7 +37,7 @@ INLINE Vec products(const float* q, const float* const (&key)[LANES], int d) {
     return sums(sum);
 }
 
-// to[chain] (d,) += weight[s] value[s], s ascending by steps of N from `chain` on; count is a multiple of N.
+// Adds weight[s] value[s] to to[chain] (d,) for s = chain, chain + N, ... < count; count is a multiple of N.
 template <int N, int COLUMNS>
 INLINE void add_columns(const float* weight, const float* value, int64_t stride, int64_t count, int n, float* to,
                         int64_t width) {
@@ -73,12 +73,12 @@ void add_values(const float* weight, const float* value, int64_t stride, int64_t
     for (; c < d; c += LANES) add_columns<N, 1>(weight, value + c, stride, count, d - c, to + c, width);
 }
 
-// Some queries of some heads of one row; those heads' keys lie side by side in memory and are read together.
+// Some queries of some key heads of one row. The keys of these heads are adjacent in memory and are read together.
 struct Pass {
     const AttentionCall& call;
     CachedScratch scratch;
-    int64_t row, head, heads;       // heads of keys head .. head + heads - 1
-    int64_t group, begin, queries;  // query i of a head of keys is that of token (begin + i) / group
+    int64_t row, head, heads;       // key heads head .. head + heads - 1
+    int64_t group, begin, queries;  // query i of a key head belongs to token (begin + i) / group
     int64_t base, end;              // keys that the pass reads
 
     int64_t position(int64_t i) const { return call.lengths[row] + (begin + i) / group; }
@@ -90,7 +90,7 @@ struct Pass {
         return from.at(row, (begin + i) / group, (head + h) * group + (begin + i) % group);
     }
 
-    // Keys or values of the tokens s .. s + count - 1, for later.
+    // Prefetches the keys or values of the tokens s .. s + count - 1.
     void fetch(const Heads& cache, int64_t h, int64_t s, int64_t count) const {
         for (int64_t i = s; i < s + count && i < end; ++i)
             for (int c = 0; c < call.d; c += LANES) __builtin_prefetch(cache.at(row, i, head + h) + c, 0, 2);

@@ -1,6 +1,6 @@
-// Causal attention of one head at a time, and its gradient. Sixteen queries are the lanes: scores are stored by key, so
-// that maxima and sums over keys need no sums across lanes. Blocks of 64 keys meet blocks of 64 queries, and tiles
-// of 16 that no query sees are left out.
+// Causal attention of one head at a time, and its gradient. The lanes of a vector are sixteen queries: scores are
+// stored by key, so that maxima and sums over keys need no sums across lanes. Keys and queries are taken in blocks of
+// 64, and tiles of 16 keys that no query sees are skipped.
 #include "heads.h"
 #include "lanes.h"
 #include "tiles.h"
@@ -11,7 +11,7 @@ namespace {
 
 INLINE int64_t tile_of(int64_t t) { return t / LANES * LANES; }
 
-// Copies of the heads in the layouts that the products want, see CausalScratch.
+// Copies of the heads in the layouts that the products need, see CausalScratch.
 struct Head {
     const AttentionCall& call;
     CausalScratch scratch;
@@ -22,7 +22,8 @@ struct Head {
 
     int64_t tokens(int64_t begin, int64_t most) const { return call.T - begin < most ? call.T - begin : most; }
 
-    // Tokens begin .. of a head, `turn`: rotated, as rows; `across`, where it is given, gets them transposed.
+    // Copies `count` tokens of a head from `begin` on to `rows`, rotated if `turn`, and their transpose to `across` if
+    // that is not null.
     void load_rows(const Heads& from, int64_t head, int64_t begin, int64_t count, bool turn, float* rows,
                    float* across) const {
         for (int64_t t = 0; t < count; ++t) {
@@ -35,7 +36,7 @@ struct Head {
                     transpose(rows + t * width + c, width, across_at(across, t) + c * BLOCK, BLOCK);
     }
 
-    // Where the transpose of tokens t .. is.
+    // Returns the place of token t in a transpose.
     float* across_at(float* across, int64_t t) const { return across + t / BLOCK * BLOCK * width + t % BLOCK; }
 
     void store_row(const float* x, bool turn, const Heads& to, int64_t head, int64_t t) const {
@@ -43,14 +44,14 @@ struct Head {
         turn ? rotated(call, x, t, -1, y) : copy(x, call.d, y);
     }
 
-    // Tiles of queries in the block at `begin` that see keys of the tile at `key`: first .. last - 1.
+    // Sets first and last: query tiles first .. last - 1 of the block at `begin` see keys of the tile at `key`.
     void seen_by(int64_t key, int64_t begin, int64_t& first, int64_t& last) const {
         int64_t count = tokens(begin, BLOCK), end = call.window ? key + LANES - 1 + call.window : call.T;
         first = key > begin ? (key - begin) / LANES : 0;
         last = ((end < begin + count ? end - begin : count) + LANES - 1) / LANES;
     }
 
-    // to (keys, 64) = rows (keys, d) times the transpose of a block of 64 queries, where a query sees the key.
+    // Computes to (keys, 64) = rows (keys, d) times the transpose of a block of 64 queries, where a query sees the key.
     void multiply_keys(float* across, const float* queries, int64_t begin, float* to) const {
         int64_t end = begin + tokens(begin, BLOCK), first, last;
         for (int64_t key = tile_of(call.first_key(begin)); key < end; key += LANES) {
@@ -62,7 +63,7 @@ struct Head {
         }
     }
 
-    // to (64 queries, d) = weights (keys, 64) transposed times rows (keys, d).
+    // Computes to (64 queries, d) = the transpose of weights (keys, 64) times rows (keys, d).
     void sum_over_keys(const float* weights, const float* rows, int64_t begin, float* to) const {
         int64_t end = begin + tokens(begin, BLOCK), start = tile_of(call.first_key(begin));
         for (int64_t block = start; block < end; block += BLOCK)
@@ -77,7 +78,7 @@ struct Head {
             }
     }
 
-    // to (keys, d) += weights (keys, 64) times rows (64 queries, d).
+    // Adds weights (keys, 64) times rows (64 queries, d) to to (keys, d).
     void sum_over_queries(const float* weights, const float* rows, int64_t begin, float* to) const {
         int64_t count = tokens(begin, BLOCK), first, last;
         for (int64_t key = tile_of(call.first_key(begin)); key < begin + count; key += LANES) {
@@ -88,8 +89,8 @@ struct Head {
         }
     }
 
-    // each(key, position in `weights`, mask) for the keys of tiles that the sixteen queries from `query` on see; mask
-    // picks those that see the key.
+    // Calls each(key, position in `weights`, mask) for all keys in tiles that the sixteen queries from `query` on see.
+    // The mask selects the queries that see the key.
     template <class Each>
     INLINE void for_keys(int64_t query, Each each) const {
         static const int32_t index[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -173,7 +174,7 @@ void causal_attention_backward(const AttentionCall& call, int64_t first, int64_t
                 for (int64_t i = 0; i < count; i += LANES) {
                     int left = int(count - i);
                     Vec lse = load(call.lse + at_lse + i, left), scale = splat(call.scale), mean = splat(0.0f);
-                    // rowsum(dO O) as the mean of dP: what rounding did to dP cancels in their difference.
+                    // Compute rowsum(dO O) as the mean of dP: the rounding errors of dP then cancel in the difference.
                     head.for_keys(begin + i, [&](int64_t at, Int seen) __attribute__((always_inline)) {
                         Vec score = load(own.weights + at) * scale - lse;
                         Vec weight = exp(select(seen, score, splat(-INFINITY)));

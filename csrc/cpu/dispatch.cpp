@@ -5,7 +5,7 @@
 
 namespace starflow {
 
-// One definition each of the sources that are compiled for several instruction sets.
+// Tables of kernels from the sources that are compiled once per instruction set.
 namespace base {
 extern const Kernels kernels;
 }

@@ -1,4 +1,4 @@
-// exp, log, tanh and what is made of them, sixteen lanes at a time, within 2.6 ulp of the exact value (GELU: of x).
+// exp, log, tanh and functions made of them, sixteen lanes at a time, within 2.6 ulp of the exact value (GELU: of x).
 // Polynomials and rational functions are minimax fits on the ranges that the comments name.
 #pragma once
 
@@ -28,7 +28,7 @@ INLINE Reduced reduced(Vec x) {
     return {shifted, n, remainder(x, n)};
 }
 
-// e^r - 1 for |r| <= log(2) / 2. Halves of the polynomial side by side: steps that wait for each other cost most.
+// Returns e^r - 1 for |r| <= log(2) / 2. The polynomial has two independent halves: dependent steps cost most.
 INLINE Vec expm1_reduced(Vec r) {
     static const float low[] = {0.5f, 0.166665062f}, high[] = {0.0416661687f, 0.00837032124f, 0.001395297f};
     Vec square = r * r;
@@ -39,7 +39,7 @@ INLINE Part scale_part(Part y, Part n, IntPart shifted) {
 #if defined(__AVX512F__)
     return _mm512_scalef_ps(y, n);
 #else
-    // Two factors: 2^n alone would leave the range of floats at both ends.
+    // Multiply by two factors: 2^n alone would leave the range of floats at both ends.
     IntPart whole = shifted - 0x4b400000, half = whole >> 1;
     return y * (Part)((half + 127) << 23) * (Part)((whole - half + 127) << 23);
 #endif
@@ -49,16 +49,16 @@ INLINE Vec scaled(Vec y, Reduced by) {
     LANEWISE(Vec, scale_part(y.part[i], by.n.part[i], (IntPart)by.shifted.part[i]));
 }
 
-// Where exp is neither 0 nor infinity; NaN stays.
+// Clamps x to the range where exp is neither 0 nor infinity; NaN stays NaN.
 INLINE Vec within_exp(Vec x) { return min(max(x, splat(-104.0f)), splat(89.0f)); }
 
-// e^x: 0 below -104, infinity above 88.73, NaN for NaN.
+// Returns e^x: 0 below -104, infinity above 88.73, NaN for NaN.
 INLINE Vec exp(Vec x) {
     Reduced to = reduced(within_exp(x));
     return scaled(expm1_reduced(to.r) + splat(1.0f), to);
 }
 
-// n log 2 + log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]; n as the bits of the float 2^n, less those of 1.
+// Returns n log 2 + log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]; n is given as bits(2^n) - bits(1).
 INLINE Vec log_reduced(Int n, Vec f) {
     static const float low[] = {0.333333105f, -0.249999866f, 0.200022265f},
                        middle[] = {-0.16669251f, 0.142186582f, -0.123843484f},
@@ -71,16 +71,16 @@ INLINE Vec log_reduced(Int n, Vec f) {
     return fma(whole, splat(LOG2_HIGH), f + y);
 }
 
-// Bits of 2^n, less those of 1, for the n that has x 2^-n in [sqrt(1/2), sqrt(2)).
+// Returns bits(2^n) - bits(1) for the n with x 2^-n in [sqrt(1/2), sqrt(2)).
 INLINE Int exponent(Vec x) { return (bits(x) - splat(0x3f3504f3)) & splat(int32_t(0xff800000)); }
 
-// log x; x > 0 and normal, infinite or NaN.
+// Returns log x for x > 0 that is normal or infinite, and NaN for NaN.
 INLINE Vec log(Vec x) {
     Int n = exponent(x);
     return select(x < splat(3.4e38f), log_reduced(n, bits(bits(x) - n) - splat(1.0f)), x);
 }
 
-// log(1 + u) for 0 <= u < 2^126, accurate to u: 1 + u, which loses digits of u, only gives n.
+// Returns log(1 + u) for 0 <= u < 2^126 without losing digits of u: the rounded sum 1 + u only determines n.
 INLINE Vec log1p(Vec u) {
     Int n = exponent(splat(1.0f) + u);
     Vec scale = bits(splat(0x3f800000) - n);
@@ -89,8 +89,8 @@ INLINE Vec log1p(Vec u) {
 
 INLINE Vec copysign(Vec x, Vec sign) { return bits((bits(x) & splat(INT32_MAX)) | (bits(sign) & splat(INT32_MIN))); }
 
-// tanh t = E / (E + 2) with E = e^2t - 1 = 2^n (e^r - 1) + (2^n - 1), which keeps its digits near 0; 0 <= t <= 10.
-// `near` is t but for rounding, where that is known earlier.
+// Returns tanh t = E / (E + 2) for 0 <= t <= 10, with E = e^2t - 1 = 2^n (e^r - 1) + (2^n - 1), accurate near 0.
+// `near` is t up to rounding, which the caller may know earlier.
 INLINE Vec tanh_positive(Vec t, Vec near) {
     auto [shifted, n, _] = reduced(near + near);
     Vec r = remainder(t + t, n), scale = bits((bits(shifted) << 23) + splat(0x3f800000));
@@ -98,14 +98,14 @@ INLINE Vec tanh_positive(Vec t, Vec near) {
     return e / (e + splat(2.0f));
 }
 
-constexpr float TANH_LARGE = 10.0f;  // from here on tanh is 1 to all digits
+constexpr float TANH_LARGE = 10.0f;  // from here on tanh rounds to 1
 
 INLINE Vec tanh(Vec x) {
     Vec t = min(abs(x), splat(TANH_LARGE));
     return copysign(tanh_positive(t, t), x);
 }
 
-// x (1 + erf(x / sqrt 2)) / 2; erf(x / sqrt 2) / 2 is a rational function of x^2 times x, and 1/2 from 5.6 on.
+// Returns x (1 + erf(x / sqrt 2)) / 2; erf(x / sqrt 2) / 2 is a rational function of x^2 times x, and 1/2 from 5.6 on.
 INLINE Vec gelu(Vec x) {
     static const float above[] = {0.398942262f,    0.0339286886f,   0.00467731059f,
                                   0.000168922867f, 6.28948101e-06f, 2.22961773e-08f};
@@ -115,7 +115,7 @@ INLINE Vec gelu(Vec x) {
     return x * (splat(0.5f) + half);
 }
 
-// The tanh form, sqrt(2 / pi) (x + 0.044715 x^3).
+// Returns GELU in the tanh approximation, with argument sqrt(2 / pi) (x + 0.044715 x^3).
 INLINE Vec gelu_tanh(Vec x) {
     Vec inner = splat(0.797884561f) * fma(x * x * x, splat(0.044715f), x);
     return splat(0.5f) * x * (splat(1.0f) + tanh(inner));
@@ -124,7 +124,8 @@ INLINE Vec gelu_tanh(Vec x) {
 // softplus(a + c) with c such that softplus(c) = 1, which is log(1 + v) with v = (e - 1) e^a.
 constexpr float SOFTPLUS_LARGE = 80.0f, SOFTPLUS_SHIFT = 0.541324855f;
 
-// v, capped from SOFTPLUS_LARGE on. The constants are those of e - 1 in two parts: sums over many values show a bias.
+// Returns v, capped from SOFTPLUS_LARGE on. e - 1 is split into two constants, because sums over many values would show
+// the bias of one.
 INLINE Vec softplus_power(Vec a) {
     Vec e_less_one = splat(1.71828187f);
     Reduced to = reduced(within_exp(min(a, splat(SOFTPLUS_LARGE))));

@@ -12,8 +12,9 @@ struct Tile {
     const HeadCall& call;
     Chunk chunk;
     int64_t C, P, wide_C, wide_P, source;  // source: first state of the tile
-    // One row per token: states over their root mean squares, packed for the gradient; products of states and weights;
-    // raw parameters; 1 / root mean square, and how much of the state the gradient of the norm loses.
+    // One row per token. packed: states over their root mean squares, for the gradient. products: states times weights.
+    // params: raw parameters. roots: 1 / root mean square. means: factor of the state that the norm's gradient
+    // subtracts.
     float *packed, *products, *params, *transposed, *roots, *means, *scratch;
 
     Tile(const HeadCall& call, int64_t index) : call(call), chunk(call.affine, index) {
@@ -37,7 +38,7 @@ struct Tile {
         else
             project_wide();
         for (int64_t m = 0; m < chunk.tokens; ++m) {
-            // An error of the root is one of all parameters: hence double.
+            // An error of the root would affect all parameters of the token, hence double.
             double root = call.norm ? 1 / std::sqrt(double(roots[m]) / double(C) + RMS_NORM_EPS) : 1;
             roots[m] = float(root);
             for (int64_t p = 0; p < P; ++p)
@@ -46,7 +47,7 @@ struct Tile {
         chunk.gather(params, Format::float32, 0, wide_P, room);
     }
 
-    // This one and the next leave the sums of squares where the roots will be.
+    // Like project_wide, leaves the sums of squares in `roots`.
     void project_narrow() const {
         for (int64_t m = 0; m < chunk.tokens; m += 2) {
             // An odd last row is its own partner.
@@ -69,7 +70,7 @@ struct Tile {
             &next);
     }
 
-    // The gradients in `params`, to which those of bias, weight and states are due.
+    // Computes the gradients of bias, weight and states from the gradients in `params`.
     void differentiate() const {
         for (int64_t m = 0; m < chunk.tokens; ++m) {
             float* gradients = params + m * wide_P;
@@ -88,11 +89,11 @@ struct Tile {
             differentiate_narrow();
         else
             differentiate_wide();
-        // The last state of a shifted sequence has no token.
+        // The last state of a shifted sequence belongs to no token.
         if (chunk.identity >= 0) memset(call.grad_h + ((chunk.row + 1) * call.affine.T - 1) * C, 0, C * sizeof(float));
     }
 
-    // dL/dh of sixteen channels of a state, from the gradient of its products times the weight.
+    // Returns dL/dh for sixteen channels of a state, from the gradient of its products times the weight.
     INLINE Vec through_norm(int64_t m, Vec state, Vec gradient) const {
         return call.norm ? splat(roots[m]) * fma(-state, splat(means[m]), gradient) : gradient;
     }

@@ -1,4 +1,4 @@
-// Rows of values in memory, float32 or narrower, as floats and back.
+// Conversion of rows of values in memory, float32 or narrower, to floats and back.
 #pragma once
 
 #include "kernels.h"
@@ -22,7 +22,7 @@ INLINE void store_halves(uint16_t* p, Int a, int n) {
     memcpy(p, lanes, (n < LANES ? n : LANES) * sizeof *p);
 }
 
-// Bits of a float16 as a float: the exponent moves from bias 15 to 127 by a product, which is exact for subnormals too.
+// Converts the bits of a float16 to a float. A product moves the exponent from bias 15 to 127; subnormals stay exact.
 INLINE Vec from_float16(Int h) {
     Int size = (h & splat(0x7fff)) << 13, sign = (h & splat(0x8000)) << 16;
     Int special = splat(0x0f7fffff) < size;
@@ -30,11 +30,11 @@ INLINE Vec from_float16(Int h) {
     return bits(select(special, size | splat(0x7f800000), value) | sign);
 }
 
-// Rounded to the nearest, ties to even.
+// Rounds to the nearest float16, ties to even.
 INLINE Int to_float16(Vec x) {
     Int sign = (bits(x) >> 16) & splat(0x8000), size = bits(abs(x));
     Int normal = (size + splat(0xfff - (112 << 23)) + ((size >> 13) & splat(1))) >> 13;
-    // The unit in the last place of a float in [0.5, 1) is that of float16's subnormals.
+    // A float in [0.5, 1) has the same unit in the last place as a subnormal float16.
     Int small = bits(abs(x) + splat(0.5f)) - splat(0x3f000000);
     Int finite = select(size < splat(0x38800000), small, normal);
     Int large = select(splat(0x7f800000) < size, splat(0x7e00), splat(0x7c00));
@@ -46,7 +46,7 @@ INLINE Int to_bfloat16(Vec x) {
     return select(splat(0x7f800000) < bits(abs(x)), splat(0x7fc0), rounded);
 }
 
-// f(i, count) for the vectors of n values, count of them in the vector at i.
+// Calls f(i, count) for each vector of n values; the vector at i holds `count` of them.
 template <class Function>
 INLINE void each(int64_t n, Function f) {
     int64_t i = 0;
@@ -54,7 +54,7 @@ INLINE void each(int64_t n, Function f) {
     if (i < n) f(i, int(n - i));
 }
 
-// Values at .. at + n - 1 of an array, as floats; past the end `to` gets zeros up to a whole vector.
+// Reads the values at .. at + n - 1 of an array as floats; `to` is filled up with zeros to a whole vector.
 inline void read(const void* from, Format format, int64_t at, int64_t n, float* to) {
     auto floats = static_cast<const float*>(from) + at;
     auto halves = static_cast<const uint16_t*>(from) + at;
@@ -67,7 +67,7 @@ inline void read(const void* from, Format format, int64_t at, int64_t n, float* 
         each(n, [&](int64_t i, int count) { store(to + i, from_float16(load_halves(halves + i, count))); });
 }
 
-// n floats to places at .. at + n - 1 of an array.
+// Writes n floats to the places at .. at + n - 1 of an array.
 inline void write(void* to, Format format, int64_t at, int64_t n, const float* from) {
     auto floats = static_cast<float*>(to) + at;
     auto halves = static_cast<uint16_t*>(to) + at;
@@ -79,7 +79,7 @@ inline void write(void* to, Format format, int64_t at, int64_t n, const float* f
         each(n, [&](int64_t i, int count) { store_halves(halves + i, to_float16(load(from + i)), count); });
 }
 
-// The same values without a copy where they are floats already.
+// Returns the values that read() gives, without a copy where they are floats already.
 inline const float* floats(const void* from, Format format, int64_t at, int64_t n, float* room) {
     if (format == Format::float32) return static_cast<const float*>(from) + at;
     read(from, format, at, n, room);

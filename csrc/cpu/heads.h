@@ -1,4 +1,4 @@
-// Rows of one head on their way between the caller's tensors and the kernels.
+// Copies of rows of one head between the caller's tensors and the kernels.
 #pragma once
 
 #include "kernels.h"
@@ -21,7 +21,7 @@ INLINE void rotate_pairs(const float* __restrict x, const float* __restrict cos,
     }
 }
 
-// y is x (d,) rotated by the angles of a position, or with `sign` -1 back by them.
+// Sets y to x (d,) rotated by the angles of a position; `sign` -1 rotates back.
 inline void rotated(const AttentionCall& call, const float* x, int64_t position, float sign, float* y) {
     int pairs = call.d / 2;
     const float *cos = call.cos + position * pairs, *sin = call.sin + position * pairs;

@@ -1,5 +1,5 @@
-// Sampling of one sequence by Jacobi sweeps over a window of tokens: all of them take new values from one pass over the
-// cache, and those at the front that no longer change are final. The algorithm is that of block/jacobi.py.
+// Sampling of one sequence by Jacobi sweeps over a window of tokens. One pass over the cache gives all of them new
+// values, and the tokens at the front that no longer change are final. The algorithm is that of block/jacobi.py.
 #include <algorithm>
 
 #include "pass.h"
@@ -9,10 +9,10 @@ namespace starflow::STARFLOW_ISA {
 
 namespace {
 
-// A window that leaves this many times the size of its noise is given up.
+// A window has diverged where its values exceed this multiple of the largest noise.
 constexpr float DIVERGED = 1e6f;
 
-// Largest absolute value, NaN where there is one.
+// Returns the largest absolute value, or NaN if there is a NaN.
 float largest(const float* values, int64_t count) {
     float most = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -27,14 +27,14 @@ struct Window {
     const Pass& pass;
     const Jacobi& solver;
     const QuasiNewton& model;
-    int64_t first;                    // token, as many as pass.n
+    int64_t first;                    // first token of the window; it has pass.n tokens
     float *fresh, *spread, *outputs;  // rows of padded D: mu + sigma z, sigma z; of 2 padded D: mu, log sigma
 
     int64_t D() const { return pass.spec.token_dim; }
     int64_t width() const { return padded(D()); }
     float* state(int64_t i) const { return pass.at(pass.call.state, 0, first + i); }
 
-    // Returns the largest value of mu + sigma z, or NaN.
+    // Computes mu + sigma z; returns its largest absolute value, or NaN.
     float transform() const {
         const BlockCall& call = pass.call;
         int64_t P = padded(pass.spec.params_dim());
@@ -62,7 +62,7 @@ struct Window {
 
     float change(int64_t i, int64_t c) const { return __builtin_fabsf(fresh[i * width() + c] - state(i)[c]); }
 
-    // How many tokens are final: those before which none changed by more than the tolerance.
+    // Returns how many tokens are final: a token is final if none before it changed by more than the tolerance.
     int64_t accept(float& residual) const {
         int64_t i = 0;
         for (; i + 1 < pass.n; ++i) {
@@ -75,11 +75,11 @@ struct Window {
         return i + 1;
     }
 
-    // Turns the step from the state to the fresh values into a quasi-Newton one.
+    // Turns the step from the state to the fresh values into a quasi-Newton step.
     void predict(const Place& place) const {
         int64_t known = place.last_end < first + pass.n ? place.last_end : first + pass.n;
         if (known > first) model.learn(first, known, place.last_first, outputs);
-        // Where the model is unstable its predictions grow from token to token: none may pass the largest change.
+        // The predictions of an unstable model grow from token to token; the largest change bounds them.
         float most = 0;
         for (int64_t i = 0; i < pass.n; ++i)
             for (int64_t c = 0; c < D(); ++c) most = std::max(most, change(i, c));
@@ -126,7 +126,7 @@ void run_jacobi(const BlockCall& call, int64_t sequence, float* cache, float* sh
     QuasiNewton model(solver, sequence, T, spec.token_dim);
     float bound = largest(solver.noise + sequence * T * spec.token_dim, T * spec.token_dim);
     bound = DIVERGED * (bound > 1 ? bound : 1);
-    // Between the barriers the first thread alone writes where the sequence stands.
+    // Between the barriers, only the first thread writes the progress of the sequence.
     Place& place = solver.places[sequence];
     for (int64_t pass = 0; pass < solver.passes && place.done < T && !place.failed; ++pass) {
         int64_t first = place.done,

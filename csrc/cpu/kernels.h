@@ -1,5 +1,5 @@
-// Arguments of the kernels, and the table of kernels per instruction set. Plain data: no library types cross into
-// code that is compiled for an instruction set which the machine may lack.
+// Arguments of the kernels, and the table of kernels per instruction set. All of it is plain data, so that no library
+// code is compiled for an instruction set that the machine may lack.
 #pragma once
 
 #include <cstdint>
@@ -33,39 +33,40 @@ struct Block {
     const Layer* layers;
 };
 
-// Where a sequence stands: its first `done` tokens are final, up to `single` it goes token by token; passes so far,
-// windows that fell back to that, 1 + the first token without a finite value or 0, and the window of the last sweep.
+// Progress of a sequence. done: number of final tokens. single: tokens before this one are solved one by one. passes:
+// passes so far. fallbacks: windows that fell back to single tokens. failed: 1 + the first token without a finite
+// value, or 0. last_first, last_end: the window of the last sweep.
 struct Place {
     int64_t done, single, passes, fallbacks, failed, last_first, last_end;
 };
 
 // Jacobi sweeps over windows of tokens, see block/jacobi.py; every sequence is a group of its own.
 struct Jacobi {
-    const float* noise;  // (B, T, D); the call's state is the values so far
+    const float* noise;  // (B, T, D); the call's state holds the current values
     int64_t window;
     bool slide;
     float tol;
     int64_t neighbours;      // 0: plain sweeps
     const int64_t* offsets;  // of the neighbours, ascending
-    float* memory;           // (B, memory_floats()): of the quasi-Newton model, zeros at first
+    float* memory;           // (B, memory_floats()): the quasi-Newton model, zeros at first
     int64_t passes;          // most passes of this call
     Place* places;           // (B,)
-    int32_t* sweeps;         // (B, T): passes that a token took part in
-    float* residual;         // (B,): largest change in the pass that a token was accepted in, see Solver
+    int32_t* sweeps;         // (B, T): passes in which each token took part
+    float* residual;         // (B,): largest change of a token in the pass that accepted it
 
-    // A model of D values per token: see quasi_newton.h.
+    // Returns the floats of a model of D values per token, see quasi_newton.h.
     int64_t memory_floats(int64_t T, int64_t D) const {
         int64_t inputs = neighbours * D, width = (D + 15) / 16 * 16, columns = (inputs + 15) / 16 * 16;
         return 3 * T * width + inputs * (2 * columns + 4 * width) + columns + 2 * width;
     }
 };
 
-// One call on B sequences of T tokens with L states in front. Sampling has rows b (with the condition) and B + b
-// (without) where guidance is given.
+// One call on B sequences of T tokens with L text states in front. Under guidance, sampling has 2B rows: row b with
+// the condition, row B + b without.
 struct BlockCall {
     const Block* block;
     int64_t B, T, L;
-    int copies;           // rows of a sequence: 2 under guidance
+    int copies;           // rows per sequence: 2 under guidance
     const float* input;   // density: (B, T, D) data
     float* state;         // sampling: (B, T, D), noise that becomes data
     float* params;        // density: (B, T, P) raw parameters
@@ -78,14 +79,14 @@ struct BlockCall {
     const Jacobi* jacobi;  // sampling by Jacobi, else null
     float* cache;  // cache_floats(spec, L + T) per row: (copies B) rows in sampling, else `group` rows per thread
     int64_t first, last;  // slots to run, the prefix being slots -L .. -1
-    int64_t group;        // sequences that go together
-    int64_t chunk;        // slots per pass where the inputs are known, which is everywhere but in sampling
+    int64_t group;        // sequences per group
+    int64_t chunk;        // slots per pass where the inputs are known: in the density direction and for the prefix
 };
 
 enum class Logdet { sum, mean, none };
 enum class Format { float32, bfloat16, float16 };
 
-// The affine transform of x (B, T, D) by raw parameters (B, T, P), density direction, and its gradient.
+// The affine transform of x (B, T, D) by raw parameters (B, T, P) in the density direction, and its gradient.
 struct AffineCall {
     int64_t B, T;
     int D;
@@ -97,19 +98,19 @@ struct AffineCall {
     void* z;          // (B, T, D)
     float* logdets;   // (B, T, D) for Logdet::none, else unused
     double* partial;  // (B, chunks()): sums of log sigma, unused for Logdet::none
-    // The gradient's alone; those of the outputs may be null.
+    // For the gradient only; grad_z and grad_logdet may be null.
     const void *saved_z, *grad_z;
     const float* grad_logdet;
     void *grad_x, *grad_params;
 
-    // Tokens that are transformed together; from the shape of one sequence alone, so that a row's bits are its own.
+    // Tokens that are transformed together. It depends only on the shape of one sequence, so the bits of a row do too.
     int64_t chunk;
 
     int P() const { return affine.scale == Scale::unit ? D : 2 * D; }
     int64_t chunks() const { return (T + chunk - 1) / chunk; }
 };
 
-// Most parameters of a token for which products go along the channels.
+// Largest number of parameters per token for which products run along the channels, see narrow.h.
 constexpr int64_t NARROW_HEAD = 8;
 
 // Norm, projection and the affine transform of h (B, T, C), float32; `affine` has no parameters of its own.
@@ -118,11 +119,11 @@ struct HeadCall {
     int C;
     const float* h;  // (B, T, C)
     bool norm;       // the weights have the factor 1 + norm weight in them
-    // Packed as product.h says, (P, C), or as narrow.h says, (outputs(), C); weight is null in a narrow head. Padded.
+    // Padded; packed as in product.h, (P, C), or as in narrow.h, (outputs(), C). weight is null in a narrow head.
     const float *weight, *across, *bias;
     float* room;  // room_floats() per thread
-    // The gradient's alone. The last two are sums over tokens, zero at first: (padded P, padded C) of gradients times
-    // states over their root mean square, and (2, padded P) with what the additions rounded away behind the sums.
+    // For the gradient only. The last two are sums over tokens, zero at first. grad_weight (padded P, padded C):
+    // gradients times states over their root mean square. grad_bias (2, padded P): sums, then their rounding errors.
     float *grad_h, *grad_weight, *grad_bias;
 
     bool narrow() const { return affine.P() <= NARROW_HEAD; }
@@ -138,13 +139,14 @@ struct LinearCall {
     int64_t M, N, K;
     const float *x, *weight;  // weight (N, K), or (K, N) if `across`
     bool across;
-    float* packed;       // the weight as product.h says
+    float* packed;       // the weight, packed as in product.h
     const float* bias;   // (N,) or null
-    float* y;            // in the gradient dL/dy
+    float* y;            // dL/dy in the gradient
     float* grad_weight;  // (N, K)
 };
 
-// The inverse transform of B sequences of n tokens; parameters of rows without the condition follow those with it.
+// The inverse transform of B sequences of n tokens. Under guidance, the parameters of the B rows with the condition
+// come first, then those of the B rows without.
 struct InverseCall {
     int64_t B, n;
     int D;
@@ -165,7 +167,7 @@ struct Heads {
     float* at(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * token + h * head; }
 };
 
-// Attention of T tokens over themselves, causal, and over what a cache holds.
+// Causal attention of T tokens over themselves and, if there is a cache, over the tokens in it.
 struct AttentionCall {
     int64_t B, T, window;  // window 0: none
     int H, H_kv, d;
@@ -174,15 +176,15 @@ struct AttentionCall {
     const float *cos, *sin;  // (positions, d / 2)
     Heads q, k, v, out;
     float* lse;  // (B, H, T)
-    // Cached alone; rows hold `lengths` tokens (B,) before the new ones, and have room for S.
+    // For cached attention only. Rows hold `lengths` tokens (B,) before the new ones, and have room for S.
     Heads k_cache, v_cache;
     const int32_t* lengths;
     int64_t S;
-    // The gradient's alone; those of the outputs may be null.
+    // For the gradient only; the gradients of the outputs may be null.
     Heads grad_out, grad_q, grad_k, grad_v;
     const float* grad_lse;
 
-    // First key that the query at position t sees.
+    // Returns the first key that the query at position t sees.
     int64_t first_key(int64_t t) const { return window && t >= window ? t - window + 1 : 0; }
 };
 
@@ -190,34 +192,34 @@ enum class Elementary { exp, log, log1p, tanh, gelu, gelu_tanh, softplus_one };
 
 struct Kernels {
     const char* name;
-    // Run one group of sequences; every member of the team calls it. cache: that of the call's row 0 in sampling, else
-    // of the group's. shared: workspace of the team's first thread; own: that of the member.
+    // Runs one group of sequences; every member of the team calls it. cache: cache of the call's row 0 in sampling,
+    // else of the group's row 0. shared: workspace of the team's first thread. own: workspace of the member.
     void (*run_block)(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, const Team& team);
-    // The same for one sequence by Jacobi.
+    // Does the same for one sequence by Jacobi.
     void (*run_jacobi)(const BlockCall& call, int64_t sequence, float* cache, float* shared, float* own,
                        const Team& team);
-    // Chunks first .. last - 1 of the B chunks() that there are.
+    // Runs the chunks first .. last - 1 of all B chunks().
     void (*affine_flow)(const AffineCall& call, int64_t first, int64_t last);
     void (*affine_flow_backward)(const AffineCall& call, int64_t first, int64_t last);
-    // Tokens first .. last - 1 of B n.
+    // Runs the tokens first .. last - 1 of all B n.
     void (*affine_flow_inverse)(const InverseCall& call, int64_t first, int64_t last);
     void (*flow_head)(const HeadCall& call, int64_t first, int64_t last);
-    // Adds these chunks' part to the sums over tokens.
+    // Adds the part of these chunks to the sums over tokens.
     void (*flow_head_backward)(const HeadCall& call, int64_t first, int64_t last);
-    // Heads of keys first .. last - 1 of the B H_kv that there are; scratch: zeros, as many as attention_sizes.h says.
+    // Runs the key heads first .. last - 1 of all B H_kv. scratch: zeros, of the size in attention_sizes.h.
     void (*cached_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
     void (*causal_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
     void (*causal_attention_backward)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
-    // The weight to `packed`, tiles of 16 outputs.
+    // Packs tiles of 16 outputs of the weight into `packed`.
     void (*pack)(const LinearCall& call, int64_t first_tile, int64_t last_tile);
-    // Rows first .. last - 1; scratch: 64 floats per row.
+    // Runs the rows first .. last - 1. scratch: 64 floats per row.
     void (*linear)(const LinearCall& call, int64_t first_row, int64_t last_row, float* scratch);
-    // The sums over all rows, for outputs first .. last - 1.
+    // Computes the sums over all rows for the outputs first .. last - 1.
     void (*linear_weight_gradient)(const LinearCall& call, int64_t first, int64_t last);
     void (*elementary)(Elementary which, const float* x, float* y, int64_t n);
 };
 
-// Kernels for the widest instruction set of this processor, or for the one that STARFLOW_ISA names.
+// Returns the kernels for the widest instruction set of this processor, or for the one that STARFLOW_ISA names.
 const Kernels& kernels();
 
 }  // namespace starflow

@@ -1,4 +1,4 @@
-// Sixteen vectors at a time: their sums, and their transpose. GCC's shuffles, two vectors into one.
+// Sums and transpose of sixteen vectors at a time, by GCC's shuffles of two vectors into one.
 #pragma once
 
 #include <utility>
@@ -7,14 +7,14 @@
 
 namespace starflow::STARFLOW_ISA {
 
-// The lanes of a and b in runs of 2 H: the first half of each run plus its second half.
+// Splits the lanes of a and b into runs of 2 H, and returns the first half of each run plus its second half.
 template <int H, int... I>
 INLINE Part folded(Part a, Part b, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, b, (I / H * 2 * H + I % H)...) +
            __builtin_shufflevector(a, b, (I / H * 2 * H + I % H + H)...);
 }
 
-// N vectors of sums in part[0 .. N - 1], runs of 2 H lanes each, become N / 2.
+// Reduces the N vectors part[0 .. N - 1], with sums in runs of 2 H lanes, to N / 2 vectors.
 template <int N, int H>
 INLINE void fold(Part* part) {
     if constexpr (H > 0) {
@@ -25,7 +25,7 @@ INLINE void fold(Part* part) {
     }
 }
 
-// Lane i is sum(a[i]), to the bit.
+// Returns a vector whose lane i has the bits of sum(a[i]).
 INLINE Vec sums(const Vec (&a)[LANES]) {
     Part part[LANES];
     UNROLL
@@ -61,7 +61,7 @@ INLINE void exchange_all(Part (&a)[PART]) {
     }
 }
 
-// y (16, 16), rows ldy apart, is the transpose of x, rows ldx apart.
+// Sets y (16, 16), rows ldy apart, to the transpose of x, rows ldx apart.
 inline void transpose(const float* x, int64_t ldx, float* y, int64_t ldy) {
     for (int i = 0; i < LANES; i += PART)
         for (int j = 0; j < LANES; j += PART) {

@@ -6,14 +6,14 @@ namespace starflow::STARFLOW_ISA {
 
 namespace {
 
-// Rows and tiles of columns of a weight gradient whose sums the registers hold.
+// Rows and column tiles of a weight gradient whose sums fit into the registers.
 constexpr int GRADIENT_TILES = ACCUMULATORS >= 24 ? 4 : ACCUMULATORS >= 6 ? 2 : 1;
 constexpr int GRADIENT_ROWS = ACCUMULATORS / GRADIENT_TILES;
-// Samples of one sum; sums are added in order.
+// Samples per partial sum; partial sums are added in order.
 constexpr int64_t SAMPLES = 128;
 
-// out (ROWS, 16 TILES) = or += the sum over samples of grad (ROWS,) times x (16 TILES,); the last tile has `count`
-// columns.
+// Sets out (ROWS, 16 TILES) to the sum over samples of grad (ROWS,) times x (16 TILES,), or adds the sum to it. The
+// last tile has `count` columns.
 template <int ROWS, int TILES>
 void add_outer(const float* grad, int64_t N, const float* x, int64_t K, int64_t samples, int count, bool first,
                float* out) {
@@ -74,7 +74,7 @@ void pack(const LinearCall& call, int64_t first_tile, int64_t last_tile) {
 
 void linear(const LinearCall& call, int64_t first_row, int64_t last_row, float* scratch) {
     int64_t N = call.N, M = last_row - first_row, tiles = (N + 15) / 16;
-    // Outputs to come: they are written once, and fetched for that.
+    // Prefetches the outputs that are written next.
     Stream next(call.y + last_row * N, M * N, M, tiles, call.K);
     product(
         call.x + first_row * call.K, call.K, M, call.packed, call.K, 0, tiles, scratch,
@@ -87,7 +87,7 @@ void linear(const LinearCall& call, int64_t first_row, int64_t last_row, float* 
         &next);
 }
 
-// grad_weight (N, K) from rows first .. last - 1 of it.
+// Computes the rows first .. last - 1 of grad_weight (N, K).
 void linear_weight_gradient(const LinearCall& call, int64_t first, int64_t last) {
     int64_t N = call.N, K = call.K;
     constexpr int64_t WIDE = GRADIENT_TILES * LANES;

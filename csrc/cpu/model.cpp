@@ -58,7 +58,8 @@ void run_groups(ParallelFor parallel_for, int threads, const BlockCall& call, fl
     auto member = [](int thread, int threads, void* context) {
         auto& work = *static_cast<Work*>(context);
         int groups = int((work.call.B + work.call.group - 1) / work.call.group);
-        // Fewer groups than threads: the threads form one team a group, of sizes as equal as can be.
+        // With fewer groups than threads, each group gets a team of threads. The teams are as equal in size as
+        // possible.
         int teams = groups < threads ? groups : threads;
         int mine = int(int64_t(thread) * teams / threads);
         auto leader = [&](int team) { return int((int64_t(team) * threads + teams - 1) / teams); };

@@ -1,4 +1,4 @@
-// Converts the flat arrays that Python passes to the kernels' structures, and distributes a call over threads.
+// Converts the flat arrays from Python to the kernels' structures, and distributes a call over threads.
 #pragma once
 
 #include <vector>
@@ -18,7 +18,7 @@ private:
     std::vector<Layer> layers_;
 };
 
-// Run every group of sequences, on up to `threads` threads; workspace: `floats` for each of them.
+// Runs every group of sequences on up to `threads` threads. workspace: `floats` floats per thread.
 void run_groups(ParallelFor parallel_for, int threads, const BlockCall& call, float* workspace, int64_t floats);
 
 }  // namespace starflow

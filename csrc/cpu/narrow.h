@@ -1,5 +1,5 @@
-// Products with at most eight outputs, along the channels: so narrow a head would leave lanes of product.h empty.
-// Weights (outputs, C) packed [C / 16][8][16].
+// Products with at most eight outputs, along the channels: product.h would leave lanes empty for so few outputs.
+// Weights (outputs, C) are packed as [C / 16][8][16].
 #pragma once
 
 #include "lanes.h"
@@ -7,7 +7,7 @@
 namespace starflow::STARFLOW_ISA {
 
 constexpr int NARROW = 8;
-// Rows and outputs whose sums the registers hold at a time; outputs whose weights and gradients they hold.
+// Rows and outputs per product, whose sums must fit into the registers, and outputs per gradient, whose weights must.
 constexpr int PAIR_ROWS = ACCUMULATORS >= 2 * NARROW ? 2 : 1;
 constexpr int PAIR_OUTPUTS = ACCUMULATORS >= 2 * NARROW ? NARROW : ACCUMULATORS >= 4 ? 4 : 2;
 constexpr int GRADIENT_OUTPUTS = ACCUMULATORS >= 2 * NARROW ? NARROW : 2;
@@ -16,7 +16,7 @@ struct Pair {
     float products[2][NARROW], squares[2];
 };
 
-// Products of the rows x and x + ldx, and the sums of their squares.
+// Returns the products of the rows x and x + ldx, and the sums of their squares.
 inline Pair narrow_product(const float* x, int64_t ldx, const float* w, int64_t C) {
     Pair pair;
     Vec total[2 * NARROW];
@@ -34,7 +34,7 @@ inline Pair narrow_product(const float* x, int64_t ldx, const float* w, int64_t 
                 UNROLL
                 for (int m = 0; m < PAIR_ROWS; ++m) {
                     const float* at = x + (row + m) * ldx + c;
-                    // The rows after these.
+                    // Prefetch the next two rows.
                     __builtin_prefetch(at + 2 * ldx);
                     value[m] = load(at, count);
                     square[m] = fma(value[m], value[m], square[m]);

@@ -18,11 +18,11 @@ struct Pass {
 
     int64_t rows() const { return sequences * call.copies; }
     int64_t values() const { return rows() * n; }
-    // Row of the call's tensors of row r of this group: those with the condition come first.
+    // Returns the row in the call's tensors for row r of this group. Rows with the condition come first.
     int64_t global_row(int64_t r) const { return r / sequences * call.B + first_sequence + r % sequences; }
     int64_t order(int64_t token) const { return spec.flip ? call.T - 1 - token : token; }
     bool sampling() const { return call.state; }
-    // Token t in the block's own order, of a tensor (B, T, D) in the order of the data.
+    // Returns token t, counted in the block's own order, of a tensor (B, T, D) in the order of the data.
     template <class T>
     T* at(T* tensor, int64_t sequence, int64_t t) const {
         return tensor + ((first_sequence + sequence) * call.T + order(t)) * spec.token_dim;
@@ -55,7 +55,7 @@ struct Pass {
         }
     }
 
-    // The token that slot s takes in.
+    // Returns the input token of slot s.
     const float* token(int64_t sequence, int64_t s) const {
         int64_t t = spec.start ? s - 1 : s;
         if (t < 0) return call.block->start;
@@ -86,7 +86,7 @@ struct Pass {
         return ws.normed;
     }
 
-    // h += x W^T + b, with the norm of the branch in between where the block has one. Ends the phase.
+    // Computes h += x W^T + b, with a norm of the branch before the addition where the block has one. Ends the phase.
     void add_branch(const Linear& linear, const float* x, const float* post_norm) const {
         int64_t C = padded(spec.channels);
         float* to = spec.post_norm ? ws.branch : ws.h;
@@ -118,7 +118,7 @@ struct Pass {
         rotate(x, call.cos + position * (d / 2), call.sin + position * (d / 2), d, spec.rotary == Rotary::half);
     }
 
-    // Norm and rotate the queries and the key of one row's head, and append key and value to the cache.
+    // Norms and rotates the queries and the key of one key head of a row, and appends key and value to the cache.
     void append_head(const Layer& layer, int64_t index, int64_t r, int head) const {
         int d = spec.head_dim, group = spec.heads / spec.kv_heads;
         for (int64_t i = 0; i < n; ++i) {
@@ -135,7 +135,7 @@ struct Pass {
         return 1.0f / (__builtin_sqrtf(float(spec.head_dim)) * (r < sequences ? 1.0f : call.temperature));
     }
 
-    // One token per row: a key-value head belongs to the thread that appends to it.
+    // Attends with one token per row. A key-value head belongs to the thread that appends to it.
     void attend_token(const Layer& layer, int64_t index) const {
         int d = spec.head_dim, group = spec.heads / spec.kv_heads, waiting = 0;
         int64_t ldq = padded(spec.qkv_dim()), ldo = padded(int64_t(spec.heads) * d), room = padded(call.L + call.T);
@@ -210,7 +210,8 @@ struct Pass {
         }
     }
 
-    // Raw parameters of the slots: to the output in the density direction, to the workspace in sampling.
+    // Computes the raw parameters of the slots: into the output in the density direction, into the workspace in
+    // sampling.
     void head() const {
         int64_t C = padded(spec.channels), P = spec.params_dim(), width = sampling() ? padded(P) : P;
         const float* x = ws.h;
@@ -227,7 +228,7 @@ struct Pass {
         team.wait();
     }
 
-    // The token that this slot's parameters belong to.
+    // Returns the token that this slot's parameters belong to.
     int64_t target() const { return spec.start ? slot : slot + 1; }
 };
 

@@ -1,6 +1,7 @@
-// Matrix products y = x W^T with weights packed [N / 16][K][16] (bf16: [N / 16][K / 2][16][2]).
-// One order of summation whatever the number of rows, the tile shape or the thread: k ascending, one fused multiply-add
-// after the other, in blocks of K_BLOCK whose sums are then added in order. So a row has the same bits in every batch.
+// Matrix products y = x W^T with weights packed as [N / 16][K][16] (bf16: [N / 16][K / 2][16][2]).
+// The order of a sum depends neither on the number of rows nor on the tile shape nor on the thread: k ascending, one
+// fused multiply-add after the other, in blocks of K_BLOCK whose sums are added in order. So a row has the same bits in
+// every batch.
 #pragma once
 
 #include "vec.h"
@@ -11,24 +12,24 @@ namespace starflow::STARFLOW_ISA {
 constexpr int K_BLOCK = 256;
 constexpr int MAX_ROWS = ACCUMULATORS < MOST_ROWS ? ACCUMULATORS : MOST_ROWS;
 constexpr int MAX_TILES = ACCUMULATORS < 4 ? ACCUMULATORS : 4;
-// Tiles of columns of one pass over x.
+// Column tiles per pass over x.
 constexpr int GROUP = SCRATCH_COLUMNS / LANES;
 
 struct Bf16 {
     uint16_t bits;
 };
 
-// How many tiles of 16 columns fit the registers beside `rows` rows.
+// Returns how many tiles of 16 columns fit into the registers for `rows` rows.
 constexpr int tiles_for(int rows) { return ACCUMULATORS / rows < MAX_TILES ? ACCUMULATORS / rows : MAX_TILES; }
 
-// Values between two tiles of packed weights.
+// Returns the distance between two tiles of packed weights, in values.
 template <class W>
 constexpr int64_t tile_stride(int64_t K) {
     return sizeof(W) == 4 ? K * LANES : (K + 1) / 2 * 2 * LANES;
 }
 
-// The weights that come next, fetched while the present ones are used: for each k, `step` bytes further. With few rows
-// there is no time for it between loads, and the machine's own prefetching does better.
+// Prefetches the next weights while the present ones are used, `step` bytes further for each k. With few rows there is
+// no time for it between loads, and the hardware prefetcher does better.
 struct Ahead {
     const char* at;
     int64_t step, stride;
@@ -42,12 +43,12 @@ struct Ahead {
     }
 };
 
-// Memory that the caller reads next, prefetched when the weights are in cache already: `bytes` more per tile.
+// Prefetches memory that the caller reads next, `bytes` per tile, when the weights are in cache already.
 struct Stream {
     const char* at;
     int64_t bytes;
 
-    // `count` floats, shared out over a product of M rows, `tiles` of columns and sums of K.
+    // Distributes `count` floats over a product of M rows, `tiles` column tiles and sums of K terms.
     Stream(const float* next, int64_t count, int64_t M, int64_t tiles, int64_t K)
         : at(reinterpret_cast<const char*>(next)) {
         int64_t parts = ((M + MAX_ROWS - 1) / MAX_ROWS) * ((tiles + MAX_TILES - 1) / MAX_TILES);
@@ -102,7 +103,7 @@ INLINE void multiply(const float* x, int64_t ldx, const Bf16* w, int64_t stride,
     if (k < K) half(k, even);
 }
 
-// y = or += x w over one block of k, K <= K_BLOCK.
+// Computes y = x w, or y += x w, over one block of k, K <= K_BLOCK.
 template <int ROWS, int TILES, class W>
 __attribute__((noinline)) void tile(const float* x, int64_t ldx, const W* w, int64_t stride, int64_t K, Ahead ahead,
                                     float* y, int64_t ldy, bool add) {
@@ -141,14 +142,15 @@ constexpr TileFunction<W> TILES_OF[6][4] = {TILE_ROW(W, 1), TILE_ROW(W, 2), TILE
                                             TILE_ROW(W, 4), TILE_ROW(W, 5), TILE_ROW(W, 6)};
 #undef TILE_ROW
 
-// y (M, 16 tiles) = x (M, K) times `tiles` tiles of packed weights.
+// Computes y (M, 16 tiles) = x (M, K) times `tiles` tiles of packed weights.
 template <class W>
 void product_tiles(const float* x, int64_t ldx, int64_t M, const W* w, int64_t stride, int64_t K, int tiles, float* y,
                    int64_t ldy, Stream* stream = nullptr) {
     for (int64_t k = 0; k < K || k == 0; k += K_BLOCK) {
         int64_t width = K - k < K_BLOCK ? K - k : K_BLOCK;
         int64_t passes = (M + MAX_ROWS - 1) / MAX_ROWS, line = LANES * sizeof(W);
-        // Next in use: the same columns further down, or the columns to the right. Each pass over rows fetches a part.
+        // The next weights are the same columns further down, or the columns to the right. Each pass over rows fetches
+        // a part.
         const W* next = k + width < K ? w + (k + width) * LANES : w + tiles * stride;
         for (int64_t pass = 0; pass < passes; ++pass) {
             int64_t m = M * pass / passes;
@@ -170,7 +172,7 @@ void product_tiles(const float* x, int64_t ldx, int64_t M, const W* w, int64_t s
     }
 }
 
-// done(row, tile, value) for every row and every tile of columns in [first, last) of x (M, K) times packed weights.
+// Calls done(row, tile, value) for every row and every column tile in [first, last) of x (M, K) times packed weights.
 // scratch: M rows of GROUP * LANES floats.
 template <class W, class Done>
 INLINE void product(const float* x, int64_t ldx, int64_t M, const W* w, int64_t K, int64_t first, int64_t last,

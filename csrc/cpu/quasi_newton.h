@@ -1,5 +1,5 @@
-// Quasi-Newton steps of one sequence, with a linear model of what the moves of a token's neighbours do to its mean and
-// log scale, fitted to what the last sweeps did. The algorithm is that of quasi_newton.py.
+// Quasi-Newton steps of one sequence. A linear model, fitted to the last sweeps, predicts how the moves of a token's
+// neighbors change its mean and log scale. The algorithm is that of solve_inverse/quasi_newton.py.
 #pragma once
 
 #include "kernels.h"
@@ -28,12 +28,12 @@ public:
         changes = take(2 * width);
     }
 
-    // The move of token t in the last sweep, and its mean and log scale then; written after `learn`.
+    // Return the move of token t in the last sweep, and its mean and log scale then. Both are written after `learn`.
     float* moves(int64_t t) const { return moves_ + t * width; }
     float* outputs(int64_t t) const { return outputs_ + t * 2 * width; }
 
-    // From the tokens first .. last - 1, whose outputs now are rows of 2 padded D at `now`; the last sweep moved those
-    // from `moved` on.
+    // Fits the model to the tokens first .. last - 1, whose present outputs are rows of 2 padded D at `now`. The last
+    // sweep moved the tokens from `moved` on.
     void learn(int64_t first, int64_t last, int64_t moved, const float* now) const {
         for (int64_t i = 0; i < inputs * columns; i += LANES) store(gram + i, splat(FORGET) * load(gram + i));
         for (int64_t i = 0; i < inputs * 2 * width; i += LANES) store(cross + i, splat(FORGET) * load(cross + i));
@@ -49,7 +49,8 @@ public:
         solve();
     }
 
-    // Predicted effect of the moves of tokens from `moved` on on token t: on its mean, then on its log scale.
+    // Returns the predicted change of token t by the moves of the tokens from `moved` on: of its mean, then its log
+    // scale.
     const float* predict(int64_t t, int64_t moved) const {
         gather(t, moved);
         for (int64_t c = 0; c < 2 * width; c += LANES) {
@@ -61,16 +62,18 @@ public:
     }
 
 private:
-    // FORGET: weight of a sweep in the model of the next one; RIDGE: relative to the mean square of the inputs.
+    // FORGET: factor by which the weight of a sweep falls in each later one. RIDGE: ridge of the regression, relative
+    // to the mean square of the inputs.
     static constexpr float FORGET = 0.7f, RIDGE = 0.03f;
-    // Tokens whose neighbours moved less than this share of the largest move teach nothing: it is rounding.
+    // Tokens whose neighbors moved less than this share of the largest move are left out: their moves are rounding
+    // errors.
     static constexpr float SMALLEST_MOVE = 1e-3f;
 
     const Jacobi& solver;
     int64_t D, width, inputs, columns;
     float *moves_, *outputs_, *gram, *factor, *cross, *model, *near, *changes;
 
-    // The moves of the neighbours of token t side by side; returns the sum of their squares.
+    // Gathers the moves of the neighbors of token t side by side; returns the sum of their squares.
     float gather(int64_t t, int64_t moved) const {
         float size = 0;
         for (int64_t k = 0; k < solver.neighbours; ++k) {
@@ -84,7 +87,7 @@ private:
         return size;
     }
 
-    // Every token counts the same, however far it is from its solution.
+    // Adds a token to the regression. Every token has the same weight, however far it is from its solution.
     void add(const float* now, const float* before, float size) const {
         for (int64_t c = 0; c < 2 * width; c += LANES) store(changes + c, load(now + c) - load(before + c));
         for (int64_t half = 0; half < 2; ++half)
@@ -100,13 +103,13 @@ private:
         }
     }
 
-    // row -= scale * other, from the tile of column `first` on.
+    // Computes row -= scale * other, from the tile of column `first` on.
     static void subtract(float* row, const float* other, float scale, int64_t first, int64_t end) {
         for (int64_t c = first / LANES * LANES; c < end; c += LANES)
             store(row + c, fma(splat(-scale), load(other + c), load(row + c)));
     }
 
-    // model = (gram + ridge)^-1 cross by Cholesky, U^T U; the model stays as it is where that fails.
+    // Computes model = (gram + ridge)^-1 cross by Cholesky, U^T U. If that fails, the model stays as it is.
     void solve() const {
         float mean = 0;
         for (int64_t i = 0; i < inputs; ++i) mean += gram[i * columns + i] / float(inputs);

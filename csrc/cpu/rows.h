@@ -1,5 +1,5 @@
-// Functions of one row of values: norms, rotary positions, softmax. Reductions go by lanes, then by the tree of
-// sum(), whatever the machine.
+// Functions of one row of values: norms, rotary positions, softmax. Reductions run lane by lane, then by the tree of
+// sum(), on every machine.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@ constexpr float LAYER_NORM_EPS = 1e-5f, RMS_NORM_EPS = 1e-6f;
 
 INLINE float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 
-// weight and bias are padded to whole vectors with zeros; lanes of y past n become zero.
+// Applies LayerNorm. weight and bias are padded to whole vectors with zeros; lanes of y past n become zero.
 inline void layer_norm(const float* x, const float* weight, const float* bias, int n, float* y) {
     Vec total = splat(0.0f);
     for (int i = 0; i < n; i += LANES) total = total + load(x + i, n - i);
@@ -30,7 +30,7 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, i
     }
 }
 
-// Four sums side by side, which wait less for each other.
+// Computes four sums side by side, which shortens the chains of dependent additions.
 inline float sum_of_squares(const float* x, int n) {
     Vec square[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
     int i = 0;
@@ -48,7 +48,7 @@ inline float sum_of_squares(const float* x, int n) {
     return sum((square[0] + square[1]) + (square[2] + square[3]));
 }
 
-// x rsqrt(mean x^2 + eps) (1 + weight); x == y allowed.
+// Computes y = x rsqrt(mean x^2 + eps) (1 + weight); y may be x.
 inline void rms_norm(const float* x, const float* weight, int n, float* y) {
     Vec scale = splat(inverse_root(sum_of_squares(x, n) / float(n) + RMS_NORM_EPS)), one = splat(1.0f);
     int i = 0;
@@ -56,7 +56,7 @@ inline void rms_norm(const float* x, const float* weight, int n, float* y) {
     if (i < n) store(y + i, load(x + i, n - i) * scale * (one + load(weight + i, n - i)), n - i);
 }
 
-// Rotate the pairs of x (d,) by angles (d / 2,): (x0, x1), (x2, x3), ... or, with `halves`, (x_i, x_{i + d / 2}).
+// Rotates the pairs of x (d,) by angles (d / 2,): (x0, x1), (x2, x3), ... or, with `halves`, (x_i, x_{i + d / 2}).
 inline void rotate(float* x, const float* cos, const float* sin, int d, bool halves) {
     int step = halves ? 1 : 2, other = halves ? d / 2 : 1;
     for (int i = 0; i < d / 2; ++i) {
@@ -66,8 +66,8 @@ inline void rotate(float* x, const float* cos, const float* sin, int d, bool hal
     }
 }
 
-// scores (count,), padded to whole vectors with anything, become exp(scale score - max), zeros in the padding.
-// Returns their sum and, through `highest`, the maximum.
+// Replaces scores (count,) by exp(scale score - max). They are padded to whole vectors with any values, which become
+// zeros. Returns the sum and, through `highest`, the maximum.
 inline float softmax(float* scores, int64_t count, float scale, float* highest = nullptr) {
     Vec factor = splat(scale), top = splat(-INFINITY), total = splat(0.0f);
     int64_t full = count / LANES * LANES;

@@ -9,8 +9,8 @@ namespace starflow {
 
 namespace {
 
-// About 20 us: longer than threads of equal work wait for each other where each has a core. A thread that waits longer
-// sleeps, so that the others can have its core.
+// About 20 us: threads of equal work wait less than this for each other if each has a core. A thread that waits longer
+// sleeps, so that other threads can use its core.
 constexpr int SPINS = 1000;
 
 // Returns once `value` is no longer `old`.
@@ -48,14 +48,15 @@ void Barrier::wait(int size) {
 }
 
 void run_together(ParallelFor parallel_for, int threads, MemberFunction member, void* context) {
-    // One team at a time: two that wait for members in one pool could wait for each other.
+    // Only one team runs at a time: two teams that wait for members from one pool could wait for each other.
     static std::mutex one_team;
     std::lock_guard<std::mutex> lock(one_team);
     Gathering gathering{member, context, threads};
     auto join = [](int64_t begin, int64_t end, void* context) {
         auto& all = *static_cast<Gathering*>(context);
         int thread = all.members.fetch_add(1);
-        // A pool may give fewer threads than places, each a larger range: all places taken means all threads are here.
+        // A pool may give fewer threads than places, each with a larger range. Once all places are taken, all threads
+        // are here.
         int joined = all.joined.fetch_add(int(end - begin)) + int(end - begin);
         all.joined.notify_all();
         for (; joined < all.places; joined = all.joined.load()) wait_while(all.joined, joined);

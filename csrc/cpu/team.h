@@ -1,5 +1,5 @@
-// Threads that work on one thing together. They are those of the caller's own pool, so that nothing is oversubscribed
-// and the number that the caller has set is respected.
+// Threads that work on one group together. They come from the caller's own pool, so that no core is oversubscribed and
+// the caller's thread count is respected.
 #pragma once
 
 #include <atomic>
@@ -7,7 +7,7 @@
 
 namespace starflow {
 
-// Spin barrier: about 0.1 us. A thread that has waited long goes to sleep, in case another has no core.
+// Spin barrier, about 0.1 us. A thread that has waited long goes to sleep, in case another thread has no core.
 class Barrier {
 public:
     void wait(int size);
@@ -25,7 +25,7 @@ struct Team {
     void wait() const {
         if (size > 1) barrier->wait(size);
     }
-    // This member's share of [0, n), contiguous.
+    // Return this member's share of [0, n), which is contiguous.
     int64_t begin(int64_t n) const { return n * rank / size; }
     int64_t end(int64_t n) const { return n * (rank + 1) / size; }
 };
@@ -35,8 +35,8 @@ using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t n, RangeFunction function, void* context);
 
 using MemberFunction = void (*)(int thread, int threads, void* context);
-// Call member(i, n, context) on n threads that all run at the same time; n <= threads is what the pool gives, 1 inside
-// a parallel region.
+// Calls member(i, n, context) on n threads that all run at the same time. The pool determines n <= threads; inside a
+// parallel region n is 1.
 void run_together(ParallelFor parallel_for, int threads, MemberFunction member, void* context);
 
 }  // namespace starflow

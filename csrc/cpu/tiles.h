@@ -1,5 +1,5 @@
-// Products of small matrices that fit the caches. Each value is summed in ascending order, BLOCK terms at a time at
-// most, so it does not depend on the shapes of tiles.
+// Products of small matrices that fit into the caches. Each value is summed in ascending order, at most BLOCK terms at
+// a time, so its bits do not depend on the shapes of tiles.
 #pragma once
 
 #include "attention_sizes.h"
@@ -7,11 +7,11 @@
 
 namespace starflow::STARFLOW_ISA {
 
-// Sums that the registers hold, in tiles of 16 / columns rows.
+// Vectors of sums that fit into the registers; a tile has SUMS / TILES rows.
 constexpr int SUMS = ACCUMULATORS >= 16 ? 16 : ACCUMULATORS >= 4 ? 4 : 2;
 constexpr int COLUMNS = SUMS == 16 ? 4 : SUMS == 4 ? 2 : 1;
 
-// Value (m, k) of the left matrix stands at a[m + k BLOCK] if it is stored across, else at a[m BLOCK + k].
+// Value (m, k) of the left matrix is at a[m + k BLOCK] if ACROSS, else at a[m BLOCK + k].
 template <bool ACROSS, int TILES>
 __attribute__((noinline)) void multiply_tile(const float* a, const float* b, int64_t ldb, int64_t K, float* c,
                                              int64_t ldc, bool add) {
@@ -46,7 +46,7 @@ __attribute__((noinline)) void multiply_tile(const float* a, const float* b, int
     }
 }
 
-// c (16, 16 tiles) = or += a (16, K) b (K, 16 tiles), K <= BLOCK.
+// Computes c (16, 16 tiles) = a (16, K) b (K, 16 tiles), or adds the product to c; K <= BLOCK.
 template <bool ACROSS>
 void multiply(const float* a, const float* b, int64_t ldb, int64_t K, int64_t tiles, float* c, int64_t ldc, bool add) {
     for (; tiles >= COLUMNS; tiles -= COLUMNS, b += COLUMNS * LANES, c += COLUMNS * LANES)

@@ -1,6 +1,6 @@
-// Sixteen float lanes on every machine. The same operations in the same order whatever the register width, so that the
-// width never shows in a result; where the machine has fused multiply-add, fma() is fused.
-// Compiled once per instruction set, each time in its own namespace; see setup.py.
+// Vectors of sixteen float lanes on every machine. Operations and their order do not depend on the register width, so
+// results do not either. Where the machine has fused multiply-add, fma() is fused.
+// This file is compiled once per instruction set, each time in its own namespace; see setup.py.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #include <arm_neon.h>
 #endif
 
-// Loops over registers must be unrolled, or the registers become memory.
+// Loops over registers must be unrolled, or the compiler puts the registers into memory.
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE inline __attribute__((always_inline))
 
@@ -97,7 +97,7 @@ INLINE Part root_part(Part a) {
 INLINE Vec root(Vec a) { LANEWISE(Vec, root_part(a.part[i])); }
 INLINE Vec abs(Vec a) { return bits(bits(a) & splat(INT32_MAX)); }
 
-// The second where one is NaN.
+// Returns the second argument where one is NaN.
 INLINE Part min_part(Part a, Part b) {
 #if defined(__AVX512F__)
     return _mm512_min_ps(a, b);
@@ -121,7 +121,7 @@ INLINE Part max_part(Part a, Part b) {
 INLINE Vec min(Vec a, Vec b) { LANEWISE(Vec, min_part(b.part[i], a.part[i])); }
 INLINE Vec max(Vec a, Vec b) { LANEWISE(Vec, max_part(b.part[i], a.part[i])); }
 
-// Part by part: of a whole Vec, or by memcpy, GCC makes pieces of 16 bytes on the stack.
+// Loads part by part: for a whole Vec, or with memcpy, GCC copies pieces of 16 bytes through the stack.
 INLINE Vec load(const float* p) { LANEWISE(Vec, reinterpret_cast<const LoosePart*>(p)[i]); }
 
 INLINE Int load(const int32_t* p) {
@@ -134,7 +134,7 @@ INLINE void store(float* p, Vec a) {
     for (int i = 0; i < PARTS; ++i) reinterpret_cast<LoosePart*>(p)[i] = a.part[i];
 }
 
-// The first n lanes, n < LANES allowed; the others are zero.
+// Loads the first n lanes, where n may be less than LANES; the other lanes are zero.
 INLINE Vec load(const float* p, int n) {
     if (n >= LANES) return load(p);
 #if defined(__AVX512F__)
@@ -155,13 +155,13 @@ INLINE void store(float* p, Vec a, int n) {
     memcpy(p, lanes, n * sizeof *p);
 }
 
-// Mask of the first n lanes.
+// Returns the mask of the first n lanes.
 INLINE Int first(int n) {
     static const int32_t index[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return load(index) < splat(int32_t(n));
 }
 
-// Lanes by one fixed tree: lane l with l + 8, then l + 4, l + 2, l + 1.
+// Combines the lanes by one fixed tree: lane l with l + 8, then l + 4, l + 2, l + 1.
 template <class Combine>
 INLINE float reduce(Vec a, Combine combine) {
     UNROLL

@@ -1,4 +1,4 @@
-// Where a flow block keeps what it computes. Nothing is allocated while it runs.
+// Memory in which a flow block keeps intermediate results. Nothing is allocated while it runs.
 #pragma once
 
 #include "kernels.h"
@@ -7,21 +7,21 @@ namespace starflow {
 
 constexpr int MOST_ROWS = 6;         // rows that a matrix product takes at a time
 constexpr int MOST_QUERIES = 8;      // queries of one position that attention takes at a time
-constexpr int SCRATCH_COLUMNS = 64;  // columns that it takes at a time
+constexpr int SCRATCH_COLUMNS = 64;  // columns that a matrix product takes at a time
 
-// Rows of values are padded to whole vectors.
+// Returns n rounded up to whole vectors, the padded size of a row of values.
 inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
-// Floats of the KV cache of one row of `tokens` tokens.
+// Returns the floats of KV cache per row of `tokens` tokens.
 inline int64_t cache_floats(const Spec& spec, int64_t tokens) {
     return spec.layers * spec.kv_heads * padded(tokens) * (spec.head_dim + padded(spec.head_dim));
 }
 
 struct Workspace {
-    float *h, *qkv, *attended, *hidden, *branch, *params;                               // of the team
-    float *normed, *tokens, *fresh, *spread, *outputs, *scratch, *scores, *sums, *end;  // of the thread
+    float *h, *qkv, *attended, *hidden, *branch, *params;                               // shared by the team
+    float *normed, *tokens, *fresh, *spread, *outputs, *scratch, *scores, *sums, *end;  // own memory of a thread
 
-    // `passed`: rows of values, tokens of a pass over all rows of a team. `cached`: its length.
+    // passed: tokens per pass, over all rows of a team. cached: slots of the KV cache.
     Workspace(const Spec& spec, int64_t passed, int64_t cached, float* shared, float* own) {
         auto take = [](float*& from, int64_t width, int64_t rows) {
             float* taken = from;
@@ -48,7 +48,7 @@ struct Workspace {
     }
 };
 
-// Floats of workspace of one thread.
+// Returns the floats of workspace per thread.
 inline int64_t workspace_floats(const Spec& spec, int64_t passed, int64_t cached) {
     float* start = nullptr;
     return Workspace(spec, passed, cached, start, start).end - start;

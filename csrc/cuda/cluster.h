@@ -15,7 +15,7 @@ struct Cluster {
         return 0;
     }
 
-    // Before reading what others have stored, and before storing over what they read.
+    // Must be called before reading what others have stored, and before storing over what they read.
     STARFLOW_DEVICE static void barrier() {
         if constexpr (CLUSTERED)
             cluster_barrier();
@@ -23,7 +23,7 @@ struct Cluster {
             block_barrier();
     }
 
-    // *to = value in the shared memory of every thread block.
+    // Stores value at `to` in the shared memory of every thread block.
     STARFLOW_DEVICE void store(float* to, float value) const {
         if constexpr (CLUSTERED) {
             STARFLOW_NO_UNROLL

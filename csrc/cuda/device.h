@@ -26,7 +26,7 @@ STARFLOW_DEVICE int block_index() { return int(blockIdx.x); }
 STARFLOW_DEVICE int block_count() { return int(gridDim.x); }
 STARFLOW_DEVICE void block_barrier() { __syncthreads(); }
 STARFLOW_DEVICE void warp_barrier() { __syncwarp(); }
-// A cluster is thread blocks that reach each other's shared memory; from sm_90 on.
+// A cluster is a group of thread blocks that can access each other's shared memory; it needs sm_90.
 STARFLOW_DEVICE int cluster_rank() {
     int rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -35,7 +35,7 @@ STARFLOW_DEVICE int cluster_rank() {
 STARFLOW_DEVICE void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// *at = value where thread block `rank` of the cluster has what lies at `at` in this one's shared memory.
+// Stores value in the shared memory of thread block `rank` of the cluster, at the place that corresponds to `at`.
 STARFLOW_DEVICE void store_at(int rank, float* at, float value) {
     uint32_t here = uint32_t(__cvta_generic_to_shared(at)), there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
@@ -66,7 +66,7 @@ inline uint32_t bits_of(float value) {
 }
 #endif
 
-// The same bits in every lane: at each stage both lanes of a pair add the same two numbers.
+// Returns the same bits in every lane: at each stage both lanes of a pair add the same two numbers.
 STARFLOW_DEVICE float warp_sum(float value) {
     for (int mask = WARP / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
     return value;
@@ -85,7 +85,7 @@ STARFLOW_DEVICE float widen(float value) { return value; }
 STARFLOW_DEVICE float widen(Bf16 value) { return float_of(uint32_t(value.bits) << 16); }
 
 STARFLOW_DEVICE void narrow(float value, float& to) { to = value; }
-// To nearest, ties to even; NaN stays one.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 STARFLOW_DEVICE void narrow(float value, Bf16& to) {
     uint32_t bits = bits_of(value);
     to.bits = uint16_t(value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
@@ -103,9 +103,9 @@ STARFLOW_DEVICE uint32_t bf16_pair(float low, float high) {
 #endif
 }
 
-// sum += A B by the lanes of a warp: A of 16 rows and 16 columns, B of 16 rows and 8 columns, as mma.m16n8k16 has them.
+// Computes sum += A B by the lanes of a warp, with A (16, 16) and B (16, 8) in the fragments of mma.m16n8k16.
 // With g = lane / 4 and t = 2 (lane % 4), a lane gives A[g][t, t + 1], A[g + 8][..], A[g][t + 8, t + 9], A[g + 8][..],
-// and of column g of B rows t, t + 1 and t + 8, t + 9; it gets columns t, t + 1 of row g, then of row g + 8.
+// and rows t, t + 1 and t + 8, t + 9 of column g of B. It gets columns t, t + 1 of row g, then of row g + 8.
 STARFLOW_DEVICE void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&sum)[4]) {
 #ifdef __CUDACC__
     asm volatile(
@@ -127,7 +127,7 @@ STARFLOW_DEVICE void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2]
 #endif
 }
 
-// Four values that are loaded at once.
+// Four values that are loaded together.
 template <class T>
 struct alignas(4 * sizeof(T)) Quad {
     T values[4];

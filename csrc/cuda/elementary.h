@@ -12,7 +12,7 @@ STARFLOW_DEVICE float gelu_tanh(float x) {
     return 0.5f * x * (1.0f + tanhf(0.79788456f * fmaf(0.044715f * x * x, x, x)));
 }
 
-// softplus(a + 0.5413): 1 at a = 0.
+// Returns softplus(a + 0.5413), which is 1 at a = 0.
 STARFLOW_DEVICE float softplus_one(float a) {
     float x = a + 0.541324854612918f;
     return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
@@ -28,8 +28,8 @@ struct Gaussian {
     float mu, sigma;
 };
 
-// Mean and scale of dimension i of a token from its parameters; `without` is null without guidance. The rules are those
-// of affine_flow_inverse.
+// Returns mean and scale of dimension i of a token from its parameters; `without` is null without guidance. The rules
+// are those of affine_flow_inverse.
 STARFLOW_DEVICE Gaussian gaussian(const float* params, const float* without, float weight, int i, int D, Rule rule,
                                   const Affine& affine) {
     bool unit = affine.scale == Scale::unit;
@@ -46,7 +46,7 @@ STARFLOW_DEVICE Gaussian gaussian(const float* params, const float* without, flo
     return {((1.0f + weight) * b - ws * other_b) / precision, sigma / sqrtf(precision)};
 }
 
-// The lanes of a warp: to = x / sqrt(mean x^2 + 1e-6) (1 + weight); x == to allowed.
+// Computes to = x / sqrt(mean x^2 + 1e-6) (1 + weight) by the lanes of a warp; to may be x.
 STARFLOW_DEVICE void rms_norm(const float* x, const float* weight, int n, float* to) {
     float squares = 0;
     for (int i = thread_index() % WARP; i < n; i += WARP) squares = fmaf(x[i], x[i], squares);

@@ -5,8 +5,8 @@
 
 namespace starflow::cuda {
 
-// The inverse of one flow block for B sequences of T tokens. Rows b have the condition, rows B + b, where guidance is
-// given, are those without it. Pointers are to device memory.
+// The inverse of one flow block for B sequences of T tokens. Under guidance there are 2B rows: row b with the
+// condition, row B + b without. Pointers are to device memory.
 struct OnchipCall {
     Spec spec;
     Plan plan;
@@ -20,10 +20,10 @@ struct OnchipCall {
     const float* guidance;   // (B, T) or null
     Rule rule;
     float temperature;
-    int blocks;  // of the grid; a cluster takes one group after the other
+    int blocks;  // thread blocks of the grid; a cluster takes one group after the other
 };
 
-// Start the kernel on a stream. Throws std::runtime_error with CUDA's reason.
+// Starts the kernel on a stream. Throws std::runtime_error with CUDA's reason.
 void launch_onchip(const OnchipCall& call, int64_t stream);
 
 }  // namespace starflow::cuda

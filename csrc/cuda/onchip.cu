@@ -42,7 +42,8 @@ void launch(const OnchipCall& call, cudaStream_t stream) {
     config.numAttrs = CLUSTERED;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, call.plan.bytes), "shared memory");
     if (CLUSTERED) {
-        // Processors come in parts that clusters do not cross: those that would have to wait only start late.
+        // A cluster lies within one group of processors of the chip, so fewer clusters may be resident than the
+        // processors could hold. More clusters than that would only start late.
         int resident = 0;
         check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), "clusters");
         if (!resident) throw std::runtime_error("block_inverse: no cluster fits on the GPU");

@@ -1,7 +1,8 @@
-// The whole inverse of a flow block by one thread block or by those of a cluster: weights, activations and, if it fits,
-// the KV cache stay in shared memory for all steps. In a cluster each computes its share of every result and stores it
-// to all; then they wait for each other. float32 weights take float32 multiply-adds, bfloat16 weights the tensor cores,
-// activations rounded for them; every sum is float32 and has one order, whatever the group and the cluster.
+// The whole inverse of a flow block, by one thread block or by a cluster of them. Weights, activations and, if it fits,
+// the KV cache stay in shared memory for all steps. In a cluster, each thread block computes its share of every result,
+// stores it to all, and waits for the others. float32 weights use float32 multiply-adds. bfloat16 weights use the
+// tensor cores, with activations rounded to bfloat16. Every sum is float32 and has one order for every group and
+// cluster.
 #pragma once
 
 #include "cluster.h"
@@ -14,16 +15,16 @@ struct alignas(8) Pair {
     float one, two;
 };
 
-// The steps of one group of samples. Weight: float or Bf16, also that of the KV cache. The place of the cache is known
-// at compile time, so that accesses are those of one kind of memory.
+// The steps of one group of samples. Weight: type of weights and KV cache, float or Bf16. The place of the cache is
+// known at compile time, so that its accesses compile for one kind of memory.
 template <class Weight, bool CACHED_ON_CHIP, bool CLUSTERED>
 struct Onchip : Cluster<CLUSTERED> {
     using Cluster<CLUSTERED>::rank, Cluster<CLUSTERED>::size, Cluster<CLUSTERED>::barrier, Cluster<CLUSTERED>::store;
 
     const OnchipCall& call;
     char* shared;
-    int64_t first;      // sample of the group
-    int samples, rows;  // those with the condition come first
+    int64_t first;      // first sample of the group
+    int samples, rows;  // rows with the condition come first
 
     STARFLOW_DEVICE const Spec& spec() const { return call.spec; }
     STARFLOW_DEVICE const Plan& plan() const { return call.plan; }
@@ -35,7 +36,7 @@ struct Onchip : Cluster<CLUSTERED> {
     STARFLOW_DEVICE static int lane() { return thread_index() % WARP; }
     STARFLOW_DEVICE static int warp() { return thread_index() / WARP; }
 
-    // Outputs of a product that this thread block has, from rank() * share on; none or less past the last one.
+    // Returns how many outputs of a product this thread block has, from rank() * share on; at most 0 past the last one.
     STARFLOW_DEVICE int outputs(const Dense& dense) const {
         if constexpr (!CLUSTERED) return dense.out;
         int left = dense.out - rank() * dense.share;
@@ -48,14 +49,14 @@ struct Onchip : Cluster<CLUSTERED> {
         return static_cast<Weight*>(call.cache) + rows_before * plan().cache_row;
     }
 
-    // Token t in the block's own order.
+    // Returns token t, counted in the block's own order.
     STARFLOW_DEVICE float* at(int sample, int64_t t) const {
         int64_t place = spec().flip ? call.T - 1 - t : t;
         return call.state + ((first + sample) * call.T + place) * spec().token_dim;
     }
 
-    // done(row, n, (x W^T + b)[row, n]) for the thread block's columns n: a thread takes one of TILE rows. Four partial
-    // sums each, of k mod 4.
+    // Calls done(row, n, (x W^T + b)[row, n]) for the thread block's columns n. A thread takes TILE rows of one column,
+    // with four partial sums for each, by k mod 4.
     template <int TILE, class Done>
     STARFLOW_DEVICE void multiply_tiles(const Dense& dense, int layer, const float* x, int x_row, Done done) const {
         auto weights = reinterpret_cast<const Quad<float>*>(shared + layer + dense.weight);
@@ -86,7 +87,7 @@ struct Onchip : Cluster<CLUSTERED> {
         }
     }
 
-    // The same on the tensor cores: a warp takes 16 columns n of TILE times 8 rows.
+    // Does the same on the tensor cores: a warp takes 16 columns n of TILE times 8 rows.
     template <int TILE, class Done>
     STARFLOW_DEVICE void multiply_fragments(const Dense& dense, int layer, const float* x, int x_row, Done done) const {
         struct alignas(16) Fragment {
@@ -127,7 +128,7 @@ struct Onchip : Cluster<CLUSTERED> {
         }
     }
 
-    // As many rows per thread, or per warp, as leave work for every one.
+    // Takes as many rows per thread, or per warp, as leave work for every one.
     template <class Done>
     STARFLOW_DEVICE void multiply(const Dense& dense, int layer, const float* x, int x_row, Done done) const {
         if constexpr (sizeof(Weight) == sizeof(Bf16)) {
@@ -146,7 +147,7 @@ struct Onchip : Cluster<CLUSTERED> {
         }
     }
 
-    // The norm of h for the next product, one warp per row.
+    // Returns the norm of h for the next product, computed by one warp per row.
     STARFLOW_DEVICE const float* normalized(const NormPlaces& places, int layer) const {
         if (spec().norm == Norm::none) return h(0);
         for (int row = warp(); row < rows; row += WARPS) {
@@ -162,7 +163,7 @@ struct Onchip : Cluster<CLUSTERED> {
 
     STARFLOW_DEVICE int normalized_row() const { return spec().norm == Norm::none ? plan().h_row : plan().mid_row; }
 
-    // h += x W^T + b, with the norm of the branch in between, in `branch`, where the block has one.
+    // Computes h += x W^T + b, with a norm of the branch before the addition where the block has one.
     STARFLOW_DEVICE void add_branch(const Dense& dense, int layer, const float* x, int x_row, int post_norm,
                                     float* branch, int branch_row) const {
         bool post = spec().post_norm;
@@ -182,7 +183,7 @@ struct Onchip : Cluster<CLUSTERED> {
         barrier();
     }
 
-    // Norm and rotate one head's query or key, by the lanes of a warp.
+    // Norms and rotates the query or key of one head, by the lanes of a warp.
     STARFLOW_DEVICE void prepare(float* x, int norm, int slot) const {
         int d = spec().head_dim;
         if (spec().qk_norm) {
@@ -204,13 +205,13 @@ struct Onchip : Cluster<CLUSTERED> {
         return floats(plan().scores) + (CLUSTERED ? row * spec().heads + head : warp()) * plan().slots;
     }
 
-    // Cache of one key-value head of one row: keys [head_dim][key_slots], then values [slots][value_dims].
+    // Returns the cache of one key-value head of one row: keys [head_dim][key_slots], then values [slots][value_dims].
     STARFLOW_DEVICE Weight* keys(int row, int index, int head) const {
         int values = spec().head_dim * plan().key_slots + plan().slots * plan().value_dims;
         return cache() + int64_t(row) * plan().cache_row + (index * spec().kv_heads + head) * values;
     }
 
-    // One query with this thread block's slots of 0 .. slot.
+    // Computes the scores of one query with this thread block's share of the slots 0 .. slot.
     STARFLOW_DEVICE void score(const float* q, const Weight* keys, int slot, float scale, float* scores) const {
         for (int j = lane(); j * size() + rank() <= slot; j += WARP) {
             float score = 0;
@@ -219,7 +220,8 @@ struct Onchip : Cluster<CLUSTERED> {
         }
     }
 
-    // Softmax of its scores, by every thread block, and its dimensions of their sum of values.
+    // Computes the softmax of all scores, in every thread block, and this thread block's dimensions of the sum of
+    // values.
     STARFLOW_DEVICE void weigh(float* scores, const Weight* values, int slot, float* out) const {
         float most = -INFINITY, total = 0;
         for (int s = lane(); s <= slot; s += WARP) most = fmaxf(most, scores[s]);
@@ -250,7 +252,7 @@ struct Onchip : Cluster<CLUSTERED> {
         warp_barrier();
     }
 
-    // A warp takes a head of keys and values of one row, and its queries: q k v in `wide`, the result in `mid`.
+    // Attends. A warp takes a key-value head of one row, and its queries: q k v from `wide`, the result to `mid`.
     STARFLOW_DEVICE void attention(int index, int layer, int slot) const {
         int d = spec().head_dim, heads = spec().heads, kv_heads = spec().kv_heads, group = heads / kv_heads;
         auto weigh_head = [&](int row, int head) {
@@ -288,7 +290,7 @@ struct Onchip : Cluster<CLUSTERED> {
         } else {
             multiply(places.gate, layer, x, x_row,
                      [&](int row, int n, float value) { wide(row)[n] = gelu_tanh(value); });
-            // A thread has the same elements in both products.
+            // A thread has the same elements of both products.
             multiply(places.up, layer, x, x_row,
                      [&](int row, int n, float value) { store(wide(row) + n, wide(row)[n] * value); });
         }
@@ -318,7 +320,7 @@ struct Onchip : Cluster<CLUSTERED> {
         }
     }
 
-    // Parameters of the slot, to `wide`.
+    // Computes the parameters of the slot, to `wide`.
     STARFLOW_DEVICE void head() const {
         const float* x = h(0);
         int x_row = plan().h_row;
@@ -332,7 +334,7 @@ struct Onchip : Cluster<CLUSTERED> {
         barrier();
     }
 
-    // x_t = mu + sigma z_t, which is what the next slot takes in.
+    // Computes x_t = mu + sigma z_t, the input of the next slot.
     STARFLOW_DEVICE void transform(int64_t t) const {
         int D = spec().token_dim;
         for (int item = rank() * THREADS + thread_index(); item < samples * D; item += size() * THREADS) {
@@ -367,8 +369,8 @@ struct Onchip : Cluster<CLUSTERED> {
     }
 };
 
-// A thread block of the kernel: the weights once, then one group after the other. No thread block of a cluster leaves
-// before the last store to it: a barrier follows every store.
+// Runs a thread block of the kernel: copies the weights once, then takes one group after the other. No thread block of
+// a cluster returns before the last store to it, because a barrier follows every store.
 template <class Weight, bool CACHED_ON_CHIP, bool CLUSTERED>
 STARFLOW_DEVICE void run_onchip(const OnchipCall& call, char* shared) {
     const Plan& plan = call.plan;

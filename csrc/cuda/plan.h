@@ -1,5 +1,5 @@
-// Where a flow block's weights, KV cache and activations lie in the shared memory of a thread block, or of those of a
-// cluster: they share the outputs of every product and the KV cache evenly, and each has all activations.
+// Layout of a flow block's weights, KV cache and activations in shared memory. The thread blocks of a cluster share the
+// outputs of every product and the KV cache evenly, and each has all activations.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@
 namespace starflow::cuda {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int MOST_ROWS = 64;    // of a thread block
-constexpr int MOST_CLUSTER = 8;  // thread blocks, on every device that has clusters
+constexpr int MOST_ROWS = 64;    // per thread block
+constexpr int MOST_CLUSTER = 8;  // thread blocks per cluster, possible on every device that has clusters
 
-// Offsets below are bytes from the start of shared memory; those of a layer, from the start of the layer.
+// Offsets below are bytes from the start of shared memory. Offsets of a layer count from the start of the layer.
 struct Dense {
     // float32: weight [in / 4][out][4]; bfloat16: the fragments of multiply_add, [out / 16][in / 16][32 lanes][8].
-    // Padded with zeros. bias -1 for none. Of `out` outputs in all, a thread block has up to `share`.
+    // Both are padded with zeros. bias is -1 for none. Of all `out` outputs, a thread block has up to `share`.
     int weight, bias, in, out, share;
 };
 
@@ -36,13 +36,13 @@ struct Plan {
     LayerPlaces layer;
     // Each thread block holds every cluster-th slot of the keys and a share of the dimensions of the values.
     int slots, key_slots, value_dims;
-    int cache_row;        // values of the cache per row in one thread block
-    bool cached_on_chip;  // else in device memory, which no other thread block reads
-    // Rows of activations: the state h, of C; what a norm or attention leaves; the widest, of q k v, the MLP and the
-    // parameters; the tokens. Rows are as many floats apart as the other numbers say.
+    int cache_row;        // values of KV cache per row and thread block
+    bool cached_on_chip;  // else it is in device memory; each thread block reads only its own part
+    // Rows of activations. h: the state, of C values. mid: results of norms and attention. wide: q k v, the MLP and the
+    // parameters. tokens: the tokens. h_row, mid_row, ... are the distances between rows in floats.
     int cache, h, mid, wide, tokens, scores, activations;
     int h_row, mid_row, wide_row, token_row;
-    int group, copies;  // samples of a cluster, rows of each
+    int group, copies;  // samples per cluster, rows per sample
     int bytes;          // at most TOO_LARGE
 };
 
@@ -51,7 +51,8 @@ constexpr int TOO_LARGE = 1 << 30;
 constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int64_t padded(int64_t n, int to) { return (n + to - 1) / to * to; }
 
-// Floats of a row of n activations: whole fragments, and 8 or 24 modulo the 32 banks, where eight rows do not collide.
+// Returns the floats per row of n activations: whole fragments, and 8 or 24 modulo the 32 banks, so that eight rows do
+// not collide.
 constexpr int row_floats(int n) { return int(padded(n, 16)) + 8; }
 
 class Taker {
@@ -66,8 +67,8 @@ public:
     int vector(int64_t floats) { return take(4 * floats); }
 };
 
-// A thread block's weights in the order of BlockSpec.weight_shapes, less the position table, which stays in device
-// memory.
+// Places a thread block's weights in the order of BlockSpec.weight_shapes, except the position table, which stays in
+// device memory.
 inline void place_weights(const Spec& spec, Plan& plan) {
     Taker taker;
     int C = spec.channels;
@@ -106,7 +107,7 @@ inline void place_weights(const Spec& spec, Plan& plan) {
     plan.weight_bytes = taker.at;
 }
 
-// `group` samples of T tokens, `copies` rows of each.
+// Returns the plan for `group` samples of T tokens with `copies` rows each.
 inline Plan make_plan(const Spec& spec, int64_t T, int copies, int group, bool cached_on_chip, int cluster) {
     auto most = [](int a, int b) { return a > b ? a : b; };
     auto limited = [](int64_t n) { return int(n < TOO_LARGE ? n : TOO_LARGE); };
@@ -134,15 +135,16 @@ inline Plan make_plan(const Spec& spec, int64_t T, int copies, int group, bool c
     plan.mid = taker.vector(rows * plan.mid_row);
     plan.wide = taker.vector(rows * plan.wide_row);
     plan.tokens = taker.vector(rows * plan.token_row);
-    // The thread blocks of a cluster exchange the scores of all queries; a warp of one alone forgets them.
+    // The thread blocks of a cluster exchange the scores of all queries. Without a cluster, each warp reuses its own
+    // room.
     plan.scores = taker.vector(slots * (cluster > 1 ? rows * spec.heads : WARPS));
     plan.bytes = taker.at;
     return plan;
 }
 
-// The smallest cluster of up to `most_cluster` thread blocks that holds a sample, and the most samples of B that one
-// cluster holds with `limit` bytes of shared memory per thread block, spread over the processors. The KV cache is on
-// chip if one sample fits with it. A group of 0 if not even one sample fits.
+// Returns a plan with the smallest cluster of up to `most_cluster` thread blocks that holds a sample, with `limit`
+// bytes of shared memory per thread block. A group has as many of the B samples as fit, spread over the processors. The
+// KV cache is on chip if one sample fits with it. The group is 0 if not even one sample fits.
 inline Plan choose_plan(const Spec& spec, int64_t T, int copies, int64_t B, int64_t limit, int64_t processors,
                         int most_cluster) {
     int cluster = 1;

@@ -1,6 +1,7 @@
-// CUDA threads as fibers of one CPU thread, each running until it waits: forward or in reverse order, so that a barrier
-// that one order hides is missed in the other. A thread block of a cluster runs until it waits for the others, then the
-// next one: what it reads or overwrites too early shows. Barriers that not all threads reach are errors.
+// CUDA threads as fibers of one CPU thread. Each runs until it waits, in forward or in reverse order: a missing barrier
+// that one order hides shows in the other. A thread block of a cluster runs until it waits for the others, then the
+// next one runs, so that reading or overwriting too early gives a wrong result. Barriers that not all threads reach are
+// errors.
 #pragma once
 
 #include <ucontext.h>
@@ -15,13 +16,13 @@ namespace starflow::emulation {
 
 class Cluster {
 public:
-    // Thread blocks first .. first + blocks - 1 of count, each with its shared memory, which holds NaN.
+    // Takes the thread blocks first .. first + blocks - 1 of count. The shared memory of each holds NaN at first.
     Cluster(int first, int blocks, int count, int threads, int bytes)
         : first(first), count(count), threads(threads), fibers(blocks * threads), exchanged(blocks * threads) {
         for (int i = 0; i < blocks; ++i) memories.emplace_back(bytes / sizeof(Word), Word{{~0u, ~0u, ~0u, ~0u}});
     }
 
-    // Calls body(shared memory) once per thread. Throws std::logic_error where threads wait for each other in vain.
+    // Calls body(shared memory) once per thread. Throws std::logic_error if threads deadlock.
     void run(bool reverse, std::function<void(char*)> body) {
         this->body = std::move(body);
         running() = this;
@@ -42,7 +43,8 @@ public:
     }
 
     const int first, count, threads;
-    int current = 0, thread = 0, rank = 0;  // the running fiber, its index in its thread block, and that of this
+    // The running fiber, its index in its thread block, and the rank of that block.
+    int current = 0, thread = 0, rank = 0;
 
     enum class State { ready, at_cluster, at_block, at_warp, done };
 
@@ -52,7 +54,7 @@ public:
         swapcontext(&fiber.context, &scheduler);
     }
 
-    // function(of), where of(lane) is what that lane of the warp has given; every lane of it must come.
+    // Returns function(of), where of(lane) is the value that this lane of the warp has given. All lanes must call it.
     template <class Function>
     void with_warp(const void* given, Function function) {
         exchanged[current] = given;
@@ -61,7 +63,8 @@ public:
         wait(State::at_warp);
     }
 
-    // The address in another thread block's shared memory that corresponds to `here` in the running one's.
+    // Returns the address in another thread block's shared memory that corresponds to `here` in that of the running
+    // one.
     char* mapped(const void* here, int other) {
         return memory(other) + (static_cast<const char*>(here) - memory(rank));
     }
@@ -111,7 +114,7 @@ private:
         return true;
     }
 
-    // Until its threads wait for other thread blocks, for each other in vain, or are done.
+    // Runs a thread block until its threads wait for other thread blocks, deadlock, or are done.
     void run_block(int rank, bool reverse) {
         int begin = rank * threads, end = begin + threads;
         for (bool any = true; any;) {

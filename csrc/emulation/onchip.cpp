@@ -16,7 +16,7 @@ void run(const OnchipCall& call, char* shared) {
 
 }  // namespace
 
-// `stream` is the order of the threads: 0 forward, 1 in reverse.
+// `stream` gives the order of the threads: 0 forward, 1 in reverse.
 void launch_onchip(const OnchipCall& call, int64_t stream) {
     for (int first = 0; first < call.blocks; first += call.plan.cluster) {
         emulation::Cluster cluster(first, call.plan.cluster, call.blocks, THREADS, call.plan.bytes);
