@@ -1,4 +1,4 @@
-"""Fast exact ops for transformer autoregressive normalizing flows. Importing needs torch alone."""
+"""Fast exact ops for transformer autoregressive normalizing flows. Importing the package needs only torch."""
 
 from ._core.dispatch import backends
 from ._triton.runtime import warmup

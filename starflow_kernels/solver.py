@@ -11,17 +11,17 @@ from .spec import Guess, Method, check_choice
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """Solver of x = mu(x) + sigma(x) z for x, where the parameters of token t depend on earlier tokens alone.
+    """Solver of x = mu(x) + sigma(x) z for x, where the parameters of token t depend only on earlier tokens.
 
     Args:
         method: "sequential", token by token, or "jacobi", the fixed-point iteration x <- mu(x) + sigma(x) z on many
             tokens at once. Both solve the same equation: after k Jacobi sweeps the first k tokens are exact.
-        window: number of tokens that iterate together, 0 for all.
-        slide: with True, a converged token at the front of the window leaves it and a new one enters at the back. With
-            False, the next window begins once all tokens of this one have converged.
-        guess: initial value of a token, its noise or zeros.
-        tol: a token has converged when a sweep changes none of its values v by more than tol max(1, |v|); 0: when it
-            repeats bit for bit.
+        window: number of tokens that Jacobi iterates together, 0 for all.
+        slide: with True, a token leaves the window as soon as it and all tokens before it have converged, and a new one
+            enters at the back. With False, the next window begins once all tokens of this one have converged.
+        guess: initial value of a token: its noise, or zeros.
+        tol: a token has converged when a sweep changes no value v of it by more than tol max(1, |v|). With 0, it has
+            converged when it repeats bit for bit.
         neighbours: ascending distances, in tokens of the block's own order, to the earlier tokens on which a token
             depends most, such as (1, 16) for rows of 16. They turn sweeps into quasi-Newton steps; () is plain Jacobi.
     """
@@ -51,11 +51,11 @@ class SolveReport:
 
     Attributes:
         method: the method that ran.
-        passes: consecutive network passes of the sample that took most.
+        passes: number of network passes, one after the other, of the sample that needed the most.
         tokens: token evaluations, summed over passes and samples.
         seconds: wall time.
         sweeps: (B, T) int32, number of passes in which each token took part, in the block's own order.
-        residual: largest change of a value v in the pass that accepted it, relative to max(1, |v|); 0 where every
+        residual: largest change of a value v in the pass that accepted it, relative to max(1, |v|). It is 0 if every
             token was computed from exact ones.
         fallbacks: number of samples with a window that diverged and was solved token by token.
         certificate: max |forward(x) - z| of one density pass over the result, None unless requested.

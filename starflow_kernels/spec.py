@@ -1,6 +1,6 @@
-"""Frozen descriptions of what the ops compute, and every set of names that an argument accepts.
+"""Frozen specs of what the ops compute, and a Literal for every argument that accepts a set of names.
 
-Specs hold no tensors and pass through op schemas as JSON.
+Specs hold no tensors. Registered ops take them as JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_choice(name: str, value: object, choices: object) -> None:
 
 
 def choice_index(value: str, choices: object) -> int:
-    """Return the position of `value` in the Literal `choices`, which is its number in the compiled kernels."""
+    """Return the index of `value` in the Literal `choices`, which is its number in the compiled kernels."""
     return get_args(choices).index(value)
 
 
@@ -39,8 +39,8 @@ class AffineSpec:
 
     Args:
         scale: "exp" (TarFlow): sigma = exp(a). "softplus" (STARFlow): sigma = softplus(a + 0.5413), which is 1 at
-            a = 0. "unit": sigma = 1, the volume-preserving variant, whose parameters are the mean alone.
-        soft_clip: c > 0 first bounds every raw output r to c tanh(r / c); 0 turns this off.
+            a = 0. "unit": sigma = 1, the volume-preserving variant, whose only parameter is the mean.
+        soft_clip: bound c > 0, which first maps every raw output r to c tanh(r / c); 0 turns this off.
     """
 
     scale: Scale = "exp"
@@ -74,13 +74,13 @@ class BlockSpec:
         rotary: pairing of rotary positions, or "none".
         positions: rows of the learned position table, 0 for no table.
         text_dim: width of the text states that may precede the tokens, 0 for none.
-        start: a learned token replaces the input at t = 0, so that token 0 is transformed too. Without it, the
-            network's outputs shift right by one token and token 0 passes unchanged.
-        flip: the block's own token order is the reverse of the data's.
+        start: whether a learned token is the input at t = 0, so that token 0 is transformed too. Without it, the
+            network's outputs shift right by one token, and token 0 passes unchanged.
+        flip: whether the block's own token order is the reverse of the order of the data.
         bias: whether the linear layers inside the transformer layers have biases.
-        qk_norm: RMSNorm of queries and keys.
-        post_norm: RMSNorm of the outputs of attention and MLP.
-        final_norm: RMSNorm before the output projection.
+        qk_norm: whether queries and keys have an RMSNorm.
+        post_norm: whether the outputs of attention and MLP have an RMSNorm.
+        final_norm: whether there is an RMSNorm before the output projection.
     """
 
     token_dim: int
@@ -102,7 +102,7 @@ class BlockSpec:
     qk_norm: bool = False
     post_norm: bool = False
     final_norm: bool = False
-    # Set per instance; ClassVar keeps them out of the fields.
+    # Set per instance. ClassVar keeps them out of the dataclass fields.
     _json: ClassVar[str]
     _weight_shapes: ClassVar[dict[str, tuple[int, ...]]]
 
@@ -123,7 +123,7 @@ class BlockSpec:
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every weight, in the order of the block ops."""
+        """Shape of every weight by name, in the order of the block ops."""
         return self._weight_shapes
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -170,7 +170,7 @@ class BlockSpec:
         return shapes
 
     def to_json(self) -> str:
-        """Return the spec as JSON, the `spec` argument of the registered block ops."""
+        """Return the spec as JSON, which the registered block ops take as `spec`."""
         return self._json
 
     @staticmethod

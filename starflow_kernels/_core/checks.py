@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: an error names the argument, what was given and what is accepted."""
+"""Argument checks of the public functions. An error names the argument, the given value and what is accepted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_tensor(name: str, value: object, shape: tuple[int | str, ...], like: t
     Args:
         name: name of the argument, for the error.
         value: the argument.
-        shape: expected sizes; a string accepts every size above 0, "B" also 0.
+        shape: expected sizes. A string stands for any size of at least 1; "B" also accepts 0.
         like: tensor on the expected device; None accepts every device.
 
     Raises:
@@ -45,7 +45,7 @@ def check_finite(name: str, value: torch.Tensor) -> None:
     """Raise ValueError if a sampler's input holds NaN or infinity; compiled code skips the check."""
     if torch.compiler.is_compiling():
         return
-    # The largest magnitude takes one pass, and for small tensors a third of the time of isfinite().all().
+    # vector_norm takes one pass; for small tensors it needs a third of the time of isfinite().all().
     if value.numel() and not math.isfinite(torch.linalg.vector_norm(value, math.inf).item()):
         bad = (~value.isfinite()).sum().item()
         raise ValueError(f"{name}: {bad} of {value.numel()} values are not finite")

@@ -1,4 +1,4 @@
-"""Compiled libraries of csrc/, each loaded at first use, and registration of their kernels."""
+"""Loading of the compiled libraries of csrc/ at first use, and registration of their kernels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from . import dispatch
 
 FOLDER = Path(__file__).parents[1]
-# Number of values from which `empty` asks for huge pages.
+# `empty` requests huge pages for tensors of at least this many values.
 HUGE_PAGES_FROM = 2**20
 
 
 def load_error(name: str, title: str) -> str | None:
-    """Load the library _<name>.abi3.so. Returns None, or why it cannot be loaded, with `title` for its kernels."""
+    """Load the library _<name>.abi3.so. Returns None, or the reason why not, which calls it `title`."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         return f"{title} kernels need torch >= 2.10, this is {torch.__version__}"
     library, note = FOLDER / f"_{name}.abi3.so", FOLDER / f"_{name}.txt"
@@ -38,7 +38,7 @@ def native_unavailable() -> str | None:
 
 @functools.cache
 def cuda_load_error() -> str | None:
-    """Load the CUDA kernels, which needs no GPU. Returns None, or why they cannot be loaded."""
+    """Load the CUDA kernels; loading needs no GPU. Returns None, or why they cannot be loaded."""
     return load_error("cuda", "CUDA")
 
 
@@ -54,7 +54,7 @@ def cuda_unavailable() -> str | None:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return uninitialized CPU memory for a kernel, in huge pages where it is large."""
+    """Return an uninitialized CPU tensor for a kernel; a large one uses huge pages."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if tensor.numel() >= HUGE_PAGES_FROM:
         torch.ops.starflow_native.use_huge_pages(tensor)
@@ -74,7 +74,7 @@ def refuse_tensors(dtypes: tuple[torch.dtype, ...], **tensors: torch.Tensor | No
 
 
 def register(op: str, module: ModuleType, backward: bool = True) -> None:
-    """Register backend "native" of an op: the functions `op` and `op_backward` of `module`, guarded by its `refuse`."""
+    """Register `<op>` and `<op>_backward` of a module as backend "native"; its `refuse` guards both."""
     dispatch.register(op, "native", getattr(module, op), module.refuse, native_unavailable)
     if backward:
         run = getattr(module, f"{op}_backward")

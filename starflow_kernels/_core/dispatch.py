@@ -1,4 +1,4 @@
-"""Choice of a backend: the one that the caller names, else the one measured fastest, else the first that can run."""
+"""Choice of a backend: the one the caller names, else the one measured fastest, else the first that can run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .torch_private import disable_autocast
 
 
 class Kernel(NamedTuple):
-    """Functions of one backend of an op.
+    """One backend of an op, as three functions.
 
     `run(*op arguments)` computes the op. `refuse(*op arguments)` returns why it cannot, or None. `unavailable()`
     returns why the backend cannot run on this machine, or None.
@@ -73,7 +73,7 @@ def run(op: str, backend: str | None, *args):
         if reason := kernels[backend].unavailable() or kernels[backend].refuse(*args):
             raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
     kernel = kernels[backend or choose(op, *args)]
-    # Ops compute in the dtypes of their inputs; autocast acts before they are called.
+    # Ops compute in the dtypes of their inputs, so autocast must not act inside them.
     with disable_autocast():
         return kernel.run(*args)
 
@@ -82,8 +82,8 @@ def backends() -> dict[str, dict[str, str]]:
     """List the backends of every op on this machine, in order of preference.
 
     Returns:
-        Op -> backend -> "available", or the reason why the backend cannot run here. A backend that was measured fastest
-        on a device of this machine has "available; first choice" and the arguments for which it is tried first.
+        Op -> backend -> "available", or the reason why it cannot run here. If a backend was measured fastest on
+        a device of this machine, "; first choice" and the arguments to which this applies follow "available".
     """
     listing = {
         op: {name: kernel.unavailable() or "available" for name, kernel in kernels.items()}

@@ -1,4 +1,4 @@
-"""Numerics that several ops share: accumulation dtype, norms, rotary positions, limits."""
+"""Numerical functions and constants that several ops share: accumulation dtype, norms, rotary positions, limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def norm_statistics(x: torch.Tensor, kind: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x, centered for "layer_norm", and 1 / sqrt(mean x^2 + eps), over the last dimension, float32 or wider."""
+    """Return x (centered for "layer_norm") and 1 / sqrt(mean x^2 + eps) over the last dimension, float32 or wider."""
     y = x.to(accumulation_dtype(x.dtype))
     if kind == "layer_norm":
         y = y - y.mean(-1, keepdim=True)

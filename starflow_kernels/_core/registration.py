@@ -1,4 +1,4 @@
-"""Registration with torch.library: one schema per op, a fake, a gradient, and dispatch to the backends."""
+"""Registration of ops with torch.library: schema, fake implementation, gradient, and dispatch to the backends."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
 
 
 def _needs_no_dispatcher(tensors: list[torch.Tensor]) -> bool:
-    """Return whether no compiler, dispatch mode, transform or tensor subclass would see a call."""
+    """Return whether no compiler, dispatch mode, transform or tensor subclass would intercept a call."""
     return (
         all(t.is_cpu and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
         and not torch.compiler.is_compiling()
@@ -49,7 +49,7 @@ def _needs_no_dispatcher(tensors: list[torch.Tensor]) -> bool:
 
 
 def call(op: str, *args, backend: str | None):
-    """Call torch.ops.starflow.op, but skip torch's dispatcher where it would do nothing: it dominates short calls."""
+    """Call torch.ops.starflow.<op>, without torch's dispatcher if it would do nothing: it dominates short calls."""
     tensors = _tensors(args)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if not _needs_no_dispatcher(tensors) or (needs_grad and op not in _functions):
@@ -65,19 +65,19 @@ def differentiable(
     keep_outputs: bool = True,
     shared: Mapping[int, int] = MappingProxyType({}),
 ) -> None:
-    """Give `op` a gradient, as the op `starflow::op_backward(grads, outputs, arguments)`.
+    """Give an op a gradient, computed by the op `starflow::<op>_backward(grads, outputs, arguments)`.
 
-    The backward op returns a list with one gradient for each differentiable argument that is not None. An entry of
-    grads is None for an output that was not used; the reference gets zeros there.
+    The backward op returns a list with one gradient for each differentiable argument that is not None. `grads` has an
+    entry per output of the op: its gradient, or None if the output was not used. The reference gets zeros for None.
 
     Args:
         op: name of an op registered by `define`.
-        arguments: the arguments of its schema.
+        arguments: the arguments of the schema of `op`.
         inputs: number of leading arguments that are differentiable, each a tensor or None.
-        reference: backward in plain PyTorch.
-        keep_outputs: whether backward needs the outputs. Where it is False, `outputs` is empty; the op has one output.
-        shared: argument -> argument with the same gradient, as in a sum. The former is not kept: backward gets None in
-            its place and returns no gradient for it.
+        reference: the backward op in plain PyTorch.
+        keep_outputs: whether backward needs the outputs. With False, `outputs` is empty; the op must have one output.
+        shared: maps an argument to another one with the same gradient, such as the terms of a sum. The first one is not
+            saved: backward gets None in its place and returns no gradient for it.
     """
     backward = f"{op}_backward"
 

@@ -1,4 +1,4 @@
-"""Every private symbol of torch that this package uses, all seen in torch 2.13.0."""
+"""Every private symbol of torch that this package uses, checked with torch 2.13.0."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = [
 ]
 
 disable_autocast = torch._C._DisableAutocast
-"""Context manager in which no operation is autocast; cheaper than torch.autocast(enabled=False)."""
+"""Context manager that turns off autocast; it is cheaper than torch.autocast(enabled=False)."""
 
 version_of = operator.attrgetter("_version")
-"""Return the version counter of a tensor, which grows with every write in place."""
+"""Return the version counter of a tensor, which every in-place write increments."""
 
 flash_attention_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_attention_backward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

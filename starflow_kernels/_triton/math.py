@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-# e - 1 rounded to float32, and the remainder.
+# e - 1 rounded to float32, and the rounding error.
 E_MINUS_1 = tl.constexpr(1.718281865119934)
 E_MINUS_1_REST = tl.constexpr(-3.666088899e-08)
 
 
 @triton.jit
 def tanh(x):
-    """Compute tanh to a few ulp: by a minimax fit below 0.625, by the exponential above."""
+    """Return tanh to a few ulp: by a minimax polynomial up to |x| = 0.625, by the exponential above."""
     square = x * x
     small = -0.00566078071
     small = small * square + 0.020601999
@@ -33,7 +33,7 @@ def softplus_one(a):
 
 @triton.jit
 def soft_clipped(r, clip, CLIPPED: tl.constexpr):
-    """Return clip tanh(r / clip), or r without clipping."""
+    """Return clip tanh(r / clip) if CLIPPED, else r."""
     if CLIPPED:
         return clip * tanh(r / clip)
     return r

@@ -1,4 +1,4 @@
-"""Rotary positions in Triton: a head is read as two tiles, the first and the second value of every rotated pair."""
+"""Rotary positions in Triton. A head is read as two tiles: the first and the second values of all rotated pairs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import triton.language as tl
 
 @triton.jit
 def block_head_row(blocks, heads):
-    """Return the block of tokens, the head and the row of the batch of this program."""
+    """Return the indices of this program's block of tokens, head and batch row."""
     head = tl.program_id(0) // blocks
     return tl.program_id(0) % blocks, (head % heads).to(tl.int64), (head // heads).to(tl.int64)
 
 
 @triton.jit
 def row_pointers(x, stride, start, T, width, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """Return pointers to the `width` values of BLOCK tokens from `start` on, and the mask of those that exist."""
+    """Return pointers to the `width` values of BLOCK tokens from `start` on, and the mask of existing values."""
     token, i = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     # (BLOCK, BLOCK_D)
     pointers = x + tl.cast(start, tl.int64) * stride + (token[:, None] * stride + i[None, :])
@@ -25,7 +25,7 @@ def row_pointers(x, stride, start, T, width, BLOCK_D: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def load_rows(x, stride, start, T, width, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the values of BLOCK tokens, zero past T and `width`."""
+    """Return the values of BLOCK tokens from `start` on, zero past T and `width`."""
     pointers, mask = row_pointers(x, stride, start, T, width, BLOCK_D, BLOCK)
     return tl.load(pointers, mask, 0)  # (BLOCK, BLOCK_D)
 
@@ -35,7 +35,7 @@ def load_pair(
     x, stride, cos, sin, start, T,
     HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the first and the second values of the pairs of BLOCK tokens, rotated; zero past T and past the head."""
+    """Return the first and the second values of all pairs of BLOCK tokens, rotated; zero past T and past the head."""
     if ROTARY == "interleaved":
         both = load_rows(x, stride, start, T, HEAD, 2 * HALF, BLOCK)  # (BLOCK, 2 HALF)
         first, second = tl.split(tl.reshape(both, [BLOCK, HALF, 2]))
@@ -89,7 +89,7 @@ def undo_rotary_kernel(
     rotated, cos, sin, x, T, H,
     HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Invert apply_rotary_kernel; both tensors are contiguous."""
+    """Undo apply_rotary_kernel; both tensors are contiguous."""
     block, head, row = block_head_row(tl.cdiv(T, BLOCK), H)
     start, offset = block * BLOCK, (row * T * H + head) * HEAD
     # (BLOCK, HALF) each

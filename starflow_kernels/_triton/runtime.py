@@ -1,6 +1,6 @@
 """Availability of Triton, registration of its backends, and `warmup`.
 
-This module imports Triton only when a call comes whose tensors a kernel can take.
+Triton is imported at the first call with tensors on a device that Triton runs on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .._core import dispatch
 @functools.cache
 def interpreted() -> bool:
     """Return whether kernels run in Triton's interpreter, on the CPU."""
-    # Triton reads the variable once, when it is imported.
+    # Triton reads this variable only once, when it is imported.
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -62,7 +62,7 @@ def refuse_tensors(*tensors: torch.Tensor | None) -> str | None:
 
 
 def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Return the tensors contiguous, None for None."""
+    """Return contiguous versions of the tensors; None stays None."""
     return [None if t is None else t.contiguous() for t in tensors]
 
 
@@ -104,15 +104,15 @@ def register(op: str, module: str | None = None, backward: bool = True) -> None:
 
 
 def warmup(op: Callable, *args, **options) -> None:
-    """Compile the Triton kernels that op(*args, **options) launches and run them once, so that no later call waits.
+    """Compile the Triton kernels that op(*args, **options) launches, and run them once, so that no later call waits.
 
-    Nothing is tuned: block sizes follow from dtype and widths. Triton caches compiled kernels on disk.
+    There is no autotuning: dtypes and widths determine the block sizes. Triton caches compiled kernels on disk.
 
     Args:
         op: an op of this package with a Triton backend.
-        args: positional arguments of the call. Of a tensor only shape, dtype and requires_grad are used: it may be a
-            meta tensor, and a batch of one is enough. Where one requires a gradient, the backward kernels are compiled
-            too, for a loss that uses every output.
+        args: positional arguments of the call. Only shape, dtype and requires_grad of a tensor are used, so it may be a
+            meta tensor, and a batch of one is enough. If a tensor requires a gradient, the backward kernels for a loss
+            that uses every output are compiled too.
         options: keyword arguments of the call, without `backend`.
 
     Raises:

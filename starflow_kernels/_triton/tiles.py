@@ -1,6 +1,6 @@
-"""Block sizes of the Triton attention kernels, chosen so that no kernel spills registers on its chip.
+"""Block sizes of the Triton attention kernels, chosen so that no kernel spills registers on the chip.
 
-Triton 3.6 and 3.9 compile all of them without spills, with and without a window.
+Triton 3.6 and 3.9 compile all entries without spills, with and without a window.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import torch
 
 from .runtime import interpreted
 
-# Capability of a device, as torch gives it -> name of the chip.
+# Compute capability, as torch reports it -> name of the chip.
 NVIDIA = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 AMD = {(9, 4): "gfx942"}
 
 # op -> chip -> bytes per value -> padded head size -> kernel -> (queries per block, keys per block, warps, stages).
-# The sizes of attention_flow are for the widest tokens; "default" is for other chips, with 64 KiB of shared memory.
+# The entries of attention_flow are for the widest tokens. "default" is for all other chips; it needs 64 KiB of shared
+# memory.
 BLOCKS = {
     "causal_attention": {
         "sm_80": {
@@ -149,12 +150,12 @@ BLOCKS = {
 
 
 def blocks(op: str, kernel: str, chip: str, width: int, head: int) -> dict[str, int]:
-    """Return an entry of the table as launch options.
+    """Return the block sizes of a kernel as launch options.
 
     Args:
         op: "causal_attention" or "attention_flow".
         kernel: "forward", "keys" or "queries".
-        chip: name of the chip; an unknown one takes the sizes of "default".
+        chip: name of the chip; an unknown chip gets the sizes of "default".
         width: bytes per value.
         head: padded head size.
     """
@@ -163,7 +164,7 @@ def blocks(op: str, kernel: str, chip: str, width: int, head: int) -> dict[str, 
 
 
 def chip_of(device: torch.device) -> str:
-    """Return the name of a device's chip in the tables of block sizes, "default" for a chip that they lack."""
+    """Return the name of a device's chip in BLOCKS, or "default" for a chip without an entry."""
     if interpreted():
         return "default"
     names = NVIDIA if torch.version.hip is None else AMD
@@ -171,5 +172,5 @@ def chip_of(device: torch.device) -> str:
 
 
 def config(op: str, kernel: str, x: torch.Tensor, half: int) -> dict[str, int]:
-    """Return the launch options for tensors like x whose padded half head is `half`; nothing else decides them."""
+    """Return the launch options, which depend only on op, kernel, chip, dtype and the padded half head `half`."""
     return blocks(op, kernel, chip_of(x.device), x.element_size(), 2 * half)

@@ -1,1 +1,1 @@
-"""Affine flow transform, data to noise."""
+"""Affine flow transform from data to noise."""

@@ -1,4 +1,4 @@
-"""Affine flow transform, data to noise."""
+"""Affine flow transform from data to noise."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def affine_flow(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform data to noise, z_t = (x_t - mu_t) / sigma_t, with the log-determinant.
 
-    TarFlow (arXiv 2412.06329), eq. 3; STARFlow (arXiv 2506.06276), section 3.
+    See TarFlow (arXiv 2412.06329), eq. 3, and STARFlow (arXiv 2506.06276), section 3.
 
     Args:
         x: (B, T, D) tokens, any floating dtype.
-        params: (B, T, 2D) raw network outputs [a | b], or (B, T, D) where spec.scale is "unit"; any floating dtype.
+        params: (B, T, 2D) raw network outputs [a | b], or (B, T, D) if spec.scale is "unit"; any floating dtype.
         spec: map from a and b to sigma and mu.
-        shift: params[:, t] belongs to token t + 1, and token 0 passes unchanged.
-        flip: params are in the reverse of the token order of x; z keeps the order of x.
+        shift: whether params[:, t] belong to token t + 1; token 0 then passes unchanged.
+        flip: whether params are in the reverse of the token order of x; z keeps the order of x.
         logdet: "sum" over T and D, "mean" over T and D, or "none": one value per element, in the order of x.
         backend: name of a backend; None takes the first that can run.
 

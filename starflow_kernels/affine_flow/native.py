@@ -1,4 +1,4 @@
-"""Affine flow transform on the CPU by the kernel of csrc/cpu/affine_flow.cpp."""
+"""Affine flow transform on the CPU, by the kernel in csrc/cpu/affine_flow.cpp."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from .._core.compiled import empty, refuse_tensors
 from ..spec import Logdet, Scale, choice_index
 
-# Values per token that the kernels take.
+# Largest number of values per token that the kernels take.
 MAX_TOKEN_DIM = 8192
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +24,7 @@ def refuse(x: torch.Tensor, params: torch.Tensor, *others) -> str | None:
 
 
 def native_options(scale: str, soft_clip: float, shift: bool, flip: bool, logdet: str):
-    """Return the options as the kernels number them."""
+    """Return the options as the numbers that the kernels take."""
     return choice_index(scale, Scale), soft_clip, shift, flip, choice_index(logdet, Logdet)
 
 

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 from .._core.numerics import accumulation_dtype
 
-# softplus(SOFTPLUS_ONE) = 1: zero outputs of the network are the identity transform.
+# softplus(SOFTPLUS_ONE) = 1, so that network outputs of zero give the identity transform.
 SOFTPLUS_ONE = 0.541324854612918
 
 
 def by_token(params: torch.Tensor, shift: bool, flip: bool) -> torch.Tensor:
-    """Return raw parameters in the token order of x, zeros (the identity) for a token that passes unchanged."""
+    """Return raw parameters in the token order of x. A token that passes unchanged gets zeros, the identity."""
     if shift:
         params = F.pad(params[:, :-1], (0, 0, 1, 0))
     return params.flip(1) if flip else params
@@ -32,7 +32,7 @@ def sigma_of(a: torch.Tensor | None, b: torch.Tensor, scale: str) -> tuple[torch
         return torch.ones_like(b), torch.zeros_like(b)
     if scale == "exp":
         return a.exp(), a
-    # F.softplus returns its argument above 20, an error of 2e-9.
+    # F.softplus returns its argument above 20, with an error of 2e-9.
     sigma = torch.logaddexp(a + SOFTPLUS_ONE, a.new_zeros(()))
     return sigma, sigma.log()
 
@@ -40,7 +40,7 @@ def sigma_of(a: torch.Tensor | None, b: torch.Tensor, scale: str) -> tuple[torch
 def affine_flow(
     x: torch.Tensor, params: torch.Tensor, scale: str, soft_clip: float, shift: bool, flip: bool, logdet: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return z_t = (x_t - mu_t) / sigma_t and -log sigma, all t at once."""
+    """Return z_t = (x_t - mu_t) / sigma_t and the log-determinant, for all t at once."""
     a, mu = raw_outputs(by_token(params, shift, flip), scale, soft_clip)
     sigma, log_sigma = sigma_of(a, mu, scale)
     z = ((x - mu) / sigma).to(x.dtype)

@@ -1,7 +1,7 @@
-"""Affine flow transform in Triton: every tensor is read and written once.
+"""Affine flow transform in Triton. Every tensor is read or written once.
 
-A program takes BLOCK consecutive elements of one row. Each program stores its partial sum of a log-determinant, and a
-second kernel adds them. The blocks of a row depend on T and D alone, so that its bits are the same in every batch.
+A program takes BLOCK consecutive elements of one row. Each program stores its partial sum of the log-determinant, and a
+second kernel adds these sums. The blocks of a row depend only on T and D, so a row has the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONFIG = {"BLOCK": 1024, "num_warps": 4}
 
 @triton.jit
 def _elements(T, D, SHIFT: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr):
-    """Return this program's row, elements of it, their mask, the tokens that hold their parameters, and dimensions."""
+    """Return this program's row, its elements, their mask, the tokens that hold their parameters, and dimensions."""
     chunks = tl.cdiv(T * D, BLOCK)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     element = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
@@ -29,7 +29,7 @@ def _elements(T, D, SHIFT: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _transform(params, row, source, dimension, inside, T, D, clip, SCALE: tl.constexpr, CLIPPED: tl.constexpr):
-    """Return clipped a and b, sigma and log sigma of each element; the identity where a token has no parameters."""
+    """Return clipped a and b, sigma and log sigma per element. A token without parameters gets the identity."""
     known = inside & (source >= 0)
     if SCALE == "unit":
         offsets = (row * T + source) * D + dimension
@@ -49,7 +49,7 @@ def affine_flow_forward_kernel(
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store z, and -log sigma of each element or the program's sum of log sigma."""
+    """Store z, and either -log sigma per element or the program's sum of log sigma."""
     row, element, inside, source, dimension = _elements(T, D, SHIFT, FLIP, BLOCK)
     _, b, sigma, log_sigma = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED)
     offsets = row * T * D + element
@@ -90,7 +90,7 @@ def affine_flow_backward_kernel(
         g_logdet += tl.load(grad_logdet + row) * factor if SUM else tl.load(grad_logdet + offsets, inside, 0)
     g_x = g / sigma
     tl.store(grad_x + offsets, g_x, inside)
-    # The last parameters of a shifted sequence belong to no token; the token without parameters clears them.
+    # The last parameters of a shifted sequence belong to no token. The token without parameters zeroes their gradient.
     known, target = source >= 0, tl.where(source >= 0, source, T - 1)
     g_b = tl.where(known, 0.0 - g_x, 0.0)
     if CLIPPED:

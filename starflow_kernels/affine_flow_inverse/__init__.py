@@ -1,1 +1,1 @@
-"""Inverse affine transform with guidance, noise to data."""
+"""Inverse affine transform with guidance, from noise to data."""

@@ -1,4 +1,4 @@
-"""Inverse affine transform with guidance, noise to data."""
+"""Inverse affine transform with guidance, from noise to data."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ def affine_flow_inverse(
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Transform noise to data where the parameters are known: x_t = mu_t + sigma_t z_t.
+    """Transform noise to data with known parameters: x_t = mu_t + sigma_t z_t.
 
-    The inverse of TarFlow (arXiv 2412.06329), eq. 3; guidance by its section 2.6 or by STARFlow (arXiv 2506.06276),
+    This inverts TarFlow (arXiv 2412.06329), eq. 3. Guidance follows section 2.6 there, or STARFlow (arXiv 2506.06276),
     section 3.4.
 
     Args:
         z: (B, n, D) noise tokens, any floating dtype; a sampled state is float32.
-        params: (B, n, 2D) raw network outputs [a | b], (B, n, D) where spec.scale is "unit". Under guidance 2B rows:
-            first the B with the condition, then the same B without.
+        params: (B, n, 2D) raw network outputs [a | b], or (B, n, D) if spec.scale is "unit". With guidance, 2B rows:
+            first the B rows with the condition, then the same rows without it.
         spec: map from a and b to sigma and mu.
         guidance: weight w, a number or a tensor that broadcasts to (B, n); None for one set of parameters.
         rule: "tarflow" extrapolates the raw outputs after the soft clip, r_c + w (r_c - r_u). "starflow" takes the
             Gaussian of density p_c^(1 + w) / p_u^(w k) with k = min(sigma_u / sigma_c, 1)^2.
-        out: (B, n, D) tensor in the dtype of z to write into, which may be z itself; it receives no gradient.
+        out: (B, n, D) tensor in the dtype of z to write into, which may be z itself. It has no gradient.
         backend: name of a backend; None takes the first that can run.
 
     Returns:
-        x (B, n, D) in the dtype of z: `out` where it is given, else a new tensor. Where a gradient is needed, plain
-        PyTorch computes x.
+        x (B, n, D) in the dtype of z: `out` if it is given, else a new tensor. If a gradient is needed, plain PyTorch
+        computes x.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.

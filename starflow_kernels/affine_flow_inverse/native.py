@@ -1,4 +1,4 @@
-"""Inverse affine transform on the CPU by the kernel of csrc/cpu/affine_flow_inverse.cpp."""
+"""Inverse affine transform on the CPU, by the kernel in csrc/cpu/affine_flow_inverse.cpp."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from ..affine_flow.reference import raw_outputs, sigma_of
 def guided(
     params: torch.Tensor, guidance: torch.Tensor, scale: str, soft_clip: float, rule: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the guided mu and sigma of rows [condition | no condition], with a weight per (row, token)."""
+    """Return the guided mu and sigma. params: rows [condition | no condition]; guidance: weight per row and token."""
     w = guidance.to(accumulation_dtype(params.dtype)).unsqueeze(-1)
     a, b = raw_outputs(params, scale, soft_clip)
     if rule == "tarflow":

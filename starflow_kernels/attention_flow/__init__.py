@@ -1,1 +1,1 @@
-"""Flow of one attention layer."""
+"""Flow with one attention layer as its network."""

@@ -1,4 +1,4 @@
-"""Flow of one attention layer, from queries, keys and values to noise and log-determinant."""
+"""Flow with one attention layer, from queries, keys and values to noise and log-determinant."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ def attention_flow(
     logdet: Logdet = "sum",
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply `causal_attention`, project its heads to raw parameters and apply `affine_flow`, keeping neither result.
+    """Apply `causal_attention`, project its heads to raw parameters, and apply `affine_flow`, in one op.
 
-    TarFlow (arXiv 2412.06329), eq. 3, with one attention layer as the network.
+    This is TarFlow (arXiv 2412.06329), eq. 3, with one attention layer as the network.
 
     Args:
         x: (B, T, D) tokens, any floating dtype.
         q: (B, T, H, d) queries in the network's token order, any floating dtype.
         k: (B, T, H_kv, d) keys in the dtype of q, as in `causal_attention`.
         v: (B, T, H_kv, d) values in the dtype of q, as in `causal_attention`.
-        weight: (P, H d) in the dtype of q, the projection to P = 2D raw outputs [a | b], P = D where spec.scale is
+        weight: (P, H d) in the dtype of q, the projection to P = 2D raw outputs [a | b], or to P = D if spec.scale is
             "unit".
         bias: (P,) in the dtype of q, or None.
         spec: map from a and b to sigma and mu, as in `affine_flow`.

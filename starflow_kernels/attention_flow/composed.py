@@ -1,4 +1,4 @@
-"""Flow of one attention layer, composed of the ops `causal_attention` and `flow_head`."""
+"""Flow with one attention layer, composed of the ops `causal_attention` and `flow_head`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .._core.dispatch import choose, run
 
 
 def _arguments(x, q, k, v, weight, bias, cos, sin, rotary, window, temperature, *options) -> tuple[tuple, tuple]:
-    """Return the arguments of `causal_attention`, and those of `flow_head` with a placeholder for its input."""
+    """Return the arguments of `causal_attention` and of `flow_head`, with a placeholder for the attention output."""
     placeholder = q.new_empty(1).expand(*q.shape[:2], q.shape[2] * q.shape[3])
     attention = q, k, v, cos, sin, rotary, window, temperature
     return attention, (x, placeholder, weight, bias, None, *options)

@@ -1,4 +1,4 @@
-"""Flow of one attention layer: the specification in plain PyTorch."""
+"""Flow with one attention layer: the specification in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attention_flow(
     temperature: float,
     *options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return z and log-determinant of attention, projection and affine transform, and the log-sum-exp of the scores."""
+    """Apply attention, projection and affine transform; return z, the log-determinant and the scores' log-sum-exp."""
     out, lse = causal_attention(q, k, v, cos, sin, rotary, window, temperature)
     return *affine_flow(x, F.linear(out.flatten(2), weight, bias), *options), lse
 
@@ -31,7 +31,7 @@ def attention_flow(
 def attention_flow_backward(
     grads, outputs, x, q, k, v, weight, bias, cos, sin, rotary, window, temperature, *options
 ) -> list[torch.Tensor]:
-    """Return the gradients with respect to x, q, k, v, weight and bias; attention and parameters are recomputed."""
+    """Return the gradients with respect to x, q, k, v, weight and bias; recomputes attention and parameters."""
     attention = q, k, v, cos, sin, rotary, window, temperature
     (*flow_grads, grad_lse), (z, _, lse) = grads, outputs
     out, _ = causal_attention(*attention)

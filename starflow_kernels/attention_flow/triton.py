@@ -1,10 +1,11 @@
-"""Attention flow in Triton: neither the attention output nor the raw parameters of the forward pass reach memory.
+"""Attention flow in Triton. The forward pass writes neither the attention output nor the raw parameters to memory.
 
-A program takes BLOCK_M tokens of one row through every head and adds their projections. The backward pass recomputes
-both. It stores the raw gradients g and the attention output, whose product is the gradient of the weight W.
+A program takes BLOCK_M tokens of one row through every head and adds the projections of the heads. The backward pass
+recomputes the attention output and the raw parameters. It stores the gradients g of the raw parameters and the
+attention output, whose product is the gradient of the weight W.
 
-The gradient of the output of head h is g W_h. The kernel of the keys takes V W_h^T as values and g as their gradient
-instead, so that dV = (P^T g) W_h.
+The gradient of the output of head h is g W_h. The kernel for the keys instead takes V W_h^T as the values and g as the
+gradient of the output, so that dV = (P^T g) W_h.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from ..causal_attention.triton import (
 )
 from ..flow_head.triton import target_tokens
 
-# Bytes per value -> (widest token, widest head); float32 products keep whole operands in registers.
+# Bytes per value -> (widest token, widest head). float32 has lower limits: its products keep operands in registers.
 WIDEST = {2: (64, 128), 4: (32, 64)}
-# Channels of a token, or values of a head, per step of a product with the weight.
+# Raw parameters of a token, or values of a head, per step of a product with the weight.
 CHUNK = tl.constexpr(16)
 
 
@@ -55,7 +56,7 @@ def _raw(
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return clipped raw a and b of BLOCK_M tokens; forward stores the log-sum-exp, backward the attention output."""
+    """Return clipped raw a and b of BLOCK_M tokens. Stores the log-sum-exp if FORWARD, else the attention output."""
     dims = tl.arange(0, BLOCK_D)
     inner = tl.arange(0, 2 * HALF)
     queries = query + tl.arange(0, BLOCK_M)
@@ -108,9 +109,9 @@ def attention_flow_forward_kernel(
     SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store z, and -log sigma of each element or the sum of log sigma over the program's tokens."""
+    """Store z, and either -log sigma per element or the sum of log sigma over the program's tokens."""
     block, _, row = block_head_row(tl.cdiv(T, BLOCK_M), 1)
-    # The queries that see most keys start first.
+    # The queries that see the most keys start first.
     query = (tl.cdiv(T, BLOCK_M) - 1 - block) * BLOCK_M
     a, b = _raw(
         q, k, v, cos, sin, weight, bias, None, lse, query, row, T, H, group, D, window, factor, clip,

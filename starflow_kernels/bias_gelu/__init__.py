@@ -1,1 +1,1 @@
-"""Bias and exact GELU."""
+"""Addition of a bias, and exact GELU."""

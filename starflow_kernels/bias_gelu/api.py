@@ -17,10 +17,10 @@ runtime.register("bias_gelu")
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None) -> torch.Tensor:
-    """Add a bias and apply the exact GELU: y Phi(y) for y = x + bias, Phi the normal distribution function.
+    """Add a bias and apply the exact GELU: y Phi(y) with y = x + bias and the normal distribution function Phi.
 
-    GELU (arXiv 1606.08415), in the MLP of TarFlow (arXiv 2412.06329). Computed in float32 or wider, and again for the
-    gradient, so that y is never stored.
+    GELU (arXiv 1606.08415) is the activation in the MLP of TarFlow (arXiv 2412.06329). It is computed in float32 or
+    wider. The gradient recomputes y, so that y is never stored.
 
     Args:
         x: (B, T, C), any floating dtype.

@@ -1,7 +1,7 @@
-"""Exact GELU after a bias in Triton.
+"""Addition of a bias and exact GELU in Triton.
 
-The gradient of the bias is a sum over all rows. Each of a fixed number of programs adds its share of the rows in order,
-and torch adds the shares, so that the bits do not depend on timing.
+The gradient of the bias is a sum over all rows. A fixed number of programs each add a share of the rows in order, and
+torch adds these sums, so that the bits do not depend on timing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DENSITY_AT_0 = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def _load_with_bias(x, bias, row, c, N, C, BIAS: tl.constexpr):
-    """Return the offsets of a tile, its mask, and x + bias."""
+    """Return the offsets and the mask of a tile, and its values x + bias."""
     offsets, inside = row.to(tl.int64)[:, None] * C + c[None, :], (row < N)[:, None] & (c < C)[None, :]
     y = tl.load(x + offsets, inside, 0).to(tl.float32)  # (ROWS, BLOCK)
     if BIAS:
@@ -43,7 +43,7 @@ def bias_gelu_forward_kernel(x, bias, out, N, C, BIAS: tl.constexpr, ROWS: tl.co
 def bias_gelu_backward_kernel(
     x, bias, grad, grad_x, partial, N, C, programs, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Store the gradient of every `programs`-th tile of some columns, and their sum over rows for the bias."""
+    """Store the gradient of every `programs`-th tile of some columns, and its sum over rows for the bias."""
     columns = tl.cdiv(C, BLOCK)
     share = tl.program_id(0) // columns
     c = tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)

@@ -1,1 +1,1 @@
-"""Flow block, both directions."""
+"""Flow block in both directions."""

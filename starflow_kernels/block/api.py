@@ -1,4 +1,4 @@
-"""Flow block from its weights: data to noise, noise to data, and its raw parameters."""
+"""Ops of a flow block: from data to noise, from noise to data, and its raw parameters."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ define(
 for _op in ("block_forward", "block_params", "block_inverse", "block_jacobi"):
     compiled.register(_op, native, backward=False)
 runtime.register("block_inverse", "block.triton.sequential", backward=False)
-# Registered last, so preferred where a block fits: one launch in place of several per token.
+# Registered last, and so preferred where a block fits: it needs one launch in all instead of several per token.
 register("block_inverse", "cuda", cuda.block_inverse, cuda.refuse, compiled.cuda_unavailable)
 runtime.register("block_jacobi", "block.triton.sweeps", backward=False)
 
@@ -89,22 +89,22 @@ def block_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform data to noise through one flow block, all tokens at once.
 
-    TarFlow (arXiv 2412.06329), eq. 3; STARFlow (arXiv 2506.06276), section 3.
+    See TarFlow (arXiv 2412.06329), eq. 3, and STARFlow (arXiv 2506.06276), section 3.
 
-    Where a gradient is needed, the block is composed of the differentiable ops `causal_attention` and `flow_head` on
-    `backend`, on a GPU also `residual_norm` and `bias_gelu`, and of torch's linear layers, on which autocast acts.
-    Elsewhere the network computes in the dtype of the weights.
+    If a gradient is needed, the block is composed of differentiable ops on `backend`: `causal_attention` and
+    `flow_head`, and on a GPU also `residual_norm` and `bias_gelu`. Linear layers are then torch's, so autocast acts on
+    them. Without a gradient, the network computes in the dtype of the weights.
 
     Args:
-        x: (B, T, D) tokens in the order of the data. A state is float32, or float64.
+        x: (B, T, D) tokens in the order of the data, float32 or float64.
         weights: name -> tensor, as listed by `spec.weight_shapes`, all of one floating dtype and device.
         spec: the block.
-        cond: (B, C), added to every token, such as a class embedding.
-        prefix: (B, L, text_dim) text states that precede the tokens, causal with them.
-        cos: (L + T, head_dim / 2) of the rotary angles, in the block's own order, float32 or wider.
-        sin: (L + T, head_dim / 2), as cos.
+        cond: (B, C) vectors that are added to every token, such as class embeddings.
+        prefix: (B, L, text_dim) text states that precede the tokens; attention over both is causal.
+        cos: (L + T, head_dim / 2) cosines of the rotary angles, in the block's own order, float32 or wider.
+        sin: (L + T, head_dim / 2) sines, as cos.
         logdet: "sum", "mean" or "none", as in `affine_flow`.
-        dropout: probability of zeroing an element of the residual branches, where a gradient is needed.
+        dropout: probability of zeroing an element of the residual branches; it acts only if a gradient is needed.
         backend: name of a backend; None takes the first that can run.
 
     Returns:
@@ -153,9 +153,10 @@ def block_params(
     sin: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Compute the raw parameters of every token of data in one parallel pass of a block's network.
+    """Compute the raw parameters of all tokens of data in one parallel pass of a block's network.
 
-    The arguments of the affine transform in TarFlow (arXiv 2412.06329), eq. 3, before soft clip and guidance.
+    They determine the affine transform in TarFlow (arXiv 2412.06329), eq. 3, and are returned before soft clip and
+    guidance.
 
     Args:
         x: as in `block_forward`.
@@ -169,7 +170,7 @@ def block_params(
 
     Returns:
         (B, T, P) raw outputs [a | b] in the order and dtype of x, with P = spec.affine.params_dim(D). A token that
-        passes unchanged has zeros, which are the identity. Not differentiable.
+        passes unchanged gets zeros, the identity. Not differentiable.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -208,31 +209,31 @@ def block_inverse(
     progress: Callable[[int, int], None] | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, SolveReport]:
-    """Transform noise to data through one flow block: T steps over a KV cache, or fewer passes over many tokens each.
+    """Transform noise to data through one flow block, by T steps over a KV cache or by fewer passes over many tokens.
 
-    The inverse of TarFlow (arXiv 2412.06329), eq. 3; guidance by its section 2.6 or by STARFlow (arXiv 2506.06276),
-    section 3.4; Jacobi by arXiv 2505.12849.
+    This inverts TarFlow (arXiv 2412.06329), eq. 3. Guidance follows section 2.6 there, or STARFlow (arXiv 2506.06276),
+    section 3.4. Jacobi iteration follows arXiv 2505.12849.
 
     Args:
-        z: (B, T, D) finite noise in the order of the data. A sampled state is float32, or float64.
+        z: (B, T, D) finite noise in the order of the data, float32 or float64.
         weights: as in `block_forward`.
         spec: as in `block_forward`.
-        cond: as in `block_forward`. Under guidance 2B rows: first the B with the condition, then the same B without.
-            Both branches run as one batch.
-        prefix: as in `block_forward`; under guidance 2B rows, as cond.
+        cond: as in `block_forward`. With guidance, 2B rows: first the B rows with the condition, then the rows without
+            it. Both branches run as one batch.
+        prefix: as in `block_forward`; with guidance, 2B rows, as cond.
         cos: as in `block_forward`.
         sin: as in `block_forward`.
         guidance: weight, a number or a tensor that broadcasts to (B, T), with token t in the block's own order; None
             for no guidance.
         rule: "tarflow" or "starflow", as in `affine_flow_inverse`.
         temperature: attention temperature of the branch without a condition.
-        solver: sequential, or Jacobi sweeps over windows of tokens, where each sample takes its own number of passes.
+        solver: sequential, or Jacobi sweeps over windows of tokens; each sample then takes its own number of passes.
         guess: (B, T, D) finite initial values of Jacobi in the order of the data, in place of the solver's.
         quantize: "int8" or "fp8" (torch.float8_e4m3fn) rounds the matrices of the layers to one byte per value, with a
             float32 scale per output channel; all other weights are kept. The op's README lists the error.
         return_report: also return a SolveReport.
-        progress: called from time to time as progress(done, B T) with the number of finished tokens. An exception that
-            it raises ends the call.
+        progress: called from time to time as progress(done, B T) with the number of finished tokens. An exception from
+            it ends the call.
         backend: name of a backend; None takes the first that can run.
 
     Returns:
@@ -271,7 +272,7 @@ def block_inverse(
     context = cond, prefix, cos, sin, guidance
     with torch.no_grad(), reporting_to(progress) if progress else contextlib.nullcontext():
         if solver.method == "jacobi":
-            # No Jacobi kernel reads one-byte values.
+            # No Jacobi kernel reads one-byte weights.
             tensors = fake_quantize(spec.to_json(), tensors, quantize)
             x, report = _jacobi(z, guess, tensors, context, spec, rule, temperature, solver, backend)
             return (x, report) if return_report else x
@@ -321,7 +322,7 @@ def _jacobi(
 
 
 def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
-    """Return the linear layer of training: the op `linear` where it is faster, else torch's, on which autocast acts."""
+    """Return the linear layer of training: the op `linear` where it is faster, else torch's, which autocast affects."""
     plain = backend is not None or weight.device.type != "cpu" or weight.dtype != torch.float32
     if plain or compiled.native_unavailable() or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear
@@ -333,7 +334,7 @@ def _on_gpu(x: torch.Tensor) -> bool:
 
 
 def _fused_ops(x: torch.Tensor, backend: str | None) -> network.FusedOps:
-    """Return the operations between the products of a layer: torch's, or on a GPU one op each."""
+    """Return the operations between the matrix products of a layer: fused ops on a GPU, else plain PyTorch."""
     if not _on_gpu(x):
         return network.FusedOps()
 
@@ -395,7 +396,7 @@ def _check_block(
 
 
 def _alike(tensors: list, spec: BlockSpec, x: torch.Tensor) -> bool:
-    """Return whether all weights fit the spec; checking each takes longer than a token of a small block."""
+    """Return whether all weights fit the spec. Full checks of each take longer than one token of a small block."""
     if not all(isinstance(w, torch.Tensor) for w in tensors):
         return False
     dtype, device = tensors[0].dtype, x.device

@@ -1,4 +1,4 @@
-"""Memory limit of the KV caches."""
+"""Memory limit of KV caches."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def _machine_bytes() -> int:
 
 
 def cache_bytes(memory: int | None = None) -> int:
-    """Return how many bytes the KV cache of a call may take: STARFLOW_CACHE_GB, by default a quarter of `memory`.
+    """Return how many bytes the KV cache of a call may take: STARFLOW_CACHE_GB, or a quarter of `memory`.
 
-    memory: bytes of the device, None for those of this machine.
+    memory: bytes of memory of the device; None takes the memory of this machine.
     """
     gigabytes = float(os.environ.get("STARFLOW_CACHE_GB", 0))
     return int(gigabytes * 2**30) or (memory or _machine_bytes()) // 4

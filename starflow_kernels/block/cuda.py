@@ -1,4 +1,4 @@
-"""Inverse of a small block on a GPU, all steps in one launch: plans for the kernel of csrc/cuda/onchip.h."""
+"""Inverse of a small block on a GPU with all steps in one launch, by the kernel in csrc/cuda/onchip.h."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ OPS = torch.ops.starflow_cuda
 
 
 class Packed(NamedTuple):
-    """Weights in the layout of csrc/cuda/plan.h, one thread block of a cluster after the other.
+    """Weights in the layout of csrc/cuda/plan.h, for one thread block of a cluster after the other.
 
-    buffer: float32 bits of the weights in shared memory. positions: position table, which stays in device memory.
+    buffer: weights for the shared memory, as float32 bits. positions: position table, which stays in device memory.
     """
 
     buffer: torch.Tensor
@@ -28,9 +28,9 @@ class Packed(NamedTuple):
 
 
 def _matrix(weight: torch.Tensor) -> torch.Tensor:
-    """Return a matrix (N, K) as [K / 4][N][4], with K padded by zeros.
+    """Return a float32 matrix (N, K) as [K / 4][N][4], with K padded by zeros.
 
-    In bfloat16 it is [N / 16][K / 16][32][8], the fragments of the lanes of a warp, see csrc/cuda/device.h.
+    A bfloat16 matrix becomes [N / 16][K / 16][32][8], the fragments of the lanes of a warp, see csrc/cuda/device.h.
     """
     N, K = weight.shape
     if weight.dtype == torch.float32:
@@ -41,13 +41,13 @@ def _matrix(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _bits(piece: torch.Tensor) -> torch.Tensor:
-    """Return flat float32 bits, padded to 16 bytes."""
+    """Return the bits of a tensor as a flat float32 tensor, padded to 16 bytes."""
     piece = piece.flatten()
     return torch.nn.functional.pad(piece, (0, -len(piece) % (16 // piece.element_size()))).view(torch.float32)
 
 
 def pack(spec: BlockSpec, weights: list[torch.Tensor], cluster: int = 1) -> Packed:
-    """Copy the weights for the kernel: each thread block of a cluster has its share of the rows of every matrix."""
+    """Pack the weights for the kernel. Each thread block of a cluster gets a share of the rows of every matrix."""
     given, pieces = dict(zip(spec.weight_shapes, map(torch.Tensor.detach, weights))), []
     positions = given.pop("pos_embed", None)
     if positions is not None:
@@ -70,11 +70,11 @@ packed = {cluster: WeightCache(functools.partial(pack, cluster=cluster)) for clu
 
 
 class Plan(NamedTuple):
-    """Plan of a launch.
+    """Plan of a launch, in numbers.
 
-    cluster: thread blocks per cluster. group: samples per cluster, 0 where not one fits. on_chip: whether the KV cache
-    lies in shared memory. weights: bytes of weights per thread block. cache: values of KV cache per sample and thread
-    block. one: bytes of shared memory per thread block with one sample.
+    cluster: thread blocks per cluster. group: samples per cluster, 0 if not even one fits. on_chip: whether the KV
+    cache lies in shared memory. weights: bytes of weights per thread block. cache: values of KV cache per sample and
+    thread block. one: bytes of shared memory per thread block with one sample.
     """
 
     cluster: int
@@ -86,10 +86,10 @@ class Plan(NamedTuple):
 
 
 class Device(NamedTuple):
-    """Sizes of a device on which plans depend.
+    """Sizes of a device that a plan depends on.
 
-    limit: bytes of shared memory per thread block. processors: number of multiprocessors. cluster: most thread blocks
-    per cluster, 1 where the device has no clusters.
+    limit: bytes of shared memory per thread block. processors: number of multiprocessors. cluster: largest number of
+    thread blocks per cluster, 1 if the device has no clusters.
     """
 
     limit: int
@@ -99,12 +99,12 @@ class Device(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def plan(fields: tuple[int, ...], T: int, branches: int, B: int, limit: int, processors: int, cluster: int) -> Plan:
-    """Return the plan for B samples of T tokens, with 1 or 2 branches each, on a `Device`."""
+    """Return the plan for B samples of T tokens with 1 or 2 branches each; the last arguments describe a `Device`."""
     return Plan(*OPS.onchip_plan(fields, T, branches, B, limit, processors, cluster))
 
 
 def does_not_fit(plan: Plan, limit: int) -> str | None:
-    """Return why not one sample fits in the shared memory of a cluster, or None."""
+    """Return why no sample fits into the shared memory of a cluster, or None."""
     if plan.group:
         return None
     tried = ", ".join(str(2**i) for i in range(plan.cluster.bit_length()))

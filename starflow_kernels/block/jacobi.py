@@ -28,11 +28,11 @@ def block_jacobi(
     slide: bool,
     tol: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the data of noise, sample by sample, and what it took.
+    """Solve for the data, sample by sample; return it with counters of the work.
 
     Returns:
-        x (B, T, D). sweeps (B, T) int32: number of passes in which a token took part. counts (B, 3) int64: passes;
-        windows that fell back to single tokens; 1 + the first token without a finite value, 0 for none. residual (B,):
+        x (B, T, D). sweeps (B, T) int32: number of passes in which each token took part. counts (B, 3) int64: passes;
+        windows that fell back to single tokens; 1 + the first token without a finite value, or 0. residual (B,):
         largest relative change of a token in the pass that accepted it.
     """
     (B, T, _), branches = z.shape, 1 if guidance is None else 2
@@ -93,7 +93,7 @@ class Sample:
                     self.model.forget()
                 return
         change = ((y - self.x[tokens]).abs() / y.abs().clamp(min=1)).amax(1)
-        # A token is final where all tokens before it have converged.
+        # A token is final if all tokens before it have converged.
         accepted = min(count, 1 + int((change <= self.tol).long().cumprod(0).sum()))
         self.residual = max(self.residual, change[: accepted - 1].max().item() if accepted > 1 else 0.0)
         self.x[tokens] = y if self.model is None else self._newton(tokens, y, mu, sigma)

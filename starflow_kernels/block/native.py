@@ -1,4 +1,4 @@
-"""Flow block on the CPU: plans memory and threads for the kernel of csrc/cpu/block.cpp."""
+"""Flow block on the CPU, by the kernel in csrc/cpu/block.cpp; this module plans memory and threads."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from .packing import WeightCache, spec_fields
 from .progress import report
 from .quantize import with_fake_quantized_weights
 
-# Rows, or tokens, that a team of threads takes at a time: enough to reuse each weight, few enough for the caches.
+# Rows in sampling, and tokens in the density direction, that a team of threads takes at a time. They are enough to
+# reuse each weight, and few enough for the caches.
 SAMPLING_ROWS = 64
 DENSITY_TOKENS = 128
-# Longest kernel call in seconds, since Python handles Ctrl-C between calls, and the speed of a slow core: floating
-# point operations and bytes of weights per second.
+# Longest kernel call in seconds (Python handles Ctrl-C between calls), and the speed of a slow core in floating point
+# operations and bytes of weights per second.
 CALL_SECONDS = 0.3
 SLOW_FLOPS = 2e10
 SLOW_BYTES = 4e9
-# Typical speed of a core, and the least work in seconds per token step that is worth the barriers of another thread.
+# Typical speed of a core, and the work in seconds per token step from which another thread is worth its barriers.
 FLOPS = 2e11
 BYTES = 1e11
 MEMBER_SECONDS = 8e-6
-# Bytes of weights that fit the inner caches of a core, and its share of the outer one.
+# Bytes of weights that fit into the inner caches of a core, and into its share of the outer cache.
 SMALL_CACHE = 2**20
 LARGE_CACHE = 2**24
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Packed(NamedTuple):
-    """Weights in the layout of csrc/cpu/product.h: one float32 buffer, the offset of each weight, the spec."""
+    """Weights in the layout of csrc/cpu/product.h: a float32 buffer, the offset of each weight, and the spec."""
 
     buffer: torch.Tensor
     offsets: list[int]
@@ -44,7 +45,7 @@ class Packed(NamedTuple):
 
 
 def _tiles(weight: torch.Tensor) -> torch.Tensor:
-    """Return (N, K) as [N / 16][K][16], in bfloat16 as [N / 16][K / 2][16][2], padded by zeros; flat float32 bits."""
+    """Return (N, K) as [N / 16][K][16], or in bfloat16 as [N / 16][K / 2][16][2], zero-padded, in float32 bits."""
     N, K = weight.shape
     pair = 1 if weight.dtype == torch.float32 else 2
     weight = torch.nn.functional.pad(weight, (0, -K % pair, 0, -N % 16))
@@ -52,12 +53,12 @@ def _tiles(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _vector(weight: torch.Tensor) -> torch.Tensor:
-    """Return rows padded to 16 values, flat float32."""
+    """Return rows padded to a multiple of 16 values, as a flat float32 tensor."""
     return torch.nn.functional.pad(weight.float(), (0, -weight.shape[-1] % 16)).flatten()
 
 
 def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
-    """Copy the weights for the kernel; a product without bias gets zeros."""
+    """Pack the weights for the kernel; a product without bias gets zeros as bias."""
     pieces = []
     for name, weight in zip(spec.weight_shapes, weights):
         weight = weight.detach()
@@ -103,7 +104,7 @@ def _sampling_group(B: int, branches: int, weight_bytes: int, threads: int) -> i
     """Return the number of sequences that a team of threads takes at a time.
 
     Threads that share rows read the weights once, and wait for each other at barriers. Threads with rows of their own
-    read all weights each, which is faster where the weights fit the inner caches or the rows are many.
+    each read all weights, which is faster if the weights fit into the inner caches or if there are many rows.
     """
     worth = 1 if weight_bytes <= SMALL_CACHE else 8 if weight_bytes <= LARGE_CACHE else SAMPLING_ROWS
     rows = B * branches
@@ -120,7 +121,7 @@ def _useful_threads(threads: int, groups: int, weight_floats: int, rows: int) ->
 
 
 def network_outputs(x, weights, cond, prefix, cos, sin, spec_json: str, tokens: int = DENSITY_TOKENS) -> torch.Tensor:
-    """Return the network's outputs (B, T, P) for data x (B, T, D) in the block's own order, `tokens` in one pass."""
+    """Return the network's outputs (B, T, P) for data x (B, T, D) in the block's own order; tokens: tokens per pass."""
     spec = BlockSpec.from_json(spec_json)
     model, threads = packed(spec_json, weights), torch.get_num_threads()
     (B, T, _), L = x.shape, 0 if prefix is None else prefix.shape[1]
@@ -168,7 +169,7 @@ def block_forward(x, weights, cond, prefix, cos, sin, spec_json: str, logdet: st
 
 
 class SamplingPlan(NamedTuple):
-    """Plan of a batch.
+    """Plan of memory and threads for a batch.
 
     part: sequences per part. group: sequences per team. threads: number of threads. step: tokens per kernel call.
     chunk: prefix slots per pass. cache, workspace: floats of KV cache and of workspace per part.
@@ -194,7 +195,7 @@ def plan_sampling(
     threads: int,
     budget: int,
 ) -> SamplingPlan:
-    """Plan memory and threads for B sequences of `cached` slots each."""
+    """Plan memory and threads for B sequences with `cached` cache slots each."""
     row = branches * torch.ops.starflow_native.block_sizes(fields, 1, cached)[0]
     part = max(1, min(B, budget // (4 * row)))
     group = _sampling_group(part, branches, 4 * weight_floats, threads)
@@ -206,7 +207,7 @@ def plan_sampling(
 
 
 class _Parts:
-    """Batch of the sampling direction in parts whose KV cache fits `cache_bytes`."""
+    """Batch of the sampling direction, in parts whose KV cache fits into `cache_bytes`."""
 
     def __init__(self, z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float):
         self.spec, self.model = BlockSpec.from_json(spec_json), packed(spec_json, weights)
@@ -274,7 +275,7 @@ def block_jacobi(
     slide: bool,
     tol: float,
 ):
-    """See jacobi.block_jacobi; every sequence takes its own number of sweeps."""
+    """Solve by Jacobi sweeps, see jacobi.block_jacobi; every sequence takes its own number of sweeps."""
     parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature)
     plan, model, (B, T, D) = parts.plan, parts.model, z.shape
     z, x = z.contiguous(), guess.clone(memory_format=torch.contiguous_format)

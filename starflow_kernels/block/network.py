@@ -1,9 +1,10 @@
 """The causal transformer of TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276) in plain PyTorch.
 
-It reads from top to bottom: `embed` maps tokens to hidden states, `layers` are the transformer layers, and the head
-`raw_params` maps each hidden state to the raw parameters [a | b] of a token. At the end come the two ways to run it:
-`hidden_states` and `compose` on all tokens at once, with gradients, and `CachedNetwork` on the next tokens over a KV
-cache. The operations can be replaced, so that the same code runs on torch or on the ops of this package.
+The functions come in the order in which they run: `embed` maps tokens to hidden states, `layers` applies the
+transformer layers, and the head `raw_params` maps each hidden state to the raw parameters [a | b] of a token. At the
+end are two ways to run the network. `hidden_states` and `compose` run it on all tokens at once, with gradients.
+`CachedNetwork` runs it on the next tokens over a KV cache. Operations are arguments, so that the same code runs on
+torch or on the ops of this package.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def up_gelu(x: torch.Tensor, w: Weights, name: str, linear: Callable) -> torch.T
 
 
 class FusedOps(NamedTuple):
-    """Operations between the products of a layer, which a backend may fuse."""
+    """Operations between the matrix products of a layer, which a backend may fuse."""
 
     add_norm: Callable = add_norm
     up_gelu: Callable = up_gelu
@@ -111,7 +112,7 @@ def layers(
         attention: maps (layer, q, k, v), each (B, n, heads, head_dim), to (B, n, heads, head_dim), causally.
         linear: linear layer (x, weight, bias).
         dropout: probability of zeroing an element of the residual branches.
-        fused: operations between the products.
+        fused: operations between the matrix products.
     """
     groups, residual = [spec.heads, spec.kv_heads, spec.kv_heads], None
     for i in range(spec.layers):
@@ -150,9 +151,9 @@ def hidden_states(
     dropout: float = 0.0,
     fused: FusedOps = FusedOps(),
 ) -> torch.Tensor:
-    """Run the transformer on all tokens of data x (B, T, D); returns (B, T, C) in the block's own order.
+    """Run the transformer on all tokens of data x (B, T, D); return states (B, T, C) in the block's own order.
 
-    State t depends on the tokens before t where spec.start, else on those up to t.
+    State t depends on the tokens before t if spec.start, else on the tokens up to t.
     """
     tokens = x.flip(1) if spec.flip else x
     if spec.start:
@@ -209,7 +210,7 @@ class CachedNetwork:
         self.rows, self.L = self.B * self.branches, 0 if prefix is None else prefix.shape[1]
         cache_shape = (self.spec.layers, self.rows, self.L + T, self.spec.kv_heads, self.spec.head_dim)
         self.k_cache, self.v_cache = self.w["proj_in.weight"].new_zeros((2, *cache_shape))
-        # Dividing the queries divides the scores; the temperature acts on the rows without a condition alone.
+        # Dividing the queries divides the scores. The temperature acts only on the rows without a condition.
         self.query_scale = torch.ones(self.rows, 1, 1, 1, dtype=self.k_cache.dtype, device=z.device)
         self.query_scale[self.B :] /= temperature
         self.positions = position_table(self.w, self.spec)
@@ -228,7 +229,7 @@ class CachedNetwork:
     def params(self, x: torch.Tensor, first: int, count: int = 1) -> torch.Tensor:
         """Return the raw parameters (branches B, count, P) of the tokens from `first` on, in the block's own order.
 
-        x (B, T, D) holds the tokens known so far. The cache must hold every token before the ones that are read here.
+        x (B, T, D) holds the tokens known so far. The cache must hold all tokens before the ones that this call reads.
         """
         slot = first if self.spec.start else first - 1
         tokens = x[:, max(first - 1, 0) : first + count - 1]

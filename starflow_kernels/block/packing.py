@@ -1,4 +1,4 @@
-"""Form in which the compiled kernels receive a block: its spec as numbers, its weights packed once."""
+"""Form in which the compiled kernels receive a block: its spec as numbers, and its weights, which are packed once."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
 class WeightCache:
     """Cache of `make(spec, weights, *options)`, valid while torch's version counters show no write to the weights.
 
-    Writes through `.data` do not count up a version. Tensors of inference mode have no version: they are packed anew by
-    every call.
+    Writes through `.data` do not increment the version and are not noticed. Tensors made in inference mode have no
+    version, so every call packs them again.
     """
 
     def __init__(self, make: Callable):

@@ -1,4 +1,4 @@
-"""Progress of a sampler: ops report to the callback that their caller has set."""
+"""Progress of sampling: ops report to the callback that their caller has set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _callback: ContextVar[Callable[[int, int], None] | None] = ContextVar("progress"
 
 @contextlib.contextmanager
 def reporting_to(callback: Callable[[int, int], None]) -> Iterator[None]:
-    """Let `report` call `callback` inside the context."""
+    """Make `report` call `callback` inside the context."""
     token = _callback.set(callback)
     try:
         yield
@@ -20,7 +20,7 @@ def reporting_to(callback: Callable[[int, int], None]) -> Iterator[None]:
 
 
 def report(done: int, total: int) -> None:
-    """Call the callback, if one is set, with the number of finished tokens. What it raises ends the op."""
+    """Call the callback, if one is set, with the number of finished tokens. An exception from it ends the op."""
     if callback := _callback.get():
         callback(done, total)
 

@@ -10,15 +10,15 @@ import torch
 from ..spec import BlockSpec
 from .packing import WeightCache
 
-# Kind -> dtype of the values and the largest of them.
+# Kind -> dtype of the values, and the largest value.
 KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a weight is quantized: the matrices of the layers are, which make up nearly all bytes of a step.
+    """Return whether a weight is quantized. These are the matrices of the layers, nearly all bytes that a step reads.
 
-    Norms, biases, position table and start token are small. An error of the first or last projection would enter the
-    tokens directly, and the projection of text is read once.
+    Other weights are kept. Norms, biases, position table and start token are small. An error of the first or last
+    projection would enter the tokens directly, and the projection of text is read only once.
     """
     return name.startswith("layers.") and len(shape) == 2
 
@@ -35,14 +35,14 @@ def quantize_matrix(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torc
 
 def _make(spec: BlockSpec, weights: list[torch.Tensor], kind: str) -> list[torch.Tensor]:
     result = []
-    # A tensor made in inference mode has no version counter, so every call would pack it again.
+    # Leave inference mode: its tensors have no version counter, so every call would pack them again.
     with torch.inference_mode(False), torch.no_grad():
         for (name, shape), weight in zip(spec.weight_shapes.items(), weights):
             if is_quantized(name, shape):
                 values, scales = quantize_matrix(weight, kind)
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 weight = (values.to(wide) * scales[:, None].to(wide)).to(weight.dtype)
-            # A tensor of its own: caches identify weights by their id.
+            # Make a new tensor object, because caches identify weights by their id.
             result.append(weight.detach())
     return result
 

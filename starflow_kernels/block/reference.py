@@ -1,4 +1,4 @@
-"""Both directions of a flow block over the transformer of network.py: the specification in plain PyTorch."""
+"""Flow block in both directions, with the transformer of network.py: the specification in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def block_inverse(
     rule: str,
     temperature: float,
 ) -> torch.Tensor:
-    """Return the data of noise, token by token."""
+    """Map noise to data, token by token."""
     network = CachedNetwork(z, weights, cond, prefix, cos, sin, guidance, spec_json, temperature)
     spec, (B, T, _) = network.spec, z.shape
     x = z.flip(1) if spec.flip else z.clone()

@@ -1,4 +1,4 @@
-"""Attention of new tokens over a KV cache, noise to data."""
+"""Attention of new tokens over a KV cache, used from noise to data."""
 
 from __future__ import annotations
 
@@ -37,20 +37,21 @@ def cached_attention(
     temperature: float = 1.0,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Append n new tokens to a KV cache and attend from them to all tokens before and, causally, to themselves.
+    """Append n new tokens to a KV cache, and attend from them to all earlier tokens and, causally, to themselves.
 
-    One sampling step of the attention in TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276).
+    This is one sampling step of the attention in TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276).
+
 
     Args:
         q: (B, n, H, d) queries of the new tokens, n >= 1, any floating dtype.
         k: (B, n, H_kv, d) keys of the new tokens in the dtype of q.
         v: (B, n, H_kv, d) values of the new tokens in the dtype of q.
-        k_cache: (B, S, H_kv, d) in the dtype of q. Slots lengths .. lengths + n - 1 are written, with rotated keys;
-            later slots are not read.
+        k_cache: (B, S, H_kv, d) in the dtype of q. Rotated keys are written to slots lengths .. lengths + n - 1; later
+            slots are not read.
         v_cache: (B, S, H_kv, d), as k_cache.
         lengths: number of tokens already in the cache: one int, or an int32 tensor (B,) with a length per row.
-        cos: (S, d / 2) of the rotary angles by cache slot, float32 or wider.
-        sin: (S, d / 2), as cos.
+        cos: (S, d / 2) cosines of the rotary angles per cache slot, float32 or wider.
+        sin: (S, d / 2) sines, as cos.
         rotary: as in `causal_attention`.
         window: as in `causal_attention`.
         temperature: as in `causal_attention`.

@@ -1,4 +1,4 @@
-"""Attention over a KV cache on the CPU by the kernel of csrc/cpu/cached_attention.cpp."""
+"""Attention over a KV cache on the CPU, by the kernel in csrc/cpu/cached_attention.cpp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Causal attention over a whole sequence, data to noise."""
+"""Causal attention over a whole sequence, used from data to noise."""
 
 from __future__ import annotations
 
@@ -104,18 +104,19 @@ def causal_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend causally: softmax(q k^T / (temperature sqrt(d)) + causal mask) v, with queries and keys rotated first.
 
-    The attention of TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276); rotary positions by arXiv 2104.09864.
+    This is the attention of TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276), with rotary positions from
+    arXiv 2104.09864.
 
     Args:
         q: (B, T, H, d), any floating dtype.
         k: (B, T, H_kv, d) in the dtype of q; H_kv divides H, and query head h reads head h // (H / H_kv).
         v: (B, T, H_kv, d) in the dtype of q.
-        cos: (T, d / 2) of the rotary angles, float32 or wider.
-        sin: (T, d / 2), as cos.
-        rotary: "none"; "interleaved", pairs (x_0, x_1), (x_2, x_3), ...; "half", pairs (x_i, x_{i + d/2}).
-        window: token t sees the tokens t - window + 1 .. t; None: all of 0 .. t.
-        temperature: divides the scores.
-        return_lse: return the log-sum-exp of the scores too.
+        cos: (T, d / 2) cosines of the rotary angles, float32 or wider.
+        sin: (T, d / 2) sines, as cos.
+        rotary: pairs to rotate. "none"; "interleaved": (x_0, x_1), (x_2, x_3), ...; "half": (x_i, x_{i + d/2}).
+        window: number of tokens that a token sees: t - window + 1 .. t. None: all of 0 .. t.
+        temperature: attention temperature, which divides the scores.
+        return_lse: whether to return the log-sum-exp of the scores too.
         backend: name of a backend; None takes the one measured fastest on this machine, else the first that can run.
 
     Returns:

@@ -1,6 +1,6 @@
-"""Parts that the fused attentions of other packages share: what they take on a GPU, and the rotation that they lack.
+"""Parts shared by the backends that call fused attention of other packages: limits on a GPU, and the rotation.
 
-The rotation is one small Triton kernel where Triton runs, else torch's.
+The other packages do not rotate. The rotation is one small Triton kernel where Triton runs, else plain PyTorch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .._triton import runtime
 
 
 def refuse_heads(q: torch.Tensor) -> str | None:
-    """Return why flash-attn, or torch's copy of it, cannot take queries like q on a GPU, or None."""
+    """Return why flash-attn and torch's copy of it cannot take queries like q on a GPU, or None."""
     if not q.is_cuda:
         return f"it runs on CUDA, not on {q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -43,9 +43,9 @@ def _on_device(x: torch.Tensor):
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, rotary: str) -> torch.Tensor:
-    """Rotate x (B, T, H, d); the values of a head may come in another order.
+    """Rotate x (B, T, H, d); the values of a head may be reordered.
 
-    The order is the same for every tensor of a device and dtype, so that products of two rotated tensors are right.
+    The order is the same for all tensors of a device and dtype, so that products of two rotated tensors are correct.
     """
     kernels = None if rotary == "none" else _rotary_kernels(x)
     if kernels is None:
@@ -56,7 +56,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | 
 
 
 def undo_rotary(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, rotary: str) -> torch.Tensor:
-    """Invert `apply_rotary`; its gradient, too: the gradient of the result gives that of the argument."""
+    """Undo `apply_rotary`. This also maps the gradient of its result to the gradient of its argument."""
     kernels = None if rotary == "none" else _rotary_kernels(x)
     if kernels is None:
         return numerics.undo_rotary(x, cos, sin, rotary)

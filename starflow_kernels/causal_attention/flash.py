@@ -1,4 +1,4 @@
-"""Causal attention by the package flash-attn, if it is installed, after the rotation."""
+"""Causal attention by the package flash-attn, if it is installed; this module rotates queries and keys first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .external import apply_rotary, refuse_heads, undo_rotary
 def flash_functions() -> tuple[Callable, Callable] | str:
     """Return the forward and the backward function of flash-attn, or why they cannot be imported."""
     try:
-        # Other packages install an empty namespace of this name, so only the functions prove the package.
+        # Other packages may install an empty namespace of this name, so check for the functions.
         module = importlib.import_module("flash_attn.flash_attn_interface")
         # The backward function has no public name.
         return operator.attrgetter("flash_attn_func", "_flash_attn_backward")(module)

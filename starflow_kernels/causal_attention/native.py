@@ -1,4 +1,4 @@
-"""Causal attention on the CPU by the kernel of csrc/cpu/causal_attention.cpp."""
+"""Causal attention on the CPU, by the kernel in csrc/cpu/causal_attention.cpp."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def refuse(q, k, v, cos, sin, rotary, window, temperature) -> str | None:
 
 
 def native_options(cos, sin, rotary: str, window: int, temperature: float) -> tuple:
-    """Return the options as the kernels read them."""
+    """Return the options as the numbers and tensors that the kernels take."""
     cos, sin = (None if t is None else t.to(torch.float32).contiguous() for t in (cos, sin))
     return cos, sin, choice_index(rotary, Rotary), window, temperature
 

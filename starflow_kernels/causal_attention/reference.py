@@ -10,7 +10,7 @@ from .._core.numerics import accumulation_dtype, apply_rotary, undo_rotary
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return softmax(q k^T / (temperature sqrt(head_dim))) v over visible (B or 1, n, S) keys, and its log-sum-exp."""
+    """Return softmax(q k^T / (temperature sqrt(d))) v over the `visible` (B or 1, n, S) keys, and the log-sum-exp."""
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     dtype = accumulation_dtype(q.dtype)
@@ -22,7 +22,7 @@ def attend(
 
 
 def causal(query: torch.Tensor, key: torch.Tensor, window: int) -> torch.Tensor:
-    """Return (..., n, S): whether a query at positions (..., n) sees the key positions (S,)."""
+    """Return a (..., n, S) mask: whether the queries at positions (..., n) see the keys at positions (S,)."""
     distance = query.unsqueeze(-1) - key
     return (distance >= 0) & (distance < window) if window else distance >= 0
 

@@ -1,4 +1,4 @@
-"""Causal attention by torch's fused kernels, after the rotation."""
+"""Causal attention by torch's fused kernels; this module rotates queries and keys first."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window,
     grad_out = torch.zeros_like(q) if grads[0] is None else grads[0]
     inputs = grad_out, apply_rotary(q, cos, sin, rotary), apply_rotary(k, cos, sin, rotary), v, outputs[0]
     if q.is_cuda:
-        # The last two tensors hold the state of dropout, which is not read.
+        # The last two arguments are the random state of dropout, which is not read.
         unused = q.new_empty(2, dtype=torch.int64)
         inputs = *last_dim_contiguous(*inputs), outputs[1], None, None, T, T
         gradients = flash_attention_backward_cuda(*inputs, 0.0, True, unused, unused, scale=scale, **_window(window))

@@ -1,7 +1,7 @@
-"""Table of the attention backend that was measured fastest, stored beside the op and written by benchmarks/gpu.
+"""Table of the attention backends that were measured fastest, stored beside the op and written by benchmarks/gpu.
 
-An entry applies to a chip, pass, dtype, head size and kind of window, from its number of tokens up to that of the next
-entry. Where no entry applies, the usual order of the backends does.
+An entry applies to one chip, pass, dtype and head size, with or without a window, from its number of tokens up to the
+number of the next entry. Without an entry, the usual order of the backends applies.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def write(path: Path, new: list[Entry]) -> None:
 
 
 class Table:
-    """Table of a file, read once."""
+    """Table in a file, which is read once."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -77,14 +77,14 @@ class Table:
 
     @functools.cached_property
     def _index(self) -> dict[tuple, list[tuple[int, str]]]:
-        """Map from chip, kind, dtype, head and window to (tokens, backend), most tokens first."""
+        """Map (chip, kind, dtype, head, window) to a list of (tokens, backend), most tokens first."""
         index: dict[tuple, list[tuple[int, str]]] = {}
         for entry in sorted(self.entries, key=lambda entry: -entry.tokens):
             index.setdefault(entry[:5], []).append((entry.tokens, entry.backend))
         return index
 
     def name(self, kind: str, q: torch.Tensor, window: bool) -> str | None:
-        """Return the backend that was fastest in pass `kind` for queries like q (B, T, H, d), or None."""
+        """Return the backend that was measured fastest in pass `kind` for queries like q (B, T, H, d), or None."""
         if not self._index:
             return None
         key = chip(q.device), kind, str(q.dtype).removeprefix("torch."), q.shape[-1], window

@@ -1,12 +1,12 @@
-"""Causal attention in Triton: rotary positions, window and grouped heads are part of it, scores never reach memory.
+"""Causal attention in Triton, with rotary positions, window and grouped heads. Scores never reach memory.
 
-A head is read as two tiles, the first and the second value of every rotated pair; q . k is the sum of the products of
-the tiles. A separate kernel rotates the tensors that a program loops over: inside the loop every warp would repeat the
-rotation, in registers that the products need. The rotation of gradients is undone as they are stored.
+A head is read as two tiles: the first and the second values of all rotated pairs. q . k is the sum of the products of
+the tiles. A separate kernel rotates the tensors that a program loops over, because rotating them inside the loop would
+repeat the work in every warp and take registers that the products need. Gradients are rotated back as they are stored.
 
-A program of the forward or dq kernel takes a block of queries over the keys that they see. A program of the dk and dv
-kernel takes a block of keys over the queries that see them, head by head of the group. Programs share no sum, and block
-sizes depend on the head alone.
+A program of the forward or dq kernel takes a block of queries and loops over the keys that they see. A program of the
+dk and dv kernel takes a block of keys and loops over the heads of the group and the queries that see the keys. Programs
+share no sums, and block sizes do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def _visible(query, key, window, WINDOW: tl.constexpr):
 
 @triton.jit
 def score_factor(query, T, window, WINDOW: tl.constexpr):
-    """Return 0 for a query that sees one key, 1 for others.
+    """Return 0 for a query that sees only one key, else 1.
 
-    The weight of a single key is exactly 1, and its score has exactly the gradient of lse.
+    The weight of a single key is exactly 1, and the gradient of its score is exactly that of the log-sum-exp.
     """
     alone = query == 0
     if WINDOW:
@@ -56,7 +56,7 @@ def score_factor(query, T, window, WINDOW: tl.constexpr):
 
 @triton.jit
 def key_bounds(query, T, window, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the first key of a block of queries, the first that some of them do not see, and the end."""
+    """Return the first key of a block of queries, the first key that not all of them see, and the end of the keys."""
     if WINDOW:
         first = tl.maximum(query - window + 1, 0) // BLOCK_N * BLOCK_N
         return first, first, tl.minimum(query + BLOCK_M, T)
@@ -69,7 +69,7 @@ def attend(
     MASKED: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add to the softmax sums, relative to 2^top, over the keys start .. stop - 1; factor scales scores to base 2."""
+    """Add the keys start .. stop - 1 to the softmax sums relative to 2^top; factor scales scores to base 2."""
     for key in range(start, stop, BLOCK_N):
         k1, k2 = load_pair(k, k_stride, None, None, key, T, HEAD, HALF, "none", BLOCK_N)  # (BLOCK_N, HALF) each
         value = load_rows(v, v_stride, key, T, HEAD, 2 * HALF, BLOCK_N)  # (BLOCK_N, 2 HALF)
@@ -81,7 +81,7 @@ def attend(
             queries = query + tl.arange(0, BLOCK_M)
             score = tl.where(_visible(queries[:, None], keys[None, :], window, WINDOW), score, float("-inf"))
         highest = tl.maximum(top, tl.max(score, 1))
-        # A query has seen no key yet before its window.
+        # A query whose window starts later has seen no key yet.
         base = tl.where(highest == float("-inf"), 0.0, highest) if MASKED and WINDOW else highest
         weight = tl.exp2(score - base[:, None])
         kept = tl.exp2(top - base)
@@ -101,7 +101,7 @@ def causal_attention_forward_kernel(
 ):  # fmt: skip
     """Store output and log-sum-exp of BLOCK_M queries of one head."""
     block, head, row = block_head_row(tl.cdiv(T, BLOCK_M), H)
-    # The queries that see most keys start first.
+    # The queries that see the most keys start first.
     query = (tl.cdiv(T, BLOCK_M) - 1 - block) * BLOCK_M
     k += row * k_row + head // group * k_head
     v += row * v_row + head // group * v_head

@@ -1,1 +1,1 @@
-"""Flow head: norm, projection and affine transform."""
+"""Flow head: final norm, projection and affine transform."""

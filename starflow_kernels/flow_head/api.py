@@ -42,14 +42,15 @@ def flow_head(
     logdet: Logdet = "sum",
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Project hidden states to raw parameters and apply `affine_flow`, without keeping the parameters.
+    """Project hidden states to raw parameters and apply `affine_flow`, without storing the parameters.
 
-    The output layer of a block in TarFlow (arXiv 2412.06329), eq. 3, and STARFlow (arXiv 2506.06276), section 3.
+    This is the output layer of a block in TarFlow (arXiv 2412.06329), eq. 3, and STARFlow (arXiv 2506.06276),
+    section 3.
 
     Args:
         x: (B, T, D) tokens, any floating dtype.
         h: (B, T, C) hidden states in the network's token order, any floating dtype.
-        weight: (P, C), the projection to P = 2D raw outputs [a | b], P = D where spec.scale is "unit".
+        weight: (P, C), the projection to P = 2D raw outputs [a | b], or to P = D if spec.scale is "unit".
         bias: (P,) in the dtype of weight, or None.
         norm_weight: (C,) weight w of a final RMSNorm, h rsqrt(mean h^2 + 1e-6) (1 + w); None for no norm.
         spec: map from a and b to sigma and mu, as in `affine_flow`.

@@ -1,4 +1,4 @@
-"""Flow head on the CPU by the kernels of csrc/cpu/flow_head.cpp."""
+"""Flow head on the CPU, by the kernels in csrc/cpu/flow_head.cpp."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from ..affine_flow.reference import affine_flow, params_gradient
 
 
 def normalized(h: torch.Tensor, weight: torch.Tensor, norm_weight: torch.Tensor | None) -> torch.Tensor:
-    """Return the input of the projection."""
+    """Return the input of the projection: h, normalized if there is a norm, in the dtype of weight."""
     return (h if norm_weight is None else rms_norm(h, norm_weight)).to(weight.dtype)
 
 
@@ -32,7 +32,7 @@ def flow_head(
 
 
 def flow_head_backward(grads, outputs, x, h, weight, bias, norm_weight, *options) -> list[torch.Tensor]:
-    """Return the gradients with respect to x, h, weight, bias and norm_weight; the raw parameters are recomputed."""
+    """Return the gradients with respect to x, h, weight, bias and norm_weight; recomputes the raw parameters."""
     y = normalized(h, weight, norm_weight)
     grad_x, grad_params = params_gradient(grads, outputs[0], x, F.linear(y, weight, bias), *options)
     grad_h = (grad_params @ weight.to(grad_params.dtype)).to(accumulation_dtype(h.dtype))

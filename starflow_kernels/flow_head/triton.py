@@ -1,13 +1,13 @@
-"""Flow head in Triton: raw parameters never reach memory.
+"""Flow head in Triton. The raw parameters never reach memory.
 
 A program projects BLOCK_T consecutive tokens of one row and transforms the tokens that the parameters belong to. With
-bfloat16 weights it reads h once and applies the factor of the norm after the projection. float32 has too many digits
-for that and float16 too little range: with these it reads h twice, the second time from cache. The backward kernel
-recomputes the raw parameters.
+bfloat16 weights it reads h once, and applies the factor of the norm after the projection. This would lose digits in
+float32 and exceed the range of float16. With these dtypes it reads h twice, the second time from cache. The backward
+kernel recomputes the raw parameters.
 
-Let g be the raw gradients of a token, r the factor of its norm, w the norm's weight and G the sum over tokens of
-(r g) h^T, one matrix product. Then dL/dW = G (1 + w), and dL/dw is the sum of W G over outputs. The gradient of the
-norm needs the mean of g times the parameters before the bias.
+For a token, let g be the gradient of its raw parameters and r the factor of its norm. Let w be the weight of the norm,
+and G the sum over tokens of (r g) h^T, one matrix product. Then dL/dW = G (1 + w), and dL/dw is the sum of W G over
+outputs. The gradient of the norm needs the mean of g times the parameters before the bias.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from ..affine_flow.triton import sum_rows
 
 WIDEST = 256
 RMS_EPS = tl.constexpr(NORM_EPS["rms_norm"])
-# BLOCK_D -> (tokens per block, channels per block, warps): the largest that compile without spills for every target.
+# BLOCK_D -> (tokens per block, channels per block, warps). Larger sizes spill registers on some target.
 NARROW = {16: (64, 64, 4), 32: (32, 64, 4), 64: (16, 64, 4), 128: (32, 32, 8), 256: (16, 16, 8)}
 FLOAT32 = {16: (32, 16, 4), 32: (32, 32, 4), 64: (16, 32, 8), 128: (16, 16, 8), 256: (8, 16, 8)}
-# (bytes per value, BLOCK_D) -> sizes for gfx942 where they differ: half as many threads have twice the registers.
+# (bytes per value, BLOCK_D) -> sizes for gfx942 where they differ: with half as many threads, each has twice the
+# registers.
 GFX942 = {(2, 128): (32, 32, 4), (4, 256): (16, 16, 4)}
 
 
 def config(D: int, dtype: torch.dtype, chip: str) -> dict[str, int]:
-    """Return the launch options for tokens of D values and a weight of `dtype`; nothing else decides them."""
+    """Return the launch options for tokens of D values and a weight of `dtype` on a chip."""
     block_d = max(16, triton.next_power_of_2(D))
     sizes = (FLOAT32 if dtype == torch.float32 else NARROW)[block_d]
     block_t, block_c, warps = GFX942.get((dtype.itemsize, block_d), sizes) if chip == "gfx942" else sizes
@@ -42,7 +43,7 @@ def config(D: int, dtype: torch.dtype, chip: str) -> dict[str, int]:
 @triton.jit
 def _norm_factor(h, row, source, T, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     """Return 1 / sqrt(mean h^2 + eps) of each token, (BLOCK_T,)."""
-    # Its error is an error of all parameters of the token: the sum is in float64.
+    # The sum is in float64, because an error of the factor would affect all parameters of the token.
     square = tl.zeros([BLOCK_T], tl.float64)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -55,7 +56,7 @@ def _norm_factor(h, row, source, T, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.conste
 
 @triton.jit
 def _add_product(x, y, total, lost):
-    """Return total + x y and its rounding error, `lost`, which the next sum subtracts; only float32 is compensated."""
+    """Return total + x y, and its rounding error for the next call as `lost`; only float32 is compensated."""
     if x.dtype == tl.float32:
         product = tl.dot(x, y, input_precision="ieee") - lost  # (BLOCK_T, BLOCK_D)
         grown = total + product
@@ -69,7 +70,7 @@ def _raw(
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return raw a and b of each token before bias and clip, both after them, and the factor of each token's norm."""
+    """Return each token's raw a and b before bias and clip, a and b after them, and the factor of its norm."""
     out = tl.arange(0, BLOCK_D)
     a = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     b = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -109,9 +110,10 @@ def _raw(
 
 @triton.jit
 def target_tokens(source, T, SHIFT: tl.constexpr, FLIP: tl.constexpr):
-    """Return whether the parameters of each source belong to a token, and that token.
+    """Return whether the parameters at each source position belong to a token, and to which token.
 
-    The parameters of the last source of a shifted row belong to none: it gets the token that passes unchanged.
+    The parameters at the last source position of a shifted row belong to no token. Its entry is the token that passes
+    unchanged.
     """
     token = source + 1 if SHIFT else source
     known = (token < T) & (source < T)
@@ -126,7 +128,7 @@ def flow_head_forward_kernel(
     SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store z, and -log sigma of each element or the sum of log sigma over the program's tokens."""
+    """Store z, and either -log sigma per element or the sum of log sigma over the program's tokens."""
     blocks = tl.cdiv(T, BLOCK_T)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     source = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -154,7 +156,7 @@ def flow_head_backward_kernel(
     SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr, HAS_Z: tl.constexpr, HAS_LOGDET: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of x, h and the raw parameters, and the last also times the factor of the norm."""
+    """Store the gradients of x, h and the raw parameters; store the last also times the factor of the norm."""
     blocks = tl.cdiv(T, BLOCK_T)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     source = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -223,7 +225,7 @@ def refuse_backward(grads, outputs, *args) -> str | None:
 
 
 def _sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a^T b; in float32 as a sum of 16 parts, as one chain of sums over all tokens would lose digits."""
+    """Return a^T b. In float32 it adds 16 partial sums, because one chain of sums over all tokens would lose digits."""
     if a.dtype != torch.float32:
         return a.T @ b
     part = max(1, len(a) // 16)

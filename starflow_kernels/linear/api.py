@@ -27,7 +27,7 @@ def linear(
 ) -> torch.Tensor:
     """Apply a linear layer, y = x W^T + b.
 
-    The products of the transformer in TarFlow (arXiv 2412.06329), as a training step takes them.
+    These are the matrix products of the transformer in TarFlow (arXiv 2412.06329), for training steps on a CPU.
 
     Args:
         x: (B, T, in), any floating dtype.

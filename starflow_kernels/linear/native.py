@@ -1,4 +1,4 @@
-"""Linear layer on the CPU by the kernels of csrc/cpu/linear.cpp; torch's own BLAS lacks AVX-512 on some machines."""
+"""Linear layer on the CPU, by the kernels in csrc/cpu/linear.cpp; torch's BLAS does not use AVX-512 on some CPUs."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def linear_backward(grads, outputs, x, weight, bias) -> list[torch.Tensor]:
-    """Return the gradients with respect to x, weight and, where it is given, bias."""
+    """Return the gradients with respect to x, weight and, if it is given, bias."""
     (grad,) = grads
     gradients = [grad @ weight, grad.flatten(0, 1).T @ x.flatten(0, 1)]
     return gradients if bias is None else [*gradients, grad.sum((0, 1))]

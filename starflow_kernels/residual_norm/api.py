@@ -1,4 +1,4 @@
-"""Residual sum and the norm of it, between the layers of a transformer."""
+"""Residual sum and its norm, between the layers of a transformer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def residual_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `residual` to x and normalize the sum over the last dimension, reading and writing each tensor once.
 
-    The norms of TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276). Sums are accumulated in float32 or wider.
+    These are the norms of TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276). Sums are accumulated in float32
+    or wider.
 
     Args:
         x: (B, T, C), any floating dtype.

@@ -15,7 +15,7 @@ def residual_norm(
     kind: str,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x + residual, with no elements where residual is None, and the norm of the sum."""
+    """Return x + residual and its norm. If residual is None, the first result has no elements."""
     total = x if residual is None else (x + residual).to(x.dtype)
     y, inverse = norm_statistics(total, kind, eps)
     y = y * inverse
@@ -27,7 +27,7 @@ def residual_norm(
 
 
 def residual_norm_backward(grads, outputs, x, residual, weight, bias, kind, eps) -> list[torch.Tensor]:
-    """Return the gradients with respect to x (also that of residual), weight and bias; the norm is recomputed."""
+    """Return the gradients with respect to x (the same as for residual), weight and bias; recomputes the norm."""
     total = x if outputs[0].shape != x.shape else outputs[0]
     y, inverse = norm_statistics(total, kind, eps)
     y, grad = y * inverse, grads[1].to(y.dtype)

@@ -1,7 +1,7 @@
-"""Residual sum and norm in Triton: a program holds whole rows, so that every tensor is read and written once.
+"""Residual sum and norm in Triton. A program holds whole rows, so that every tensor is read or written once.
 
-The gradients of weight and bias are sums over all rows. Each of a fixed number of programs adds its share of the rows
-in order, and torch adds the shares, so that the bits do not depend on timing.
+The gradients of weight and bias are sums over all rows. A fixed number of programs each add a share of the rows in
+order, and torch adds these sums, so that the bits do not depend on timing.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ SHARES = 512
 
 
 def config(C: int) -> dict[str, int]:
-    """Return rows and channels per program, and its warps, for C channels."""
+    """Return the rows, channels and warps per program, for C channels."""
     block = max(16, triton.next_power_of_2(C))
     return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": min(16, max(2, block // 512))}
 
 
 @triton.jit
 def _normalized(x, inside, C, eps, KIND: tl.constexpr):
-    """Return the rows (ROWS, BLOCK) without mean, divided by their size, and 1 / size (ROWS, 1)."""
+    """Return the rows (ROWS, BLOCK), centered for "layer_norm" and divided by their size, and 1 / size (ROWS, 1)."""
     if KIND == "layer_norm":
         x = tl.where(inside, x - (tl.sum(x, 1) / C)[:, None], 0.0)
     size = 1 / tl.sqrt(tl.sum(x * x, 1) / C + eps)
@@ -43,13 +43,13 @@ def residual_norm_forward_kernel(
     KIND: tl.constexpr, UPDATE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store sum and norm of ROWS rows."""
+    """Store the sums and norms of ROWS rows."""
     row, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     offsets, inside = row.to(tl.int64)[:, None] * C + c[None, :], (row < N)[:, None] & (c < C)[None, :]
     value = tl.load(x + offsets, inside, 0).to(tl.float32)  # (ROWS, BLOCK)
     if UPDATE:
         value += tl.load(update + offsets, inside, 0).to(tl.float32)  # (ROWS, BLOCK)
-        # The norm reads the sum as it is stored.
+        # The norm takes the sum as it is stored, rounded.
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + offsets, rounded, inside)
         value = rounded.to(tl.float32)

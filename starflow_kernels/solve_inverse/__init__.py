@@ -1,1 +1,1 @@
-"""Inverse of any causal conditioner."""
+"""Inverse of a flow with any causal conditioner."""

@@ -1,4 +1,4 @@
-"""Inverse of any causal conditioner, with a report."""
+"""Inverse of a flow with any causal conditioner, and a report of the solve."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ def solve_inverse(
     guess: torch.Tensor | None = None,
     certify: bool = False,
 ) -> tuple[torch.Tensor, SolveReport]:
-    """Solve x_t = mu_t(x) + sigma_t(x) z_t for x, where the parameters of token t depend on earlier tokens alone.
+    """Solve x_t = mu_t(x) + sigma_t(x) z_t for x, where the parameters of token t depend only on earlier tokens.
 
-    The inverse of TarFlow (arXiv 2412.06329), eq. 3, for any network; Jacobi by arXiv 2505.12849 and 2505.24791.
+    This inverts TarFlow (arXiv 2412.06329), eq. 3, for any network. Jacobi iteration follows arXiv 2505.12849 and
+    2505.24791.
 
     Args:
-        conditioner: maps x (B, T, D) to raw parameters (B, T, 2D) [a | b], (B, T, D) where spec.scale is "unit". The
-            parameters of token t may depend only on the tokens before it in `order`, and a row only on itself. A MADE
-            over n scalars has T = n and D = 1.
+        conditioner: maps x (B, T, D) to raw parameters (B, T, 2D) [a | b], or (B, T, D) if spec.scale is "unit". The
+            parameters of token t may depend only on tokens before it in `order`, and a row only on the same row of x.
+            A MADE over n scalars has T = n and D = 1.
         z: (B, T, D) finite noise, any floating dtype.
         spec: map from a and b to sigma and mu, as in `affine_flow`.
         order: permutation of 0 .. T - 1, the order in which tokens are generated; None: ascending.
         solver: sequential or Jacobi, see `Solver`. Every pass evaluates all tokens, so its window must be 0.
-        context: tensors of B rows, passed as conditioner(x, *context); rows of finished samples are left out.
+        context: tensors of B rows, passed as conditioner(x, *context) without the rows of finished samples.
         guess: (B, T, D) finite initial values of Jacobi, in place of solver.guess.
         certify: run one density pass over the result and report its largest error.
 

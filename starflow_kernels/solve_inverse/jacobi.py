@@ -1,4 +1,4 @@
-"""Inverse of any causal conditioner by Jacobi sweeps over all tokens; a converged sample leaves the batch."""
+"""Inverse of a flow with any causal conditioner by Jacobi sweeps over all tokens; converged samples leave the batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def jacobi(
 ) -> Sweeps:
     """Iterate x <- mu(x) + sigma(x) z until no value changes by more than tol, each sample on its own.
 
-    conditioner(x, rows) is called for the rows that are not done, None for all. neighbours: see `Solver`.
+    conditioner(x, rows) is called with the rows that are not done, or None for all rows. neighbours: see `Solver`.
 
     After k sweeps the first k tokens of `order` are exact and are kept, so T sweeps end every sample. A sample that
     diverges keeps its exact tokens, sets the others to zero, and goes on with one token per pass.
@@ -62,10 +62,10 @@ def jacobi(
             rows = live.nonzero().squeeze(1)
             params = params.index_copy(0, rows, conditioner(x[rows], rows))
         passes, sweeps = passes + 1, sweeps + live.int()
-        # All rows, as in `sequential`: the bits of torch's exp and tanh depend on the position in a tensor.
+        # Transform all rows, as `sequential` does: the bits of torch's exp and tanh depend on the position in a tensor.
         new = affine_flow_inverse(z, params, None, scale, soft_clip, "tarflow")
         done, ahead = rank < front[:, None], rank > front[:, None]
-        # Only tokens on which others depend: not the last token, nor tokens that were exact before.
+        # Compare only tokens on which others depend: not the last token, nor tokens that were exact before.
         change = (new - x).abs() / new.abs().clamp(min=1)
         change = torch.where((done | (rank == T - 1))[..., None], 0, change).flatten(1).amax(1)
         if model is not None:

@@ -8,15 +8,15 @@ import torch
 FORGET = 0.7
 # Ridge of the regression, relative to the mean square of the inputs.
 RIDGE = 0.03
-# Tokens whose neighbours moved less than this share of the largest move are left out: their moves are rounding errors.
+# Tokens whose neighbors moved less than this share of the largest move are left out: their moves are rounding errors.
 SMALLEST_MOVE = 1e-3
 
 
 class QuasiNewton:
-    """Linear model per sample, shared by its tokens: moves of the tokens t - k predict the change of (mu, log sigma).
+    """Linear model per sample that predicts the change of (mu, log sigma) of token t from the moves of tokens t - k.
 
-    k runs over `offsets`, and tokens are in the order in which they depend on each other. The model is the ridge
-    regression over the pairs (moves, changes) of consecutive sweeps, with decaying weights.
+    k runs over `offsets`, and tokens are in the order in which they depend on each other. All tokens of a sample share
+    the model. It is the ridge regression over the pairs (moves, changes) of consecutive sweeps, with decaying weights.
     """
 
     def __init__(self, offsets: tuple[int, ...], z: torch.Tensor):
@@ -56,7 +56,7 @@ class QuasiNewton:
         return new
 
     def forget(self) -> None:
-        """Do not learn from the next sweep: it does not follow from the last one."""
+        """Do not learn from the next sweep, because it does not continue the last one."""
         self.previous = slice(0, 0)
 
     def _learn(self, rows: torch.Tensor, tokens: slice, outputs: torch.Tensor) -> None:
@@ -78,6 +78,6 @@ class QuasiNewton:
 
 
 def _before(values: torch.Tensor, offsets: tuple[int, ...], t: int) -> torch.Tensor:
-    """Return (B, 1, len(offsets) D): the values (B, T, D) at t - k side by side, zero before the first token."""
+    """Return the values (B, T, D) at t - k, side by side in (B, 1, len(offsets) D); zero before the first token."""
     zero = torch.zeros_like(values[:, :1])
     return torch.cat([values[:, t - k : t - k + 1] if k <= t else zero for k in offsets], dim=2)

@@ -1,4 +1,4 @@
-"""Inverse of any causal conditioner: the specification in plain PyTorch."""
+"""Inverse of a flow with any causal conditioner: the specification in plain PyTorch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Sampling of a whole block in Triton: sessions, the sequential step, parallel sweeps, and their kernels."""
+"""Sampling through a whole block in Triton: sessions, the sequential step, parallel sweeps, and their kernels."""

@@ -1,4 +1,4 @@
-"""Triton kernels between two tokens: head, guidance, affine transform, and the projection of the next token."""
+"""Triton kernels between two steps: head, guidance, affine transform, and the projection of the next token."""
 
 import triton
 import triton.language as tl
@@ -61,7 +61,7 @@ def _raw(
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return clipped raw a and b of the rows, values d."""
+    """Return the clipped raw a and b of the rows, for the values d of a token."""
     factor, mean, size = norm_statistics(h, residual, post, row, rows, C, NORM, POST, BLOCK_M, BLOCK_K)
     a = tl.zeros([BLOCK_M, d.shape[0]], tl.float32)
     b = tl.zeros([BLOCK_M, d.shape[0]], tl.float32)
@@ -86,16 +86,16 @@ def mean_and_scale(
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
     RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return mean and scale of values d of the rows' tokens.
+    """Return mean and scale of the values d of each row's token.
 
-    token_offsets: index of each row's token, which selects its guidance weight. The unconditional branch of a row is
-    `samples` rows later.
+    token_offsets: index of each row's token, which selects its guidance weight. The branch of a row without the
+    condition is `samples` rows later.
     """
     rows = samples * BRANCHES
     a, b = _raw(h, residual, post, norm_weight, weight, bias, row, d, rows, C, D, clip, SCALE, CLIPPED, NORM, POST,
                 BLOCK_M, BLOCK_K)  # fmt: skip
     if BRANCHES == 2:
-        # The branch without the condition.
+        # Outputs of the branch without the condition.
         plain_a, plain_b = _raw(h, residual, post, norm_weight, weight, bias, row + samples, d, rows, C, D, clip,
                                 SCALE, CLIPPED, NORM, POST, BLOCK_M, BLOCK_K)  # fmt: skip
         w = tl.load(guidance + token_offsets, known, 0)[:, None]  # (BLOCK_M, 1)
@@ -126,8 +126,8 @@ def block_head_kernel(
 ):  # fmt: skip
     """Compute the token that the outputs of this slot belong to, and its projection for the next slot.
 
-    Every program computes the whole token and BLOCK_N channels of its projection: the projection needs no launch of its
-    own. The next position goes to position[1], as other programs still read position[0].
+    Every program computes the whole token and BLOCK_N channels of its projection, so that the projection needs no
+    separate launch. The next position goes to position[1], because other programs still read position[0].
     """
     wait_for_previous(PDL)
     blocks = tl.cdiv(samples, BLOCK_M)
@@ -146,7 +146,7 @@ def block_head_kernel(
     offsets = (row * T + token)[:, None] * D + d[None, :]
     noise = tl.load(z + offsets, inside, 0)  # (BLOCK_M, BLOCK_D)
     value = tl.where(inside, mu + sigma * noise, 0.0)
-    # The programs of the first column store the token.
+    # Only the programs of the first column store the token.
     stored = row < tl.where((column == 0) & (token < T), samples, 0)
     tl.store(x + offsets, value, stored[:, None] & (d < D)[None, :])
     channel = column * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -12,7 +12,7 @@ SMALLEST_SQUARE = tl.constexpr(quasi_newton.SMALLEST_MOVE**2)
 
 @triton.jit
 def _neighbour_moves(moves, offsets, token, first, D, inputs, BLOCK_I: tl.constexpr):
-    """Return the moves of a token's neighbours side by side, zero for neighbours before token `first`."""
+    """Return the moves of a token's neighbors side by side, zero for neighbors before token `first`."""
     i = tl.arange(0, BLOCK_I)
     neighbour = token - tl.load(offsets + i // D, i < inputs, 0)  # (BLOCK_I,)
     return tl.load(moves + neighbour * D + i % D, (i < inputs) & (neighbour >= first), 0.0)  # (BLOCK_I,)
@@ -23,10 +23,10 @@ def _lesson(
     y, spread, log_sigma, moves, outputs, offsets, t, first, before, largest, D, inputs,
     BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Return what a token teaches the model.
+    """Return the contribution of a token to the regression.
 
-    Returns the moves of its neighbours, the same over their sum of squares, and the changes of its mean and log scale.
-    Every token has the same weight, however far it is from its solution; a token that teaches nothing gets zeros.
+    It is: the moves of its neighbors, these moves over their sum of squares, and the changes of its mean and log scale.
+    Every token has the same weight, however far it is from its solution. A token that is left out gets zeros.
     """
     d, old = tl.arange(0, BLOCK_D), (first + t) * 2 * D
     # (BLOCK_D,)
@@ -46,9 +46,9 @@ def _learn(
     y, spread, log_sigma, moves, outputs, gram, cross, model, offsets, first, count, before, D, inputs,
     BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Fit the model to the changes of the first `count` tokens by the last sweep's moves of tokens from `before` on.
+    """Fit the model: the last sweep's moves of tokens from `before` on predict the changes of the first `count` tokens.
 
-    Tokens come one by one, mean and log scale one after the other: more at once does not fit into registers.
+    Tokens, and their means and log scales, are added one after the other: more at once does not fit into registers.
     """
     i, d = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D)
     square, diagonal = i[:, None] * BLOCK_I + i[None, :], i[:, None] == i[None, :]
@@ -71,7 +71,7 @@ def _learn(
                                                 largest, D, inputs, BLOCK_D, BLOCK_I)  # fmt: skip
             x += weighed[:, None] * (d_mu if half == 0 else d_log)[None, :]
         tl.store(cross + cells, x)
-        # Other threads stored the sums.
+        # Wait: other threads stored the sums.
         tl.debug_barrier()
         a = tl.load(gram + square)  # (BLOCK_I, BLOCK_I)
         a = tl.where(diagonal, tl.where(i < inputs, RIDGE * mean, 1.0)[:, None] + a, a)
@@ -93,7 +93,7 @@ def newton_step(
     x, y, spread, log_sigma, most, learned, moves, outputs, gram, cross, model, offsets, b, first, count, n, T, D,
     inputs, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Store x of sample b's window: y plus the effect of earlier tokens' moves in the model, limited to +-`most`."""
+    """Store x of sample b's window: y plus the predicted effect of the moves of earlier tokens, limited to +-`most`."""
     d, size = tl.arange(0, BLOCK_D), BLOCK_I * BLOCK_D
     x, y, spread, log_sigma = x + (b * T + first) * D, y + b * n * D, spread + b * n * D, log_sigma + b * n * D
     moves, outputs, gram = moves + b * T * D, outputs + b * T * 2 * D, gram + b * BLOCK_I * BLOCK_I
@@ -109,7 +109,7 @@ def newton_step(
     cells = tl.arange(0, BLOCK_I)[:, None] * BLOCK_D + d[None, :]
     mu_model, log_model = tl.load(model + cells), tl.load(model + size + cells)  # (BLOCK_I, BLOCK_D) each
     for t in range(0, count):
-        # Other threads stored the move of the token before.
+        # Wait: other threads stored the move of the previous token.
         tl.debug_barrier()
         near = _neighbour_moves(moves, offsets, first + t, first, D, inputs, BLOCK_I)
         v = t * D + d

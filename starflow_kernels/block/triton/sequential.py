@@ -1,6 +1,7 @@
-"""Sequential sampling of a whole block in Triton: a step per token, with five launches per layer and one for the head.
+"""Sequential sampling through a whole block in Triton, one step per token.
 
-The kernels are in step_kernels.py and head_kernels.py; sessions.py keeps sessions and replays their steps.
+A step has five launches per layer and one for the head. The kernels are in step_kernels.py and head_kernels.py;
+sessions.py keeps sessions and replays their steps.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from ..quantize import is_quantized, quantize_matrix
 from . import head_kernels, step_kernels
 from .sessions import Sessions, Shape, bucket, loaded, sample
 
-# Bytes per weight -> widest token; the head of wider tokens spills registers on some chip.
+# Bytes per weight -> widest token. For wider tokens, the head kernel spills registers on some chip.
 WIDEST_TOKEN = {2: 256, 4: 128}
 WIDEST_HEAD = 256
-# Tile sizes do not depend on the batch, so that the bits of a row do not either.
+# Tile sizes do not depend on the batch, so the bits of a row do not either.
 # Rows per tile.
 BLOCK_M = 16
 # Outputs per tile.
@@ -36,20 +37,20 @@ BLOCK_N = 32
 SPLIT = 256
 # Keys per iteration within a split.
 BLOCK_S = 32
-# Rows of text that pass the network at a time.
+# Rows of text per pass of the network.
 TEXT_ROWS = 1024
 kept_sessions = Sessions()
 
 
 def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> dict[str, int]:
-    """Return tile sizes and launch options of a kernel; benchmarks/gpu/triton_resources.py checks that none spills.
+    """Return tile sizes and launch options of a kernel. benchmarks/gpu/triton_resources.py checks that none spills.
 
     Args:
         kernel: "qkv", "attend", "project", "up", "down", "embed" or "head".
         width: bytes per value of the network.
         D: values per token.
         d: values per head.
-        one_byte: weights are stored in one byte.
+        one_byte: whether weights are stored in one byte per value.
     """
     narrow = width == 2
     tiles = {"BLOCK_N": BLOCK_N, "BLOCK_K": 64 if narrow else 32, "num_warps": 4, "num_stages": 3 if narrow else 2}
@@ -85,8 +86,8 @@ def tile(n: int) -> int:
 class Model:
     """Weights of a block as the kernels read them.
 
-    Rotary pairs lie half a head apart, the position table is in the block's own order, and each weight of one byte has
-    its scales under "<name>.scale".
+    The values of a rotary pair lie half a head apart, and the position table is in the block's own order. The scales of
+    a one-byte weight are under "<name>.scale".
 
     Args:
         spec: sizes and options of the block.
@@ -118,7 +119,7 @@ class Model:
             if quantize != "none" and is_quantized(name, shape):
                 values, scales = quantize_matrix(self.w[name], quantize)
                 if quantize == "fp8":
-                    # The kernels read the bits as 1/256 of the values.
+                    # The kernels decode the bits to 1/256 of the values.
                     values, scales = values.view(torch.uint8), scales * 256
                 self.w[name], self.w[f"{name}.scale"] = values, scales
 
@@ -127,7 +128,7 @@ packed = WeightCache(Model)
 
 
 def _text_tokens(spec: BlockSpec, shape: Shape) -> int:
-    """Return the tokens of text per row and pass."""
+    """Return the number of text tokens per row and pass."""
     return max(1, min(shape.prefix, TEXT_ROWS // (shape.samples * shape.branches)))
 
 
@@ -156,14 +157,14 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int = 1) -> Bu
 
 
 def size_of(buffers: Buffers) -> int:
-    """Return the bytes of all buffers."""
+    """Return the size of all buffers in bytes."""
     return sum(math.prod(size) * kind.itemsize for size, kind in buffers.values())
 
 
 class TritonSession:
-    """Buffers of one bucket and the launches of a step.
+    """Buffers for one batch bucket, and the launches of a step.
 
-    A session holds no weights: they stay with the model, and its sessions end with it.
+    A session holds no weights. They belong to the model, and the sessions of a model end with it.
 
     Args:
         model: gives spec, quantization and dtype.
@@ -192,7 +193,7 @@ class TritonSession:
         return {"BLOCK_M": BLOCK_M, **config(kernel, *sizes, self.quantize != "none"), **self.pdl}
 
     def _pair(self, w: dict, name: str) -> tuple:
-        """Return weight and bias of a layer, None for what it lacks."""
+        """Return the weight and bias under a name, None for one that does not exist."""
         return w.get(f"{name}.weight"), w.get(f"{name}.bias")
 
     def attend(self, i: int, n: int, stop: torch.Tensor | None) -> None:
@@ -205,14 +206,14 @@ class TritonSession:
         )  # fmt: skip
 
     def layers(self, w: dict, n: int = 1, stop: torch.Tensor | None = None) -> torch.Tensor:
-        """Launch the network on n tokens of every row, from `h_in`, and return the state.
+        """Launch the layers on n tokens of every row, from `h_in`, and return the state.
 
-        With post-norms the last residual is still to be normed and added.
+        With post-norms, the last residual is not yet normed and added.
 
         Args:
             w: the model's weights.
             n: tokens of each sequence.
-            stop: in sweeps, the slot of each row where its tokens end; each row then has its own position.
+            stop: in sweeps, the slot before which the tokens of each row end; each row then has its own position.
         """
         spec, rows, h, h_next = self.spec, self.rows * n, self.h, self.h_next
         C, H, KV, d, width = spec.channels, spec.heads, spec.kv_heads, spec.head_dim, spec.mlp_dim
@@ -256,7 +257,7 @@ class TritonSession:
         return h
 
     def _embed_weights(self, w: dict) -> tuple:
-        """Return the tensors that the projection of a token reads."""
+        """Return the weights that the projection of a token reads."""
         return *self._pair(w, "proj_in"), w.get("pos_embed"), self.cond if self.shape.cond else None
 
     def _embed_options(self) -> dict:
@@ -324,7 +325,7 @@ class TritonSession:
         )  # fmt: skip
 
     def capture(self, w: dict) -> None:
-        """Capture a step as a CUDA graph; a step before it compiles the kernels."""
+        """Capture a step as a CUDA graph, after one step that compiles the kernels."""
         self.launch(w)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
@@ -332,7 +333,7 @@ class TritonSession:
 
 
 class Running:
-    """A session together with the weights of its model, for one call.
+    """Session together with the weights of its model, for one call.
 
     Args:
         session: holds the buffers.
@@ -393,7 +394,7 @@ def loaded_sessions(
         temperature: divides the scores of the unconditional branch.
         kind: class of the sessions.
         n: tokens of each sequence per step.
-        options: further arguments of the class; sessions are kept per value of them.
+        options: further arguments of the class; each combination of them has its own sessions.
     """
     spec, (cond, prefix, *_, guidance), (B, T, _) = model.spec, context, z.shape
     shape = Shape(B, T, 0 if prefix is None else prefix.shape[1], 1 if guidance is None else 2, cond is not None, rule)
@@ -419,7 +420,7 @@ def loaded_sessions(
 def block_inverse(
     z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature, quantize="none"
 ):
-    """Map noise to data token by token over the cache; a batch too large for the budget of bytes goes in parts."""
+    """Map noise to data token by token over the cache; a batch that is too large for the memory budget is split."""
     model = packed(spec_json, weights, quantize)
     spec, T = model.spec, z.shape[1]
     if not len(z):
@@ -436,13 +437,13 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# Device -> end of the last call that used the buffers of its sessions.
+# Device -> event at the end of the last call that used the buffers of its sessions.
 _ends: dict[torch.device, torch.cuda.Event] = {}
 
 
 @contextlib.contextmanager
 def exclusive(device: torch.device):
-    """Reserve the buffers of all sessions for one call; on the device it runs after the last one, on any stream."""
+    """Reserve the buffers of all sessions for one call. On the device it runs after the previous call, on any stream."""
     with kept_sessions.lock:
         if device in _ends:
             torch.cuda.current_stream(device).wait_event(_ends[device])

@@ -1,7 +1,8 @@
-"""Batch buckets, sessions that are kept between calls, and the replay of their steps; plain Python without Triton.
+"""Batch buckets, sessions that are kept between calls, and the replay of their steps, in Python without Triton.
 
-A session holds all buffers of one bucket, and a step that always has the same launches: on a GPU a CUDA graph, captured
-once. Callers describe the device by three functions: the size of a session, how to open it, and how to wait for it.
+A batch is padded to a bucket, a power of two. A session holds all buffers of one bucket, and a step that always has the
+same launches; on a GPU the step is a CUDA graph, captured once. Callers pass three functions: one that returns the size
+of a session, one that opens it, and one that waits for the device.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import torch
 
 from ..progress import report, reporting
 
-# Most progress reports per part, each of which waits for the device.
+# Largest number of progress reports per part; each of them waits for the device.
 REPORTS = 16
 
 
 class Shape(NamedTuple):
-    """Sizes of the part of a batch that a session takes; together with the model, the key of its graph."""
+    """Sizes of the part of a batch that a session takes. Together with the model they identify its graph."""
 
     samples: int
     tokens: int
@@ -36,7 +37,7 @@ class Session(Protocol):
     """Interface of a session that `loaded` and `sample` use."""
 
     def load(self, z: torch.Tensor, context: tuple, temperature: float) -> None:
-        """Take a part of a batch and start its first token."""
+        """Copy in a part of a batch and start its first token."""
         ...
 
     def step(self) -> None:
@@ -44,7 +45,7 @@ class Session(Protocol):
         ...
 
     def result(self) -> torch.Tensor:
-        """Return x (samples, T, D)."""
+        """Return data x (samples, T, D)."""
         ...
 
 
@@ -62,12 +63,12 @@ def largest(samples: int, size: Callable[[int], int], budget: int) -> int:
 
 
 def parts(samples: int, most: int) -> Iterator[slice]:
-    """Return the slices of a batch in parts of at most `most` samples."""
+    """Return slices that split a batch into parts of at most `most` samples."""
     return (slice(first, min(first + most, samples)) for first in range(0, samples, most))
 
 
 class Sessions:
-    """Sessions kept between calls within a budget of bytes; the least recently used go first.
+    """Sessions that are kept between calls within a budget of bytes; the least recently used are dropped first.
 
     The sessions of a model are dropped with the model.
     """
@@ -90,7 +91,7 @@ class Sessions:
         return sum(size for size, _ in self._kept.values())
 
     def get(self, model: object, key: tuple, size: int, budget: int, opened: Callable[[], Session]) -> Session:
-        """Return the session of a model, opened if it is not kept.
+        """Return a session of a model, and open it if it is not kept.
 
         Args:
             model: owner of the session.
@@ -137,11 +138,11 @@ def replay(step: Callable[[], None], steps: int, wait: Callable[[], None], done:
 def replay_until_done(step: Callable[[], None], ask: Callable[[], Callable[[], int]], tokens: int, done) -> None:
     """Run steps until all tokens are done.
 
-    The answer after one step is read while the next one runs, which does nothing if all tokens were done.
+    The count after one step is read while the next step runs. If all tokens were done, that step does nothing.
 
     Args:
         step: runs one step.
-        ask: starts the count of tokens that are done on the device, and returns a function that waits for it.
+        ask: starts counting finished tokens on the device, and returns a function that waits for the count.
         tokens: number of all tokens.
         done: takes the number of tokens done.
     """
@@ -193,7 +194,7 @@ def loaded(
 def sample(
     z: torch.Tensor, steps: int, wait: Callable[[], None], running: Iterator[tuple[slice, Session]]
 ) -> torch.Tensor:
-    """Return x of noise z (B, T, D) from its parts, which run for `steps` steps in their sessions.
+    """Map noise z (B, T, D) to data x, by running `steps` steps of the session of each part.
 
     Args:
         z: (B, T, D), in the block's own order.

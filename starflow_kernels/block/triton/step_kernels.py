@@ -1,11 +1,12 @@
-"""Triton kernels of a sampling step: n tokens of each sequence through a layer in five launches.
+"""Triton kernels of a sampling step, which takes n tokens of each sequence through a layer in five launches.
 
-Row r is token r % n of sequence r // n, in slot position + r % n of the cache. The position is read from the device, so
-that one CUDA graph serves every token. In sweeps every sequence has its own position and a slot `stop` where its window
-ends; tiles whose rows are all past it return at once. A program computes BLOCK_M rows and some outputs of a product.
+Row r is token r % n of sequence r // n, in slot position + r % n of the cache. The position is read from device memory,
+so that one CUDA graph serves every token. In sweeps, every sequence has its own position and a slot `stop` where its
+window ends; tiles whose rows are all past it return at once. A program computes BLOCK_M rows and some outputs of a
+product.
 
-With post-norms a layer's residual is added to the state only after its norm, which needs whole rows: the next kernel
-does that.
+With post-norms, a residual is normed before it is added to the state. The norm needs whole rows, so the next kernel
+does both.
 """
 
 import triton
@@ -28,7 +29,7 @@ from .tiles import (
     window_slots,
 )
 
-# sqrt(2 / pi) and the factor of the cubic term in the tanh approximation of GELU.
+# sqrt(2 / pi), and the factor of the cubic term, in the tanh approximation of GELU.
 GELU_SLOPE = tl.constexpr(0.7978845608028654)
 GELU_CUBIC = tl.constexpr(0.044715)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -43,10 +44,10 @@ def block_qkv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr,
     DTYPE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Norm the rows, compute, norm and rotate some pairs of values of one head; store keys and values in the cache.
+    """Norm the rows, project them to some pairs of values of one head, norm and rotate these, and fill the cache.
 
-    A pair is value p and value p + half of a head. FIRST: the head kernel has left the position in position[1], which
-    no program of this kernel writes.
+    A pair is value p and value p + half of a head. FIRST: whether the position is in position[1], where the head kernel
+    has left it and no program of this kernel writes.
     """
     wait_for_previous(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
@@ -72,7 +73,7 @@ def block_qkv_kernel(
         c = start + tl.arange(0, BLOCK_K)
         x = load_state(h, residual, post, factor, row, c, rows, C, POST)  # (BLOCK_M, BLOCK_K)
         if FIRST or POST:
-            # The programs of the first column store the state.
+            # Only the programs of the first column store the state.
             mask = (row < tl.where(column == 0, rows, 0))[:, None] & (c < C)[None, :]
             tl.store(h_next + row[:, None] * C + c[None, :], x, mask)
         x = normalize(x, mean, size, norm_weight, norm_bias, c, C, NORM)
@@ -88,7 +89,7 @@ def block_qkv_kernel(
     if QK_NORM:
         inverse = 1 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD + RMS_EPS)
         inverse = tl.where(rotated, inverse, 1.0)
-        # The norms of queries, then that of keys; values have none.
+        # head_norms holds the norm of queries, then the norm of keys; values have none.
         norm = head_norms + tl.where(head < H, 0, HEAD)
         a *= inverse[:, None] * (1 + load_vector(norm, pair, pair < tl.where(rotated, HALF, 0)))[None, :]
         b *= inverse[:, None] * (1 + load_vector(norm + HALF, pair, pair < tl.where(rotated, HEAD // 2, 0)))[None, :]
@@ -121,7 +122,7 @@ def block_attend_kernel(
     H: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Store the largest score, sum of weights and weighted values of one query over the keys of one split."""
+    """Store the largest score, sum of weights and weighted sum of values of one query over one split of the keys."""
     wait_for_previous(PDL)
     split = tl.program_id(0) % splits
     query = tl.program_id(0) // splits
@@ -203,7 +204,7 @@ def block_project_kernel(
 
 @triton.jit
 def _store_sum(total, bias, h, residual, row, out, rows, C, BIAS: tl.constexpr, POST: tl.constexpr):
-    """Add a product and its bias to the state, or store it as a residual that is yet to be normed."""
+    """Add a product and its bias to the state, or store the sum as a residual that is not yet normed."""
     if BIAS:
         total += load_vector(bias, out, out < C)[None, :]
     offsets, inside = row[:, None] * C + out[None, :], (row < rows)[:, None] & (out < C)[None, :]
@@ -221,7 +222,7 @@ def block_up_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Norm the rows and compute the first half of the MLP."""
+    """Norm the rows and compute the hidden values of the MLP."""
     wait_for_previous(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
     column = tl.program_id(0) // blocks
@@ -265,7 +266,7 @@ def block_down_kernel(
     BIAS: tl.constexpr, POST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Compute a product and add it to the state, or store it as residual."""
+    """Compute the second product of the MLP; add it to the state, or store it as the residual."""
     wait_for_previous(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)

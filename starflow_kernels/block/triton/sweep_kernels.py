@@ -1,7 +1,7 @@
-"""Triton kernels of a Jacobi sweep that differ from those of a step: tokens, attention, head, and what has converged.
+"""Triton kernels of a Jacobi sweep that differ from those of a step: embedding, attention, head, and convergence.
 
-Row r is token r % n of the window of sequence r // n. The first `done` tokens of sample b have converged; its window
-begins there, in slot `position`, and ends before slot `stop`.
+Row r is token r % n of the window of sequence r // n. The first `done` tokens of a sample have converged. Its window
+begins after them, in slot `position`, and ends before slot `stop`.
 """
 
 import triton
@@ -19,7 +19,7 @@ def block_sweep_embed_kernel(
     x, start, weight, bias, table, cond, h, position, stop, samples, rows, n, T, prefix, C, D,
     START: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Project the input tokens of the slots of the windows; both branches of a sample take the same."""
+    """Project the input tokens of the slots in the windows; both branches of a sample take the same tokens."""
     blocks = tl.cdiv(rows, BLOCK_M)
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     channel, d = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -51,7 +51,7 @@ def block_sweep_attend_kernel(
     H: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Attend with BLOCK_M queries of one head and window to the keys of one split, which are read once."""
+    """Attend with BLOCK_M queries of one head and window to one split of the keys, which are read once."""
     tiles = n // BLOCK_M
     split = tl.program_id(0) % splits
     head = tl.program_id(0) // splits % H
@@ -77,7 +77,7 @@ def block_sweep_attend_kernel(
             score = add_product(queries, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_S], tl.float32))  # (BLOCK_M, BLOCK_S)
             score = tl.where(s[None, :] <= slot[:, None], score, float("-inf"))
             highest = tl.maximum(best, tl.max(score, 1))
-            # A query before all keys so far has no largest score.
+            # A query that has seen no key yet has no largest score.
             base = tl.where(highest == float("-inf"), 0.0, highest)
             kept, p = tl.exp(best - base), tl.exp(score - base[:, None])
             v = tl.load(v_cache + offsets, seen, 0)  # (BLOCK_S, BLOCK_D)
@@ -98,9 +98,9 @@ def block_sweep_head_kernel(
     RULE: tl.constexpr, START: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store y = mu + sigma z of the windows' tokens.
+    """Store y = mu + sigma z for the tokens in the windows.
 
-    Store for each token also the largest change against x, relative and absolute, and the largest value; all are
+    Also store, per token, the largest change from x, relative and absolute, and the largest value. All three are
     infinite for NaN.
     """
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -111,7 +111,7 @@ def block_sweep_head_kernel(
     changed = tl.zeros([BLOCK_M], tl.float32)
     moved = tl.zeros([BLOCK_M], tl.float32)
     largest = tl.zeros([BLOCK_M], tl.float32)
-    # BLOCK_D values of the tokens at a time: all values of a wide token do not fit into registers.
+    # Take BLOCK_D values at a time, because all values of a wide token do not fit into registers.
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         mu, sigma = mean_and_scale(
@@ -146,13 +146,13 @@ def block_sweep_settle_kernel(
     WINDOW: tl.constexpr, SLIDE: tl.constexpr, START: tl.constexpr, BRANCHES: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Store what a sweep did for one sample: values, counters, how many tokens have converged, and the next window."""
+    """Store the results of a sweep for one sample: values, counters, number of converged tokens, next window."""
     b = tl.program_id(0).to(tl.int64)
     first, alone = tl.load(done + b), tl.load(single + b)
     if first >= T:
         return
     count = tl.load(stop + b) - tl.load(position + b)
-    # All threads must have read before some of them write below.
+    # Wait: all threads must have read before some of them write below.
     tl.debug_barrier()
     i = tl.arange(0, BLOCK_W)
     inside = i < count

@@ -1,7 +1,7 @@
-"""Parallel inverse of a block in Triton: sweeps over windows, which move along each sample independently.
+"""Parallel inverse of a block in Triton, by sweeps over windows that move along each sample independently.
 
-A sweep is a fixed list of launches, and the device decides which tokens have converged. The host replays a few sweeps
-at a time until all tokens are done. The kernels are in step_kernels.py, sweep_kernels.py and newton_kernels.py.
+A sweep is a fixed sequence of launches, and the device decides which tokens have converged. The host replays a few
+sweeps at a time until all tokens are done. The kernels are in step_kernels.py, sweep_kernels.py and newton_kernels.py.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ..progress import report
 from . import sequential, sweep_kernels
 from .sessions import Shape, replay_until_done
 
-# Sweeps per CUDA graph; sweeps after the last token has converged return at once.
+# Sweeps per CUDA graph. Sweeps after the last token has converged return at once.
 SWEEPS = 4
-# Most inputs of the linear model: moves of the neighbours of a token.
+# Largest number of inputs of the linear model, which are the moves of a token's neighbors.
 MOST_INPUTS = 128
-# Buffers of quasi-Newton steps, in the order of the kernels' parameters.
+# Buffers of quasi-Newton steps, in the order of the kernel's parameters.
 NEWTON = ("spread", "log_sigma", "learned", "moves", "outputs", "gram", "cross", "model")
 
 
 def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int, window: int, slide: bool, neighbours: tuple):
-    """Return shape and dtype of every buffer of a session: those of steps of n tokens, and the state of the sweeps."""
+    """Return shape and dtype of every buffer of a session, for steps of n tokens and for the state of the sweeps."""
     samples, T, D, wide = shape.samples, shape.tokens, spec.token_dim, torch.float32
     counters = ("done", "single", "passes", "fallbacks", "failed")
     layout = sequential.buffers(spec, dtype, shape, n) | dict.fromkeys(counters, ((samples,), torch.int32))
@@ -43,25 +43,25 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int, window: i
 
 
 class JacobiSession(sequential.TritonSession):
-    """Buffers of one bucket and the launches of a sweep.
+    """Buffers for one batch bucket, and the launches of a sweep.
 
     Args:
         model, shape, device, buffers, n: see `TritonSession`.
         window: tokens per window.
-        slide: move the window by the tokens that have converged, not by whole windows.
-        neighbours: distances of the tokens whose moves the linear model takes; () for plain Jacobi sweeps.
+        slide: whether the window moves past each converged token, or by whole windows.
+        neighbours: distances to the tokens whose moves are inputs of the linear model; () for plain Jacobi sweeps.
     """
 
     buffers = staticmethod(buffers)
 
     def __init__(self, model, shape, device, buffers, n, window: int, slide: bool, neighbours: tuple[int, ...]):
         super().__init__(model, shape, device, buffers, n)
-        # Kernels of sweeps have no programmatic dependent launch.
+        # The kernels of sweeps do not support programmatic dependent launch.
         self.window, self.slide, self.pdl = window, slide, {}
         self.offsets = torch.tensor(neighbours, dtype=torch.int32, device=device) if neighbours else None
 
     def attend(self, i: int, n: int, stop: torch.Tensor | None) -> None:
-        """Launch the attention of layer i: that of a sweep, or with stop None that of a step."""
+        """Launch the attention of layer i, by the kernel of a step if stop is None, else by the kernel of a sweep."""
         if stop is None:
             return super().attend(i, n, stop)
         spec = self.spec
@@ -73,7 +73,7 @@ class JacobiSession(sequential.TritonSession):
         )  # fmt: skip
 
     def _own(self, kernel: str) -> dict[str, int]:
-        """Return tile sizes of a kernel that only sweeps have."""
+        """Return the tile sizes of a kernel that only sweeps use."""
         sizes = self.hidden.element_size(), self.spec.token_dim, self.spec.head_dim
         return {"BLOCK_M": sequential.BLOCK_M, **config(kernel, *sizes)}
 
@@ -119,7 +119,7 @@ class JacobiSession(sequential.TritonSession):
         for name in NEWTON if self.offsets is not None else ():
             getattr(self, name).zero_()
         T, window = self.shape.tokens, self.window
-        # Without `slide` windows begin at multiples of their size.
+        # Without `slide`, windows begin at multiples of their size.
         end = min(T, first + window if self.slide else (first // window + 1) * window)
         self.done.fill_(first)
         self.position.fill_(self.shape.prefix)
@@ -127,7 +127,7 @@ class JacobiSession(sequential.TritonSession):
         self.bound.copy_(DIVERGED * self.z.abs().flatten(1).amax(1).clamp(min=1))
 
     def guess(self, guess: torch.Tensor, tol: float) -> None:
-        """Set the first values of a part and its tolerance; rows that pad the bucket are done.
+        """Set the initial values of a part and its tolerance, and mark the rows that pad the bucket as done.
 
         The first token keeps its noise unless the block has a start token.
         """
@@ -138,7 +138,7 @@ class JacobiSession(sequential.TritonSession):
         self.stop.view(self.shape.branches, -1)[:, n:] = 0
 
     def ask(self):
-        """Start the count of tokens that are done on the device; return a function that waits for it."""
+        """Start counting finished tokens on the device; return a function that waits for the count."""
         count = self.done.sum(dtype=torch.int64)
         if count.device.type != "cuda":
             return count.item
@@ -153,7 +153,7 @@ class JacobiSession(sequential.TritonSession):
 
 
 def config(kernel: str, width: int, D: int, d: int) -> dict[str, int]:
-    """Return tile sizes of the kernels of a sweep; arguments: see `sequential.config`."""
+    """Return the tile sizes of a kernel of a sweep; the arguments are those of `sequential.config`."""
     if kernel == "attend":
         small = {"BLOCK_S": 16, "num_warps": 8, "num_stages": 2}
         return small if width == 4 else {"BLOCK_S": sequential.BLOCK_S, "num_warps": 4, "num_stages": 2}
@@ -165,7 +165,7 @@ def config(kernel: str, width: int, D: int, d: int) -> dict[str, int]:
 
 
 def settle_warps(inputs: int, D: int) -> int:
-    """Return the warps of the kernel that keeps a linear model in registers."""
+    """Return the number of warps of the kernel that keeps a linear model in registers."""
     return 4 if max(inputs, D) <= 32 else 16
 
 
@@ -180,13 +180,13 @@ def refuse(z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, spec
 def block_jacobi(
     z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, spec_json, rule, temperature, window, slide, tol
 ):  # fmt: skip
-    """Map noise to data by sweeps over windows, with the counters of jacobi.py; large batches go in parts."""
+    """Map noise to data by sweeps over windows; return it with the counters of jacobi.py. Large batches are split."""
     (B, T, _), model = z.shape, sequential.packed(spec_json, weights)
     spec, x, residual = model.spec, guess.clone(), z.new_zeros(B)
     sweeps, counts = z.new_zeros(B, T, dtype=torch.int32), z.new_zeros(B, 3, dtype=torch.int64)
     if not B:
         return x, sweeps, counts, residual
-    # A tile holds tokens of one sample.
+    # Pad the window to whole tiles, since a tile holds tokens of one sample only.
     n, options = -(-window // sequential.BLOCK_M) * sequential.BLOCK_M, (window, slide, tuple(neighbours))
     guess = guess.flip(1) if spec.flip else guess
     with sequential.exclusive(z.device):

@@ -1,7 +1,7 @@
-"""Parts that the Triton kernels of a block share: loads, products and norms of tiles of rows.
+"""Functions that the Triton kernels of a block share: loads, products and norms of tiles of rows.
 
-A row is one token of one sequence. A tile has BLOCK_M rows; tiles and the order of every sum are fixed, so that a row
-has the same bits in any batch.
+A row is one token of one sequence. A tile has BLOCK_M rows. Tile sizes and the order of every sum are fixed, so that a
+row has the same bits in any batch.
 """
 
 import triton
@@ -15,7 +15,7 @@ LAYER_EPS = tl.constexpr(NORM_EPS["layer_norm"])
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Wait for the kernel before this one and let the next one start, under programmatic dependent launch."""
+    """Wait for the previous kernel and let the next one start, if programmatic dependent launch is used."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -36,7 +36,7 @@ def none_inside(inside):
 
 @triton.jit
 def load_tile(x, row, c, rows, width):
-    """Return columns c of some rows as float32, zero outside."""
+    """Return the columns c of some rows as float32, zero outside the tensor."""
     # (rows, columns)
     return tl.load(x + row[:, None] * width + c[None, :], (row < rows)[:, None] & (c < width)[None, :], 0).to(
         tl.float32
@@ -45,16 +45,16 @@ def load_tile(x, row, c, rows, width):
 
 @triton.jit
 def load_vector(x, i, mask):
-    """Return the values i of a vector as float32, zero outside."""
+    """Return the values i of a vector as float32, zero outside the mask."""
     return tl.load(x + i, mask, 0).to(tl.float32)  # (values,)
 
 
 @triton.jit
 def decode_weights(w, DTYPE: tl.constexpr):
-    """Return weights of one byte as DTYPE without their scale, other weights unchanged.
+    """Return one-byte weights as DTYPE, not yet scaled; other weights are returned unchanged.
 
-    uint8 holds the bits of float8_e4m3fn. Shifted to the place of those of float16 they are 1/256 of the value, also if
-    subnormal; the scale contains the factor 256. No target needs an instruction for it.
+    uint8 holds the bits of float8_e4m3fn. Shifted to the matching bits of float16, they give 1/256 of the value, also
+    if it is subnormal; the scale contains the factor 256. No target needs a special instruction for this.
     """
     if w.dtype == tl.int8:
         return w.to(DTYPE)
@@ -75,7 +75,7 @@ def load_weight(weight, out, c, outs, width, DTYPE: tl.constexpr = None):
 
 @triton.jit
 def scale_channels(total, scale, out, mask):
-    """Return sums of products with one-byte weights times the scales of their channels; scale None: total itself."""
+    """Multiply sums of products with one-byte weights by the scales of their channels; without scale, return total."""
     if scale is not None:
         total *= load_vector(scale, out, mask)[None, :]
     return total
@@ -89,7 +89,7 @@ def add_product(x, w, total):
 
 @triton.jit
 def load_state(h, residual, post, factor, row, c, rows, C, POST: tl.constexpr):
-    """Return the state of the rows plus, if POST, the residual that is not yet normed and added."""
+    """Return the state of the rows; if POST, norm the residual and add it."""
     x = load_tile(h, row, c, rows, C)
     if POST:
         x += load_tile(residual, row, c, rows, C) * factor[:, None] * (1 + load_vector(post, c, c < C))[None, :]
@@ -101,7 +101,7 @@ def norm_statistics(
     h, residual, post, row, rows, C,
     NORM: tl.constexpr, POST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return the factor of the residual's norm, and the mean and the factor of the state's norm, (BLOCK_M,) each."""
+    """Return the factor of the residual's norm, and the mean and factor of the state's norm, (BLOCK_M,) each."""
     factor = tl.full([BLOCK_M], 1.0, tl.float32)
     mean = tl.zeros([BLOCK_M], tl.float32)
     size = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -129,7 +129,7 @@ def norm_statistics(
 
 @triton.jit
 def normalize(x, mean, size, weight, bias, c, C, NORM: tl.constexpr):
-    """Return the norm of a tile (BLOCK_M, BLOCK_K) from its statistics."""
+    """Return the normalized tile (BLOCK_M, BLOCK_K), from its statistics."""
     if NORM == "layer_norm":
         x = (x - mean[:, None]) * size[:, None] * load_vector(weight, c, c < C)[None, :]
         x += load_vector(bias, c, c < C)[None, :]
