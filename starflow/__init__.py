@@ -1,4 +1,4 @@
-"""TarFlow and STARFlow models on starflow_kernels: train, sample, evaluate."""
+"""TarFlow and STARFlow models on starflow_kernels: training, sampling and evaluation."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Errors that a user can correct; the command line prints them in one line and exits with 2."""
+"""Errors that a user can correct. The command line prints them in one line and exits with status 2."""
 
 
 class StarflowError(ValueError):
@@ -18,4 +18,4 @@ class DataError(StarflowError):
 
 
 class InverseError(StarflowError):
-    """Noise that a flow cannot map to finite data; the message names block, token and sample."""
+    """Noise that a flow cannot map to finite data. The message names the block, token and sample."""

@@ -1,4 +1,4 @@
-"""Opening a model, whether it is a flow or a pipeline."""
+"""Opening of a model that is either a flow or a pipeline."""
 
 from __future__ import annotations
 

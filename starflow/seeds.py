@@ -7,7 +7,7 @@ import torch
 
 
 def generator(*key: int) -> torch.Generator:
-    """CPU generator whose state is a function of the key alone.
+    """Return a CPU generator whose state depends only on the key.
 
     Args:
         key: integers >= 0, such as a seed and the number of a step.

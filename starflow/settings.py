@@ -1,4 +1,4 @@
-"""Settings of a run in YAML: presets, files, and assignments from the command line."""
+"""Settings of a run in YAML, from presets, files, and assignments on the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader that reads 1e-3 as a number. YAML 1.1 reads it as text."""
+    """Loader that reads 1e-3 as a number, which YAML 1.1 reads as text."""
 
 
 _Loader.add_implicit_resolver(
@@ -66,7 +66,7 @@ def override(settings: dict[str, Any], assignments: list[str]) -> None:
 
 
 def section(kind: type) -> Callable[[dict[str, Any]], Any]:
-    """Return a reader of a section, which raises a ConfigError that names unknown or missing settings.
+    """Return a reader of a section. It raises a ConfigError that names unknown or missing settings.
 
     Args:
         kind: dataclass to read into.

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import StarflowError
 from .packages import install_line
 
-# Name of each command: its module, and what it does.
+# Name of each command -> its module, and its description.
 COMMANDS = {
     "train": ("train", "Train a flow on images or on cached latents."),
     "train-autoencoder": ("train_autoencoder", "Train a small autoencoder, on whose latents a flow can be trained."),
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
-    """Return the parser; only the commands in `wanted` are imported and get their arguments."""
+    """Return the parser. Only the commands in `wanted` are imported and get their arguments."""
     from starflow_kernels import __version__
 
     from .common import Parser, positive

@@ -96,7 +96,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print and store."""
+    """Measure the solvers, print the results and store them."""
     folder = Path(args.checkpoint)
     pipeline = is_pipeline(folder)
     folder = folder if pipeline else resolve(folder)
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_target(args: argparse.Namespace, folder: Path) -> None:
-    """Check, before anything is measured, that the result can be stored."""
+    """Check that the result can be stored, before anything is measured."""
     if args.out:
         if os.path.lexists(args.out):
             raise ConfigError(f"--out {args.out} exists already")
@@ -142,7 +142,7 @@ def _check_target(args: argparse.Namespace, folder: Path) -> None:
 
 
 def _open(args: argparse.Namespace, folder: Path) -> tuple[Flow, torch.Tensor | None, torch.Tensor | None]:
-    """Flow, text states of the prompts, and text states of the empty prompt."""
+    """Return the flow, the text states of the prompts, and the text states of the empty prompt."""
     model = open_model(folder, device(args.device), DTYPES[args.dtype])
     flow = model if isinstance(model, Flow) else model.transformer
     if isinstance(model, Flow) or not flow.config.text_dim:

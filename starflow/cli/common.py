@@ -14,14 +14,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are one line."""
+    """Parser that reports an error in one line."""
 
     def __init__(self, **options: Any):
         super().__init__(add_help=False, **options)
         self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit with 2."""
+        """Print one line and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -30,7 +30,8 @@ def checkpoint_arguments(parser: Parser, batch_size: str = "256", auto: bool = F
 
     Args:
         parser: the command's parser.
-        batch_size: default number of images per batch, or text that describes it; then the parsed default is None.
+        batch_size: default number of images per batch, or a text that describes the default. With a text, the parsed
+            default is None.
         auto: whether the batch size may be "auto".
     """
     parser.add_argument(

@@ -59,7 +59,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Convert; print and return what was kept, dropped and checked."""
+    """Convert a checkpoint; print and return what was kept, dropped and checked."""
     if args.to == "upstream":
         if args.config or args.dtype or args.drop:
             raise ConfigError(

@@ -41,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Serve the page until Ctrl-C; return its address."""
     port = _free_port(args.host, args.port)
-    # The libraries would fetch files and report usage otherwise.
+    # Otherwise the libraries would download files and report usage.
     os.environ.update(HF_HUB_OFFLINE="1", GRADIO_ANALYTICS_ENABLED="False")
     from ..demo.model import DemoModel
     from ..demo.page import Page

@@ -20,7 +20,7 @@ from ..training.flow import FlowRunConfig
 from ..training.loop import SETTINGS
 from .common import DTYPES, Parser, checkpoint_arguments, device, positive
 
-# Larger images take too many backward passes, one per value.
+# Largest image whose Jacobian is checked: it takes one backward pass per value.
 JACOBIAN_DIMS = 768
 
 EXAMPLE = "starflow eval --checkpoint runs/digits --json report.json"
@@ -50,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print and return likelihood, accuracy and exactness on images."""
+    """Measure likelihood, accuracy and exactness on images; print and return the results."""
     folder = resolve(args.checkpoint)
     flow = Flow.from_pretrained(folder, device(args.device), DTYPES[args.dtype])
     train, images = _evaluation_data(args, folder, flow)

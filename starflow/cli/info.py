@@ -25,7 +25,7 @@ from .common import Parser, device
 from .packages import PACKAGES, install_command
 
 EXAMPLE = "starflow info --checkpoint runs/digits"
-# Presets by the command that trains from them: the folder of their files.
+# Command that trains from presets -> folder of these presets.
 PRESET_KINDS = {"train": "", "train-autoencoder": "autoencoder", "train-decoder": "decoder"}
 
 Table = dict[str, str]
@@ -41,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print tables of what is installed and what this machine runs; return the same as data."""
+    """Print tables of the installation and of this machine's capabilities; return them as data."""
     described = _describe(args.checkpoint, device(args.device)) if args.checkpoint else {}
     results = {
         "versions": _versions(),
@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(title: str, table: Table) -> None:
-    """Print a titled table of two columns; nothing for an empty one."""
+    """Print a table of two columns with a title; print nothing for an empty table."""
     if table:
         width = max(map(len, table))
         print(f"{title}\n" + "".join(f"  {name:<{width}}  {value}\n" for name, value in table.items()))
 
 
 def _versions() -> Table:
-    """Return versions by package, and for a missing package the command that installs it."""
+    """Return the version of each package, or the command that installs it if it is missing."""
     found = {"starflow": __version__, "Python": platform.python_version()}
     for package in PACKAGES.values():
         try:
@@ -117,7 +117,7 @@ def _available(listing: dict[str, dict[str, str]]) -> Table:
 
 
 def unavailable(listing: dict[str, dict[str, str]]) -> Table:
-    """Return the reason by backend, each with the ops that it concerns."""
+    """Return, by backend, the reasons why it cannot run, each with the ops concerned."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for op, states in listing.items():
         for name, state in states.items():

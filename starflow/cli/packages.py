@@ -1,4 +1,4 @@
-"""Packages that starflow uses, and how a missing one is installed."""
+"""Packages that starflow uses, and how to install a missing one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Package(NamedTuple):
     extra: str
 
 
-# By the name of the module that is imported.
+# Name of the imported module -> package.
 PACKAGES = {
     "torch": Package("torch", ""),
     "numpy": Package("numpy", ""),
@@ -33,11 +33,11 @@ PACKAGES = {
 
 
 def install_command(package: Package) -> str:
-    """Return the pip command that installs a package with starflow-kernels."""
+    """Return the pip command that installs a package, through the extra of starflow-kernels if it has one."""
     return f"pip install 'starflow-kernels[{package.extra}]'" if package.extra else f"pip install {package.name}"
 
 
 def install_line(module: str | None) -> str | None:
-    """Return one line that says which package is missing and how to install it, None for a module that is not ours."""
+    """Return a line that says which package is missing and how to install it, None for a module not in PACKAGES."""
     package = PACKAGES.get((module or "").partition(".")[0])
     return package and f"the package {package.name} is not installed: {install_command(package)}"

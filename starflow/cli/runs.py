@@ -1,4 +1,4 @@
-"""Parts shared by the commands that train: settings, resuming and the report."""
+"""Parts shared by the commands that train: settings, resuming and the report of a run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def run_arguments(parser: Parser, sections: str, kind: str = "") -> None:
 
     Args:
         parser: the command's parser.
-        sections: names of the sections of the settings, in words.
-        kind: folder of the command's presets inside that of all presets.
+        sections: names of the sections of the settings, for the help text.
+        kind: folder of the command's presets inside the folder of all presets.
     """
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -59,8 +59,8 @@ def run_loop(args: argparse.Namespace, trainer_class: type[Loop], changes: list[
     Args:
         args: the parsed arguments.
         trainer_class: the loop to run.
-        changes: assignments to settings that other arguments stand for.
-        kind: folder of the command's presets inside that of all presets.
+        changes: assignments to settings that result from other arguments.
+        kind: folder of the command's presets inside the folder of all presets.
 
     Returns:
         Folder, number of steps, seconds and last metrics of the run.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FLOW_BATCH = 256
 PIPELINE_BATCH = 8
 MEMORY = 2_000_000_000
-# Arguments for pipelines alone, by the name that the parser gives them.
+# Arguments that only pipelines take, by the name that the parser gives them.
 PIPELINE_ONLY = ("prompt", "prompt_file", "negative_prompt", "aspect", "height", "width", "variant")
 
 EXAMPLE = "starflow sample --num 100 --label all --out samples"
@@ -214,7 +214,7 @@ def _inversion(args: argparse.Namespace) -> Inversion:
         raise ConfigError(f"--jacobi {args.jacobi} and --method {args.method}: give one of them")
     tol = args.tol
     if tol is None and args.jacobi_th is not None:
-        # The upstream rule, mean dx^2 < X mean x^2, holds if no |dx| of values around 1 exceeds the root.
+        # The upstream rule, mean dx^2 < X mean x^2, holds for values around 1 if no |dx| exceeds sqrt(X).
         if not args.jacobi_th >= 0:
             raise ConfigError(f"--jacobi_th {args.jacobi_th}: expected a number of at least 0")
         tol = min(TOLERANCE, math.sqrt(args.jacobi_th))
@@ -242,7 +242,7 @@ def _flow(args: argparse.Namespace, flow: Flow, inversion: Inversion) -> dict[st
         batch_size = _batch_size(args, FLOW_BATCH, fixed + denoising + layout.held_bytes(values), each + values)
         draw_jobs = functools.partial(draw_flow_jobs, flow=flow, options=options, latents=args.latents)
         return _generate(args, draw_jobs, _jobs(labels), options, {}, batch_size, columns, layout, flow.device)
-    # All noise and all images are held, whatever the batch: a float and a byte per value.
+    # The noise and images of all batches are in memory: a float and a byte per value.
     batch_size = _batch_size(args, FLOW_BATCH, fixed + 5 * count * values, max(each, denoising))
     given = None if labels[0] is None else torch.tensor(labels)
     with ProgressBar(count) as bar:
@@ -303,7 +303,7 @@ def _generate(
     layout: Layout,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Draw into files, with the other processes of torchrun if there are any."""
+    """Draw images into files, together with the other processes of torchrun if there are any."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = {"checkpoint": _place(args.checkpoint), "dtype": args.dtype, "variant": args.variant}
     try:
@@ -329,7 +329,7 @@ def _generate(
 
 
 def _print(report: SampleReport, where: Path, verbose: bool) -> None:
-    """Print the result in one line, the certificate in one, and the rest on request."""
+    """Print one line with the result, one with the certificate, and with `verbose` a line per stage and block."""
     kept = f" ({report.kept} were there)" if report.kept else ""
     rate = report.images_per_second
     speed = f"{rate:.0f} per second" if rate >= 10 else f"{rate:.2g} per second"
@@ -343,12 +343,12 @@ def _print(report: SampleReport, where: Path, verbose: bool) -> None:
 
 
 def _place(checkpoint: str) -> str:
-    """Absolute path of a folder, or the name of a bundled checkpoint."""
+    """Return the absolute path of a folder, or the name of a bundled checkpoint."""
     return str(path.resolve()) if (path := Path(checkpoint)).exists() else checkpoint
 
 
 def _device(name: str) -> str:
-    """Device of this process; under torchrun each process has its own GPU."""
+    """Return the device of this process; under torchrun, each process has its own GPU."""
     name, processes = device(name), Processes()
     return f"cuda:{processes.local_rank}" if name == "cuda" and processes.count > 1 else name
 
@@ -359,7 +359,7 @@ def _guidance(args: argparse.Namespace, default: Guidance) -> Guidance:
 
 
 def _jobs(labels: list[int | None]) -> list[Job]:
-    """One job per label; the copies of a class are counted."""
+    """Return one job per label; `copy` counts the jobs with the same label."""
     jobs, drawn = [], {}
     for label in labels:
         jobs.append(Job(label or 0, drawn.get(label, 0), label))
@@ -391,7 +391,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _labels(label: str, count: int, classes: int) -> tuple[list[int | None], int]:
-    """Class of each image, and images per row of a grid."""
+    """Return the class of each image, and the number of images per row of a grid."""
     columns = min(count, 10)
     if label == "none" or (label == "all" and not classes):
         return [None] * count, columns

@@ -41,8 +41,8 @@ def convert(
         source: upstream .pth file.
         out: folder to write.
         config: upstream YAML. Without it, the name of a TarFlow file gives the settings.
-        dtype: dtype of the weights. None keeps float32 and bfloat16, and converts others to float32.
-        drop: patterns of names to leave out, beside the dead buffers.
+        dtype: dtype of the weights. None keeps float32 and bfloat16, and converts other dtypes to float32.
+        drop: patterns of names to leave out, in addition to buffers that no output depends on.
         max_bytes: largest size of a weight file in bytes.
         overwrite: whether to replace a folder that a conversion wrote.
 
@@ -114,9 +114,9 @@ def check_target(out: Path, overwrite: bool) -> None:
 def sort_names(
     flow: FlowConfig, names: Iterable[str], denoiser: bool, drop: tuple[str, ...]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the names of a file in two mappings: kept (name in this package to upstream name) and dropped (to reason).
+    """Sort the names in a file into kept (name in this package -> upstream name) and dropped (upstream name -> reason).
 
-    A name that is neither expected nor dropped is kept under its own name, so that the check of the names reports it.
+    A name that is neither expected nor dropped is kept unchanged, so that the check of the names reports it.
 
     Args:
         flow: settings of the flow.
@@ -164,7 +164,7 @@ def _check(
             )
     if dead:
         checks.append(f"shapes of {len(dead)} dead buffers")
-    # Upstream TarFlow multiplies the noise by the root of var. It may be dropped only where it is one.
+    # Upstream TarFlow multiplies the noise by sqrt(var). The buffer may be dropped only if var is one.
     if "var" in dropped and family(flow) == "tarflow":
         if not bool((state["var"] == 1).all()):
             raise CheckpointError(f"{source}: var is not one, but the flow does not preserve volume")

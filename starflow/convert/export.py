@@ -21,9 +21,9 @@ from .formats import write_arguments
 from .names import count, dead_buffers, family, make_buffer, upstream_names, upstream_shape, weight_shapes
 from .report import Report
 
-# Folder of the flow in a pipeline of diffusers.
+# Folder of the flow inside a pipeline of diffusers.
 TRANSFORMER = "transformer"
-# Name of its weight files.
+# First part of the names of the weight files in that folder.
 STEM = "diffusion_pytorch_model"
 
 
@@ -96,7 +96,7 @@ def _read(source: Path) -> tuple[Path, FlowConfig, dict[str, torch.Tensor]]:
 
 
 def _file_name(stem: str, config: FlowConfig) -> str:
-    """Return the upstream name of the file, with `stem` in place of the data set."""
+    """Return the upstream name of the .pth file, with `stem` in place of the data set's name."""
     if len(set(config.layers)) > 1 or family(config) == "starflow":
         return f"{stem}.pth"
     noise = f"{config.noise_std:.2f}" if config.noise_std else "uniform"
@@ -105,7 +105,7 @@ def _file_name(stem: str, config: FlowConfig) -> str:
 
 
 def _yaml(arguments: dict[str, Any]) -> str:
-    """Return an upstream YAML. Its img_size is that of the flow, since an autoencoder is not part of it."""
+    """Return an upstream YAML. Its img_size is the image size of the flow, because the autoencoder is not included."""
     values = {
         name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in arguments.items()
     }

@@ -1,4 +1,4 @@
-"""Settings of the upstream code, from the name of a file or a YAML, as a FlowConfig and back."""
+"""Conversion of upstream settings, from the name of a file or from a YAML, to a FlowConfig and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .names import family
 NAME = re.compile(r"(?P<dataset>.+)_model_(\d+)_(\d+)_(\d+)_(\d+)_(uniform|\d+\.\d+)\.pth")
 # Image pixels per latent pixel along a side, for the autoencoders of Stable Diffusion.
 DOWNSAMPLING = 8
-# The same for the autoencoder of Wan 2.2.
+# Image pixels per latent pixel along a side, for the autoencoder of Wan 2.2.
 DOWNSAMPLING_WAN = 16
 TEXT_DIMS = {"google/flan-t5-xl": 2048}
 
@@ -40,7 +40,7 @@ FLAGS = {
     "noise_std": float, "noise_type": str, "cfg": str, "mix_aspect": int, "fps_cond": int, "cond_noise_level": int,
     "vid_size": str,
 }  # fmt: skip
-# Upstream flags that neither the weights nor an image depend on. `adaln` has no effect upstream.
+# Upstream flags that affect neither the weights nor an image. `adaln` has no effect upstream.
 _IGNORED = """
     acc adaln batch_size caption_column compile conditional_denoiser data dataset denoiser_window
     drop_image drop_label dry_run epoch_length epochs finetuned_vae fp8 fsdp fsdp_text_encoder grad_clip
@@ -55,14 +55,14 @@ NORMS = ("layer_norm", "rms_norm", "none")
 
 
 def read_arguments(source: Path, config: Path | None) -> tuple[dict[str, Any], str]:
-    """Return the upstream settings and where they are from.
+    """Return the upstream settings and their origin in words.
 
     Args:
-        source: .pth file, whose name gives the settings of a TarFlow.
+        source: .pth file; for a TarFlow, its name gives the settings.
         config: upstream YAML, or None.
 
     Raises:
-        ConfigError: the YAML has an unknown flag or another structure, or the name has no settings.
+        ConfigError: the YAML has an unknown flag or a wrong structure, or the name does not give the settings.
     """
     if config is not None:
         return parse_arguments(read_settings(config), str(config)), config.name
@@ -112,12 +112,12 @@ def flow_config(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], s
 
     Args:
         arguments: upstream settings.
-        shapes: shapes of the upstream weights by name, for what the settings leave open.
+        shapes: shapes of the upstream weights by name, which give what the settings leave open.
         source: origin of the settings, for error messages.
 
     Raises:
         ConfigError: no flow of this package has such settings, or they contradict the weights.
-        CheckpointError: the weights are those of another model.
+        CheckpointError: the weights belong to another model.
     """
     if arguments.get("rope") or arguments.get("txt_size"):
         return _starflow(arguments, shapes, source)
@@ -179,7 +179,7 @@ def _starflow(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], sou
 
 
 def _unless(usual: int, value: int | None) -> int:
-    """Return the value, or 0 where it is the usual one."""
+    """Return the value, or 0 if it is the usual one."""
     return 0 if value in (None, usual) else value
 
 
@@ -284,7 +284,7 @@ def write_arguments(config: FlowConfig, shapes: dict[str, tuple[int, ...]]) -> d
 
 
 def _plain(config: FlowConfig) -> dict[str, Any]:
-    """Return the fields, with 0 for defaults that depend on other fields, and without fields that have no effect."""
+    """Return the fields that have an effect, with 0 for values that equal a default computed from other fields."""
     usual = {config.block_channels(i) // config.head_dim for i in range(len(config.layers))}
     conditional = bool(config.num_classes or config.text_dim)
     changes = {

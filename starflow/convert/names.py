@@ -1,4 +1,4 @@
-"""Names and shapes of weights, in this package and upstream."""
+"""Names and shapes of weights, in this package and in the upstream code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LINEAR = {"gelu": {"up": "mlp.main.0", "down": "mlp.main.2"}, "swiglu": {"up": "
 
 
 def family(config: FlowConfig) -> Family:
-    """Return the upstream code that computes a flow: STARFlow's where it has rotary positions or text.
+    """Return which upstream code computes a flow: STARFlow's if it has rotary positions or text, else TarFlow's.
 
     Args:
         config: settings of the flow.
@@ -82,7 +82,7 @@ def upstream_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def positions(config: FlowConfig) -> int:
-    """Return the side in tokens that determines the size of the upstream buffers.
+    """Return the number of tokens per side that determines the size of the upstream buffers.
 
     Args:
         config: settings of the flow.
@@ -91,7 +91,7 @@ def positions(config: FlowConfig) -> int:
 
 
 def dead_buffers(config: FlowConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape, by upstream name, of the buffers that no upstream output depends on.
+    """Return the shape, by upstream name, of the dead buffers: no upstream output depends on them.
 
     Args:
         config: settings of the flow.
@@ -107,7 +107,7 @@ def dead_buffers(config: FlowConfig) -> dict[str, tuple[int, ...]]:
 
 
 def make_buffer(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a dead buffer with its initial upstream values.
+    """Return a dead buffer with the initial values of the upstream code.
 
     Args:
         name: upstream name.

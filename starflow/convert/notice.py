@@ -1,7 +1,7 @@
 """License notice and model card of converted weights.
 
-The license of Apple's weights extends to derivatives. Whoever distributes one must add the license text, an attribution
-and a statement of changes.
+The license of Apple's weights extends to derivatives. Whoever distributes a derivative must add the license text, an
+attribution and a statement of changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading of upstream .pth files as tensors only. No code of a file is run, and the weights stay on the disk."""
+"""Reading of tensors from upstream .pth files. No code in a file is run, and the weights are mapped, not loaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     try:
         with open(path, "rb") as file:
             zipped = file.read(len(ZIP)) == ZIP
-        # Files of torch before 1.6 are not archives and cannot be mapped.
+        # Files from torch before 1.6 are not archives and cannot be mapped.
         checks.append(_check_archive(path) if zipped else UNCHECKED)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -48,11 +48,11 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
             raise CheckpointError(
                 f"{path} is refused: loading it would call {wanted[1]}, and weights need no such call"
             ) from None
-        # The rest of the message advises to trust the file.
+        # Leave out the rest of the message, which advises the user to trust the file.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         raise CheckpointError(f"{path} is not a checkpoint of torch: {_line(reason)}") from None
     except Exception as error:
-        # A damaged pickle raises errors of any type.
+        # A damaged pickle can raise any type of error.
         raise CheckpointError(f"{path} is damaged or not a checkpoint of torch: {_line(error)}") from None
     _check_state(path, state)
     return dict(state), [*checks, "the file holds tensors alone and was read with weights_only"]

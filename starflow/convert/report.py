@@ -15,14 +15,14 @@ REPORT = "conversion.json"
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Result of a conversion, which conversion.json holds.
+    """Result of a conversion, as stored in conversion.json.
 
     Args:
         source: name of the file or folder that was read.
         family: "tarflow" or "starflow".
         config: settings of the flow.
-        arguments: upstream settings, from the name of the file or a YAML. Those of the autoencoder and the text encoder
-            are kept here only.
+        arguments: upstream settings, from the name of the file or a YAML. Only this field keeps the settings of the
+            autoencoder and the text encoder.
         parameters: number of parameters.
         kept: name in this package by upstream name.
         dropped: reason by upstream name.
@@ -79,7 +79,7 @@ def _size(count: int) -> str:
 
 
 def shortened(names: list[str]) -> str:
-    """Return the first distinct names, with `*` for numbers.
+    """Return the first few distinct names as text, with `*` in place of numbers.
 
     Args:
         names: names of tensors.

@@ -37,16 +37,16 @@ class DataConfig:
     Args:
         source: one of four sources.
             "digits": 1797 images of 8x8 pixels, 17 levels and 10 classes; 360 of them, stratified, are held out.
-            Another `size` scales them bilinearly, to three channels of 256 levels.
-            "photos": crops of two photographs, which are the two classes; the right 128 columns are held out.
-            "folder": images path/CLASS/*.png and so on; a fraction `held_out` of each class is held out.
+            A `size` other than 8 scales them bilinearly, to three channels of 256 levels.
+            "photos": crops of two photographs, one per class; the right 128 columns are held out.
+            "folder": images such as path/CLASS/*.png; a fraction `held_out` of each class is held out.
             "latents": a cache that `starflow encode` wrote.
         path: folder of the source "folder" or "latents".
         size: side of the images in pixels, or of the latents.
         resize: whether to scale images of a folder to `size` and to crop their center; without it they must have that
             size.
         held_out: held-out fraction of a folder.
-        seed: seed of the choice of held-out images.
+        seed: seed for the choice of held-out images.
         class_names: names of the classes in captions, empty for the names in the source.
         templates: captions of each image, with "{}" in place of the name of its class. A folder with a metadata.jsonl
             has the captions in that file instead: JSON per line, with `file_name` relative to the folder and `text`.
@@ -112,7 +112,7 @@ class ImageSet(Dataset):
 class ShuffledBatches(Sampler):
     """Indices of the batches of the steps first .. last - 1, drawn without replacement within an epoch.
 
-    A batch depends on the seed and its step only. Images at the end of an epoch that do not fill a batch are left out.
+    A batch depends only on the seed and its step. Images at the end of an epoch that do not fill a batch are left out.
 
     Args:
         count: images in the data set.

@@ -1,4 +1,4 @@
-"""Encoding of images to a cache of latents with text states. Each image and each distinct caption is encoded once."""
+"""Encoding of images to a cache of latents with text states. Each image and distinct caption is encoded once."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class EncodeConfig:
             raise ConfigError(str(error)) from None
 
     def identity(self, captions: list[str]) -> dict[str, Any]:
-        """Return the settings that determine a cache, with digests in place of the models.
+        """Return the settings that determine a cache, with digests of the models in place of their folders.
 
         Args:
             captions: distinct captions of the images.
@@ -76,7 +76,7 @@ class EncodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncodeReport:
-    """Result of a call of `encode`.
+    """Result of a call to `encode`.
 
     Args:
         written: cache files that the call wrote.
@@ -92,7 +92,7 @@ class EncodeReport:
 def encode(
     config: EncodeConfig, folder: Path, device: str = "cpu", batch_size: int = 32, quiet: bool = False
 ) -> EncodeReport:
-    """Fill a cache. An interrupted one is continued at its first missing file, and a complete one is left as it is.
+    """Fill a cache. An interrupted cache is continued at its first missing file, and a complete one is left as it is.
 
     Args:
         config: settings of the cache.
@@ -102,7 +102,7 @@ def encode(
         quiet: whether to hide the progress bar.
 
     Raises:
-        DataError: the folder holds a cache of other settings, or other safetensors files.
+        DataError: the folder holds a cache with other settings, or other safetensors files.
     """
     folder, vae = Path(folder), load_vae(config.vae, device)
     splits = dict(zip(SPLITS, datasets.load(config.data)))
@@ -150,7 +150,7 @@ def encode(
 
 
 def folder_hash(folder: Path) -> str:
-    """Return a SHA-256 of the files of a model, without those of a training run beside them.
+    """Return a SHA-256 of the files of a model, without the files of a training run in the same folder.
 
     Args:
         folder: folder of the model.
@@ -180,7 +180,7 @@ def _encode_images(
 
 
 def _distinct_captions(splits) -> list[str]:
-    """Return the empty prompt, then each distinct caption, sorted."""
+    """Return the empty prompt, then the distinct captions in sorted order."""
     captions = {text for images in splits for i in range(len(images)) for text in images.captions(i)}
     return ["", *sorted(captions - {""})]
 
@@ -204,7 +204,7 @@ def _check_folder(folder: Path, index: CacheIndex) -> None:
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings as JSON restores them."""
+    """Return the settings after a round trip through JSON."""
     return {
         k: _plain(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for k, v in settings.items()
     }

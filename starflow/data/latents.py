@@ -1,4 +1,4 @@
-"""Caches of latents with the text states of their captions, as `starflow encode` writes them.
+"""Caches of latents with the text states of their captions, written by `starflow encode`.
 
 A cache is a folder of cache files (safetensors) with a cache index. A cache file of images holds:
 
@@ -30,7 +30,7 @@ EMPTY_PROMPT = 0
 
 @dataclasses.dataclass(frozen=True)
 class CacheIndex:
-    """Content of a cache and the settings that it was made with.
+    """Content of a cache, and the settings with which it was made.
 
     Args:
         settings: settings of the data, digests of the models, and rows per cache file.
@@ -83,7 +83,7 @@ class CacheIndex:
 
     @property
     def rows_per_file(self) -> int:
-        """Return the rows of a cache file; the last one of a kind may have fewer."""
+        """Return the number of rows per cache file; the last file of a kind may have fewer."""
         return self.settings["rows_per_file"]
 
 
@@ -179,7 +179,7 @@ class TextStates:
 
 @dataclasses.dataclass(frozen=True)
 class LatentSet(Dataset):
-    """Data set of latents: a row is float32 (2, C, h, w) mean and standard deviation, a label, and (K,) caption rows.
+    """Data set of latents. An item is float32 (2, C, h, w) mean and standard deviation, a label, (K,) caption rows.
 
     Args:
         files: cache files of images.

@@ -1,4 +1,4 @@
-"""Prompts of a text-to-image flow: text states and aspect ratios."""
+"""Prompts of a text-to-image flow: their text states and aspect ratios."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-# width:height. A model that was trained on several ratios reads the ratio in the prompt.
+# width:height. A model that was trained on several ratios reads the ratio from the prompt.
 ASPECT_RATIOS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
 
 
@@ -33,7 +33,7 @@ def load_text(folder: str | Path, device: str | torch.device = "cpu") -> tuple[A
     try:
         from transformers import AutoTokenizer, T5EncoderModel
     except ImportError:
-        raise ConfigError("captions need transformers: pip install starflow-kernels[models]") from None
+        raise ConfigError("captions need transformers: pip install 'starflow-kernels[models]'") from None
     for name in ("tokenizer", "text_encoder"):
         if not (folder / name).is_dir():
             raise CheckpointError(f"no text encoder at {folder}: {folder / name} is not there")
@@ -41,7 +41,7 @@ def load_text(folder: str | Path, device: str | torch.device = "cpu") -> tuple[A
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
     except Exception as error:
-        # transformers raises errors of many types.
+        # transformers raises many types of errors.
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: not a text encoder that transformers reads ({reason})") from None
     return tokenizer, text_encoder.to(device).eval()
@@ -80,7 +80,7 @@ def encode_prompts(
 
 
 def with_aspect_ratio(prompt: str, ratio: str) -> str:
-    """Return the prompt in the form in which a model of several aspect ratios was trained with it.
+    """Return the prompt with its aspect ratio, in the form that models of several aspect ratios were trained on.
 
     Args:
         prompt: text of the prompt.
@@ -106,7 +106,7 @@ def parse_ratio(ratio: str) -> float:
 
 
 def image_size(ratio: str, side: int, multiple: int) -> tuple[int, int]:
-    """Return (height, width) in pixels, an area of about side^2.
+    """Return (height, width) in pixels, with an area of about side^2.
 
     Args:
         ratio: aspect ratio such as "3:2", width first.

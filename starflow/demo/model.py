@@ -1,4 +1,4 @@
-"""A model that draws what the web page asks for."""
+"""The model behind the web page, which draws what the fields of the page ask for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_SEED = 2**53 - 1
 EACH = "each in turn"
 NONE = "none"
 RULES = ("tarflow", "starflow")
-# The first number of images is chosen so that parameters x tokens x images is about this: one second on a CPU.
+# The default number of images makes parameters x tokens x images about this large, which takes one second on a CPU.
 FIRST_WORK = 1e11
 
 
@@ -41,7 +41,7 @@ class Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """Values of the page's fields, unchecked; None for an empty field.
+    """Unchecked values of the page's fields, None for an empty field.
 
     Args:
         condition: the prompt, or a class number, EACH or NONE.
@@ -112,7 +112,7 @@ class DemoModel:
 
     @property
     def defaults(self) -> Choices:
-        """Choices that the page shows first."""
+        """Return the choices that the page shows at first."""
         work = self.parameters * math.prod(self.config.grid)
         return Choices(
             condition="" if self.text else EACH if self.config.num_classes else NONE,
@@ -141,7 +141,7 @@ class DemoModel:
 
         Raises:
             ConfigError: a choice is out of range; the message is meant for the user.
-            Stopped: `stop` was set, also in the middle of a flow block.
+            Stopped: `stop` was set. The call may end in the middle of a flow block.
         """
         count = _number("Images", choices.count, 1, MAX_IMAGES, whole=True)
         seed = _number("Seed", choices.seed, 0, MAX_SEED, whole=True)
@@ -197,7 +197,7 @@ class DemoModel:
         return [int(chosen)] * count
 
     def _noise_and_condition(self, condition: str | list[int] | None, count: int, seed: int) -> dict[str, Any]:
-        """Return the arguments of a pipeline's call that name noise and condition."""
+        """Return the arguments of a pipeline's call that give noise and condition."""
         numbers = condition if isinstance(condition, list) else [0] * count
         noise = [generator(seed, n, numbers[:i].count(n)) for i, n in enumerate(numbers)]
         if isinstance(condition, list):
@@ -207,7 +207,7 @@ class DemoModel:
 
     @contextlib.contextmanager
     def _queue(self, stop: threading.Event, waiting: Callable[[int], None]) -> Iterator[None]:
-        """Hold the model alone, after the calls that came before."""
+        """Wait for earlier calls, then hold the model exclusively."""
         ticket = object()
         self._tickets.append(ticket)
         try:
@@ -221,7 +221,7 @@ class DemoModel:
 
 
 def _number(name: str, value: float | None, low: int, high: float = math.inf, whole: bool = False) -> float:
-    """Return a number that lies in range, or raise a ConfigError that names the field."""
+    """Return a number that is in range, or raise a ConfigError that names the field."""
     kind = "a whole number" if whole else "a number"
     expected = f"{kind} of at least {low}" if high == math.inf else f"{kind} from {low} to {high}"
     wrong = value is None or not math.isfinite(value) or (whole and value != int(value)) or not low <= value <= high

@@ -29,7 +29,7 @@ class Page:
         self.blocks = blocks
 
     def launch(self, host: str, port: int, open_browser: bool = False) -> str:
-        """Serve the page from a thread of its own and return its address.
+        """Serve the page from a separate thread and return its address.
 
         Args:
             host: address to listen on.
@@ -105,14 +105,14 @@ class Page:
         gr.context.Context.root_block.unload(self.leave)
 
     def begin(self, request: gr.Request) -> tuple:
-        """Return the buttons as they are during a drawing."""
+        """Return the state of the buttons during a drawing."""
         self._stops[request.session_hash] = threading.Event()
         return gr.Button(interactive=False), gr.Button(interactive=True), ""
 
     def draw(
         self, condition, count, seed, guidance, rule, method, denoise, aspect, request: gr.Request, show=gr.Progress()
     ) -> tuple:
-        """Draw what the fields say; return grid, figures and message."""
+        """Draw the images that the fields describe; return grid, figures and message."""
         choices = Choices(condition, count, seed, guidance, rule, method, denoise, aspect)
 
         def steps(done: int, total: int) -> None:
@@ -130,7 +130,7 @@ class Page:
         return drawing.grid(), figures_html(drawing), ""
 
     def end(self) -> tuple:
-        """Return the buttons as they are between drawings."""
+        """Return the state of the buttons between drawings."""
         return gr.Button(interactive=True), gr.Button(interactive=False)
 
     def stop(self, request: gr.Request) -> dict:
@@ -146,7 +146,7 @@ class Page:
 
 
 def figures_html(drawing: Drawing) -> str:
-    """Return certificate, time, count and method as HTML."""
+    """Return certificate, time, number of images and method as HTML."""
     report, exact, mean = drawing.report, "not defined", ""
     if report.certificate is not None:
         exact, mean = f"{report.certificate:.1e}", f", mean {report.certificate_mean:.1e}"

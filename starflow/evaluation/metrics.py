@@ -52,9 +52,9 @@ class RoundTrip:
 
 @torch.no_grad()
 def likelihood(flow: Flow, images: ImageSet, draws: int = 8, batch_size: int = 256, seed: int = 0) -> Likelihood:
-    """Return -log2 p per dimension (arXiv 2412.06329, section 3.1), averaged over draws of the dequantization noise.
+    """Return bits per dimension, -log2 p (arXiv 2412.06329, section 3.1), averaged over the dequantization noise.
 
-    With uniform noise it is an upper bound of the bits of the integer image.
+    With uniform noise, it is an upper bound on the bits per dimension of the integer images.
 
     Args:
         flow: flow to evaluate; a class-conditional one gets the class of each image.
@@ -90,7 +90,7 @@ def bayes_accuracy(
     for i, (x, labels) in enumerate(_batches(flow, images, batch_size)):
         scores = []
         for label in range(len(prior)):
-            # The same noise for every class.
+            # Every class gets the same noise.
             random, candidates = generator(seed, i), torch.full_like(labels, label)
             scores.append(torch.stack([_log_prob(flow, x, candidates, random) for _ in range(draws)]).logsumexp(0))
         scores = torch.stack(scores, dim=1) + prior.log().to(flow.device)
@@ -119,9 +119,9 @@ def round_trips(flow: Flow, images: ImageSet, count: int = 64, seed: int = 0) ->
 
 
 def logdet_error(flow: Flow, image: torch.Tensor, label: int | None = None, chunk: int = 256) -> float:
-    """Return the absolute difference of the log-determinant from that of the Jacobian by autograd, in nats.
+    """Return the absolute difference, in nats, between the log-determinant and that of autograd's Jacobian.
 
-    It takes as many backward passes as the image has dimensions.
+    This takes as many backward passes as the image has dimensions.
 
     Args:
         flow: flow to evaluate.

@@ -19,7 +19,7 @@ def autoencoder_class() -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise ConfigError("autoencoders need diffusers: pip install starflow-kernels[models]") from None
+        raise ConfigError("autoencoders need diffusers: pip install 'starflow-kernels[models]'") from None
     return AutoencoderKL
 
 

@@ -10,7 +10,7 @@ try:
     import transformers
 except ModuleNotFoundError as error:
     raise ConfigError(
-        f"pipelines need {error.name}: pip install starflow-kernels[models], on Python 3.11 or newer"
+        f"pipelines need {error.name}: pip install 'starflow-kernels[models]', on Python 3.11 or newer"
     ) from None
 
 # diffusers looks for the base class beside FlowModel when it loads one.

@@ -16,7 +16,7 @@ tags: [normalizing-flow, starflow, diffusers]
 An image of {side}x{side} pixels is {tokens} tokens of {token_dim} values. Trained with {noise}.
 
 ## Use
-    pip install starflow-kernels[models]
+    pip install 'starflow-kernels[models]'
 
 ```python
 from starflow.pipelines import {pipeline}

@@ -1,4 +1,4 @@
-"""Training of a small AutoencoderKL (arXiv 1312.6114, 2112.10752), whose latents a flow models."""
+"""Training of a small AutoencoderKL (arXiv 1312.6114, 2112.10752), on whose latents a flow can be trained."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..models.autoencoder import autoencoder_class, posterior, save_vae, scale_i
 from .loop import Loop, LoopConfig, RunConfig
 
 Loss = Literal["l1", "l2"]
-# Images that determine the scaling factor.
+# Number of images that determine the scaling factor.
 SCALE_IMAGES = 512
-# Images in a sample grid.
+# Number of images in a sample grid.
 SHOWN_IMAGES = 16
 BATCH = 64
 
@@ -33,11 +33,11 @@ class AutoencoderConfig:
     Args:
         channels: channels of the images.
         latent_channels: channels of the latents.
-        block_channels: width at each resolution; all but the first resolution halve it.
+        block_channels: width at each resolution; each resolution after the first halves the side.
         layers: residual blocks per resolution.
         groups: groups of the group norms.
         loss: reconstruction loss, "l1" or "l2".
-        kl_weight: weight of the divergence of the posterior from N(0, 1). Both terms are means over their dimensions.
+        kl_weight: weight of the divergence of the posterior from N(0, 1). Both loss terms are means over dimensions.
     """
 
     channels: int = 3
@@ -93,7 +93,7 @@ class AutoencoderRunConfig(RunConfig):
 
 
 class AutoencoderTrainer(Loop):
-    """Training run of an autoencoder, in a folder that is an AutoencoderKL in the diffusers layout."""
+    """Training run of an autoencoder. Its folder is an AutoencoderKL in the diffusers layout."""
 
     CONFIG = AutoencoderRunConfig
     COMMAND = "train-autoencoder"
@@ -106,7 +106,7 @@ class AutoencoderTrainer(Loop):
         self.optimizer = self.add_optimizer(self.vae.parameters())
 
     def train_step(self, random: torch.Generator, *batch: torch.Tensor) -> dict[str, float]:
-        """Take one step on reconstruction and divergence."""
+        """Take one optimizer step on reconstruction and divergence."""
         config = self.config.autoencoder
         x = self._scaled(batch[0])
         distribution = self.vae.encode(x).latent_dist
@@ -147,7 +147,7 @@ def first_images(images: ImageSet, count: int) -> torch.Tensor:
 
     Args:
         images: images to choose from.
-        count: number of images; a smaller set gives all of its images.
+        count: number of images; a smaller set returns all of its images.
     """
     count = min(count, len(images))
     return torch.stack([images[i * len(images) // count][0] for i in range(count)])

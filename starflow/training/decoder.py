@@ -1,4 +1,4 @@
-"""Fine-tuning of an autoencoder's decoder on noisy latents, which replaces denoising them (arXiv 2506.06276)."""
+"""Fine-tuning of an autoencoder's decoder on noisy latents, in place of denoising them (arXiv 2506.06276)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ SHOWN_IMAGES = 16
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Autoencoder to fine-tune and its loss: mean square, perceptual distance and discriminator.
+    """Autoencoder to fine-tune, and its loss: mean squared error, perceptual distance and discriminator.
 
     Args:
         vae: folder of the autoencoder, or of a pipeline.
-        noise_std: standard deviation of the Gaussian noise on the scaled latents, equal to that of the flow.
-        lpips_weight: weight of LPIPS (arXiv 1801.03924). It needs the package lpips and the weights of VGG-16 in
-            torch's hub folder; without them it is left out with a warning.
+        noise_std: standard deviation of the Gaussian noise on the scaled latents. It should equal the flow's noise_std.
+        lpips_weight: weight of LPIPS (arXiv 1801.03924). LPIPS needs the package lpips, and the weights of VGG-16 in
+            torch's hub folder. Without them it is left out with a warning.
         gan_weight: weight of the patch discriminator.
         gan_start: first step with the discriminator, counted from 0.
         gan_channels: width of the discriminator.
-        gan_layers: strided convolutions of the discriminator.
+        gan_layers: number of strided convolutions of the discriminator.
     """
 
     vae: str
@@ -62,7 +62,7 @@ class DecoderRunConfig(RunConfig):
 
 
 class DecoderTrainer(Loop):
-    """Fine-tuning run in a folder that is an AutoencoderKL in the diffusers layout. The encoder stays as it was."""
+    """Fine-tuning run of a decoder. Its folder is an AutoencoderKL in the diffusers layout; the encoder is unchanged."""
 
     CONFIG = DecoderRunConfig
     COMMAND = "train-decoder"
@@ -115,7 +115,7 @@ class DecoderTrainer(Loop):
 
     @torch.no_grad()
     def save_samples(self, path: Path) -> None:
-        """Write a grid of images above what is decoded from their noisy latents."""
+        """Write a grid of images above the images decoded from their noisy latents."""
         x = self._scaled(first_images(self.images, SHOWN_IMAGES))
         latents = self._noisy_latents(x, generator(self.config.training.seed))
         save_pairs(x, decode(self.vae, latents), path)
@@ -134,13 +134,13 @@ class DecoderTrainer(Loop):
 
 
 def load_lpips(device: str | torch.device) -> nn.Module | None:
-    """Return LPIPS on VGG-16 for images on [-1, 1], or None with a warning where its weights are not on this machine.
+    """Return LPIPS on VGG-16 for images on [-1, 1]. Warns and returns None if its weights are not on this machine.
 
     Args:
         device: torch device of the network.
     """
     if not list((Path(torch.hub.get_dir()) / "checkpoints").glob("vgg16-*.pth")):
-        # Otherwise lpips downloads them.
+        # lpips would download the weights otherwise.
         return _without_lpips("VGG-16's weights are not in torch's hub folder")
     try:
         from lpips import LPIPS

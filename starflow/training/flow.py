@@ -25,10 +25,10 @@ WEIGHT_DECAY_EXEMPT = ("bias", "norm.weight")
 
 @dataclasses.dataclass(frozen=True)
 class FlowTrainingConfig(LoopConfig):
-    """Settings of the training of a flow, beside those of `LoopConfig`. Biases and norms have no weight decay.
+    """Settings for training a flow, in addition to `LoopConfig`. Biases and norms have no weight decay.
 
     Args:
-        ema: decay of a moving average of the weights, which is what is saved and sampled; 0 averages nothing.
+        ema: decay of the moving average of the weights. The average is saved and sampled from; 0 turns it off.
         dropout: dropout probability on the residual branches.
         label_drop: fraction of labels replaced by "no class", and of captions by the empty prompt.
         latent_penalty: weight of the latents in the loss, see `Flow.loss`.
@@ -63,7 +63,7 @@ class FlowRunConfig(RunConfig):
 
 
 class FlowTrainer(Loop):
-    """Training run of a flow, in a folder that `Flow.from_pretrained` reads."""
+    """Training run of a flow. `Flow.from_pretrained` reads its folder."""
 
     CONFIG = FlowRunConfig
     COMMAND = "train"
@@ -80,7 +80,7 @@ class FlowTrainer(Loop):
         self.optimizer = self.add_optimizer([{"params": decay}, {"params": exempt, "weight_decay": 0.0}])
 
     def train_step(self, random: torch.Generator, *batch: torch.Tensor) -> dict[str, float]:
-        """Take one step on the flow's loss, then update its prior and the average."""
+        """Take one optimizer step on the flow's loss, then update its prior and the average of the weights."""
         training, model = self.config.training, self.config.model
         x, labels, text = self.conditions(batch, random)
         # Dropout draws from the global generator.
@@ -91,7 +91,7 @@ class FlowTrainer(Loop):
         norm = self.descend(self.optimizer, self.flow.parameters(), loss)
         self.flow.update_prior(output.latents[-1])
         if self.average is not None:
-            # The average follows quickly at first.
+            # At first, the average follows the weights quickly.
             decay = min(training.ema, (2 + self.step) / (11 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.average.values()), list(self.flow.state_dict().values()), 1 - decay)
@@ -137,7 +137,7 @@ class FlowTrainer(Loop):
         self.average = state["average"]
 
     def save_samples(self, path: Path) -> None:
-        """Write a grid of samples of the averaged weights; a flow on latents has none without its autoencoder."""
+        """Write a grid of samples of the averaged weights; a flow on latents writes none, for lack of an autoencoder."""
         if not self.config.model.levels:
             return
         flow = Flow(self.config.model).to(self.device)
@@ -149,7 +149,7 @@ class FlowTrainer(Loop):
         save_grid(images, path, columns=min(classes, 16) or 8)
 
     def save_weights(self) -> None:
-        """Write model.safetensors and config.json, with the averaged weights where there is an average."""
+        """Write model.safetensors and config.json, with the averaged weights if there is an average."""
         self.flow.save_pretrained(self.folder, self.average)
 
     def _check_data(self) -> None:
@@ -172,11 +172,11 @@ class FlowTrainer(Loop):
 
 
 def bits_per_dim(nats: float, levels: int) -> float:
-    """Return bits per dimension of a mean of z^2 / 2 - logdet / dimensions.
+    """Return bits per dimension for a mean of z^2 / 2 - logdet / dimensions.
 
     Args:
         nats: that mean, on data scaled to [-1, 1].
-        levels: gray levels of the data. For latents it is 0; the result then estimates a differential entropy, which
+        levels: gray levels of the data, 0 for latents. The result for latents estimates a differential entropy, which
             may be negative.
     """
     return (nats + 0.5 * math.log(2 * math.pi)) / math.log(2) + (math.log2(levels / 2) if levels else 0.0)

@@ -1,7 +1,7 @@
-"""The loop that all trainers share, and the settings of a run.
+"""Training loop that all trainers share, and the settings of a run.
 
-A step depends only on the settings, its number and the state in the checkpoint. A resumed run therefore repeats an
-uninterrupted one bit for bit.
+A step depends only on the settings, its number and the state in the checkpoint. A resumed run therefore gives the same
+bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LoopConfig:
         weight_decay: weight decay of AdamW.
         beta1: decay of the first moment of AdamW.
         beta2: decay of the second moment of AdamW.
-        clip: largest gradient norm; 0 does not clip.
+        clip: largest gradient norm; 0 turns clipping off.
         seed: seed of all random numbers.
         workers: processes that read images.
         sample_every: steps between sample grids; 0 writes none.
@@ -95,7 +95,7 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Base of the settings that determine a run: a frozen dataclass per section, `data` and `training` among them."""
+    """Base of the settings that determine a run, with a frozen dataclass per section, such as `data` and `training`."""
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> RunConfig:
@@ -121,14 +121,14 @@ def _reader(kind: type) -> Callable[[dict[str, Any]], Any]:
 
 
 class Loop:
-    """A training run in a folder: settings, weights, checkpoint, metrics and sample grids.
+    """Training run in a folder, with settings, weights, checkpoint, metrics and sample grids.
 
     A trainer sets CONFIG and COMMAND and defines the methods from `train_step` on. Its constructor makes the modules
     and calls `add_optimizer`.
 
     Args:
         config: settings of the run, of the type CONFIG.
-        folder: folder of the run; it is made where needed.
+        folder: folder of the run; it is created if it does not exist.
         device: torch device that trains.
         tensorboard: whether to log to a folder `tensorboard` too.
     """
@@ -202,7 +202,7 @@ class Loop:
                 self.writer.close()
 
     def add_optimizer(self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Return an AdamW with the settings of the run, whose learning rate follows the schedule.
+        """Return an AdamW optimizer with the settings of the run; its learning rate follows the schedule.
 
         Args:
             parameters: parameters to train, or parameter groups with settings of their own.
@@ -224,7 +224,7 @@ class Loop:
         """Take one optimizer step down the clipped gradient of a loss, and return the gradient norm before clipping.
 
         Args:
-            optimizer: optimizer of `add_optimizer`.
+            optimizer: optimizer that `add_optimizer` returned.
             parameters: parameters of that optimizer, in the order in which the norm adds them.
             loss: scalar.
 
@@ -251,7 +251,7 @@ class Loop:
         write_atomically(self.folder / STATE, lambda path: torch.save(state, path))
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds beside settings, step and metrics."""
+        """Return what a checkpoint holds in addition to settings, step and metrics."""
         return {name: part.state_dict() for name, part in self.parts().items()}
 
     def load_state(self, state: dict[str, Any], source: Path) -> None:
@@ -316,6 +316,6 @@ def _tensorboard(folder: Path):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
-            "--tensorboard needs the package tensorboard: pip install starflow-kernels[logging]"
+            "--tensorboard needs the package tensorboard: pip install 'starflow-kernels[logging]'"
         ) from None
     return SummaryWriter(str(folder / "tensorboard"))

@@ -41,7 +41,6 @@ def cached_attention(
 
     This is one sampling step of the attention in TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276).
 
-
     Args:
         q: (B, n, H, d) queries of the new tokens, n >= 1, any floating dtype.
         k: (B, n, H_kv, d) keys of the new tokens in the dtype of q.

@@ -411,4 +411,4 @@ def test_without_diffusers():
         "except starflow.ConfigError as error: print(error)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.stdout.startswith("pipelines need diffusers: pip install starflow-kernels[models]"), found.stderr
+    assert found.stdout.startswith("pipelines need diffusers: pip install 'starflow-kernels[models]'"), found.stderr
