@@ -62,7 +62,7 @@ class DecoderRunConfig(RunConfig):
 
 
 class DecoderTrainer(Loop):
-    """Fine-tuning run of a decoder. Its folder is an AutoencoderKL in the diffusers layout; the encoder is unchanged."""
+    """Fine-tuning run of a decoder. Its folder is an AutoencoderKL in the diffusers layout; the encoder is kept."""
 
     CONFIG = DecoderRunConfig
     COMMAND = "train-decoder"

@@ -12,8 +12,8 @@ MAX_WIDENING = 8
 class PatchDiscriminator(nn.Module):
     """Discriminator with one logit per patch of an image, positive for a real one.
 
-    It has `layers` 4x4 convolutions of stride 2, then two of stride 1. With 3 layers, a patch is 70x70 pixels. Norms are
-    per image, so that a result does not depend on the batch.
+    It has `layers` 4x4 convolutions of stride 2, then two of stride 1. With 3 layers, a patch is 70x70 pixels. Norms
+    are per image, so that a result does not depend on the batch.
 
     Args:
         channels: channels of the images.

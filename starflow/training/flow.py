@@ -137,7 +137,7 @@ class FlowTrainer(Loop):
         self.average = state["average"]
 
     def save_samples(self, path: Path) -> None:
-        """Write a grid of samples of the averaged weights; a flow on latents writes none, for lack of an autoencoder."""
+        """Write a grid of samples of the averaged weights; a flow on latents has none, for lack of an autoencoder."""
         if not self.config.model.levels:
             return
         flow = Flow(self.config.model).to(self.device)
