@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 NATIVE, CUDA = "starflow_kernels._native", "starflow_kernels._cuda"
-# Sources with kernels are compiled once per instruction set; the widest that the processor has is chosen at run time.
+# Sources with kernels are compiled once per instruction set. At run time, the widest set of the processor is used.
 KERNELS = [
     f"csrc/cpu/{name}.cpp"
     for name in (
@@ -39,7 +39,8 @@ AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
 INSTRUCTION_SETS = {"base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]}
-# The compiler must not fuse a * b + c: whether it does depends on the surrounding code. Fused operations are explicit.
+# The compiler must not fuse a * b + c, since whether it does depends on the surrounding code. Fused operations are
+# explicit.
 FLAGS = [
     "-std=c++20",
     "-O3",
@@ -50,7 +51,7 @@ FLAGS = [
     "-Wno-maybe-uninitialized",
 ]
 
-# compute_100 is PTX for later GPUs, compiled when the kernels are loaded.
+# compute_100 is PTX for later GPUs, which is compiled when the kernels are loaded.
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100", "compute_100"]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 WITHOUT_TORCH = (
@@ -60,12 +61,12 @@ WITHOUT_TORCH = (
 
 
 def note(module: str) -> str:
-    """Name of the file that says why the compiled module is missing; it is installed in place of the module."""
+    """Return the name of the file that is installed in place of a missing compiled module, and says why it is missing."""
     return f"{module.rpartition('.')[2]}.txt"
 
 
 def torch_paths() -> tuple[list[str], list[str]]:
-    """Folders of torch's headers and libraries."""
+    """Return the folders of torch's headers and libraries."""
     try:
         from torch.utils import cpp_extension
     except ImportError as error:

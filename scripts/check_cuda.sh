@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Builds the CUDA kernels for every architecture that setup.py names; fails where one spills or has a stack, or where the
-# library does not load.
+# Builds the CUDA kernels for every architecture that setup.py names. Fails if a kernel spills or uses a stack, or if
+# the library does not load.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 NVCC_APPEND_FLAGS=-Xptxas=-v STARFLOW_NATIVE=0 STARFLOW_CUDA=1 \
     python setup.py -q build_ext --force --build-lib build/cuda 2> "$log" || { cat "$log"; exit 1; }
-# One line a kernel and architecture, and no other number than 0 in it.
+# There is one line per kernel and architecture, and every number of bytes in it must be 0.
 lines=$(grep "bytes stack frame" "$log") || { cat "$log"; echo "ptxas says nothing"; exit 1; }
 if grep -q "[1-9][0-9]* bytes" <<< "$lines"; then
     cat "$log"

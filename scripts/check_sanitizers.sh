@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests of the native kernels with sanitizers, including CUDA kernels on the emulation. Leaves that build in place.
+# Runs the tests of the native kernels, and of the CUDA kernels in emulation, with sanitizers. Leaves that build in
+# place.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export STARFLOW_NATIVE=1 STARFLOW_SANITIZE=address,undefined

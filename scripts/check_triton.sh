@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The Triton kernels without a GPU: run in the interpreter, then compiled for GPUs by the newest version and by an older one.
+# Checks the Triton kernels without a GPU: runs them in the interpreter, then compiles them for GPUs by the newest
+# version and by an older one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for version in 3.9.0 3.6.0; do

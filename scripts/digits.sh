@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job: train a class-conditional TarFlow on digits, draw from it, evaluate it.
+# Trains a class-conditional TarFlow on digits, draws from it and evaluates it.
 source "$(dirname "$0")/setup.sh" models
 out="${1:-runs/digits}"
 starflow train --preset digits --threads 1 --out "$out" --json "$out/train.json"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A text-conditional latent flow on digits, from nothing to drawings: autoencoder, latents, flow, pipeline, verdict.
+# Trains a text-conditional latent flow on digits from scratch: autoencoder, latents, flow, pipeline. Then draws digits
+# and measures how often a classifier recognizes them.
 source "$(dirname "$0")/setup.sh" models
 out="${1:-runs/digits-text}"
 starflow train-autoencoder --preset digits --threads 1 --out "$out/autoencoder" --json "$out/autoencoder.json"

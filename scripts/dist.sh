@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Build the source distribution and the wheel into dist/ and check what they hold.
+# Builds the source distribution and the wheel into dist/, and checks their content.
 # Needs torch and the extra `release`. On a newer glibc the wheel is tagged for that glibc and later.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rm -rf dist
-# Without isolation, because a build environment of its own would have no torch.
+# Build without isolation, because an isolated build environment would have no torch.
 STARFLOW_NATIVE=1 python -m build --no-isolation --outdir dist . > /dev/null
 auditwheel repair --strip --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist dist/*-linux_*.whl
 rm dist/*-linux_*.whl

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style, layers, types and the format of csrc/; needs the extra `lint`.
+# Checks style, import layers, types, and the format of csrc/; needs the extra `lint`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ruff check .

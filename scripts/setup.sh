@@ -1,4 +1,4 @@
-# Sourced: makes .venv with the package and the extras that are named, and puts it on the PATH.
+# To be sourced. Makes .venv with the package and the named extras, and puts it on the PATH.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed"; exit 1; }

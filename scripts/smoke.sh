@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the wheel and the source distribution of dist/ into fresh environments and try them outside the checkout.
+# Installs the wheel and the source distribution of dist/ into fresh environments and tries them outside the checkout.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dist=$PWD/dist
@@ -45,7 +45,7 @@ try
 
 fresh source
 install torch setuptools
-# pip hides the output of a build unless it is asked for.
+# pip hides the output of a build without --verbose.
 pip install --verbose --disable-pip-version-check -c "$constraints" "$dist"/*.tar.gz > output 2>&1 || { cat output; exit 1; }
 [ "$(grep "was not built" output | tee /dev/stderr | wc -l)" = 1 ]
 native | tee /dev/stderr | grep -q "torch was missing"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# The tests; arguments go to pytest.
+# Runs the tests; arguments are passed to pytest.
 source "$(dirname "$0")/setup.sh" demo,test
 pytest -q "$@"

@@ -1,4 +1,4 @@
-"""Write a small frozen text encoder for a closed vocabulary: text_encoder/ and tokenizer/ in the layout of a pipeline.
+"""Write a small frozen text encoder for a closed vocabulary, as text_encoder/ and tokenizer/ of a pipeline.
 
     python scripts/tiny_text_encoder.py FOLDER --words zero one two
 

@@ -26,7 +26,7 @@ from .request import TOLERANCE, neighbours
 WINDOWS = (6, 12, 24, 48, 0)
 DRAWS = 3
 FINALISTS = 3
-# A parallel solver is chosen if it takes at most this part of the sequential time.
+# A parallel solver is chosen if it takes at most this fraction of the sequential time.
 WORTH = 0.95
 # A solver is stopped when it takes this many times the sequential time.
 HOPELESS = 3.0
@@ -159,7 +159,7 @@ class _Race:
         finalists = sorted(exact, key=lambda n: trials[n].seconds)[:FINALISTS]
         chosen = self._winner(solvers, trials, finalists) if finalists else 0
         if chosen:
-            # The best of several may have been lucky: it must win once more, alone against the sequential one.
+            # The best of several may have been lucky, so it must win once more against the sequential solver alone.
             chosen = self._winner(solvers, trials, [chosen])
         return tuple(trials), chosen
 
@@ -178,12 +178,12 @@ class _Race:
         for n, seconds in zip(numbers, zip(*rounds)):
             trials[n] = dataclasses.replace(trials[n], seconds=statistics.median(seconds))
         ratios = {n: sorted(times[k] / times[0] for times in rounds) for k, n in enumerate(numbers) if n}
-        # Faster by a margin in the median, and faster in all rounds but one.
+        # A solver wins if its median is faster by a margin, and if it is faster in all rounds but one.
         worth = {n: statistics.median(r) for n, r in ratios.items() if statistics.median(r) <= WORTH and r[-2] < 1}
         return min(worth, key=worth.get, default=0)
 
     def _round(self, solvers: list[Solver], number: int) -> list[float]:
-        """Median seconds of each solver on a draw; the solvers take turns call by call."""
+        """Return the median seconds of each solver on a draw; the solvers take turns call by call."""
         times: list[list[float]] = [[] for _ in solvers]
         for turn in range(self.repeat):
             for k in range(len(solvers)):

@@ -23,7 +23,7 @@ class BlockReport:
         neighbours: distances of the solver's quasi-Newton steps in tokens.
         length: tokens per sample.
         samples: samples of all batches.
-        passes: network passes, one after the other, of the batch that took most.
+        passes: network passes, one after the other, of the batch that needed the most.
         tokens: tokens evaluated, over all batches.
         seconds: wall time of all batches.
         residual: largest residual, see `starflow_kernels.SolveReport`.

@@ -1,4 +1,4 @@
-"""Request of how to invert a flow, and the solver that each block gets from it."""
+"""Options for inverting a flow, and the solver that each block gets from them."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ CHUNK_BYTES = 2**20
 
 
 def digest(*parts: bytes | Path) -> str:
-    """SHA-256, in hexadecimal, of bytes and of the contents of files, one after the other."""
+    """Return the SHA-256, in hexadecimal, of bytes and of the contents of files, one after the other."""
     sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, bytes):

@@ -22,7 +22,7 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 
 class Entry(NamedTuple):
-    """A tensor to write. `load` returns it and is called when its bytes are due."""
+    """Tensor to write. `load` returns it, and is called only when its bytes are written."""
 
     name: str
     shape: tuple[int, ...]

@@ -141,7 +141,7 @@ class Measurement:
 
     Args:
         conditions: the conditions.
-        machine: name of the device, for people.
+        machine: name of the device, for reports.
         blocks: one measurement per block, in the order of the blocks.
     """
 

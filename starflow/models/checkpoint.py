@@ -19,7 +19,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 # License notice of weights that derive from others.
 NOTICE = "NOTICE"
-# In the folder of a whole pipeline.
+# File in the folder of a pipeline that names its parts.
 PIPELINE_INDEX = "model_index.json"
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 
@@ -105,7 +105,7 @@ def check_tensors(
 
 
 def resolve(folder: str | Path) -> Path:
-    """Folder of a checkpoint given by its path or, for a bundled one, by its name. Raises CheckpointError."""
+    """Return the folder of a checkpoint, given its path or the name of a bundled one. Raises CheckpointError."""
     path = Path(folder)
     if not path.exists() and (BUNDLED / path / CONFIG).exists():
         return BUNDLED / path

@@ -45,7 +45,7 @@ def block_conditions(
     guidance: Guidance,
     empty_text: torch.Tensor | None,
 ) -> list[BlockCondition]:
-    """Condition of each block, see `Flow.contexts`."""
+    """Return the condition of each block, see `Flow.contexts`."""
     classes, conditional = class_weights(config, labels, like), labels is not None or text is not None
     plain = guided = classes, text
     if guidance.weight:

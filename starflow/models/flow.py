@@ -131,7 +131,7 @@ class Flow(nn.Module):
             labels: (N,) int64 classes, -1 for no class.
             seed: seed of the noise, which does not depend on the batch size.
             batch_size: images per batch.
-            guidance: guidance towards the classes.
+            guidance: guidance toward the classes.
             inversion: solvers to use, `Inversion()` by default.
             denoise: factor of a step along the score after sampling, see `denoise`; 0 for none.
             certify: map the images back to noise and report the largest difference.
@@ -207,7 +207,7 @@ class Flow(nn.Module):
             labels: (B,) int64 classes, -1 for no class.
             text: (B, L, text_dim) text states.
             dropout: dropout rate of the residual branches, see `starflow_kernels.block_forward`.
-            backend: name of the backend; None takes the first that can.
+            backend: name of the backend; None takes the first that can run.
         """
         check_conditions(self.config, labels, text, len(x))
         grid, tokens, contexts = self.grid(x), self.tokens(x), self.contexts(labels, text, x)
@@ -223,7 +223,7 @@ class Flow(nn.Module):
     def log_prob(
         self, x: torch.Tensor, labels: torch.Tensor | None = None, text: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Log density of data.
+        """Return the log density of data.
 
         Args:
             x: (B, C, H, W) data.
@@ -251,7 +251,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def update_prior(self, z: torch.Tensor) -> None:
-        """Move the prior variance of a volume-preserving flow towards the variance of z (B, T, D)."""
+        """Move the prior variance of a volume-preserving flow toward the variance of z (B, T, D)."""
         if self.prior_variance is not None:
             self.prior_variance.lerp_(z.square().mean(dim=0).to(self.prior_variance.dtype), PRIOR_RATE)
 
@@ -276,9 +276,9 @@ class Flow(nn.Module):
             z: (B, C, H, W) noise.
             labels: (B,) int64 classes, -1 for no class.
             text: (B, L, text_dim) text states.
-            guidance: guidance towards the class or text.
+            guidance: guidance toward the class or text.
             empty_text: (B or 1, L, text_dim) states that guidance moves away from, usually of the empty prompt.
-            backend: name of the backend; None takes the first that can.
+            backend: name of the backend; None takes the first that can run.
             progress: called as progress(done, total) with tokens of all blocks. An exception from it ends the call.
             after_block: called as after_block(block, x) with the result of each block as images; returns its
                 replacement.
@@ -346,13 +346,13 @@ class Flow(nn.Module):
         guidance: Guidance = Guidance(),
         empty_text: torch.Tensor | None = None,
     ) -> list[BlockCondition]:
-        """Condition of each block.
+        """Return the condition of each block.
 
         Args:
             labels: (B,) int64 classes, -1 for no class.
             text: (B, L, text_dim) text states.
             like: (B, ...) tensor with the dtype and device of the class weights.
-            guidance: guidance towards the class or text.
+            guidance: guidance toward the class or text.
             empty_text: (B or 1, L, text_dim) states that guidance moves away from.
 
         Raises:

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Guidance of sampling towards a class or prompt.
+    """Guidance of sampling toward a class or prompt.
 
     Args:
         weight: guidance weight >= 0; 0 samples without guidance.

@@ -1,4 +1,4 @@
-"""Pipelines in the manner of diffusers: text to image, and class-conditional or unconditional images."""
+"""Pipelines in the style of diffusers: text to image, and class-conditional or unconditional images."""
 
 import contextlib
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ from .card import model_card
 from .model import FlowModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# The backward pass of denoising is split to fit.
+# Memory limit of a backward pass of denoising, which is split to fit.
 DENOISE_BYTES = 4 * 2**30
 
 StepCallback = Callable[["FlowPipeline", int, int, dict], "dict | None"]
@@ -62,7 +62,7 @@ class FlowPipeline(DiffusionPipeline):
 
     transformer: FlowModel
     pixels_per_latent = 1
-    # Guidance of a call that asks for none.
+    # Guidance of a call that does not give any.
     default_guidance = Guidance()
 
     @classmethod
@@ -173,7 +173,7 @@ class FlowPipeline(DiffusionPipeline):
         progress: Callable[[int, int], None] | None = None,
         callback_on_step_end: StepCallback | None = None,
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Draw images of noise, after the arguments of a call were checked.
+        """Map noise to images. The arguments must have been checked.
 
         Args:
             z: (B, C, H, W) noise.
@@ -309,5 +309,5 @@ def pipeline_class(folder: str | Path) -> str:
 
 
 def denoise_rows(flow: Flow, tokens: int) -> int:
-    """Images, at least one, whose backward pass fits into DENOISE_BYTES; tokens: per image."""
+    """Return how many images, at least one, fit into a backward pass of DENOISE_BYTES; tokens: tokens per image."""
     return max(1, DENOISE_BYTES // denoise_bytes(flow, tokens))

@@ -1,4 +1,4 @@
-"""Memory of a batch, and the largest batch that fits into a budget."""
+"""Estimates of the memory of a batch, and the largest batch that fits into a budget."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MOST = 1024
 STATE_COPIES = 5
 # Copies of the pixels on their way into a file.
 PIXEL_COPIES = 4
-# Floats per token in a sweep, in widths of the network, beside its MLP.
+# Floats per token in a sweep besides the MLP, in multiples of the network's width.
 SWEEP_WIDTHS = 16
-# Measured bytes that an image of any size takes beside the above.
+# Measured bytes that an image of any size takes in addition to the above.
 ANY_IMAGE = 4096
 # Measured bytes that a batch of any size takes.
 ANY_BATCH = 12 * 2**20

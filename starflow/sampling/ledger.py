@@ -15,7 +15,7 @@ from ..io.files import write_text
 from .jobs import SampleFile
 
 LEDGER = "samples.jsonl"
-# Files that processes other than the first have written since the run began, one ledger per process.
+# Ledger of the files that another process than the first has written since the run began; one per process.
 PART = "samples.{}.jsonl"
 # Settings that change a sample by no more than the tolerance, or not at all.
 FREE = ("method", "window", "certify")
@@ -55,13 +55,13 @@ def begin(out: Path, files: list[SampleFile], settings: dict[str, Any], check: b
         elif file.is_image and file.name in present:
             # A killed run may have left an image without its line. Its name and the settings say what it is.
             entries[file.name] = entry(file)
-    # Existing files that were not requested stay listed.
+    # Existing files that were not requested stay in the ledger.
     existing = {name: known for name, known in entries.items() if name in present}
-    # Temporary files of a killed run.
+    # Remove the temporary files of a killed run.
     for path in out.glob(".*.part"):
         path.unlink(missing_ok=True)
     write_text(out / LEDGER, _line({"settings": settings}) + "".join(_line(known) for known in existing.values()))
-    # Only after their lines are in the ledger.
+    # Remove the ledgers of other processes only now that their lines are in the main ledger.
     for path in out.glob(PART.format("*")):
         path.unlink(missing_ok=True)
     return set(existing)

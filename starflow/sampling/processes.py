@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..errors import StarflowError
 
 Result = TypeVar("Result")
-# The first process to finish waits for the last one.
+# Longest time that the first process to finish waits for the last one.
 PATIENCE = datetime.timedelta(days=7)
 
 

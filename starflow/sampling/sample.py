@@ -27,7 +27,7 @@ class SampleOptions:
     """Options of sampling.
 
     Args:
-        guidance: guidance towards a class or prompt.
+        guidance: guidance toward a class or prompt.
         inversion: solvers and their tolerance.
         denoise: factor of a step along the score after sampling, see `Flow.denoise`; 0 for none.
         certify: map the samples back to noise and report the largest difference.
