@@ -61,7 +61,7 @@ WITHOUT_TORCH = (
 
 
 def note(module: str) -> str:
-    """Return the name of the file that is installed in place of a missing compiled module, and says why it is missing."""
+    """Return the name of the file that takes the place of a missing compiled module and says why it is missing."""
     return f"{module.rpartition('.')[2]}.txt"
 
 
