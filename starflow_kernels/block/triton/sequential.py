@@ -443,7 +443,7 @@ _ends: dict[torch.device, torch.cuda.Event] = {}
 
 @contextlib.contextmanager
 def exclusive(device: torch.device):
-    """Reserve the buffers of all sessions for one call; on the device it runs after the previous call, on any stream."""
+    """Reserve the buffers of all sessions for one call; the device runs it after the previous call, on any stream."""
     with kept_sessions.lock:
         if device in _ends:
             torch.cuda.current_stream(device).wait_event(_ends[device])
