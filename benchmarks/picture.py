@@ -77,7 +77,7 @@ def head_columns(axes, names: tuple[str, ...], width: int) -> None:
 def draw_speed(axes) -> None:
     """Bars of the time of plain PyTorch over ours."""
     rows = [row for row in json.loads(SPEED.read_text())["rows"] if row["ratio"]]
-    names = [row["case"].replace("digits", "8x8 digits").replace("32x32", "32x32 photos") for row in rows][::-1]
+    names = [row["case"] for row in rows][::-1]
     ratios = [row["ratio"] for row in rows][::-1]
     axes.barh(names, ratios, color=BLUE, height=0.62)
     axes.axvline(1, color=GRAY, linewidth=1, linestyle=":")
