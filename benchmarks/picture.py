@@ -118,7 +118,7 @@ def main() -> None:
     axes = figure.add_axes((0.42, 0.4, 0.58, 0.51), anchor="SE")
     show(axes, prompts, "The same from text: a prompt per column, 64x64 pixels")
     head_columns(axes, PROMPTS, prompts.shape[1])
-    draw_speed(figure.add_axes((0.17, 0, 0.83, 0.31)))
+    draw_speed(figure.add_axes((0.29, 0, 0.71, 0.31)))
     figure.savefig(IMAGES / "overview.png", bbox_inches="tight", facecolor="white")
 
     drawn = states(flow, labels.repeat(8), seed=0)[0]
