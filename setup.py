@@ -55,8 +55,8 @@ FLAGS = [
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100", "compute_100"]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 WITHOUT_TORCH = (
-    "torch was missing from the build environment; run `pip install torch setuptools`, then install again "
-    "with `pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall`"
+    "torch was missing from the build environment; run `pip install torch setuptools`, then in the folder of the "
+    "source `pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall .`"
 )
 
 

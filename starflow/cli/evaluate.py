@@ -62,11 +62,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if flow.config.num_classes:
             prior = torch.bincount(train.labels, minlength=flow.config.num_classes).double() / len(train)
             results["bayes_accuracy"] = bayes_accuracy(flow, images, prior, **options)
-            print(f"Bayes accuracy {100 * results['bayes_accuracy']:.2f} %")
+            print(f"accuracy as a classifier {100 * results['bayes_accuracy']:.2f} %")
+    else:
+        print("bits/dim not measured: the model was trained with Gaussian noise, not with dequantization")
     for name, trip in round_trips(flow, images, seed=args.seed).items():
         results[name] = dataclasses.asdict(trip)
         print(
-            "{}: max {max:.1e}, mean {mean:.1e}, above 1e-3 {above_1e3}, above 1e-2 {above_1e2} of {values}".format(
+            "{}: max {max:.1e}, mean {mean:.1e}; of {values} values, {above_1e3} above 1e-3, {above_1e2} above 1e-2".format(
                 name.replace("_", " "), **results[name]
             )
         )

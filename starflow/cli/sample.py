@@ -329,13 +329,8 @@ def _generate(
 
 
 def _print(report: SampleReport, where: Path, verbose: bool) -> None:
-    """Print one line with the result, one with the certificate, and with `verbose` a line per stage and block."""
-    kept = f" ({report.kept} were there)" if report.kept else ""
-    rate = report.images_per_second
-    speed = f"{rate:.0f} per second" if rate >= 10 else f"{rate:.2g} per second"
-    print(f"{report.count} images{kept} in {report.seconds:.2f} s ({speed}): {where}")
-    if report.certificate is not None:
-        print(f"certificate: max |flow(x) - z| = {report.certificate:.1e}, mean {report.certificate_mean:.1e}")
+    """Print the place and the report of the images, and with `verbose` a line for the stages and one per block."""
+    print(f"{where}: {report}")
     if verbose:
         print("stages: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in report.stages.items() if seconds))
         for i, block in reversed(list(enumerate(report.blocks))):

@@ -189,7 +189,7 @@ def describe(method: str, window: int, neighbours: tuple[int, ...]) -> str:
     """Return a solver in words."""
     if method == SEQUENTIAL:
         return method
-    return f"{method}, {f'window {window}' if window else 'all tokens'}{', neighbours' if neighbours else ''}"
+    return f"{'quasi-Newton' if neighbours else method}, {f'window {window}' if window else 'all tokens'}"
 
 
 def save_calibration(calibration: Calibration | None, folder: str | Path) -> None:

@@ -26,15 +26,23 @@ def check_conditions(config: FlowConfig, labels: torch.Tensor | None, text: torc
     for name, value, expected in (("labels", labels, config.num_classes), ("text", text, config.text_dim)):
         if value is not None and not expected:
             raise ValueError(f"{name}: given, but the model has no such condition")
-        if value is not None and len(value) != rows:
-            raise ValueError(f"{name}: {len(value)} rows, expected {rows}")
-    if config.text_dim and (text is None or text.shape[1:] != (config.text_len, config.text_dim)):
-        given = "none" if text is None else tuple(text.shape)
-        raise ValueError(f"text: expected states (B, {config.text_len}, {config.text_dim}), got {given}")
+    if labels is not None and not (_is_tensor(labels, (rows,)) and labels.dtype == torch.int64):
+        raise ValueError(f"labels: expected torch.int64 {(rows,)}, got {_describe(labels)}")
+    if config.text_dim and not _is_tensor(text, states := (rows, config.text_len, config.text_dim)):
+        raise ValueError(f"text: expected states {states}, got {_describe(text)}")
     if labels is not None and not torch.compiler.is_compiling():
         low, high = labels.aminmax()
         if low < -1 or high >= config.num_classes:
             raise ValueError(f"labels: expected -1 (no class) .. {config.num_classes - 1}, got {labels.tolist()}")
+
+
+def _is_tensor(value: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == shape
+
+
+def _describe(value: torch.Tensor | None) -> str:
+    """Return dtype and shape of a tensor, or the type of another value."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def block_conditions(

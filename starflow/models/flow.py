@@ -73,9 +73,11 @@ class Flow(nn.Module):
 
     def __repr__(self) -> str:
         config, parameters = self.config, sum(parameter.numel() for parameter in self.parameters())
+        counts = config.layers[:1] if len(set(config.layers)) == 1 else config.layers
+        layers = f"{', '.join(map(str, counts))} layer{'' if counts == (1,) else 's'}"
         width = f"width {config.channels}" + (f", last {config.last_channels}" if config.last_channels else "")
         return (
-            f"{type(self).__name__}({len(config.layers)} blocks of {', '.join(map(str, config.layers))} layers, "
+            f"{type(self).__name__}({len(config.layers)} blocks of {layers}, "
             f"{width}, {math.prod(config.grid)} tokens of {config.token_dim} values, {parameters:,} parameters)"
         )
 
@@ -177,6 +179,11 @@ class Flow(nn.Module):
         channels = self.config.image_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images: expected shape (B, {channels}, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images: expected a floating-point dtype, got {images.dtype}; scale pixels to [-1, 1] and add noise, "
+                "see starflow.data.datasets.dequantize"
+            )
         size = self.config.image_size
         if self.config.rotary == "none" and images.shape[2:] != (size, size):
             height, width = images.shape[2:]

@@ -15,6 +15,7 @@ from ..inversion.clock import Clock
 from ..inversion.reports import BlockReport, add_reports, block_reports, method_of
 from ..inversion.request import Inversion
 from ..models.certificate import Certificate, certificate, combine
+from ..models.conditions import check_conditions
 from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..seeds import generator
@@ -92,6 +93,16 @@ class SampleReport:
     def images_per_second(self) -> float:
         """Samples drawn per second."""
         return self.count / self.seconds
+
+    def __str__(self) -> str:
+        """Return one line with the time, and one with the certificate if there is one."""
+        kept = f" ({self.kept} were there)" if self.kept else ""
+        rate = self.images_per_second
+        speed = f"{rate:.0f} per second" if rate >= 10 else f"{rate:.2g} per second"
+        text = f"{self.count} images{kept} in {self.seconds:.2f} s ({speed})"
+        if self.certificate is not None:
+            text += f"\ncertificate: max |flow(x) - z| = {self.certificate:.1e}, mean {self.certificate_mean:.1e}"
+        return text
 
     def to_json(self) -> dict[str, Any]:
         """Return all numbers as a mapping."""
@@ -228,8 +239,13 @@ def sample(
     Raises:
         ConfigError: the flow is on latents.
         InverseError: values are not finite.
+        ValueError: `count`, `batch_size` or `labels` does not fit.
     """
     check_pixels(flow)
+    for name, value in (("count", count), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    check_conditions(flow.config, labels, None, count)
     noise = flow.noise(count, generator(seed))
     recorder, images = Recorder(flow.device), []
     for z, rows in zip(noise.split(batch_size), torch.arange(count).split(batch_size)):

@@ -21,7 +21,14 @@ def load_error(name: str, title: str) -> str | None:
         return f"{title} kernels need torch >= 2.10, this is {torch.__version__}"
     library, note = FOLDER / f"_{name}.abi3.so", FOLDER / f"_{name}.txt"
     if not library.exists():
-        why = note.read_text().strip() if note.exists() else f"the build did not set STARFLOW_{name.upper()}=1"
+        why = f"the build did not set STARFLOW_{name.upper()}=1"
+        if note.exists():
+            why = note.read_text().strip()
+        elif (FOLDER.parent / "setup.py").exists() and not any(FOLDER.glob("_native.*")):
+            why = (
+                f"no compiled library in {FOLDER}; this is a source tree: install it with "
+                "`pip install --no-build-isolation -e .`, or start Python elsewhere"
+            )
         return f"no {title} kernels: {why}"
     try:
         torch.ops.load_library(library)
