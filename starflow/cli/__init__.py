@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import platform
 import sys
 from collections.abc import Collection
@@ -42,13 +43,27 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the words after `starflow`, by default those of the process.
 
     Returns:
-        The exit status: 0, 2 after an error that the user can correct, or 130 when interrupted.
+        The exit status: 0, 2 after an error that the user can correct, 130 when interrupted, or 141 when the reader of
+        a pipe has closed it.
     """
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        # Python flushes standard output once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(arguments: list[str] | None) -> int:
+    """Run the command line and return its exit status."""
     name = "starflow"
     try:
         # The commands are imported here, so that a missing package is reported in one line.
         words = sys.argv[1:] if arguments is None else arguments
-        args = parser(words[:1]).parse_args(words)
+        args = parser(words[:1]).parse_args(words or ["--help"])
         name = f"starflow {args.command}"
         _run(args)
     except StarflowError as error:
@@ -70,7 +85,11 @@ def parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser
 
     from .common import Parser, positive
 
-    root = Parser(prog="starflow", description="Train, sample and evaluate TarFlow and STARFlow models.")
+    root = Parser(
+        prog="starflow",
+        description="Train, sample and evaluate TarFlow and STARFlow models. A flow turns noise into images and back; "
+        "try: starflow sample",
+    )
     root.add_argument("--version", action="version", version=f"starflow {__version__}", help="Print the version.")
     subparsers = root.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True, parser_class=Parser

@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from ..errors import ConfigError
-from ..inversion.measure import WINDOWS
+from ..inversion.measure import WINDOWS, WORTH
 from ..inversion.request import TOLERANCE, Inversion
 from ..io.files import write_folder
-from ..models.calibration import SOLVERS, BlockMeasurement, Measurement, save_calibration
+from ..models.calibration import SOLVERS, Measurement, save_calibration
 from ..models.checkpoint import BUNDLED, resolve
 from ..models.flow import Flow
 from ..models.guidance import Guidance
@@ -36,7 +36,8 @@ def add_arguments(parser: Parser) -> None:
         "--model",
         default="digits",
         metavar="FOLDER",
-        help="Folder of a flow or pipeline, or the name of a bundled flow. Default: digits, which is bundled.",
+        help="Folder of a flow or pipeline, or the name of a bundled flow. Default: digits, which is bundled and "
+        "needs --out.",
     )
     parser.add_argument(
         "--batch-size",
@@ -110,12 +111,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for batch_size in sorted(set(args.batch_size)):
         with tqdm(total=len(flow.blocks), desc=f"batch {batch_size}", unit="block", leave=False, disable=None) as bar:
             measured = flow.calibrate(batch_size, guidance, on_block=lambda *_, bar=bar: bar.update(), **options)
-        before, after = measured.sequential_seconds, measured.seconds
-        print(f"batch {batch_size}: {_time(before)} sequential, {_time(after)} as chosen, speedup {before / after:.2f}")
+        print(measured)
         if args.verbose:
             for i, block in reversed(list(enumerate(measured.blocks))):
-                print(f"  block {i}: {_describe(block)}")
+                print(f"  block {i}: {block}")
         results.append(_to_json(measured))
+    if args.verbose:
+        print(
+            f"A parallel solver is chosen if it is {1 - WORTH:.0%} faster in repeated measurements, with an error of "
+            "at most about 10 times the tolerance."
+        )
     part = TRANSFORMER if pipeline else ""
     if args.out:
         with write_folder(Path(args.out)) as target:
@@ -136,7 +141,9 @@ def _check_target(args: argparse.Namespace, folder: Path) -> None:
         if os.path.lexists(args.out):
             raise ConfigError(f"--out {args.out} exists already")
     elif BUNDLED in folder.parents:
-        raise ConfigError(f"--out FOLDER: {args.checkpoint} comes with the package and stays as it is")
+        raise ConfigError(
+            f"{args.checkpoint} is bundled and cannot be changed: name a folder for a calibrated copy with --out FOLDER"
+        )
     elif not os.access(folder, os.W_OK):
         raise ConfigError(f"--out FOLDER: {folder} cannot be written to")
 
@@ -162,19 +169,3 @@ def _to_json(measured: Measurement) -> dict[str, Any]:
     ]
     times = {"seconds": measured.seconds, "sequential_seconds": measured.sequential_seconds}
     return {**dataclasses.asdict(measured.conditions), "machine": measured.machine, **times, "blocks": blocks}
-
-
-def _describe(measured: BlockMeasurement) -> str:
-    first, choice = measured.trials[0], measured.choice
-    rivals = [trial for trial in measured.trials[1:] if trial.seconds is not None]
-    line = f"{choice}, {_time(choice.seconds)}, {choice.passes} passes"
-    if choice is not first:
-        return f"{line}; sequential {_time(first.seconds)}"
-    if rivals:
-        best = min(rivals, key=lambda trial: trial.seconds)
-        line += f"; {best} {_time(best.seconds)}, {best.passes} passes"
-    return line
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -68,9 +68,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, trip in round_trips(flow, images, seed=args.seed).items():
         results[name] = dataclasses.asdict(trip)
         print(
-            "{}: max {max:.1e}, mean {mean:.1e}; of {values} values, {above_1e3} above 1e-3, {above_1e2} above 1e-2".format(
-                name.replace("_", " "), **results[name]
-            )
+            "{}: max {max:.1e}, mean {mean:.1e}; of {values} values, {above_1e3} above 1e-3 and {above_1e2} above "
+            "1e-2".format(name.replace("_", " "), **results[name])
         )
     pixels, label = images[0]
     if pixels.numel() <= JACOBIAN_DIMS:

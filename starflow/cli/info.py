@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+import starflow_kernels
 from starflow_kernels import __version__, backends
 
-from ..models.calibration import Measurement
+from ..models.calibration import Measurement, duration
 from ..models.checkpoint import BUNDLED, CONFIG, resolve
 from ..models.flow import Flow
 from ..opening import open_model
@@ -55,8 +56,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     _print("Versions", results["versions"])
     _print("Machine", results["machine"])
-    _print("Backends of each op, most preferred first", _available(results["backends"]))
-    _print("Backends that cannot run here", unavailable(results["backends"]))
+    public = {op: states for op, states in results["backends"].items() if op in starflow_kernels.__all__}
+    _print("Backends of each op, most preferred first; composed means made of other ops", _available(public))
+    _print("Backends that cannot run here", unavailable(public))
     _print("Bundled checkpoints", results["checkpoints"])
     for command, table in results["presets"].items():
         _print(f"Presets of `starflow {command}`", table)
@@ -162,7 +164,7 @@ def _checkpoint_table(described: dict[str, Any]) -> Table:
     }
     for measured in described["calibration"]:
         table[f"batch {measured['batch_size']}"] = (
-            f"{1e3 * measured['seconds']:.3g} ms, sequential {1e3 * measured['sequential_seconds']:.3g} ms, on "
+            f"{duration(measured['seconds'])}, sequential {duration(measured['sequential_seconds'])}, on "
             f"{measured['machine']} ({measured['device']}, {measured['threads']} threads, {measured['dtype']})"
         )
     return table

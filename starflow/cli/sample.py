@@ -59,79 +59,6 @@ def add_arguments(parser: Parser) -> None:
         metavar="N",
         help="Number of images, or of images per prompt. Under torchrun, use --count. Default: 100, or 1 per prompt.",
     )
-    condition = parser.add_mutually_exclusive_group()
-    condition.add_argument(
-        "--label",
-        default="all",
-        metavar="CLASS",
-        help="Class to draw; all draws each class in turn, none draws without a class. Default: all.",
-    )
-    condition.add_argument(
-        "--prompt", metavar="TEXT", help="Text to draw, with a text-to-image pipeline. It needs this or --prompt-file."
-    )
-    condition.add_argument(
-        "--prompt-file", metavar="FILE", help="File with one prompt per line; empty lines do not count."
-    )
-    parser.add_argument(
-        "--negative-prompt", metavar="TEXT", help="Prompt that guidance moves away from. Default: the empty prompt."
-    )
-    parser.add_argument(
-        "--aspect",
-        metavar="W:H",
-        help="Aspect ratio of the images, such as 3:2, at the area of the training images. Default: as in training.",
-    )
-    parser.add_argument(
-        "--height", type=positive, metavar="PIXELS", help="Height of the images. Default: as in training."
-    )
-    parser.add_argument(
-        "--width", type=positive, metavar="PIXELS", help="Width of the images. Default: as in training."
-    )
-    parser.add_argument(
-        "--guidance",
-        "--cfg",
-        type=float,
-        metavar="WEIGHT",
-        help="Guidance weight; 0 samples without guidance. Default: 0, or 3.6 for text.",
-    )
-    parser.add_argument(
-        "--guidance-rule",
-        choices=("tarflow", "starflow"),
-        help="Formula of the guidance. Default: tarflow, or starflow for text.",
-    )
-    parser.add_argument(
-        "--annealed",
-        action="store_true",
-        help="Let the guidance weight grow over the tokens of each block. Default: the same weight at all tokens.",
-    )
-    parser.add_argument(
-        "--attention-temperature",
-        "--attn_temp",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="Attention temperature of the branch without a condition. Default: 1.",
-    )
-    parser.add_argument(
-        "--method",
-        metavar="NAME",
-        help=f"Solver of the blocks: {', '.join(METHODS)} or auto, which takes the fastest one that starflow calibrate "
-        "measured for each block, or sequential. Default: auto.",
-    )
-    parser.add_argument(
-        "--window", type=positive, metavar="N", help="Number of tokens that jacobi solves together. Default: all."
-    )
-    parser.add_argument(
-        "--tol",
-        type=float,
-        metavar="X",
-        help=f"Largest change of a token at which jacobi stops. Default: {TOLERANCE:g}.",
-    )
-    parser.add_argument(
-        "--quantize",
-        choices=get_args(Quantize),
-        default="none",
-        help="Round the weights to one byte per value, which changes the images. Default: none.",
-    )
     parser.add_argument(
         "--denoise",
         type=float,
@@ -144,37 +71,114 @@ def add_arguments(parser: Parser) -> None:
         help="Map the images back to noise and report the largest difference. Default: no report.",
     )
     parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="Print the time of each stage and a line per block. Default: print the result alone.",
+    )
+    conditions = parser.add_argument_group("conditions and guidance")
+    condition = conditions.add_mutually_exclusive_group()
+    condition.add_argument(
+        "--label",
+        default="all",
+        metavar="CLASS",
+        help="Class to draw; all draws each class in turn, none draws without a class. Default: all.",
+    )
+    condition.add_argument(
+        "--prompt", metavar="TEXT", help="Text to draw, with a text-to-image pipeline. It needs this or --prompt-file."
+    )
+    condition.add_argument(
+        "--prompt-file", metavar="FILE", help="File with one prompt per line; empty lines do not count."
+    )
+    conditions.add_argument(
+        "--negative-prompt", metavar="TEXT", help="Prompt that guidance moves away from. Default: the empty prompt."
+    )
+    conditions.add_argument(
+        "--guidance",
+        "--cfg",
+        type=float,
+        metavar="WEIGHT",
+        help="Guidance weight; 0 samples without guidance. Default: 0, or 3.6 for text.",
+    )
+    conditions.add_argument(
+        "--guidance-rule",
+        choices=("tarflow", "starflow"),
+        help="Formula of the guidance. Default: tarflow, or starflow for text.",
+    )
+    conditions.add_argument(
+        "--annealed",
+        action="store_true",
+        help="Let the guidance weight grow over the tokens of each block. Default: the same weight at all tokens.",
+    )
+    conditions.add_argument(
+        "--attention-temperature",
+        "--attn_temp",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="Attention temperature of the branch without a condition. Default: 1.",
+    )
+    pipelines = parser.add_argument_group("pipelines")
+    pipelines.add_argument(
+        "--aspect",
+        metavar="W:H",
+        help="Aspect ratio of the images, such as 3:2, at the area of the training images. Default: as in training.",
+    )
+    pipelines.add_argument(
+        "--height", type=positive, metavar="PIXELS", help="Height of the images. Default: as in training."
+    )
+    pipelines.add_argument(
+        "--width", type=positive, metavar="PIXELS", help="Width of the images. Default: as in training."
+    )
+    pipelines.add_argument(
         "--variant", metavar="NAME", help="Variant of a pipeline's weight files, such as fp16. Default: none."
     )
-    parser.add_argument("--out", default="samples", metavar="FOLDER", help="Folder for the images. Default: samples.")
-    parser.add_argument(
+    solver = parser.add_argument_group("solver")
+    solver.add_argument(
+        "--method",
+        metavar="NAME",
+        help=f"Solver of the blocks: {', '.join(METHODS)} or auto, which takes the fastest one that starflow calibrate "
+        "measured for each block, or sequential. Default: auto.",
+    )
+    solver.add_argument(
+        "--window", type=positive, metavar="N", help="Number of tokens that jacobi solves together. Default: all."
+    )
+    solver.add_argument(
+        "--tol",
+        type=float,
+        metavar="X",
+        help=f"Largest change of a token at which jacobi stops. Default: {TOLERANCE:g}.",
+    )
+    solver.add_argument(
+        "--quantize",
+        choices=get_args(Quantize),
+        default="none",
+        help="Round the weights to one byte per value, which changes the images. Default: none.",
+    )
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", default="samples", metavar="FOLDER", help="Folder for the images. Default: samples.")
+    files.add_argument(
         "--format",
         choices=FORMATS,
         help="Write one PNG per image, or files of many images. Default: one grid.png; png for pipelines or torchrun.",
     )
-    parser.add_argument(
+    files.add_argument(
         "--images",
         dest="format",
         action="store_const",
         const="png",
         help="Same as --format png. Default: as --format says.",
     )
-    parser.add_argument(
+    files.add_argument(
         "--samples-per-file",
         type=positive,
         default=SAMPLES_PER_FILE,
         metavar="N",
         help=f"Number of images per npz or safetensors file. Default: {SAMPLES_PER_FILE}.",
     )
-    parser.add_argument(
+    files.add_argument(
         "--latents",
         action="store_true",
         help="Write the output of the flow; needs --format safetensors. Default: write pixels.",
-    )
-    parser.add_argument(
-        "--verbose",
-        action="store_true",
-        help="Print the time of each stage and a line per block. Default: print the result alone.",
     )
     upstream = parser.add_argument_group(
         "flags of the upstream code", "They choose the jacobi solver. Its images are exact to --tol nevertheless."

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from starflow_kernels.spec import check_choice
 
 from ..errors import ConfigError, DataError
+from ..io.files import located
 from ..models.autoencoder import downsampling
 from ..seeds import generator
 from .latents import LatentSet, load_latents
@@ -268,7 +269,10 @@ def _crop(photos: list[torch.Tensor], corners: list[tuple[int, int, int]], size:
 def _folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     root = Path(config.path)
     if not root.is_dir():
-        raise DataError(f"no folder of images at {root}")
+        raise DataError(
+            f"no folder of images at {located(root)}: start where the path holds, or change it with --data FOLDER or "
+            "--set data.path=FOLDER, whichever the command has"
+        )
     texts = _metadata(root)
     names = tuple(sorted(p.name for p in root.iterdir() if p.is_dir()))
     by_class = {name: _images(sorted((root / name).rglob("*"))) for name in names}
@@ -349,5 +353,8 @@ def read_image(path: Path, size: int, resize: bool) -> torch.Tensor:
         left, top = (width - size) // 2, (height - size) // 2
         image = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
     if image.size != (size, size):
-        raise DataError(f"{path}: {image.width}x{image.height} pixels, expected {size}x{size}; data.resize=true scales")
+        raise DataError(
+            f"{path}: {image.width}x{image.height} pixels, expected {size}x{size}; to scale and crop the images, train "
+            "and encode take --set data.resize=true"
+        )
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)

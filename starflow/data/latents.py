@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import DataError
+from ..io.files import located
 from ..io.tensors import open_tensor
 
 INDEX = "index.json"
@@ -73,7 +74,8 @@ class CacheIndex:
                 fields[name] = None if fields[name] is None else tuple(fields[name])
             return cls(**fields)
         except FileNotFoundError:
-            raise DataError(f"no cached latents at {folder}: {INDEX} is missing; starflow encode writes it") from None
+            where = located(Path(folder))
+            raise DataError(f"no cached latents at {where}: {INDEX} is missing; starflow encode writes it") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not an index of cached latents ({error})") from None
 

@@ -12,6 +12,11 @@ from pathlib import Path
 from ..errors import StarflowError
 
 
+def located(path: Path) -> str:
+    """Return a path for an error message; a relative one with the folder that it starts from."""
+    return str(path) if path.is_absolute() else f"{path} (relative to {Path.cwd()})"
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a temporary file beside `path`, then move it there.
 

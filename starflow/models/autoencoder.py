@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError, StarflowError
+from ..io.files import located
 
 VAE_CONFIG = "config.json"
 
@@ -36,7 +37,7 @@ def vae_folder(folder: str | Path) -> Path:
     for path in (folder / "vae", folder):
         if (path / VAE_CONFIG).exists():
             return path
-    raise CheckpointError(f"no autoencoder at {folder} ({VAE_CONFIG} is not there)")
+    raise CheckpointError(f"no autoencoder at {located(folder)} ({VAE_CONFIG} is not there)")
 
 
 def load_vae(folder: str | Path, device: str | torch.device = "cpu") -> Any:

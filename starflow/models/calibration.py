@@ -130,6 +130,18 @@ class BlockMeasurement:
         """The chosen trial."""
         return self.trials[self.chosen]
 
+    def __str__(self) -> str:
+        """Return the chosen solver, and the sequential one or the fastest one that was not chosen in its place."""
+        first, choice = self.trials[0], self.choice
+        rivals = [trial for trial in self.trials[1:] if trial.seconds is not None]
+        line = f"{choice}, {duration(choice.seconds)}, {choice.passes} passes"
+        if choice is not first:
+            return f"{line}; sequential {duration(first.seconds)}"
+        if rivals:
+            best = min(rivals, key=lambda trial: trial.seconds)
+            line += f"; not chosen: {best}, {duration(best.seconds)}, {best.passes} passes, error {best.error:.1e}"
+        return line
+
     def solver(self, tol: float) -> Solver:
         """Return the chosen solver with a tolerance."""
         return Solver(self.choice.method, self.choice.window, tol=tol, neighbours=self.choice.neighbours)
@@ -148,6 +160,12 @@ class Measurement:
     conditions: Conditions
     machine: str
     blocks: tuple[BlockMeasurement, ...]
+
+    def __str__(self) -> str:
+        """Return the batch size and the times in one line."""
+        before, after, batch_size = self.sequential_seconds, self.seconds, self.conditions.batch_size
+        times = f"{duration(before)} sequential, {duration(after)} as chosen"
+        return f"batch {batch_size}: {times}, speedup {before / after:.2f}"
 
     @property
     def seconds(self) -> float:
@@ -190,6 +208,11 @@ def describe(method: str, window: int, neighbours: tuple[int, ...]) -> str:
     if method == SEQUENTIAL:
         return method
     return f"{'quasi-Newton' if neighbours else method}, {f'window {window}' if window else 'all tokens'}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in words, to three digits."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def save_calibration(calibration: Calibration | None, folder: str | Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -95,7 +96,7 @@ def test_methods(tmp_path, run, capsys):
         assert results["certificate"] < 1e-4
         drawn[tuple(method)] = digest(tmp_path / "grid.png")
     assert drawn["auto",] == drawn["sequential",] == drawn["jacobi", "--tol", "0"]
-    assert "block 0: jacobi, window 2, neighbours: " in capsys.readouterr().out
+    assert "block 0: quasi-Newton, window 2: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["sequential", "jacobi"])
@@ -133,7 +134,16 @@ def test_eval(run, tmp_path, capsys):
     assert results["images"] == 360 and results["logdet_error"] < 1e-9
     assert 2 < results["likelihood"]["bits_per_dim"] < 5 and 0 <= results["bayes_accuracy"] <= 1
     assert results["inverse_of_forward"]["above_1e3"] == 0 and results["forward_of_inverse"]["above_1e3"] == 0
-    assert "bits/dim" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "bits/dim" in printed and "accuracy as a classifier " in printed
+    assert printed.count(" of 23040 values, 0 above 1e-3 and 0 above 1e-2\n") == 2
+
+
+def test_eval_says_why_there_is_no_likelihood(settings, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    assert main(["train", "--config", settings, "--out", run, "--quiet", "--set", "model.noise_std=0.1"]) == 0
+    assert main(["eval", "--checkpoint", run]) == 0
+    assert "bits/dim not measured: the model was trained with Gaussian noise" in capsys.readouterr().out
 
 
 def test_eval_of_a_folder(run, tmp_path, capsys):
@@ -148,6 +158,24 @@ def test_resume_continues(tmp_path, settings, capsys):
     assert "holds a run" in fails(capsys, "train", "--config", settings, "--out", folder)
     assert "drop --set" in fails(capsys, "train", "--resume", folder, "--set", "training.steps=3")
     assert main(["train", "--resume", folder, "--quiet"]) == 0
+
+
+def test_without_a_command_there_is_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([])
+    printed = capsys.readouterr().out
+    assert exit.value.code == 0 and "try: starflow sample" in " ".join(printed.split())
+    assert all(f"    {name} " in printed or f"    {name}\n" in printed for name in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["--help"], ["info", "--json"]])
+def test_a_closed_pipe_ends_a_command_quietly(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "starflow", *arguments]
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert found.returncode == 141 and "Error" not in found.stderr and "Exception" not in found.stderr
 
 
 def test_version(capsys):
@@ -205,12 +233,15 @@ def test_presets_are_complete(name):
         (["sample", "--method", "jacobi", "--tol", "nan"], "tol=nan"),
         (["sample", "--method", "sequential", "--jacobi", "1"], "--jacobi 1 and --method sequential"),
         (["sample", "--jacobi", "1", "--jacobi_th", "-1"], "--jacobi_th -1.0"),
-        (["calibrate"], "--out FOLDER: digits comes with the package"),
+        (
+            ["calibrate"],
+            "digits is bundled and cannot be changed: name a folder for a calibrated copy with --out FOLDER",
+        ),
         (["calibrate", "--out", "."], "--out . exists already"),
         (["calibrate", "--out", "x", "--tol", "-1"], "tol=-1.0"),
         (["calibrate", "--checkpoint", "nowhere"], "nowhere"),
         (["info", "--json", "/dev/full/x.json"], "/dev/full"),
-        (["eval", "--data", "nowhere"], "nowhere"),
+        (["eval", "--data", "nowhere"], f"nowhere (relative to {os.getcwd()}): start where the path holds, or change"),
         (["train", "--preset", "mnist"], "mnist"),
         (["train"], "--preset"),
         (["train", "--resume", "nowhere"], "nowhere"),
@@ -218,7 +249,7 @@ def test_presets_are_complete(name):
         (["train", "--preset", "digits", "--set", "chanels=3"], "SECTION.NAME=VALUE"),
         (["train", "--preset", "digits", "--set", "training.learning_rate=fast"], "learning_rate='fast'"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        ([], "COMMAND"),
+        (["--verbose"], "COMMAND"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):

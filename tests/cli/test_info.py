@@ -15,6 +15,7 @@ def test_tables(capsys):
     printed = capsys.readouterr().out
     assert re.search(rf"^  starflow +{re.escape(__version__)}$", printed, re.MULTILINE)
     assert re.search(r"^  affine_flow +.*\breference$", printed, re.MULTILINE)
+    assert "block_jacobi" not in printed and "affine_flow_inverse_out" not in printed
     assert re.search(r"^  digits +\S", printed.split("Bundled checkpoints\n")[1], re.MULTILINE)
     assert all(re.search(rf"^  {name} +\S", printed, re.MULTILINE) for name in presets())
     assert "Checkpoint" not in printed and "\x1b" not in printed

@@ -130,3 +130,18 @@ def test_kernels_run_without_autocast(fake):
     dispatch.register("affine_flow", "products", run)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert affine_flow(*inputs())[1].dtype == torch.float32
+
+
+def test_the_reason_for_missing_kernels(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "FOLDER", tmp_path / "package")
+    compiled.FOLDER.mkdir()
+    assert compiled.load_error("cuda", "CUDA") == "no CUDA kernels: the build did not set STARFLOW_CUDA=1"
+    (tmp_path / "setup.py").touch()
+    for name in ("native", "cuda"):
+        reason = compiled.load_error(name, name)
+        assert reason.startswith(
+            f"no {name} kernels: no compiled library in {compiled.FOLDER}; this is a source tree: "
+        )
+    (compiled.FOLDER / "_native.txt").write_text("no compiler\n")
+    assert compiled.load_error("native", "native") == "no native kernels: no compiler"
+    assert compiled.load_error("cuda", "CUDA") == "no CUDA kernels: the build did not set STARFLOW_CUDA=1"

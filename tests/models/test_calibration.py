@@ -101,8 +101,8 @@ def test_a_solver_is_chosen_where_it_wins_again_and_again(monkeypatch, seconds, 
         choice = block.choice
         assert (choice.method, choice.window, bool(choice.neighbours)) == expected
         assert [str(trial) for trial in block.trials] == [
-            "sequential", "jacobi, window 8", "jacobi, window 8, neighbours", "jacobi, all tokens",
-            "jacobi, all tokens, neighbours",
+            "sequential", "jacobi, window 8", "quasi-Newton, window 8", "jacobi, all tokens",
+            "quasi-Newton, all tokens",
         ]  # fmt: skip
         assert block.trials[-1].seconds is None and block.trials[0].seconds == seconds[SEQUENTIAL]
     assert found.sequential_seconds == 2 * seconds[SEQUENTIAL] and found.seconds <= found.sequential_seconds
@@ -119,10 +119,19 @@ def test_larger_windows_are_left_out_once_they_are_slower(monkeypatch):
 def test_a_wrong_result_is_never_chosen(monkeypatch):
     Stopwatch(monkeypatch, {SEQUENTIAL: 1.0, WINDOW: 0.1, NEAR: 0.5}, {WINDOW: 1e-3})
     found = calibrate(make(), 2, windows=(8,))
-    assert {str(block.choice) for block in found.blocks} == {"jacobi, window 8, neighbours"}
+    assert {str(block.choice) for block in found.blocks} == {"quasi-Newton, window 8"}
     assert found.blocks[0].trials[1].error >= 9e-4
     found = calibrate(make(), 2, tol=1e-2, windows=(8,))
     assert {str(block.choice) for block in found.blocks} == {"jacobi, window 8"}
+
+
+def test_a_measurement_prints_as_text(monkeypatch):
+    Stopwatch(monkeypatch, {SEQUENTIAL: 1.0, NEAR: 0.1, WINDOW: 2.0}, {NEAR: 1e-3})
+    found = calibrate(make(), 2, windows=(8,))
+    assert str(found) == "batch 2: 2 s sequential, 2 s as chosen, speedup 1.00"
+    line = str(found.blocks[0])
+    assert line.startswith("sequential, 1 s, 64 passes; not chosen: quasi-Newton, window 8, 100 ms, ")
+    assert line.endswith(" passes, error 1.0e-03")
 
 
 def test_a_flow_keeps_its_measurements(monkeypatch):
@@ -299,10 +308,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert main([*command, "--batch-size", "2", "1"]) == 0
     printed = capsys.readouterr().out
     first = "batch 1: 2 s sequential, 1 s as chosen, speedup 2.00\n"
-    assert f"{first}  block 1: jacobi, window 8, neighbours, 500 ms" in printed
+    assert f"{first}  block 1: quasi-Newton, window 8, 500 ms" in printed
     results = json.loads(report.read_text())["results"]
     assert [m["batch_size"] for m in results["measurements"]] == [1, 2]
-    assert results["measurements"][0]["blocks"][0]["choice"] == "jacobi, window 8, neighbours"
+    assert results["measurements"][0]["blocks"][0]["choice"] == "quasi-Newton, window 8"
     # What was there of other conditions stays.
     assert main([*command, "--batch-size", "2", "--guidance", "1.5", "--tol", "1e-4"]) == 0
     conditions = [m.conditions for m in Flow.from_pretrained(folder).calibration.measurements]
@@ -313,13 +322,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ]
     capsys.readouterr()
     assert main(["info", "--checkpoint", str(folder)]) == 0
-    assert "1e+03 ms, sequential 2e+03 ms, on " in capsys.readouterr().out
+    assert "1 s, sequential 2 s, on " in capsys.readouterr().out
     assert main(["info", "--checkpoint", str(folder), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)["results"]["calibration"]
-    assert measured[0]["solvers"] == ["jacobi, window 8, neighbours"] * 2
+    assert measured[0]["solvers"] == ["quasi-Newton, window 8"] * 2
     drawn = ["sample", "--checkpoint", str(folder), "--num", "2", "--out", str(tmp_path / "drawn"), "--certify"]
     assert main([*drawn, "--guidance", "2", "--tol", "1e-4", "--verbose"]) == 0
-    assert "block 1: jacobi, window 8, neighbours: " in capsys.readouterr().out
+    assert "block 1: quasi-Newton, window 8: " in capsys.readouterr().out
     (folder / "training.pt").write_bytes(b"state")
     assert main(["calibrate", "--checkpoint", str(folder), "--batch-size", "1", "--out", str(tmp_path / "copy")]) == 0
     assert len(Flow.from_pretrained(tmp_path / "copy").calibration.measurements) == 3

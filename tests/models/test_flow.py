@@ -1,6 +1,7 @@
 """The model: every variant inverts, counts its volume right, guides, denoises and compiles."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -107,6 +108,8 @@ def test_repr_names_the_size():
     text = repr(flow)
     assert text.startswith("Flow(2 blocks of 1, 2 layers, width 16, last 32, 4 tokens of 8 values, ")
     assert text.endswith(f"{sum(p.numel() for p in flow.parameters()):,} parameters)")
+    assert repr(make("tarflow", layers=(1, 1))).startswith("Flow(2 blocks of 1 layer, width 16, ")
+    assert repr(make("tarflow", layers=(2, 2))).startswith("Flow(2 blocks of 2 layers, width 16, ")
 
 
 def test_loss_is_the_negative_log_likelihood():
@@ -326,13 +329,40 @@ def test_rotary_angles_of_the_released_text_model():
         ({"x": torch.zeros(1, 3, 4, 4)}, "images"),
         ({"x": torch.zeros(1, 2, 4, 6)}, "4x6"),
         ({"x": torch.zeros(1, 2, 4, 4), "labels": torch.tensor([3])}, "labels"),
-        ({"x": torch.zeros(1, 2, 4, 4), "labels": torch.tensor([0, 0])}, "labels"),
+        ({"x": torch.zeros(1, 2, 4, 4), "labels": torch.tensor([0, 0])}, r"labels: expected torch.int64 \(1,\), got"),
+        ({"x": torch.zeros(1, 2, 4, 4), "labels": [0]}, r"labels: expected torch.int64 \(1,\), got list"),
+        ({"x": torch.zeros(1, 2, 4, 4), "labels": torch.zeros(1)}, r"labels: .* got torch.float32 \(1,\)"),
+        ({"x": torch.zeros(1, 2, 4, 4), "labels": torch.zeros(1, 1).long()}, r"labels: .* got torch.int64 \(1, 1\)"),
+        ({"x": torch.zeros(1, 2, 4, 4, dtype=torch.uint8)}, r"images: .* got torch.uint8; scale pixels to \[-1, 1\]"),
         ({"x": torch.zeros(1, 2, 4, 4), "text": torch.zeros(1, 3, 5)}, "text"),
     ],
 )
 def test_wrong_inputs_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         Flow(FlowConfig(**SMALL, num_classes=3))(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": [0, 1, 2]}, "labels: .* got list"),
+        ({"labels": torch.tensor([0, 1])}, r"labels: expected torch.int64 \(3,\), got torch.int64 \(2,\)"),
+        ({"labels": torch.zeros(3)}, "labels: .* got torch.float32"),
+        ({"labels": torch.tensor([0, 1, 3])}, "labels: expected -1 .no class. .. 2"),
+        ({"count": 0}, "count=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_wrong_arguments_of_sample_are_named(arguments, message):
+    flow = Flow(FlowConfig(**{**SMALL, "image_channels": 1}, num_classes=3))
+    with pytest.raises(ValueError, match=message):
+        flow.sample(**{"count": 3, "batch_size": 2, **arguments})
+
+
+def test_a_report_prints_as_text():
+    flow = Flow(FlowConfig(**{**SMALL, "image_channels": 1}))
+    text = str(flow.sample(3, certify=True).report)
+    assert re.fullmatch(r"3 images in \d+\.\d\d s \(\S+ per second\)\ncertificate: max .flow.* = \S+, mean \S+", text)
 
 
 def test_non_finite_noise_is_refused():
