@@ -235,7 +235,7 @@ def test_presets_are_complete(name):
         (["sample", "--jacobi", "1", "--jacobi_th", "-1"], "--jacobi_th -1.0"),
         (
             ["calibrate"],
-            "digits is bundled and cannot be changed: name a folder for a calibrated copy with --out FOLDER",
+            "digits is bundled and cannot be changed: name a folder for a calibrated copy with --out",
         ),
         (["calibrate", "--out", "."], "--out . exists already"),
         (["calibrate", "--out", "x", "--tol", "-1"], "tol=-1.0"),
