@@ -133,13 +133,14 @@ class BlockMeasurement:
     def __str__(self) -> str:
         """Return the chosen solver, and the sequential one or the fastest one that was not chosen in its place."""
         first, choice = self.trials[0], self.choice
-        rivals = [trial for trial in self.trials[1:] if trial.seconds is not None]
-        line = f"{choice}, {duration(choice.seconds)}, {choice.passes} passes"
+        rivals = [(trial.seconds, i) for i, trial in enumerate(self.trials) if i and trial.seconds is not None]
+        line = f"{choice}, {duration(choice.seconds or 0.0)}, {choice.passes} passes"
         if choice is not first:
-            return f"{line}; sequential {duration(first.seconds)}"
+            return f"{line}; sequential {duration(first.seconds or 0.0)}"
         if rivals:
-            best = min(rivals, key=lambda trial: trial.seconds)
-            line += f"; not chosen: {best}, {duration(best.seconds)}, {best.passes} passes, error {best.error:.1e}"
+            seconds, i = min(rivals)
+            best = self.trials[i]
+            line += f"; not chosen: {best}, {duration(seconds)}, {best.passes} passes, error {best.error:.1e}"
         return line
 
     def solver(self, tol: float) -> Solver:
