@@ -6,12 +6,15 @@ bits as an uninterrupted one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import pickle
+import signal
+import threading
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -171,7 +174,7 @@ class Loop:
         return trainer
 
     def run(self, quiet: bool = False) -> None:
-        """Train to the last step. A KeyboardInterrupt writes a checkpoint before it is raised again.
+        """Train to the last step. Ctrl-C or SIGTERM lets the current step end and writes a checkpoint before it acts.
 
         Args:
             quiet: whether to hide the progress bar.
@@ -181,18 +184,8 @@ class Loop:
         try:
             order = ShuffledBatches(len(self.images), training.batch_size, training.seed, self.step, training.steps)
             for batch in DataLoader(self.images, batch_sampler=order, num_workers=training.workers):
-                rate = self._set_learning_rate()
-                metrics = self.train_step(generator(training.seed, self.step, 1), *batch)
-                self.step += 1
-                metrics = {"step": self.step, **metrics, "learning_rate": rate}
-                bar.update()
-                last = self.step == training.steps
-                if last or (training.log_every and self.step % training.log_every == 0):
-                    self._log(metrics, bar)
-                if training.sample_every and (last or self.step % training.sample_every == 0):
-                    self.save_samples(self.folder / "samples" / f"{self.step:07d}.png")
-                if last or (training.checkpoint_every and self.step % training.checkpoint_every == 0):
-                    self.save()
+                with uninterrupted():
+                    self._take_step(batch, bar)
         except KeyboardInterrupt:
             self.save()
             raise
@@ -200,6 +193,21 @@ class Loop:
             bar.close()
             if self.writer:
                 self.writer.close()
+
+    def _take_step(self, batch: list[torch.Tensor], bar: tqdm) -> None:
+        """Train on a batch; then log, draw samples and write a checkpoint if they are due."""
+        training, rate = self.config.training, self._set_learning_rate()
+        metrics = self.train_step(generator(training.seed, self.step, 1), *batch)
+        self.step += 1
+        metrics = {"step": self.step, **metrics, "learning_rate": rate}
+        bar.update()
+        last = self.step == training.steps
+        if last or (training.log_every and self.step % training.log_every == 0):
+            self._log(metrics, bar)
+        if training.sample_every and (last or self.step % training.sample_every == 0):
+            self.save_samples(self.folder / "samples" / f"{self.step:07d}.png")
+        if last or (training.checkpoint_every and self.step % training.checkpoint_every == 0):
+            self.save()
 
     def add_optimizer(self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return an AdamW optimizer with the settings of the run; its learning rate follows the schedule.
@@ -309,6 +317,25 @@ class Loop:
     def save_weights(self) -> None:
         """Write the trained model."""
         raise NotImplementedError
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM act only at the end of the block, as far as Python handles them."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    held: list[int] = []
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+    if held:
+        signal.raise_signal(held[0])
 
 
 def _tensorboard(folder: Path):

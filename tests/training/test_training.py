@@ -77,6 +77,21 @@ def test_resume_repeats_an_uninterrupted_run(tmp_path, model):
     assert resumed.metrics == whole.metrics
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_within_a_step_acts_after_it(tmp_path, number):
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    whole, part = train(settings(), tmp_path / "whole"), FlowTrainer(settings(), tmp_path / "part")
+    part.optimizers[0].register_step_post_hook(lambda *_: signal.raise_signal(number) if part.step == 4 else None)
+    with pytest.raises(KeyboardInterrupt):
+        part.run(quiet=True)
+    signal.signal(signal.SIGTERM, before)
+    resumed = FlowTrainer.resume(tmp_path / "part")
+    assert resumed.step == 5
+    resumed.run(quiet=True)
+    assert same(tmp_path / "whole", tmp_path / "part")
+    assert resumed.metrics == whole.metrics
+
+
 def test_a_killed_run_is_resumed_to_the_same_weights(tmp_path):
     config = settings(steps=40, checkpoint_every=5)
     train(config, tmp_path / "whole")
