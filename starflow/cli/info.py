@@ -43,7 +43,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print tables of the installation and of this machine's capabilities; return them as data."""
-    described = _describe(args.checkpoint, device(args.device)) if args.checkpoint else {}
+    place = device(args.device)
+    described = _describe(args.checkpoint, place) if args.checkpoint else {}
     results = {
         "versions": _versions(),
         "machine": _machine(),

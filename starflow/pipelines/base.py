@@ -249,12 +249,10 @@ class FlowPipeline(DiffusionPipeline):
             factor: the requested factor; None takes the pipeline's own, or 0 for a model trained without noise.
 
         Raises:
-            ConfigError: the factor is out of range, or the model was trained without Gaussian noise.
+            ConfigError: the model was trained without Gaussian noise.
         """
         if factor is None:
             return self.config.denoise if self.transformer.config.noise_std else 0.0
-        if not 0 <= factor < math.inf:
-            raise ConfigError(f"denoise={factor}: expected a factor >= 0 of the score step, about 1")
         if factor and not self.transformer.config.noise_std:
             raise ConfigError(f"denoise={factor}: the model was not trained with Gaussian noise")
         return factor

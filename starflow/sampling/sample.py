@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,12 +33,19 @@ class SampleOptions:
         inversion: solvers and their tolerance.
         denoise: factor of a step along the score after sampling, see `Flow.denoise`; 0 for none.
         certify: map the samples back to noise and report the largest difference.
+
+    Raises:
+        ConfigError: `denoise` is negative or not finite.
     """
 
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
     inversion: Inversion = dataclasses.field(default_factory=Inversion)
     denoise: float = 0.0
     certify: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.denoise < math.inf:
+            raise ConfigError(f"denoise={self.denoise}: expected a finite factor of at least 0")
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as a flat mapping, named like the flags of `starflow sample`."""

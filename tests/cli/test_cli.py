@@ -219,6 +219,8 @@ def test_presets_are_complete(name):
     [
         (["sample", "--nmu", "3"], "--nmu"),
         (["sample", "--num", "0"], "--num"),
+        (["sample", "--denoise", "nan"], "denoise=nan"),
+        (["info", "--device", "nowhere"], "--device nowhere"),
         (["sample", "--seed", "-1"], "--seed"),
         (["sample", "--dtype", "int8"], "int8"),
         (["sample", "--label", "11"], "--label 11"),
