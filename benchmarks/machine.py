@@ -109,12 +109,13 @@ def peak_flops(repeats: int = 25) -> float:
 def description() -> dict[str, str | int]:
     """Return CPU, threads, versions, commit and date, for the head of a result."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    cpu = "{model name}, family {cpu family}, model {model}".format_map(fields) if "cpu family" in fields else ""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip() or "unknown",
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu or platform.processor(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),

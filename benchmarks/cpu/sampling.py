@@ -51,12 +51,12 @@ class Case:
         return self.batch * (2 if self.guidance else 1)
 
 
-DIGITS = {"image": (1, 8), "patch": 2, "channels": 64, "blocks": 4, "layers": 2}
+SMALL = {"image": (1, 8), "patch": 2, "channels": 64, "blocks": 4, "layers": 2}
 RGB32 = {"image": (3, 32), "patch": 2, "channels": 128, "blocks": 4, "layers": 4}
 AFHQ = {"image": (3, 256), "patch": 8, "channels": 768, "blocks": 1, "layers": 8, "repeats": 1}
 CASES = [
-    *(Case(f"digits, batch {batch}", batch=batch, **DIGITS) for batch in (1, 100, 1000)),
-    *(Case(f"32x32, batch {batch}", batch=batch, **RGB32) for batch in (1, 16)),
+    *(Case(f"8x8 images, 4 x 2 layers, batch {batch}", batch=batch, **SMALL) for batch in (1, 100, 1000)),
+    *(Case(f"32x32 images, 4 x 4 layers, batch {batch}", batch=batch, **RGB32) for batch in (1, 16)),
     Case("AFHQ-256 block, batch 1", batch=1, **AFHQ),
     Case("AFHQ-256 block, batch 1, bfloat16 weights", batch=1, dtype=torch.bfloat16, **AFHQ),
     Case("AFHQ-256 block, batch 8, guidance", batch=8, guidance=1.5, checked=96, **AFHQ),
