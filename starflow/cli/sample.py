@@ -16,6 +16,7 @@ from starflow_kernels.spec import Quantize
 
 from ..errors import ConfigError, DataError
 from ..inversion.request import METHODS, TOLERANCE, Inversion
+from ..io.files import read_lines
 from ..io.images import save_grid
 from ..models.checkpoint import PIPELINE_INDEX
 from ..models.flow import Flow
@@ -381,7 +382,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt_file is None:
         raise ConfigError("--prompt or --prompt-file: this pipeline draws text")
     try:
-        lines = Path(args.prompt_file).read_text().splitlines()
+        lines = read_lines(Path(args.prompt_file))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompt-file {args.prompt_file}: {getattr(error, 'strerror', None) or error}") from None
     if not (prompts := [line.strip() for line in lines if line.strip()]):

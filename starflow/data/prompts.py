@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # width:height. A model that was trained on several ratios reads the ratio from the prompt.
 ASPECT_RATIOS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
 
+# Start of a prompt in a warning.
+SHOWN_CHARACTERS = 80
+
 
 def load_text(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Any, Any]:
     """Return the tokenizer and the T5EncoderModel of a folder.
@@ -69,7 +72,9 @@ def encode_prompts(
     different = list(dict.fromkeys(prompts))
     for prompt, ids in zip(different, tokenizer(different, verbose=False)["input_ids"]):
         if len(ids) > length:
-            warnings.warn(f"a prompt of {len(ids)} tokens is cut to {length}: {prompt!r}", stacklevel=2)
+            warnings.warn(
+                f"a prompt of {len(ids)} tokens is cut to {length}: {prompt!r:.{SHOWN_CHARACTERS}}", stacklevel=2
+            )
     tokens = tokenizer(different, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     ids, mask = (tokens[name].to(text_encoder.device) for name in ("input_ids", "attention_mask"))
     # One prompt at a time, so that its bits do not depend on the other prompts.

@@ -17,6 +17,21 @@ def located(path: Path) -> str:
     return str(path) if path.is_absolute() else f"{path} (relative to {Path.cwd()})"
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file in UTF-8, with or without a byte order mark.
+
+    A line ends with LF, CR LF or CR. Other separators, such as U+2028 or U+0085, belong to the text.
+
+    Args:
+        path: text file.
+
+    Raises:
+        OSError: the file is unreadable.
+        UnicodeDecodeError: the file is not in UTF-8.
+    """
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a temporary file beside `path`, then move it there.
 

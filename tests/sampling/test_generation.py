@@ -100,6 +100,28 @@ def test_images_depend_on_prompt_number_and_seed_alone(folder, tmp_path):
     assert len(after) == 12 and before.items() <= after.items()
 
 
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"\xef\xbb\xbfa cat\r\na dog\r\n", ["a cat", "a dog"]),
+        (b"a cat\ra dog\r", ["a cat", "a dog"]),
+        ("\n\u00a0\n \t\n a cat \n\na dog".encode(), ["a cat", "a dog"]),
+        ("a\u2028cat\u0085on\x0ca\x1cmat\n\u732b\n".encode(), ["a\u2028cat\u0085on\x0ca\x1cmat", "\u732b"]),
+    ],
+)
+def test_prompts_are_the_lines_of_a_file(folder, tmp_path, content, prompts):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    arguments = ["--prompt-file", str(tmp_path / "prompts.txt"), "--num", "1", "--out", str(tmp_path / "out")]
+    assert main(["sample", "--checkpoint", folder, *arguments]) == 0
+    assert [line["condition"] for line in ledger(tmp_path / "out")[1:]] == prompts
+
+
+def test_a_prompt_file_in_another_encoding_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_bytes("a cat".encode("utf-16"))
+    arguments = ["--prompt-file", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    assert "prompts.txt: 'utf-8' codec" in fails(capsys, "--checkpoint", folder, *arguments)
+
+
 def test_a_killed_run_continues(folder, tmp_path, capsys):
     arguments = ["sample", "--checkpoint", folder, "--prompt", "a red cat", "--num", "40", "--batch-size", "2"]
     out, whole = tmp_path / "out", tmp_path / "whole"
