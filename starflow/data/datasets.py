@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,20 +11,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from starflow_kernels.spec import check_choice
 
 from ..errors import ConfigError, DataError
+from ..io.digests import digest
 from ..io.files import located
+from ..io.images import open_image
 from ..models.autoencoder import downsampling
 from ..seeds import generator
-from .latents import LatentSet, load_latents
+from .folders import METADATA, folder_state, image_files, is_held_out, read_captions, relative_name
+from .latents import INDEX, LatentSet, load_latents
 
 Source = Literal["digits", "photos", "folder", "latents"]
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-METADATA = "metadata.jsonl"
 DIGITS_SIZE = 8
 DIGITS_HELD_OUT = 360
 PHOTO_HELD_OUT_COLUMNS = 128
@@ -40,13 +40,15 @@ class DataConfig:
             "digits": 1797 images of 8x8 pixels, 17 levels and 10 classes; 360 of them, stratified, are held out.
             A `size` other than 8 scales them bilinearly, to three channels of 256 levels.
             "photos": crops of two photographs, one per class; the right 128 columns are held out.
-            "folder": images such as path/CLASS/*.png; a fraction `held_out` of each class is held out.
+            "folder": images such as path/CLASS/*.png, read by `open_image`. Hidden files and folders, and those of
+            `folders.IGNORED_NAMES`, are ignored. Folders without images are no classes.
             "latents": a cache that `starflow encode` wrote.
         path: folder of the source "folder" or "latents".
         size: side of the images in pixels, or of the latents.
         resize: whether to scale images of a folder to `size` and to crop their center; without it they must have that
             size.
-        held_out: held-out fraction of a folder.
+        held_out: expected held-out fraction of a folder. Whether an image is held out depends on its path in the
+            folder and the seed alone, so that other images may be added or removed.
         seed: seed for the choice of held-out images.
         class_names: names of the classes in captions, empty for the names in the source.
         templates: captions of each image, with "{}" in place of the name of its class. A folder with a metadata.jsonl
@@ -154,6 +156,20 @@ def load(config: DataConfig) -> tuple[ImageSet, ImageSet] | tuple[LatentSet, Lat
     if config.source == "latents":
         return load_latents(Path(config.path), config.size)
     return {"digits": _digits, "photos": _photos, "folder": _folder}[config.source](config)
+
+
+def data_state(config: DataConfig) -> dict[str, int | str]:
+    """Return a description of the files behind a data set, by which a change is noticed; empty without files.
+
+    Args:
+        config: images to describe.
+
+    Raises:
+        DataError: a file is unreadable.
+    """
+    if config.source == "folder":
+        return folder_state(Path(config.path))
+    return {"digest": digest(Path(config.path) / INDEX)[:16]} if config.source == "latents" else {}
 
 
 def dequantize(images: torch.Tensor, levels: int, noise_std: float, random: torch.Generator) -> torch.Tensor:
@@ -273,58 +289,29 @@ def _folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
             f"no folder of images at {located(root)}: start where the path holds, or change it with --data FOLDER or "
             "--set data.path=FOLDER, whichever the command has"
         )
-    texts = _metadata(root)
-    names = tuple(sorted(p.name for p in root.iterdir() if p.is_dir()))
-    by_class = {name: _images(sorted((root / name).rglob("*"))) for name in names}
-    if texts is not None and (flat := _images(sorted(root.iterdir()))):
-        # Captioned images need no class folders. Images beside the metadata form one class.
-        by_class[root.name] = by_class.get(root.name, []) + flat
-    classes, files = tuple(by_class), list(by_class.values())
-    if not any(files):
+    texts = read_captions(root)
+    # Captioned images need no class folders.
+    by_class = image_files(root, flat=texts is not None)
+    if not by_class:
         raise DataError(f"no images in {root}: expected {root}/CLASS/*.png (or .jpg, .webp, ...), or a {METADATA}")
+    classes = tuple(by_class)
     parts: tuple[list, list] = [], []
-    for label, paths in enumerate(files):
-        order = torch.randperm(len(paths), generator=generator(config.seed, label)).tolist()
-        cut = round(len(paths) * config.held_out)
-        parts[1].extend((paths[i], label) for i in sorted(order[:cut]))
-        parts[0].extend((paths[i], label) for i in sorted(order[cut:]))
+    for label, paths in enumerate(by_class.values()):
+        for path in paths:
+            name = relative_name(root, path.relative_to(root))
+            parts[is_held_out(name, config.held_out, config.seed)].append((path, name, label))
 
-    def image_set(items: list[tuple[Path, int]]) -> ImageSet:
-        paths = [path for path, _ in items]
-        labels = torch.tensor([label for _, label in items], dtype=torch.int64)
-        fetch = partial(_read, paths, config.size, config.resize)
+    def image_set(items: list[tuple[Path, str, int]]) -> ImageSet:
+        labels = torch.tensor([label for _, _, label in items], dtype=torch.int64)
+        fetch = partial(_read, [path for path, _, _ in items], config.size, config.resize)
         if texts is None:
             return _class_set(fetch, labels, 256, classes, config)
-        if missing := [path for path in paths if path not in texts]:
-            raise DataError(f"{root / METADATA}: no line for {missing[0].relative_to(root)}")
-        captions = [(texts[path],) for path in paths]
+        if missing := [name for _, name, _ in items if name not in texts]:
+            raise DataError(f"{root / METADATA}: no line for {missing[0]}")
+        captions = [(texts[name],) for _, name, _ in items]
         return ImageSet(fetch, labels, 256, classes, captions.__getitem__)
 
     return image_set(parts[0]), image_set(parts[1])
-
-
-def _images(paths: list[Path]) -> list[Path]:
-    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def _metadata(root: Path) -> dict[Path, str] | None:
-    """Return captions by path of a folder in Hugging Face's imagefolder layout, None without metadata."""
-    path = root / METADATA
-    if not path.exists():
-        return None
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from None
-    texts = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            fields = json.loads(line)
-            name, text = fields["file_name"], fields["text"]
-            texts[root / name] = text + ""
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise DataError(f"{path}, line {number}: expected JSON with the texts file_name and text") from None
-    return texts
 
 
 def _read(paths: list[Path], size: int, resize: bool, index: int) -> torch.Tensor:
@@ -340,13 +327,9 @@ def read_image(path: Path, size: int, resize: bool) -> torch.Tensor:
         resize: whether to scale the shorter side and to crop the center; without it the image must have that size.
 
     Raises:
-        DataError: the file is unreadable, or its image has another size.
+        DataError: the file is unreadable, of an unsupported kind, or its image has another size.
     """
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error})") from None
+    image = open_image(path)
     if resize and image.size != (size, size):
         scale = size / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)

@@ -17,9 +17,11 @@ from ..io.files import write_text
 from ..io.tensors import save_tensors
 from ..models.autoencoder import downsampling, load_vae, posterior, scale_images, vae_folder
 from . import datasets
+from .folders import is_ignored
 from .latents import INDEX, SPLITS, CacheIndex, cache_path
 from .prompts import encode_prompts, load_text
 
+MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".txt"}
 TextDtype = Literal["float32", "bfloat16"]
 
 
@@ -53,7 +55,7 @@ class EncodeConfig:
             raise ConfigError(str(error)) from None
 
     def identity(self, captions: list[str]) -> dict[str, Any]:
-        """Return the settings that determine a cache, with digests of the models in place of their folders.
+        """Return the settings that determine a cache, with the state of the data and digests of the models.
 
         Args:
             captions: distinct captions of the images.
@@ -63,6 +65,8 @@ class EncodeConfig:
             "vae": folder_hash(vae_folder(Path(self.vae))),
             "rows_per_file": self.rows_per_file,
         }
+        if files := datasets.data_state(self.data):
+            settings["files"] = files
         if self.text:
             settings |= {
                 "text_encoder": folder_hash(Path(self.text) / "text_encoder"),
@@ -155,7 +159,7 @@ def folder_hash(folder: Path) -> str:
     Args:
         folder: folder of the model.
     """
-    paths = [path for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors", ".model", ".txt")]
+    paths = [path for path in sorted(folder.glob("*")) if path.suffix in MODEL_SUFFIXES and not is_ignored(path.name)]
     return digest(*(part for path in paths for part in (path.name.encode(), path)))
 
 

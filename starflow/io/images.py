@@ -3,14 +3,54 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from ..errors import DataError
 from .files import write_atomically
 
 MIN_GRID_PIXELS = 512
+BACKGROUND = "white"
+TIFF_BITS = 258
+TIFF_PHOTOMETRIC = 262
+TIFF_WHITE_IS_ZERO = 0
+
+
+def open_image(path: Path) -> Image.Image:
+    """Return an image file as upright 8-bit RGB, the first frame of an animation.
+
+    The EXIF orientation is applied. Transparent pixels are composited on white. 16-bit gray levels are scaled to
+    8 bits and rounded. Color profiles are ignored. 32-bit integers and floats are refused: their range is not known.
+
+    Args:
+        path: image file.
+
+    Raises:
+        DataError: the file is unreadable, or has 32-bit pixels.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            # Older versions of Pillow read 16-bit PNG in the mode of 32-bit integers.
+            if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG"):
+                return _from_16_bits(image, getattr(file, "tag_v2", {}))
+            if image.mode in ("I", "F"):
+                kind = "32-bit integers" if image.mode == "I" else "floats"
+                raise DataError(f"{path}: pixels are {kind}, whose range is not known; save it with 8 or 16 bits")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+            return image.convert("RGB")
+    except DataError:
+        raise
+    # Decoders of damaged files raise errors of any type.
+    except Exception as error:
+        raise DataError(f"{path}: not a readable image ({error})") from None
 
 
 def image_grid(images: torch.Tensor, columns: int) -> Image.Image:
@@ -48,6 +88,17 @@ def save_image(image: torch.Tensor, path: str | Path) -> None:
 def _image(pixels: torch.Tensor, scale: int = 1) -> Image.Image:
     enlarged = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     return Image.fromarray(enlarged.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def _from_16_bits(image: Image.Image, tiff: Mapping[int, Any]) -> Image.Image:
+    """Return a gray image as RGB; `tiff` are the tags of a TIFF file."""
+    levels = np.asarray(image).astype(np.int64)
+    largest = 2 ** tiff.get(TIFF_BITS, (16,))[0] - 1
+    hidden = levels == image.info.get("transparency", -1)
+    if tiff.get(TIFF_PHOTOMETRIC) == TIFF_WHITE_IS_ZERO:
+        levels = largest - levels
+    levels[hidden] = largest
+    return Image.fromarray(((levels * 255 + largest // 2) // largest).astype(np.uint8)).convert("RGB")
 
 
 def _save(image: Image.Image, path: str | Path) -> None:

@@ -24,8 +24,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.datasets import ShuffledBatches, load
-from ..errors import CheckpointError, ConfigError, StarflowError
+from ..data.datasets import ShuffledBatches, data_state, load
+from ..errors import CheckpointError, ConfigError, DataError, StarflowError
 from ..io.files import write_atomically, write_text
 from ..seeds import generator
 from ..settings import read_sections, section
@@ -144,6 +144,7 @@ class Loop:
         self.images, _ = load(config.data)
         if not len(self.images):
             raise ConfigError("data: no images are left for training")
+        self.data_state = data_state(config.data)
         self.step = 0
         self.metrics: list[dict[str, float]] = []
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -160,6 +161,7 @@ class Loop:
 
         Raises:
             CheckpointError: the folder has no checkpoint, or a damaged one.
+            DataError: files of the data were added, removed or changed since the run began.
         """
         path = Path(folder) / STATE
         if not path.exists():
@@ -167,6 +169,11 @@ class Loop:
         try:
             state = torch.load(path, map_location=device, weights_only=True)
             trainer = cls(cls.CONFIG.from_dict(state["config"]), folder, device, tensorboard)
+            if trainer.data_state != state["data"]:
+                raise DataError(
+                    f"{trainer.config.data.path}: the data changed since the run began, from {state['data']} to "
+                    f"{trainer.data_state}: restore the files, or begin a new run"
+                )
             trainer.load_state(state, path)
             trainer.step, trainer.metrics = state["step"], state["metrics"]
         except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError, TypeError) as error:
@@ -255,7 +262,8 @@ class Loop:
         self.save_weights()
         write_text(self.folder / SETTINGS, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         write_text(self.folder / METRICS, "".join(json.dumps(m) + "\n" for m in self.metrics))
-        state = {"config": self.config.to_dict(), "step": self.step, "metrics": self.metrics, **self.state()}
+        progress = {"data": self.data_state, "step": self.step, "metrics": self.metrics}
+        state = {"config": self.config.to_dict(), **progress, **self.state()}
         write_atomically(self.folder / STATE, lambda path: torch.save(state, path))
 
     def state(self) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Data sets and dequantization."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from starflow import ConfigError, DataError
-from starflow.data.datasets import DataConfig, ShuffledBatches, dequantize, load, to_pixels
+from starflow.data.datasets import DataConfig, ShuffledBatches, data_state, dequantize, load, read_image, to_pixels
+from starflow.data.folders import relative_name
 from starflow.seeds import generator
 
 
@@ -39,14 +41,166 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_is_split_by_class_in_the_same_way_each_time(folder):
+def held_out_names(root, **settings) -> tuple[set[str], set[str]]:
+    config = DataConfig(source="folder", path=str(root), size=8, **settings)
+    return tuple({str(path.relative_to(root)) for path in images.fetch.args[0]} for images in load(config))
+
+
+def test_a_folder_is_split_in_the_same_way_each_time(folder):
     config = DataConfig(source="folder", path=str(folder), size=8, held_out=0.25)
     train, held_out = load(config)
-    assert train.classes == ("cat", "dog") and (len(train), len(held_out)) == (9, 3)
-    assert torch.bincount(train.labels).tolist() == [6, 3]
+    assert train.classes == ("cat", "dog")
+    assert held_out_names(folder, held_out=0.25)[1] == {f"cat/{i}.png" for i in (0, 1, 3, 7)}
     seen = [int(image[0, 0, 0]) for image, label in [*train, *held_out] if label == 0]
     assert sorted(seen) == list(range(8))
     assert [int(image[0, 0, 0]) for image, _ in load(config)[1]] == [int(image[0, 0, 0]) for image, _ in held_out]
+
+
+def test_whether_an_image_is_held_out_depends_on_its_name_and_the_seed_alone(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(300):
+        (tmp_path / "a" / f"{i}.png").touch()
+    train, held_out = held_out_names(tmp_path)
+    assert 15 <= len(held_out) <= 45 and not train & held_out
+    assert held_out_names(tmp_path, seed=1)[1] != held_out
+    assert held_out < held_out_names(tmp_path, held_out=0.3)[1] and not held_out_names(tmp_path, held_out=0)[1]
+    (tmp_path / "a" / "0.png").unlink()
+    (tmp_path / "a" / "new.png").touch()
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "other.png").touch()
+    train_after, held_out_after = held_out_names(tmp_path)
+    assert not held_out_after & train and not train_after & held_out
+
+
+def test_a_name_has_one_unicode_form_and_slashes(tmp_path):
+    names = [
+        "caf\u00e9/1.png",
+        "cafe\u0301/1.png",
+        "caf\u00e9\\1.png",
+        "./caf\u00e9/x/../1.png",
+        tmp_path / "caf\u00e9/1.png",
+    ]
+    assert {relative_name(tmp_path, name) for name in names} == {"caf\u00e9/1.png"}
+
+
+def test_hidden_files_and_those_of_archives_and_drives_are_ignored(folder):
+    expected = held_out_names(folder)
+    for name in (
+        ".git/1.png", ".ipynb_checkpoints/1.png", "__MACOSX/cat/1.png", "@eaDir/1.png", "empty/notes.txt",
+        "cat/._1.png", "cat/.ipynb_checkpoints/1.png", "cat/@eaDir/1.png/thumb.jpg", "cat/Thumbs.db", "._dog.png",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no image")
+    assert held_out_names(folder) == expected
+    assert load(DataConfig(source="folder", path=str(folder), size=8))[0].classes == ("cat", "dog")
+
+
+def test_a_class_may_be_named_like_an_image_and_the_folder_be_hidden(tmp_path):
+    path = tmp_path / ".data" / "x.png" / "deep" / "1.PNG"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(path)
+    train, _ = load(DataConfig(source="folder", path=str(tmp_path / ".data"), size=8, held_out=0))
+    assert train.classes == ("x.png",) and len(train) == 1
+
+
+def test_a_broken_link_is_named(folder):
+    (folder / "cat" / "gone.png").symlink_to(folder / "nowhere")
+    config = DataConfig(source="folder", path=str(folder), size=8, held_out=0)
+    with pytest.raises(DataError, match=r"gone\.png"):
+        list(load(config)[0])
+    with pytest.raises(DataError, match=r"gone\.png"):
+        data_state(config)
+
+
+def test_the_state_of_a_folder_follows_names_and_sizes(folder):
+    config = DataConfig(source="folder", path=str(folder), size=8)
+    states = [data_state(config)]
+    assert states[0]["images"] == 12
+    (folder / "cat" / ".DS_Store").write_bytes(b"x")
+    assert data_state(config) == states[0]
+    (folder / "cat" / "0.png").rename(folder / "cat" / "zero.png")
+    states.append(data_state(config))
+    Image.new("RGB", (9, 99)).save(folder / "dog" / "1.png")
+    states.append(data_state(config))
+    (folder / "metadata.jsonl").write_text("{}")
+    states.append(data_state(config))
+    assert len({state["digest"] for state in states}) == 4 and data_state(DataConfig()) == {}
+
+
+RAMP = np.linspace(0, 65535, 64).round().reshape(8, 8)
+COLORS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "levels", "options"),
+    [
+        ("png", RAMP.astype(np.uint16), {}),
+        ("tif", RAMP.astype(np.uint16), {}),
+        ("tif", 65535 - RAMP.astype(np.uint16), {"tiffinfo": {262: 0}}),
+    ],
+)
+def test_16_bit_levels_are_scaled(suffix, levels, options, tmp_path):
+    Image.fromarray(levels).save(tmp_path / f"x.{suffix}", **options)
+    assert np.array_equal(read_image(tmp_path / f"x.{suffix}", 8, False)[1].numpy(), (RAMP / 257).round())
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floats")])
+def test_pixels_without_a_known_range_are_refused(dtype, kind, tmp_path):
+    Image.fromarray(RAMP.astype(dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=rf"x\.tif: pixels are {kind}"):
+        read_image(tmp_path / "x.tif", 8, False)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK"])
+def test_opaque_images_keep_their_pixels(mode, tmp_path):
+    image = Image.fromarray(COLORS).convert(mode)
+    image.save(tmp_path / "x.tif")
+    expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(read_image(tmp_path / "x.tif", 8, False), expected)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB", "L", "I;16"])
+def test_transparent_pixels_are_white(kind, tmp_path):
+    image, options = Image.new(kind[:4] if kind != "I;16" else kind, (8, 8), 0), {}
+    if kind in ("RGBA", "LA"):
+        image.putalpha(0)
+    else:
+        options = {"transparency": (0, 0, 0) if kind == "RGB" else 0}
+    image.save(tmp_path / "x.png", **options)
+    assert (read_image(tmp_path / "x.png", 8, False) == 255).all()
+
+
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
+    Image.new("RGBA", (8, 8), (0, 100, 255, 51)).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png", 8, False)[:, 0, 0].tolist() == [204, 224, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_exif_orientation_is_applied(orientation, dtype, tmp_path):
+    upright = np.arange(64, dtype=dtype).reshape(8, 8) * (257 if dtype == np.uint16 else 1)
+    turns = {3: 2, 6: 1, 8: 3, 5: 1, 7: 3, 4: 2}
+    mirrored = upright[:, ::-1] if orientation in (2, 4, 5, 7) else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(np.rot90(mirrored, turns.get(orientation, 0)))).save(
+        tmp_path / "x.png", exif=exif
+    )
+    assert torch.equal(read_image(tmp_path / "x.png", 8, False)[0], torch.arange(64, dtype=torch.uint8).view(8, 8))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_every_damaged_image_is_named(tmp_path):
+    path = tmp_path / "x.png"
+    for suffix in ("png", "jpeg", "tiff", "gif"):
+        Image.fromarray(COLORS).save(path, format=suffix)
+        whole = path.read_bytes()
+        for position in range(0, len(whole), 5):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+            try:
+                read_image(path, 8, True)
+            except DataError as error:
+                assert str(error).startswith(str(path))
 
 
 def test_images_of_another_size_are_resized_on_request_only(folder):

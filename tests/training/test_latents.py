@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import time
 
 import pytest
@@ -134,6 +135,41 @@ def test_a_cache_of_other_settings_is_refused(parts, cache, change, message, tmp
     with pytest.raises(DataError, match=message):
         encode(encode_config(parts, **change), cache, quiet=True)
     assert bytes_of(cache) == before
+
+
+@pytest.fixture
+def changed(parts):
+    """A folder in which one image was replaced by another, and back."""
+    image, other = parts / "images" / "cat" / "0.png", parts / "images" / "cat" / "x.png"
+    image.rename(other)
+    yield parts
+    other.rename(image)
+
+
+def test_a_cache_of_other_files_is_refused(cache, changed):
+    with pytest.raises(DataError, match=r"made with files\.digest="):
+        encode(encode_config(changed), cache, quiet=True)
+
+
+def test_a_run_resumes_on_the_same_files_only(parts, cache, tmp_path):
+    shutil.copytree(parts / "images", tmp_path / "images")
+    shutil.copytree(cache, tmp_path / "cache")
+    images = {"source": "folder", "path": str(tmp_path / "images"), "size": 16}
+    model = {"image_channels": 3, "image_size": 16, "levels": 256, "text_dim": 0, "text_len": 0}
+    model |= {"num_classes": 2, "condition_blocks": "all"}
+    settings = {**run_config(tmp_path / "cache", sample_every=0).to_dict(), "model": {**MODEL, **model}, "data": images}
+    train(FlowRunConfig.from_dict(settings), tmp_path / "pixels")
+    train(run_config(tmp_path / "cache"), tmp_path / "latents")
+    for name in ("pixels", "latents"):
+        assert FlowTrainer.resume(tmp_path / name).step == 6
+    (tmp_path / "images" / "cat" / "0.png").unlink()
+    index = tmp_path / "cache" / "index.json"
+    index.write_text(index.read_text() + "\n")
+    with pytest.raises(DataError, match=r"images: the data changed since .*'images': 20, .*'images': 19, ") as error:
+        FlowTrainer.resume(tmp_path / "pixels")
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="cache: the data changed since the run began"):
+        FlowTrainer.resume(tmp_path / "latents")
 
 
 def test_a_folder_without_a_cache_is_refused(parts, tmp_path):
@@ -279,6 +315,34 @@ def test_captions_come_from_a_metadata_file(tmp_path):
         load(config)
     (tmp_path / "metadata.jsonl").write_text(lines[0] + '\n{"file_name": "1.png"}')
     with pytest.raises(DataError, match="line 2"):
+        load(config)
+
+
+@pytest.mark.parametrize("text", ["a\u2028cat", "a\u0085cat", "a\x0ccat", "a\ncat", "", " caf\u00e9 "])
+@pytest.mark.parametrize("encoding_name", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\n \n"])
+def test_lines_of_metadata_end_at_line_feeds_alone(tmp_path, text, encoding_name, end):
+    lines = []
+    for name in ("cafe\u0301.png", "sub/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for name, caption in (("./caf\u00e9.png", text), ("sub\\2.png", "a dog")):
+        # A form feed must be escaped in JSON.
+        lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii="\x0c" in caption))
+    (tmp_path / "metadata.jsonl").write_bytes((end.join(lines) + end).encode(encoding_name))
+    images, _ = load(DataConfig(source="folder", path=str(tmp_path), size=8, held_out=0))
+    assert sorted(images.captions(i) for i in range(2)) == sorted([(text,), ("a dog",)])
+
+
+def test_wrong_metadata_is_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    config = DataConfig(source="folder", path=str(tmp_path), size=8)
+    for content in (b'{"file_name": 1, "text": "a"}', b'\n["a"]', b'{"file_name": "1.png", "text": null}', b"x"):
+        (tmp_path / "metadata.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match="expected JSON"):
+            load(config)
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "1.png", "text": "a"}'.encode("utf-16"))
+    with pytest.raises(DataError, match=r"metadata\.jsonl: 'utf-8' codec"):
         load(config)
 
 
