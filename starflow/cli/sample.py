@@ -249,7 +249,7 @@ def _flow(args: argparse.Namespace, flow: Flow, inversion: Inversion) -> dict[st
         return _generate(args, draw_jobs, _jobs(labels), options, {}, batch_size, columns, layout, flow.device)
     # The noise and images of all batches are in memory: a float and a byte per value.
     batch_size = _batch_size(args, FLOW_BATCH, fixed + 5 * count * values, max(each, denoising))
-    given = None if labels[0] is None else torch.tensor(labels)
+    given = None if labels[0] is None else torch.tensor(labels, dtype=torch.int64, device="cpu")
     with ProgressBar(count) as bar:
         images, report = sample(
             flow,

@@ -114,8 +114,8 @@ def make_buffer(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         shape: shape of the buffer.
     """
     if name.endswith("attn_mask"):
-        return torch.ones(shape).tril()
-    return torch.ones(shape) if name == "var" else torch.zeros(shape)
+        return torch.ones(shape, dtype=torch.float32, device="cpu").tril()
+    return torch.full(shape, float(name == "var"), dtype=torch.float32, device="cpu")
 
 
 def count(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -21,7 +21,7 @@ from ..io.digests import digest
 from ..io.files import located
 from ..io.images import open_image
 from ..models.autoencoder import downsampling
-from ..seeds import generator
+from ..seeds import generator, normal, permutation
 from .folders import METADATA, folder_state, image_files, is_held_out, read_captions, relative_name
 from .latents import INDEX, LatentSet, load_latents
 
@@ -139,7 +139,7 @@ class ShuffledBatches(Sampler):
         for step in range(self.first, self.last):
             epoch, position = divmod(step, self.count // size)
             if position == 0 or step == self.first:
-                order = torch.randperm(self.count, generator=generator(self.seed, epoch, 0)).tolist()
+                order = permutation(self.count, generator(self.seed, epoch, 0))
             yield order[position * size : (position + 1) * size]
 
 
@@ -184,8 +184,8 @@ def dequantize(images: torch.Tensor, levels: int, noise_std: float, random: torc
     """
     k = images.float()
     if noise_std == 0:
-        return (k + torch.rand(k.shape, generator=random)) / levels * 2 - 1
-    return k / (levels - 1) * 2 - 1 + noise_std * torch.randn(k.shape, generator=random)
+        return (k + torch.rand(k.shape, generator=random, dtype=torch.float32, device="cpu")) / levels * 2 - 1
+    return k / (levels - 1) * 2 - 1 + noise_std * normal(k.shape, random)
 
 
 def to_pixels(images: torch.Tensor, levels: int, noise_std: float) -> torch.Tensor:
@@ -271,7 +271,7 @@ def _photos(config: DataConfig) -> tuple[ImageSet, ImageSet]:
             for top in range(0, height - size + 1, stride)
             for column in range(left, right - size + 1, stride)
         ]
-        labels = torch.tensor([photo for photo, _, _ in corners])
+        labels = torch.tensor([photo for photo, _, _ in corners], dtype=torch.int64, device="cpu")
         return _class_set(partial(_crop, photos, corners, size), labels, 256, ("china", "flower"), config)
 
     return crops(0, border, max(1, size // 8)), crops(border, width, size)

@@ -179,7 +179,7 @@ def _encode_images(
         "mean": torch.cat(means),
         "std": torch.cat(stds),
         "labels": images.labels[indices],
-        "captions": torch.tensor(captions, dtype=torch.int64).reshape(len(indices), -1),
+        "captions": torch.tensor(captions, dtype=torch.int64, device="cpu").reshape(len(indices), -1),
     }
 
 

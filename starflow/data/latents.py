@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from ..errors import DataError
 from ..io.files import located
 from ..io.tensors import open_tensor
+from ..seeds import normal
 
 INDEX = "index.json"
 FORMAT = 1
@@ -229,7 +230,8 @@ def load_latents(folder: Path, size: int) -> tuple[LatentSet, LatentSet]:
     def split(kind: str) -> LatentSet:
         files = CacheFiles(folder, kind, index.counts[kind], index.rows_per_file)
         if not files.count:
-            return LatentSet(files, torch.empty(0, dtype=torch.int64), torch.empty(0, 0), index.classes, texts)
+            none = torch.empty(0, 0, dtype=torch.int64, device="cpu")
+            return LatentSet(files, none[:, 0], none, index.classes, texts)
         return LatentSet(files, files.column("labels"), files.column("captions"), index.classes, texts)
 
     return tuple(split(kind) for kind in SPLITS)
@@ -246,4 +248,4 @@ def draw_latents(moments: torch.Tensor, noise_std: float, random: torch.Generato
         random: source of the noise.
     """
     mean, std = moments.unbind(1)
-    return mean + (std.square() + noise_std**2).sqrt() * torch.randn(mean.shape, generator=random)
+    return mean + (std.square() + noise_std**2).sqrt() * normal(mean.shape, random)

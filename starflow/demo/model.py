@@ -162,7 +162,7 @@ class DemoModel:
             columns = min(count, classes)
         with self._queue(stop, waiting):
             if not self.pipe:
-                labels = None if condition is None else torch.tensor(condition)
+                labels = None if condition is None else torch.tensor(condition, dtype=torch.int64, device="cpu")
                 images, report = self.flow.sample(
                     count, labels, seed=seed, batch_size=count, guidance=guidance, inversion=inversion, denoise=denoise,
                     certify=True, progress=watch,

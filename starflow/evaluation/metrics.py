@@ -130,9 +130,9 @@ def logdet_error(flow: Flow, image: torch.Tensor, label: int | None = None, chun
         chunk: backward passes per batch.
     """
     dims, rows = image.numel(), []
-    for outputs in torch.arange(dims, device=image.device).split(chunk):
+    for outputs in torch.arange(dims, dtype=torch.int64, device=image.device).split(chunk):
         x = image.expand(len(outputs), *image.shape).clone().requires_grad_()
-        labels = None if label is None else torch.full((len(outputs),), label, device=image.device)
+        labels = None if label is None else torch.full_like(outputs, label)
         output = flow(x, labels)
         picked = output.z.flatten(1).gather(1, outputs.unsqueeze(1)).sum()
         rows.append(torch.autograd.grad(picked, x)[0].flatten(1))

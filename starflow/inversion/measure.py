@@ -107,7 +107,7 @@ def calibrate(
 
 def _draw(flow: Flow, count: int, guidance: Guidance, text, empty_text, seed: int, number: int) -> Draw:
     z, classes = flow.noise(count, generator(seed, number)), flow.config.num_classes
-    turns = torch.arange(count) + number
+    turns = torch.arange(count, dtype=torch.int64, device="cpu") + number
     labels = (turns % classes).to(flow.device) if classes else None
     text = None if text is None else text[turns % len(text)].to(flow.device)
     results: dict[int, torch.Tensor] = {}

@@ -62,7 +62,8 @@ def image_grid(images: torch.Tensor, columns: int) -> Image.Image:
     """
     count, channels, height, width = images.shape
     rows = math.ceil(count / columns)
-    canvas = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, dtype=torch.uint8)
+    shape = channels, rows * (height + 1) - 1, columns * (width + 1) - 1
+    canvas = torch.full(shape, 255, dtype=torch.uint8, device="cpu")
     for i, image in enumerate(images):
         top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
         canvas[:, top : top + height, left : left + width] = image

@@ -25,6 +25,8 @@ class FlowBlock(nn.Module):
         super().__init__()
         self.spec = spec
         self._slots: dict[str, tuple[nn.Module, str]] = {}
+        # New weights follow the defaults of torch, like every module.
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
         for name, shape in spec.weight_shapes.items():
             *path, leaf = name.split(".")
             owner: nn.Module = self
@@ -32,9 +34,11 @@ class FlowBlock(nn.Module):
                 if part not in dict(owner.named_children()):
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
-            owner.register_parameter(leaf, nn.Parameter(torch.empty(shape)))
+            owner.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
             self._slots[name] = owner, leaf
-        self.class_embed = nn.Parameter(torch.empty(num_classes, spec.channels)) if num_classes else None
+        self.class_embed = (
+            nn.Parameter(torch.empty(num_classes, spec.channels, dtype=dtype, device=device)) if num_classes else None
+        )
         self.reset_parameters()
 
     @torch.no_grad()

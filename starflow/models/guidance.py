@@ -59,8 +59,8 @@ class Guidance:
         Returns:
             (T,) float64 weights in the block's own order.
         """
-        steps = torch.arange(1, tokens + 1) if start else torch.arange(tokens)
-        ramp = steps.double() / max(int(steps[-1]), 1) if self.annealed else torch.ones(tokens, dtype=torch.float64)
+        steps = torch.arange(tokens, dtype=torch.float64, device="cpu") + int(start)
+        ramp = steps / max(int(steps[-1]), 1) if self.annealed else torch.ones_like(steps)
         return (self.weight * ramp).to(device)
 
     def options(self, tokens: int, start: bool, device: torch.device) -> dict[str, Any]:

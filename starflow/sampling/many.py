@@ -96,7 +96,7 @@ def draw_flow_jobs(
     """Draw a batch of jobs of a flow, see `DrawJobs`."""
     labels = None
     if jobs[0].condition is not None:
-        labels = torch.tensor([job.condition for job in jobs], device=flow.device)
+        labels = torch.tensor([job.condition for job in jobs], dtype=torch.int64, device=flow.device)
     # The bits of a backward pass depend on its batch, so denoising takes one image at a time.
     x = draw(flow, flow.noise(len(jobs), generators), options, recorder, labels, denoise_rows=1, progress=progress)
     return x.cpu() if latents else pixels(flow, x)

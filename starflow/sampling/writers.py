@@ -31,8 +31,9 @@ def write_samples(out: Path, file: SampleFile, values: torch.Tensor) -> str | No
     if file.is_image:
         save_image(values[0], path)
         return None
-    labels = torch.tensor([-1 if job.condition is None else job.index for job in file.jobs])
-    numbers = {"labels": labels, "copies": torch.tensor([job.copy for job in file.jobs])}
+    labels = [-1 if job.condition is None else job.index for job in file.jobs]
+    columns = {"labels": labels, "copies": [job.copy for job in file.jobs]}
+    numbers = {name: torch.tensor(column, dtype=torch.int64, device="cpu") for name, column in columns.items()}
     if path.suffix == ".npz":
         write_atomically(path, functools.partial(_write_npz, values, numbers))
     else:

@@ -16,6 +16,7 @@ from ..data.datasets import DataConfig, ImageSet, check_autoencoder_input, to_pi
 from ..errors import ConfigError
 from ..io.images import save_grid
 from ..models.autoencoder import autoencoder_class, posterior, save_vae, scale_images
+from ..seeds import normal
 from .loop import Loop, LoopConfig, RunConfig
 
 Loss = Literal["l1", "l2"]
@@ -110,7 +111,7 @@ class AutoencoderTrainer(Loop):
         config = self.config.autoencoder
         x = self._scaled(batch[0])
         distribution = self.vae.encode(x).latent_dist
-        noise = torch.randn(distribution.mean.shape, generator=random).to(self.device)
+        noise = normal(distribution.mean.shape, random).to(self.device)
         difference = self.vae.decode(distribution.mean + distribution.std * noise).sample - x
         reconstruction = difference.abs().mean() if config.loss == "l1" else difference.square().mean()
         divergence = distribution.kl().mean() / distribution.mean[0].numel()

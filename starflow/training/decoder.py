@@ -13,7 +13,7 @@ from torch import nn
 from ..data.datasets import DataConfig, check_autoencoder_input
 from ..errors import ConfigError
 from ..models.autoencoder import decode, load_vae, posterior, save_vae, scale_images
-from ..seeds import generator
+from ..seeds import generator, normal
 from .autoencoder import first_images, save_pairs
 from .discriminator import PatchDiscriminator, hinge_loss
 from .loop import Loop, LoopConfig, RunConfig
@@ -129,7 +129,7 @@ class DecoderTrainer(Loop):
 
     def _noisy_latents(self, x: torch.Tensor, random: torch.Generator) -> torch.Tensor:
         mean, std = (moment * self.vae.config.scaling_factor for moment in posterior(self.vae, x))
-        noise = torch.randn(mean.shape, generator=random).to(self.device)
+        noise = normal(mean.shape, random).to(self.device)
         return mean + (std.square() + self.config.decoder.noise_std**2).sqrt() * noise
 
 

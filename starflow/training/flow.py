@@ -113,12 +113,15 @@ class FlowTrainer(Loop):
             x = dequantize(values, model.levels, model.noise_std, random)
         else:
             x = draw_latents(values, model.noise_std, random)
-        dropped = torch.rand(len(labels), generator=random) < training.label_drop
+        dropped = torch.rand(len(labels), generator=random, dtype=torch.float32, device="cpu") < training.label_drop
         labels = labels.masked_fill(dropped, -1).to(self.device) if model.num_classes else None
         text = None
         if model.text_dim:
             captions = batch[2]
-            chosen = captions.gather(1, torch.randint(captions.shape[1], (len(captions), 1), generator=random))
+            chosen = torch.randint(
+                captions.shape[1], (len(captions), 1), generator=random, dtype=torch.int64, device="cpu"
+            )
+            chosen = captions.gather(1, chosen)
             text = self.images.texts.states(chosen[:, 0].masked_fill(dropped, EMPTY_PROMPT)).to(self.device)
         return x.to(self.device), labels, text
 
@@ -143,7 +146,7 @@ class FlowTrainer(Loop):
         flow = Flow(self.config.model).to(self.device)
         flow.load_state_dict(self.average or self.flow.state_dict())
         classes = self.config.model.num_classes
-        labels = torch.arange(max(classes, 1)).repeat(8)[:64] if classes else None
+        labels = torch.arange(max(classes, 1), dtype=torch.int64, device="cpu").repeat(8)[:64] if classes else None
         count = 32 if labels is None else len(labels)
         images = sample(flow.eval(), count, labels, seed=self.config.training.seed).images
         save_grid(images, path, columns=min(classes, 16) or 8)

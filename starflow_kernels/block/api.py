@@ -283,7 +283,7 @@ def block_inverse(
     if not return_report:
         return x
     steps = T if spec.start else T - 1
-    sweeps = torch.ones(B, T, dtype=torch.int32)
+    sweeps = torch.ones(B, T, dtype=torch.int32, device="cpu")
     sweeps[:, : T - steps] = 0
     return x, SolveReport("sequential", steps, B * steps, time.perf_counter() - start, sweeps)
 

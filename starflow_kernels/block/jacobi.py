@@ -50,7 +50,8 @@ def block_jacobi(
             report(b * T + sample.done, B * T)
         x[b] = sample.x.flip(0) if network.spec.flip else sample.x
         sweeps[b], residual[b] = sample.sweeps, sample.residual
-        counts[b] = torch.tensor([sample.passes, sample.fallbacks, sample.failed])
+        found = [sample.passes, sample.fallbacks, sample.failed]
+        counts[b] = torch.tensor(found, dtype=torch.int64, device="cpu")
     return x, sweeps, counts, residual
 
 
@@ -67,7 +68,7 @@ class Sample:
         if not spec.start:
             self.x[0], self.done = self.z[0], 1
         self.passes = self.fallbacks = self.failed = 0
-        self.sweeps = torch.zeros(len(z), dtype=torch.int32)
+        self.sweeps = torch.zeros(len(z), dtype=torch.int32, device="cpu")
         self.residual = 0.0
         self.bound = DIVERGED * max(1.0, z.abs().max().item())
 
@@ -100,6 +101,7 @@ class Sample:
         self.done += accepted
 
     def _newton(self, tokens: slice, y, mu, sigma) -> torch.Tensor:
-        spread, x, rows = (sigma * self.z[tokens]).to(y.dtype), self.x[None, tokens], torch.arange(1)
+        spread, x = (sigma * self.z[tokens]).to(y.dtype), self.x[None, tokens]
+        rows = torch.zeros(1, dtype=torch.int64, device="cpu")
         log_sigma = sigma.to(y.dtype).log()
         return self.model.step(rows, tokens, x, y[None], log_sigma, spread)[0]

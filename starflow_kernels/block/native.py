@@ -69,7 +69,7 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
         else:
             pieces.append(_tiles(weight))
             if f"{name.removesuffix('weight')}bias" not in spec.weight_shapes:
-                pieces.append(_vector(torch.zeros(len(weight))))
+                pieces.append(_vector(weight.new_zeros(len(weight))))
     sizes = [-(-len(piece) // 16) * 16 for piece in pieces]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     buffer = empty(sum(sizes))
@@ -279,9 +279,9 @@ def block_jacobi(
     parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature)
     plan, model, (B, T, D) = parts.plan, parts.model, z.shape
     z, x = z.contiguous(), guess.clone(memory_format=torch.contiguous_format)
-    places, sweeps = torch.zeros(B, 7, dtype=torch.int64), torch.zeros(B, T, dtype=torch.int32)
-    residual = torch.zeros(B)
-    memory = torch.zeros(B, torch.ops.starflow_native.jacobi_floats(T, D, len(neighbours)))
+    places, sweeps = z.new_zeros(B, 7, dtype=torch.int64), z.new_zeros(B, T, dtype=torch.int32)
+    residual = z.new_zeros(B)
+    memory = z.new_zeros(B, torch.ops.starflow_native.jacobi_floats(T, D, len(neighbours)))
     if not parts.spec.start:
         first = T - 1 if parts.spec.flip else 0
         x[:, first], places[:, 0] = z[:, first], 1

@@ -23,14 +23,14 @@ def cached_attention(
 ) -> torch.Tensor:
     """Rotate the new tokens, write them to the cache at `lengths`, and attend from them to the filled slots."""
     B, n = q.shape[:2]
-    position = lengths.long().unsqueeze(1) + torch.arange(n, device=q.device)
+    position = lengths.long().unsqueeze(1) + torch.arange(n, dtype=torch.int64, device=q.device)
     if rotary != "none":
         cos, sin = cos[position], sin[position]
-    row = torch.arange(B, device=q.device).unsqueeze(1)
+    row = torch.arange(B, dtype=torch.int64, device=q.device).unsqueeze(1)
     k_cache[row, position] = apply_rotary(k, cos, sin, rotary)
     v_cache[row, position] = v
     used = int(position.max()) + 1 if B else 0
-    visible = causal(position, torch.arange(used, device=q.device), window)
+    visible = causal(position, torch.arange(used, dtype=torch.int64, device=q.device), window)
     # Unused slots may hold NaN, and 0 * NaN is NaN.
     seen = visible.any(1)[..., None, None]
     keys, values = (torch.where(seen, cache[:, :used], 0) for cache in (k_cache, v_cache))

@@ -38,7 +38,7 @@ def causal_attention(
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return causal, windowed softmax attention with rotary positions, and the log-sum-exp of its scores."""
-    position = torch.arange(q.shape[1], device=q.device)
+    position = torch.arange(q.shape[1], dtype=torch.int64, device=q.device)
     visible = causal(position, position, window).unsqueeze(0)
     return attend(apply_rotary(q, cos, sin, rotary), apply_rotary(k, cos, sin, rotary), v, visible, temperature)
 
@@ -54,7 +54,7 @@ def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window,
     keys = apply_rotary(k, cos, sin, rotary).to(dtype).repeat_interleave(groups, dim=2)
     values = v.to(dtype).repeat_interleave(groups, dim=2)
     queries, grad_out = apply_rotary(q, cos, sin, rotary).to(dtype), grad_out.to(dtype)
-    position = torch.arange(T, device=q.device)
+    position = torch.arange(T, dtype=torch.int64, device=q.device)
     scores = torch.einsum("bnhd,bshd->bhns", queries, keys) * factor
     probability = (scores - lse.unsqueeze(-1)).exp().masked_fill(~causal(position, position, window), 0)
     delta = torch.einsum("bnhd,bnhd->bhn", grad_out, out.to(dtype)) - grad_lse

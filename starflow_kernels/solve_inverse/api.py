@@ -83,7 +83,7 @@ def solve_inverse(
         residual, fallbacks = solved.residual, solved.fallbacks
     else:
         x = reference.sequential(checked, z, order, spec.scale, spec.soft_clip)
-        passes, sweeps = T, torch.ones(B, dtype=torch.int32)
+        passes, sweeps = T, torch.ones(B, dtype=torch.int32, device="cpu")
         residual, fallbacks = 0.0, 0
     seconds = time.perf_counter() - start
     tokens = T * (B * T if solver.method == "sequential" else int(sweeps.sum()))
@@ -114,11 +114,11 @@ def _check_context(context: tuple[torch.Tensor, ...], B: int) -> None:
 
 def _checked_order(order: torch.Tensor | None, T: int) -> torch.Tensor:
     if order is None:
-        return torch.arange(T)
+        return torch.arange(T, dtype=torch.int64, device="cpu")
     if not isinstance(order, torch.Tensor) or order.is_floating_point():
         given = order.dtype if isinstance(order, torch.Tensor) else type(order).__name__
         raise TypeError(f"order: expected an integer tensor, got {given}")
     order = order.cpu().long()
-    if not torch.equal(order.sort().values, torch.arange(T)):
+    if not torch.equal(order.sort().values, torch.arange(T, dtype=torch.int64, device="cpu")):
         raise ValueError(f"order: expected a permutation of 0 .. {T - 1}, got {order.tolist()}")
     return order

@@ -71,7 +71,8 @@ class QuasiNewton:
         gram = self.gram[rows]
         mean = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         ridge = torch.where(mean > 0, RIDGE * mean, torch.ones_like(mean))
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(gram.shape[1]).to(gram))
+        identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
         model = torch.cholesky_solve(self.cross[rows], factor)
         usable = (failed == 0) & model.isfinite().flatten(1).all(1)
         self.model[rows] = torch.where(usable[:, None, None], model, self.model[rows])

@@ -98,11 +98,12 @@ class Model:
     def __init__(self, spec: BlockSpec, weights: list[torch.Tensor], quantize: str = "none"):
         self.spec, self.dtype, self.quantize = spec, weights[0].dtype, quantize
         self.w = {name: w.detach().contiguous() for name, w in zip(spec.weight_shapes, weights)}
-        order = torch.arange(spec.head_dim, device=weights[0].device)
+        order = torch.arange(spec.head_dim, dtype=torch.int64, device=weights[0].device)
         if spec.rotary == "interleaved":
             order = order.view(-1, 2).T.flatten()
         rotated = spec.heads + spec.kv_heads
-        rows = torch.arange((rotated + spec.kv_heads) * spec.head_dim, device=order.device).view(-1, spec.head_dim)
+        rows = torch.arange((rotated + spec.kv_heads) * spec.head_dim, dtype=torch.int64, device=order.device)
+        rows = rows.view(-1, spec.head_dim)
         rows = torch.cat([rows[:rotated, order], rows[rotated:]]).flatten()
         for i in range(spec.layers):
             layer = f"layers.{i}"

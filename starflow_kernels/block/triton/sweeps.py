@@ -142,7 +142,7 @@ class JacobiSession(sequential.TritonSession):
         count = self.done.sum(dtype=torch.int64)
         if count.device.type != "cuda":
             return count.item
-        host = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
+        host = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True).copy_(count, non_blocking=True)
         end = torch.cuda.current_stream(self.device).record_event()
 
         def answer() -> int:
