@@ -75,13 +75,16 @@ def rotary_angles(
     text_angles = half - 2 * axis_angles
     rows, columns = grid
     unit = size / math.sqrt(rows * columns)
-    row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) * unit for n in grid), indexing="ij")
-    position = torch.zeros(text_len + rows * columns, 3, dtype=torch.float64)
+    row, column = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float64, device="cpu") * unit for n in grid), indexing="ij"
+    )
+    position = torch.zeros(text_len + rows * columns, 3, dtype=torch.float64, device="cpu")
     position[text_len:, 0], position[text_len:, 1] = row.flatten(), column.flatten()
     if text_len:
-        position[:text_len, 2] = torch.arange(text_len, dtype=torch.float64) * (size / text_len)
+        position[:text_len, 2] = torch.arange(text_len, dtype=torch.float64, device="cpu") * (size / text_len)
     axis, text = (
-        ROTARY_BASE ** -(torch.arange(n, dtype=torch.float64) / max(n, 1)) for n in (axis_angles, text_angles)
+        ROTARY_BASE ** -(torch.arange(n, dtype=torch.float64, device="cpu") / max(n, 1))
+        for n in (axis_angles, text_angles)
     )
     return torch.cat([position[:, :1] * axis, position[:, 1:2] * axis, position[:, 2:] * text], dim=1)
 
@@ -103,4 +106,8 @@ def _rotary_table(key: tuple, dtype: torch.dtype, device: torch.device) -> tuple
     return angles.cos().to(dtype=dtype, device=device), angles.sin().to(dtype=dtype, device=device)
 
 
-_cached_table = functools.lru_cache(maxsize=32)(_rotary_table)
+@functools.lru_cache(maxsize=32)
+def _cached_table(key: tuple, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    # A table made in inference mode could not be used in training later.
+    with torch.inference_mode(False), torch.no_grad():
+        return _rotary_table(key, dtype, device)

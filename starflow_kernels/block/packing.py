@@ -42,7 +42,9 @@ class WeightCache:
         state = [*map(id, weights), *map(version_of, weights), *map(torch.Tensor.data_ptr, weights)]
         if (entry := self.kept.get(key)) and entry[0] == state:
             return entry[1]
-        result = self.make(BlockSpec.from_json(spec_json), weights, *options)
+        # A tensor made in inference mode could not be used in training later, and has no version.
+        with torch.inference_mode(False), torch.no_grad():
+            result = self.make(BlockSpec.from_json(spec_json), weights, *options)
         # An id identifies a weight only while the weight is alive.
         self.kept[key] = state, result, [weakref.ref(w, lambda _: self.kept.pop(key, None)) for w in weights]
         return result

@@ -35,15 +35,13 @@ def quantize_matrix(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torc
 
 def _make(spec: BlockSpec, weights: list[torch.Tensor], kind: str) -> list[torch.Tensor]:
     result = []
-    # Leave inference mode: its tensors have no version counter, so every call would pack them again.
-    with torch.inference_mode(False), torch.no_grad():
-        for (name, shape), weight in zip(spec.weight_shapes.items(), weights):
-            if is_quantized(name, shape):
-                values, scales = quantize_matrix(weight, kind)
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                weight = (values.to(wide) * scales[:, None].to(wide)).to(weight.dtype)
-            # Make a new tensor object, because caches identify weights by their id.
-            result.append(weight.detach())
+    for (name, shape), weight in zip(spec.weight_shapes.items(), weights):
+        if is_quantized(name, shape):
+            values, scales = quantize_matrix(weight, kind)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight = (values.to(wide) * scales[:, None].to(wide)).to(weight.dtype)
+        # Make a new tensor object, because caches identify weights by their id.
+        result.append(weight.detach())
     return result
 
 

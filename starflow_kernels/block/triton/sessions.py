@@ -107,7 +107,9 @@ class Sessions:
         if place not in self._kept:
             while self._kept and self.bytes + size > budget:
                 self._kept.popitem(last=False)
-            self._kept[place] = size, opened()
+            # Buffers made in inference mode could not be written outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept[place] = size, opened()
         self._kept.move_to_end(place)
         return self._kept[place][1]
 
