@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..errors import ConfigError
@@ -21,28 +24,58 @@ class BlockCondition(NamedTuple):
     guided: bool
 
 
-def check_conditions(config: FlowConfig, labels: torch.Tensor | None, text: torch.Tensor | None, rows: int) -> None:
-    """Raise ValueError unless classes and text states fit the model and a batch of `rows`."""
+Labels = torch.Tensor | np.ndarray | Sequence[int]
+
+
+def integers(values: Labels | int) -> torch.Tensor | None:
+    """Return integers of any kind, in a tensor, an array or a sequence, as int64; None for floats, bools and others."""
+    if isinstance(values, torch.Tensor):
+        refused = values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
+        return None if refused else values.to(torch.int64)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):
+        return None
+    # numpy turns bools among integers into integers.
+    mixed = isinstance(values, (list, tuple)) and any(isinstance(value, (bool, np.bool_)) for value in values)
+    return None if mixed or array.dtype.kind not in "iu" else torch.from_numpy(array.astype(np.int64))
+
+
+def check_conditions(
+    config: FlowConfig, labels: Labels | None, text: torch.Tensor | None, like: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the classes as int64 on the device of `like` (B, ...).
+
+    Raises:
+        ValueError: classes or text states do not fit the model and the batch.
+    """
+    rows = len(like)
     for name, value, expected in (("labels", labels, config.num_classes), ("text", text, config.text_dim)):
         if value is not None and not expected:
             raise ValueError(f"{name}: given, but the model has no such condition")
-    if labels is not None and not (_is_tensor(labels, (rows,)) and labels.dtype == torch.int64):
-        raise ValueError(f"labels: expected torch.int64 {(rows,)}, got {_describe(labels)}")
+    classes = None if labels is None else integers(labels)
+    if labels is not None and (classes is None or classes.shape != (rows,)):
+        raise ValueError(f"labels: expected integers of shape {(rows,)}, got {_describe(labels)}")
     if config.text_dim and not _is_tensor(text, states := (rows, config.text_len, config.text_dim)):
         raise ValueError(f"text: expected states {states}, got {_describe(text)}")
-    if labels is not None and not torch.compiler.is_compiling():
-        low, high = labels.aminmax()
+    if classes is None:
+        return None
+    if not torch.compiler.is_compiling():
+        low, high = classes.aminmax()
         if low < -1 or high >= config.num_classes:
-            raise ValueError(f"labels: expected -1 (no class) .. {config.num_classes - 1}, got {labels.tolist()}")
+            raise ValueError(f"labels: expected -1 (no class) .. {config.num_classes - 1}, got {classes.tolist()}")
+    return classes.to(like.device)
 
 
 def _is_tensor(value: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == shape
 
 
-def _describe(value: torch.Tensor | None) -> str:
-    """Return dtype and shape of a tensor, or the type of another value."""
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+def _describe(value: object) -> str:
+    """Return dtype and shape of a tensor or array, or the type and values of a short sequence."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def block_conditions(

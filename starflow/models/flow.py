@@ -47,9 +47,10 @@ class FlowOutput(NamedTuple):
 class Flow(nn.Module):
     """Normalizing flow on images (B, C, H, W) scaled to [-1, 1], or on latents of an autoencoder.
 
-    Both directions keep the layout of the images. Labels are int64 (B,), with -1 for no class. Text is (B, L, text_dim)
-    states of a text encoder, zero at the padding. The attribute `calibration` holds the measured speed of the solvers,
-    or None; `notice` holds a license notice of the weights, or nothing. Both are saved with the weights.
+    Both directions keep the layout of the images. Labels are B integers, -1 for no class: a tensor or array of any
+    integer dtype, or a sequence. Text is (B, L, text_dim) states of a text encoder, zero at the padding. The attribute
+    `calibration` holds the measured speed of the solvers, or None; `notice` holds a license notice of the weights, or
+    nothing. Both are saved with the weights.
 
     Args:
         config: the configuration.
@@ -67,7 +68,9 @@ class Flow(nn.Module):
         self.blocks = cast("Sequence[FlowBlock]", nn.ModuleList(blocks))
         rows, columns = config.grid
         if config.scale == "unit":
-            self.register_buffer("prior_variance", torch.ones(rows * columns, config.token_dim))
+            dtype, device = torch.get_default_dtype(), torch.get_default_device()
+            variance = torch.ones(rows * columns, config.token_dim, dtype=dtype, device=device)
+            self.register_buffer("prior_variance", variance)
         else:
             self.prior_variance = None
 
@@ -97,11 +100,13 @@ class Flow(nn.Module):
         """
         folder = resolve(folder)
         config = read_config(folder)
-        with torch.device("meta"):
-            flow = cls(config)
-        load_weights(flow, folder)
-        flow.calibration, flow.notice = read_calibration(folder, config), read_notice(folder)
-        return flow.to(device=device, dtype=dtype).eval()
+        # Weights made in inference mode could not be trained, and would be packed at every call.
+        with torch.inference_mode(False):
+            with torch.device("meta"):
+                flow = cls(config)
+            load_weights(flow, folder)
+            flow.calibration, flow.notice = read_calibration(folder, config), read_notice(folder)
+            return flow.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write weights, configuration, calibration and notice into a folder; each file is written whole or not at all.
@@ -216,7 +221,7 @@ class Flow(nn.Module):
             dropout: dropout rate of the residual branches, see `starflow_kernels.block_forward`.
             backend: name of the backend; None takes the first that can run.
         """
-        check_conditions(self.config, labels, text, len(x))
+        labels = check_conditions(self.config, labels, text, x)
         grid, tokens, contexts = self.grid(x), self.tokens(x), self.contexts(labels, text, x)
         logdet = tokens.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         latents = []
@@ -300,7 +305,7 @@ class Flow(nn.Module):
             ConfigError: guidance has no condition, no text to move away from, and no temperature.
             InverseError: the noise or data of a block is not finite; the message names the block.
         """
-        check_conditions(self.config, labels, text, len(z))
+        labels = check_conditions(self.config, labels, text, z)
         grid, tokens = self.grid(z), self.tokens(z)
         contexts = self.contexts(labels, text, z, guidance, empty_text)
         count, each = len(self.blocks), tokens.shape[0] * tokens.shape[1]
@@ -389,11 +394,12 @@ class Flow(nn.Module):
         if isinstance(generator, Sequence):
             if len(generator) != count:
                 raise ValueError(f"generator: {len(generator)} of them for {count} draws")
-            z = torch.empty(shape, device=generator[0].device if count else "cpu")
+            z = torch.empty(shape, dtype=torch.float32, device=generator[0].device if count else "cpu")
             for row, each in zip(z, generator):
                 row.normal_(generator=each)
         else:
-            z = torch.randn(shape, generator=generator, device=generator.device if generator else "cpu")
+            device = generator.device if generator else "cpu"
+            z = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
         z = z.to(self.device)
         if self.prior_variance is not None:
             z = z * self.prior_variance.sqrt()
@@ -417,8 +423,9 @@ class Flow(nn.Module):
             factor: factor of the step.
         """
         noise_std = self.config.noise_std if noise_std is None else noise_std
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
+        # Tensors of inference mode take no part in a backward pass; their clones outside it do.
+        with torch.inference_mode(False), torch.enable_grad():
+            x, text = x.detach().clone().requires_grad_(), None if text is None else text.clone()
             (score,) = torch.autograd.grad(self.log_prob(x, labels, text).sum(), x)
         return x.detach() + factor * noise_std**2 * score
 

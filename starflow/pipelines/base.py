@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -291,7 +292,7 @@ class FlowPipeline(DiffusionPipeline):
 
 def check_call(copies: int, output_type: str) -> None:
     """Raise ConfigError for a wrong number of images per prompt or a wrong output type."""
-    if not isinstance(copies, int) or copies < 1:
+    if not isinstance(copies, Integral) or copies < 1:
         raise ConfigError(f"num_images_per_prompt={copies}: expected an integer of at least 1")
     if output_type not in OUTPUT_TYPES:
         raise ConfigError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")

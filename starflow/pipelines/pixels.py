@@ -11,6 +11,7 @@ from starflow_kernels.spec import GuidanceRule, Quantize
 from ..data.datasets import to_pixels
 from ..errors import ConfigError
 from ..inversion.request import Inversion
+from ..models.conditions import Labels, integers
 from ..models.guidance import Guidance
 from ..sampling.jobs import Job
 from ..sampling.sample import Recorder, SampleOptions, SampleReport
@@ -37,7 +38,7 @@ class TarFlowPipeline(FlowPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | list[int] | None = None,
+        class_labels: Labels | int | None = None,
         height: int | None = None,
         width: int | None = None,
         aspect_ratio: str | None = None,
@@ -63,7 +64,7 @@ class TarFlowPipeline(FlowPipeline):
         """Draw images.
 
         Args:
-            class_labels: one class or a list of classes, -1 for no class. None draws without a condition.
+            class_labels: one class or several: integers of any kind, -1 for no class. None draws without a condition.
             height: height in pixels, by default the one of training.
             width: width in pixels, by default the one of training.
             aspect_ratio: shape at the area of training such as "3:2", in place of height and width.
@@ -118,12 +119,11 @@ class TarFlowPipeline(FlowPipeline):
         config = self.transformer.config
         return to_pixels(x, config.levels, config.noise_std) / 255
 
-    def _labels(self, labels: int | list[int] | None, copies: int) -> torch.Tensor | None:
+    def _labels(self, labels: Labels | int | None, copies: int) -> torch.Tensor | None:
         if labels is None:
             return None
-        labels = [labels] if isinstance(labels, int) else labels
-        classes = self.transformer.config.num_classes
-        if not isinstance(labels, (list, tuple)) or not all(isinstance(n, int) and -1 <= n < classes for n in labels):
+        found, classes = integers(labels), self.transformer.config.num_classes
+        if found is None or found.ndim > 1 or not found.numel() or found.min() < -1 or found.max() >= classes:
             expected = f"classes of -1 (none) to {classes - 1}" if classes else "None: the model has no classes"
             raise ConfigError(f"class_labels={labels!r}: expected {expected}")
-        return torch.tensor(labels, device=self._execution_device).repeat_interleave(copies)
+        return found.reshape(-1).to(self._execution_device).repeat_interleave(copies)

@@ -245,7 +245,7 @@ def sample(
         progress: called as progress(done, total) with tokens of all blocks and images.
 
     Raises:
-        ConfigError: the flow is on latents.
+        ConfigError: the flow is on latents, or denoising is requested of a model trained without noise.
         InverseError: values are not finite.
         ValueError: `count`, `batch_size` or `labels` does not fit.
     """
@@ -253,11 +253,13 @@ def sample(
     for name, value in (("count", count), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")
-    check_conditions(flow.config, labels, None, count)
+    if options.denoise and not flow.config.noise_std:
+        raise ConfigError(f"denoise={options.denoise}: the model was not trained with Gaussian noise")
     noise = flow.noise(count, generator(seed))
+    labels = check_conditions(flow.config, labels, None, noise)
     recorder, images = Recorder(flow.device), []
-    for z, rows in zip(noise.split(batch_size), torch.arange(count).split(batch_size)):
-        batch_labels = None if labels is None else labels[rows].to(flow.device)
+    for z, rows in zip(noise.split(batch_size), torch.arange(count, dtype=torch.int64, device="cpu").split(batch_size)):
+        batch_labels = None if labels is None else labels[rows]
 
         def watch(done: int, total: int, first: int = int(rows[0]), size: int = len(z)) -> None:
             progress(first * (total // size) + done, count * (total // size))
