@@ -21,7 +21,8 @@ AffineCall affine_call(const Tensor& x, const Tensor& params, int64_t scale, dou
     call.affine = {Scale(scale), float(clip)};
     call.shift = shift, call.flip = flip, call.logdet = Logdet(logdet);
     call.x_format = format(x), call.params_format = format(params);
-    call.x = x.data_ptr(), call.params = params.data_ptr();
+    call.x = values(x, x.scalar_type(), ANY);
+    call.params = values(params, params.scalar_type(), call.B * call.T * call.P());
     return call;
 }
 
@@ -34,7 +35,8 @@ void run_chunks(const AffineCall& call, Kernel kernel) {
 void affine_flow(Tensor x, Tensor params, int64_t scale, double clip, bool shift, bool flip, int64_t logdet, Tensor z,
                  Tensor out) {
     auto call = affine_call(x, params, scale, clip, shift, flip, logdet);
-    call.z = z.data_ptr(), call.logdets = data(out);
+    call.z = values(z, x.scalar_type(), x.numel());
+    call.logdets = data(out, call.logdet == Logdet::none ? x.numel() : call.B);
     std::vector<double> partial(call.logdet == Logdet::none ? 0 : call.B * call.chunks());
     call.partial = partial.data();
     run_chunks(call, kernels().affine_flow);
@@ -45,8 +47,11 @@ void affine_flow(Tensor x, Tensor params, int64_t scale, double clip, bool shift
 void affine_flow_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor x, Tensor params, int64_t scale,
                           double clip, bool shift, bool flip, int64_t logdet, Tensor grad_x, Tensor grad_params) {
     auto call = affine_call(x, params, scale, clip, shift, flip, logdet);
-    call.saved_z = z.data_ptr(), call.grad_z = data(grad_z), call.grad_logdet = data(grad_logdet);
-    call.grad_x = grad_x.data_ptr(), call.grad_params = grad_params.data_ptr();
+    call.saved_z = values(z, x.scalar_type(), x.numel());
+    if (grad_z) call.grad_z = values(*grad_z, x.scalar_type(), x.numel());
+    call.grad_logdet = data(grad_logdet, call.logdet == Logdet::none ? x.numel() : call.B);
+    call.grad_x = values(grad_x, x.scalar_type(), x.numel());
+    call.grad_params = values(grad_params, params.scalar_type(), params.numel());
     run_chunks(call, kernels().affine_flow_backward);
 }
 

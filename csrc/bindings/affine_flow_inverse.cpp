@@ -15,7 +15,11 @@ void affine_flow_inverse(Tensor z, Tensor params, Optional guidance, int64_t sca
     call.B = z.size(0), call.n = z.size(1), call.D = int(z.size(2));
     call.affine = {Scale(scale), float(clip)}, call.rule = Rule(rule);
     call.format = format(z), call.params_format = format(params);
-    call.z = z.data_ptr(), call.params = params.data_ptr(), call.guidance = data(guidance), call.x = out.data_ptr();
+    check_strided(z, z.scalar_type()), check_strided(out, z.scalar_type());
+    int64_t width = call.affine.scale == Scale::unit ? call.D : 2 * call.D, copies = guidance ? 2 : 1;
+    call.params = values(params, params.scalar_type(), copies * call.B * call.n * width);
+    call.guidance = data(guidance, call.B * call.n);
+    call.z = z.data_ptr(), call.x = out.data_ptr();
     call.z_row = z.stride(0), call.z_token = z.stride(1), call.x_row = out.stride(0), call.x_token = out.stride(1);
     torch::stable::parallel_for(0, call.B * call.n, SERIAL / call.D + 1,
                                 [&](int64_t first, int64_t last) { kernels().affine_flow_inverse(call, first, last); });

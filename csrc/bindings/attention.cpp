@@ -11,7 +11,10 @@ namespace {
 // Below about this many operations, threads cost more than they save.
 constexpr int64_t SERIAL = 1 << 17;
 
-Heads heads(const Tensor& x) { return {data(x), x.stride(0), x.stride(1), x.stride(2)}; }
+Heads heads(const Tensor& x) {
+    check_strided(x, ScalarType::Float);
+    return {static_cast<float*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
 
 // Fills a call from the tensors. `keys` is the largest number of keys that a query sees.
 AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos,
@@ -41,7 +44,7 @@ void cached_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cac
                       Optional sin, int64_t rotary, int64_t window, double temperature, Tensor out) {
     auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, k_cache.size(1));
     call.out = heads(out), call.k_cache = heads(k_cache), call.v_cache = heads(v_cache), call.S = k_cache.size(1);
-    call.lengths = static_cast<const int32_t*>(lengths.data_ptr());
+    call.lengths = static_cast<const int32_t*>(values(lengths, ScalarType::Int, call.B));
     for (int64_t row = 0; row < call.B; ++row)
         STD_TORCH_CHECK(call.lengths[row] >= 0 && call.lengths[row] + call.T <= call.S, "lengths do not fit the cache");
     run_heads(call, call.S, cached_floats(call), kernels().cached_attention);
@@ -50,7 +53,7 @@ void cached_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cac
 void causal_attention(Tensor q, Tensor k, Tensor v, Optional cos, Optional sin, int64_t rotary, int64_t window,
                       double temperature, Tensor out, Tensor lse) {
     auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q.size(1));
-    call.out = heads(out), call.lse = data(lse);
+    call.out = heads(out), call.lse = data(lse, call.B * call.H * call.T);
     run_heads(call, call.T, causal_floats(call, false), kernels().causal_attention);
 }
 
@@ -58,7 +61,7 @@ void causal_attention_backward(Optional grad_out, Optional grad_lse, Tensor lse,
                                Optional cos, Optional sin, int64_t rotary, int64_t window, double temperature,
                                Tensor grad_q, Tensor grad_k, Tensor grad_v) {
     auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q.size(1));
-    call.lse = data(lse), call.grad_lse = data(grad_lse);
+    call.lse = data(lse, call.B * call.H * call.T), call.grad_lse = data(grad_lse, call.B * call.H * call.T);
     if (grad_out) call.grad_out = heads(*grad_out);
     call.grad_q = heads(grad_q), call.grad_k = heads(grad_k), call.grad_v = heads(grad_v);
     run_heads(call, call.T, causal_floats(call, true), kernels().causal_attention_backward);

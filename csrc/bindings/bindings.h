@@ -16,13 +16,39 @@ namespace starflow {
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-inline float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
-inline float* data(const Optional& tensor) { return tensor ? data(*tensor) : nullptr; }
+using torch::headeronly::ScalarType;
+
+// Number of values that is not checked.
+constexpr int64_t ANY = -1;
+
+// Returns the values of a contiguous CPU tensor, after a check of its dtype and number of values.
+inline void* values(const Tensor& tensor, ScalarType type, int64_t count) {
+    STD_TORCH_CHECK(tensor.is_cpu(), "native kernels: a tensor is not on the CPU");
+    STD_TORCH_CHECK(tensor.scalar_type() == type, "native kernels: a tensor is of the wrong dtype");
+    STD_TORCH_CHECK(tensor.is_contiguous(), "native kernels: a tensor is not contiguous");
+    STD_TORCH_CHECK(count == ANY || tensor.numel() == count, "native kernels: a tensor is of the wrong size");
+    return tensor.data_ptr();
+}
+
+inline float* data(const Tensor& tensor, int64_t count = ANY) {
+    return static_cast<float*>(values(tensor, ScalarType::Float, count));
+}
+inline float* data(const Optional& tensor, int64_t count = ANY) { return tensor ? data(*tensor, count) : nullptr; }
+
+// Checks a tensor that is read by its strides: the values of its last dimension must be adjacent.
+inline void check_strided(const Tensor& tensor, ScalarType type) {
+    int64_t last = tensor.dim() - 1;
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type &&
+                        (tensor.stride(last) == 1 || tensor.size(last) == 1 || tensor.numel() == 0),
+                    "native kernels: a tensor is of the wrong device, dtype or layout");
+}
 
 inline Format format(const Tensor& tensor) {
     auto type = tensor.scalar_type();
-    using torch::headeronly::ScalarType;
-    return type == ScalarType::Float ? Format::float32 : type == ScalarType::Half ? Format::float16 : Format::bfloat16;
+    if (type == ScalarType::Float) return Format::float32;
+    if (type == ScalarType::Half) return Format::float16;
+    STD_TORCH_CHECK(type == ScalarType::BFloat16, "native kernels: a tensor is of the wrong dtype");
+    return Format::bfloat16;
 }
 
 // Buffer of floats, zeroed on request. It starts at a cache line: vectors that cross lines load at half the speed.

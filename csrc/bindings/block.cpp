@@ -28,11 +28,13 @@ BlockCall call_of(const Model& model, const Tensor& tokens, const Optional& cond
     call.T = tokens.size(1);
     call.L = prefix ? prefix->size(1) : 0;
     call.copies = guidance ? 2 : 1;
-    call.cond = data(cond);
-    call.prefix = data(prefix);
-    call.cos = data(cos);
-    call.sin = data(sin);
-    call.guidance = data(guidance);
+    const Spec& spec = model.block.spec;
+    int64_t rows = call.copies * call.B, angles = (call.L + call.T) * (spec.head_dim / 2);
+    call.cond = data(cond, rows * spec.channels);
+    call.prefix = data(prefix, rows * call.L * spec.text_dim);
+    call.cos = data(cos, angles);
+    call.sin = data(sin, angles);
+    call.guidance = data(guidance, call.B * call.T);
     call.rule = Rule(rule);
     call.temperature = float(temperature);
     call.cache = data(cache);
@@ -45,8 +47,9 @@ void block_run(Tensor tokens, Optional params, Tensor packed, std::vector<int64_
                double temperature, Tensor cache, Tensor workspace, std::vector<int64_t> plan) {
     Model model(read_spec(spec, clip), data(packed), offsets);
     BlockCall call = call_of(model, tokens, cond, prefix, cos, sin, guidance, rule, temperature, cache);
-    call.params = data(params);
-    (params ? const_cast<float*&>(call.input) : call.state) = data(tokens);
+    call.params = data(params, call.B * call.T * model.block.spec.params_dim());
+    (params ? const_cast<float*&>(call.input) : call.state) =
+        data(tokens, call.B * call.T * model.block.spec.token_dim);
     call.first = plan.at(0);
     call.last = plan.at(1);
     call.group = plan.at(2);
@@ -74,19 +77,19 @@ void block_jacobi(Tensor tokens, Tensor noise, Tensor packed, std::vector<int64_
     Model model(read_spec(spec, clip), data(packed), offsets);
     BlockCall call = call_of(model, tokens, cond, prefix, cos, sin, guidance, rule, temperature, cache);
     Jacobi solver{};
-    solver.noise = data(noise);
+    solver.noise = data(noise, tokens.numel());
     solver.tol = float(tol);
     solver.neighbours = int64_t(neighbours.size());
     solver.offsets = neighbours.data();
-    solver.memory = data(memory);
-    solver.places = static_cast<Place*>(places.data_ptr());
-    solver.sweeps = static_cast<int32_t*>(sweeps.data_ptr());
-    solver.residual = data(residual);
+    solver.memory = data(memory, call.B * solver.memory_floats(call.T, model.block.spec.token_dim));
+    solver.places = static_cast<Place*>(values(places, ScalarType::Long, call.B * sizeof(Place) / sizeof(int64_t)));
+    solver.sweeps = static_cast<int32_t*>(values(sweeps, ScalarType::Int, call.B * call.T));
+    solver.residual = data(residual, call.B);
     solver.window = plan.at(0);
     solver.slide = plan.at(1);
     solver.passes = plan.at(2);
     call.jacobi = &solver;
-    call.state = data(tokens);
+    call.state = data(tokens, call.B * call.T * model.block.spec.token_dim);
     call.group = 1;
     int64_t threads = plan.at(3), floats = workspace.numel() / threads;
     run_groups(parallel_for, int(threads), call, data(workspace), floats);

@@ -24,14 +24,14 @@ struct Head {
         affine.B = x.size(0), affine.T = x.size(1), affine.D = int(x.size(2));
         affine.affine = {Scale(scale), float(clip)};
         affine.shift = shift, affine.flip = flip, affine.logdet = Logdet(logdet);
-        affine.x = x.data_ptr();
+        affine.x = data(x);
         int64_t C = call.C = int(h.size(2)), P = affine.P(), D = affine.D;
         affine.chunk = std::max<int64_t>(1, std::min({TOKENS, STATES / C, VALUES / D, affine.T}));
-        call.h = data(h), call.norm = norm.has_value();
+        call.h = data(h, affine.B * affine.T * C), call.norm = norm.has_value();
         bias = Floats(padded(P), Floats::zeros);
-        if (given_bias) std::copy_n(data(given_bias), P, bias.data());
+        if (given_bias) std::copy_n(data(given_bias, P), P, bias.data());
         call.bias = bias.data();
-        const float *given_norm = data(norm), *from = data(given);
+        const float *given_norm = data(norm, C), *from = data(given, P * C);
         auto weight_of = [=](int64_t p, int64_t c) {
             return given_norm ? float(from[p * C + c] * (1.0 + given_norm[c])) : from[p * C + c];
         };
@@ -60,7 +60,7 @@ void flow_head(Tensor x, Tensor h, Tensor weight, Optional bias, Optional norm, 
                bool flip, int64_t logdet, Tensor z, Tensor out) {
     Head head(x, h, weight, bias, norm, scale, clip, shift, flip, logdet, false);
     AffineCall& affine = head.call.affine;
-    affine.z = z.data_ptr(), affine.logdets = data(out);
+    affine.z = data(z, x.numel()), affine.logdets = data(out, affine.logdet == Logdet::none ? x.numel() : affine.B);
     std::vector<double> partial(affine.logdet == Logdet::none ? 0 : head.chunks());
     affine.partial = partial.data();
     torch::stable::parallel_for(0, head.chunks(), head.grain(), [&](int64_t first, int64_t last) {
@@ -77,9 +77,10 @@ void flow_head_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor 
                         Tensor grad_x, Tensor grad_h, Tensor grad_weight, Optional grad_bias, Optional grad_norm) {
     Head head(x, h, weight, bias, norm, scale, clip, shift, flip, logdet, true);
     AffineCall& affine = head.call.affine;
-    affine.saved_z = z.data_ptr(), affine.grad_z = data(grad_z), affine.grad_logdet = data(grad_logdet);
-    affine.grad_x = grad_x.data_ptr();
-    head.call.grad_h = data(grad_h);
+    affine.saved_z = data(z, x.numel()), affine.grad_z = data(grad_z, x.numel());
+    affine.grad_logdet = data(grad_logdet, affine.logdet == Logdet::none ? x.numel() : affine.B);
+    affine.grad_x = data(grad_x, x.numel());
+    head.call.grad_h = data(grad_h, h.numel());
     int64_t C = head.call.C, P = affine.P(), wide_C = padded(C), wide_P = padded(P), chunks = head.chunks();
     // Each slab sums its chunks in order, and the slabs are added in order, whatever the number of threads.
     int64_t slabs = std::clamp<int64_t>(chunks / TILES, 1, SLABS), size = wide_P * (wide_C + 2);
@@ -102,20 +103,20 @@ void flow_head_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor 
         return sum;
     };
     const float *from = data(weight), *given_norm = data(norm);
+    float *to_weight = data(grad_weight, P * C), *to_norm = data(grad_norm, C), *to_bias = data(grad_bias, P);
     torch::stable::parallel_for(0, C, SERIAL / (slabs * P) + 1, [&](int64_t first, int64_t last) {
         for (int64_t c = first; c < last; ++c) {
             double along = 0;
             for (int64_t p = 0; p < P; ++p) {
                 double product = total(p * wide_C + c);
                 along += product * from[p * C + c];
-                data(grad_weight)[p * C + c] = float(given_norm ? product * (1.0 + given_norm[c]) : product);
+                to_weight[p * C + c] = float(given_norm ? product * (1.0 + given_norm[c]) : product);
             }
-            if (grad_norm) data(grad_norm)[c] = float(along);
+            if (to_norm) to_norm[c] = float(along);
         }
     });
-    if (!grad_bias) return;
-    for (int64_t p = 0; p < P; ++p)
-        data(grad_bias)[p] = float(total(wide_P * wide_C + p) - total(wide_P * (wide_C + 1) + p));
+    if (!to_bias) return;
+    for (int64_t p = 0; p < P; ++p) to_bias[p] = float(total(wide_P * wide_C + p) - total(wide_P * (wide_C + 1) + p));
 }
 
 }  // namespace

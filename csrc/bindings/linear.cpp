@@ -28,13 +28,15 @@ void multiply(const float* x, const float* weight, bool across, const float* bia
 }
 
 void linear(Tensor x, Tensor weight, Optional bias, Tensor y) {
-    multiply(data(x), data(weight), false, data(bias), x.size(0), weight.size(0), x.size(1), data(y));
+    int64_t M = x.size(0), N = weight.size(0), K = x.size(1);
+    multiply(data(x), data(weight, N * K), false, data(bias, N), M, N, K, data(y, M * N));
 }
 
 void linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor grad_x, Tensor grad_weight) {
     int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
-    multiply(data(grad), data(weight), true, nullptr, M, K, N, data(grad_x));
-    LinearCall call{M, N, K, data(x), nullptr, false, nullptr, nullptr, data(grad), data(grad_weight)};
+    float *from = data(grad, M * N), *to = data(grad_weight, N * K);
+    multiply(from, data(weight), true, nullptr, M, K, N, data(grad_x, M * K));
+    LinearCall call{M, N, K, data(x, M * K), nullptr, false, nullptr, nullptr, from, to};
     torch::stable::parallel_for(0, parts(N, OUTPUTS), SERIAL / (OUTPUTS * M * K) + 1, [&](int64_t first, int64_t last) {
         kernels().linear_weight_gradient(call, first * OUTPUTS, std::min(N, last * OUTPUTS));
     });

@@ -20,7 +20,7 @@ void use_huge_pages(Tensor tensor) {
 }
 
 void elementary(Tensor x, int64_t which, Tensor out) {
-    kernels().elementary(Elementary(which), data(x), data(out), x.numel());
+    kernels().elementary(Elementary(which), data(x), data(out, x.numel()), x.numel());
 }
 
 std::string instruction_set() { return kernels().name; }
