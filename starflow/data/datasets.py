@@ -302,7 +302,7 @@ def _folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
             parts[is_held_out(name, config.held_out, config.seed)].append((path, name, label))
 
     def image_set(items: list[tuple[Path, str, int]]) -> ImageSet:
-        labels = torch.tensor([label for _, _, label in items], dtype=torch.int64)
+        labels = torch.tensor([label for _, _, label in items], dtype=torch.int64, device="cpu")
         fetch = partial(_read, [path for path, _, _ in items], config.size, config.resize)
         if texts is None:
             return _class_set(fetch, labels, 256, classes, config)
