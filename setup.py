@@ -27,13 +27,16 @@ KERNELS = [
     f"csrc/cpu/{name}.cpp"
     for name in (
         *("affine_flow", "affine_flow_inverse", "block", "cached_attention", "causal_attention", "elementary"),
-        *("flow_head", "jacobi", "linear", "table"),
+        *("fingerprint", "flow_head", "jacobi", "linear", "table"),
     )
 ]
 COMMON = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "model", "team")]
 COMMON += [
     f"csrc/bindings/{name}.cpp"
-    for name in ("affine_flow", "affine_flow_inverse", "attention", "block", "flow_head", "linear", "machine")
+    for name in (
+        *("affine_flow", "affine_flow_inverse", "attention", "block", "fingerprint", "flow_head", "linear"),
+        "machine",
+    )
 ]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]
 INSTRUCTION_SETS = {"base": []}

@@ -16,7 +16,8 @@ from starflow_kernels._triton.tiles import blocks
 from starflow_kernels.affine_flow import triton as affine_flow
 from starflow_kernels.attention_flow import triton as attention_flow
 from starflow_kernels.bias_gelu import triton as bias_gelu
-from starflow_kernels.block.triton import head_kernels, sequential, step_kernels, sweep_kernels, sweeps
+from starflow_kernels.block.quantize import KINDS
+from starflow_kernels.block.triton import head_kernels, sequential, step_kernels, sweep_kernels, sweeps, weights
 from starflow_kernels.causal_attention import triton as causal_attention
 from starflow_kernels.flow_head import triton as flow_head
 from starflow_kernels.residual_norm import triton as residual_norm
@@ -133,8 +134,8 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
         options: compile-time arguments that vary: NORM, POST, FIRST, GATED, PDL.
         quantize: "none", "int8" or "fp8".
     """
-    weights = ("weight", "bias", "norm_weight", "norm_bias", "post", "head_norms", "gate", "gate_bias", "table")
-    stored = (*weights, "in_weight", "in_bias", "k_cache", "v_cache", "hidden")
+    learned = ("weight", "bias", "norm_weight", "norm_bias", "post", "head_norms", "gate", "gate_bias", "table")
+    stored = (*learned, "in_weight", "in_bias", "k_cache", "v_cache", "hidden")
     states = ("h", "h_next", "h_in", "residual", "cos", "sin", "scale", "q", "cond", "z", "x", "guidance")
     splits = ("split_out", "split_max", "split_sum")
     types = dict.fromkeys(stored, f"*{dtype}") | dict.fromkeys((*states, *splits), "*fp32") | {"position": "*i32"}
@@ -159,6 +160,13 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     return Launch(getattr(module, f"block_{kernel}_kernel"), types, constants, ("C", "D", "slots", "width", "stride"))
 
 
+def quantization(dtype: str, kind: str) -> Launch:
+    """Return the launch of the kernel that rounds weights of `dtype` to "int8" or "fp8"."""
+    types = {"weight": f"*{dtype}", "values": {"int8": "*i8", "fp8": "*u8"}[kind], "scales": "*fp32", "K": "i32"}
+    constants = {"LARGEST": KINDS[kind][1], "FACTOR": 1.0, "BLOCK": weights.BLOCK, "num_warps": weights.WARPS}
+    return Launch(weights.block_quantize_kernel, types, constants, ("K",))
+
+
 def _step() -> Launches:
     """Return every kernel of a step: both dtypes, extreme sizes of heads and tokens, norms where they matter."""
     launches, plain = {}, {"NORM": "layer_norm", "POST": False, "FIRST": True, "GATED": False}
@@ -177,6 +185,7 @@ def _step() -> Launches:
     for dtype, kind in (("bf16", "int8"), ("bf16", "fp8"), ("fp32", "fp8")):
         for kernel in ("qkv", "project", "up", "down"):
             launches[f"block_{kernel}, {dtype}, {kind} weights"] = step(kernel, dtype, 64, 64, normed, kind)
+        launches[f"block_quantize, {dtype} to {kind}"] = quantization(dtype, kind)
     for kernel in ("qkv", "head"):
         early, late = (step(kernel, "bf16", 64, 64, {**normed, "PDL": pdl}) for pdl in (True, False))
         early.constants["launch_pdl"] = True

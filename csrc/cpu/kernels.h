@@ -190,6 +190,11 @@ struct AttentionCall {
 
 enum class Elementary { exp, log, log1p, tanh, gelu, gelu_tanh, softplus_one };
 
+struct Bytes {
+    const char* first;
+    int64_t count;
+};
+
 struct Kernels {
     const char* name;
     // Runs one group of sequences; every member of the team calls it. cache: cache of the call's row 0 in sampling,
@@ -217,6 +222,8 @@ struct Kernels {
     // Computes the sums over all rows for the outputs first .. last - 1.
     void (*linear_weight_gradient)(const LinearCall& call, int64_t first, int64_t last);
     void (*elementary)(Elementary which, const float* x, float* y, int64_t n);
+    // Returns a digest of n pieces of memory.
+    uint64_t (*fingerprint)(const Bytes* pieces, int64_t n);
 };
 
 // Returns the kernels for the widest instruction set of this processor, or for the one that STARFLOW_ISA names.

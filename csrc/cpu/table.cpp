@@ -17,6 +17,7 @@ void pack(const LinearCall&, int64_t, int64_t);
 void linear(const LinearCall&, int64_t, int64_t, float*);
 void linear_weight_gradient(const LinearCall&, int64_t, int64_t);
 void run_elementary(Elementary, const float*, float*, int64_t);
+uint64_t fingerprint(const Bytes*, int64_t);
 
 extern const Kernels kernels;
 const Kernels kernels{
@@ -35,6 +36,7 @@ const Kernels kernels{
     .linear = linear,
     .linear_weight_gradient = linear_weight_gradient,
     .elementary = run_elementary,
+    .fingerprint = fingerprint,
 };
 
 }  // namespace starflow::STARFLOW_ISA

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -15,14 +13,10 @@ __all__ = [
     "flash_attention_cuda",
     "is_in_torch_dispatch_mode",
     "is_in_transform",
-    "version_of",
 ]
 
 disable_autocast = torch._C._DisableAutocast
 """Context manager that turns off autocast; it is cheaper than torch.autocast(enabled=False)."""
-
-version_of = operator.attrgetter("_version")
-"""Return the version counter of a tensor, which every in-place write increments."""
 
 flash_attention_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_attention_backward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

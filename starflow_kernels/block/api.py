@@ -21,7 +21,6 @@ from ..solver import Solver, SolveReport
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
 from . import cuda, jacobi, native, network, reference
 from .progress import reporting_to
-from .quantize import fake_quantize
 
 CONTEXT = "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin"
 
@@ -56,7 +55,8 @@ define(
 define(
     "block_jacobi",
     f"Tensor z, Tensor guess, Tensor[] weights, {CONTEXT}, Tensor? guidance, int[] neighbours, "
-    "str spec, str rule, float temperature, int window, bool slide, float tol",
+    "str spec, str rule, float temperature, int window, bool slide, float tol, "
+    'str quantize="none"',
     "(Tensor, Tensor, Tensor, Tensor)",
     fake=lambda z, *args: (
         z.new_empty(z.shape),
@@ -272,9 +272,7 @@ def block_inverse(
     context = cond, prefix, cos, sin, guidance
     with torch.no_grad(), reporting_to(progress) if progress else contextlib.nullcontext():
         if solver.method == "jacobi":
-            # No Jacobi kernel reads one-byte weights.
-            tensors = fake_quantize(spec.to_json(), tensors, quantize)
-            x, report = _jacobi(z, guess, tensors, context, spec, rule, temperature, solver, backend)
+            x, report = _jacobi(z, guess, tensors, context, spec, rule, temperature, solver, quantize, backend)
             return (x, report) if return_report else x
         start = time.perf_counter() if return_report else 0.0
         x = torch.ops.starflow.block_inverse(
@@ -297,6 +295,7 @@ def _jacobi(
     rule: str,
     temperature: float,
     solver: Solver,
+    quantize: str,
     backend: str | None,
 ) -> tuple[torch.Tensor, SolveReport]:
     start, (B, T, D) = time.perf_counter(), z.shape
@@ -309,7 +308,7 @@ def _jacobi(
     window = min(solver.window or T, T)
     x, sweeps, counts, residual = torch.ops.starflow.block_jacobi(
         z, guess, tensors, *context, list(solver.neighbours), spec.to_json(), rule, temperature,
-        window, solver.slide, solver.tol, backend=backend,
+        window, solver.slide, solver.tol, quantize, backend=backend,
     )  # fmt: skip
     passes, fallbacks, failed = counts.cpu().unbind(1)
     if failed.any():

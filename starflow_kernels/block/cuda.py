@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from ..spec import BlockSpec, GuidanceRule, choice_index
-from .packing import WeightCache, spec_fields
+from .packing import spec_fields
 from .progress import report
-from .quantize import with_fake_quantized_weights
+from .quantize import fake_quantize
 
 OPS = torch.ops.starflow_cuda
 
@@ -27,46 +28,61 @@ class Packed(NamedTuple):
     positions: torch.Tensor | None
 
 
-def _matrix(weight: torch.Tensor) -> torch.Tensor:
+def _matrix(index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a float32 matrix (N, K) as [K / 4][N][4], with K padded by zeros.
 
     A bfloat16 matrix becomes [N / 16][K / 16][32][8], the fragments of the lanes of a warp, see csrc/cuda/device.h.
     """
-    N, K = weight.shape
-    if weight.dtype == torch.float32:
-        return torch.nn.functional.pad(weight, (0, -K % 4)).view(N, -1, 4).transpose(0, 1)
-    weight = torch.nn.functional.pad(weight, (0, -K % 16))
-    tiles = weight.view(N // 16, 2, 8, -(-K // 16), 2, 4, 2)
+    N, K = index.shape
+    if dtype == torch.float32:
+        return torch.nn.functional.pad(index, (0, -K % 4)).view(N, -1, 4).transpose(0, 1)
+    index = torch.nn.functional.pad(index, (0, -K % 16))
+    tiles = index.view(N // 16, 2, 8, -(-K // 16), 2, 4, 2)
     return tiles.permute(0, 3, 2, 5, 4, 1, 6)
 
 
-def _bits(piece: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a tensor as a flat float32 tensor, padded to 16 bytes."""
-    piece = piece.flatten()
-    return torch.nn.functional.pad(piece, (0, -len(piece) % (16 // piece.element_size()))).view(torch.float32)
+def _float32_bits(index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a vector as float32; the bits of a bfloat16 value are the upper half of those of the float32."""
+    return index if dtype == torch.float32 else torch.stack([torch.zeros_like(index), index], -1)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(spec_json: str, dtype: torch.dtype, cluster: int, device: torch.device) -> tuple[torch.Tensor, int]:
+    """Return the index of every packed value in all weights behind a zero, and the number of values in the buffer.
+
+    Each thread block of a cluster gets a share of the rows of every matrix. The position table comes last.
+    """
+    spec, indices, pieces, first = BlockSpec.from_json(spec_json), {}, [], 1
+    for name, shape in spec.weight_shapes.items():
+        size = math.prod(shape)
+        indices[name] = torch.arange(first, first + size, dtype=torch.int32, device="cpu").view(shape)
+        first += size
+    positions = indices.pop("pos_embed", None)
+    unit = 16 if dtype == torch.bfloat16 else 1
+    for rank in range(cluster):
+        for name, index in indices.items():
+            if name.startswith("proj_text"):
+                continue
+            matrix = indices[name.replace(".bias", ".weight")]
+            if matrix.ndim == 2:
+                share = -(-len(matrix) // (cluster * unit)) * unit
+                index = index[rank * share :][:share]
+                index = torch.nn.functional.pad(index, (0, 0) * (index.ndim - 1) + (0, share - len(index)))
+            piece = (_matrix if index.ndim == 2 else _float32_bits)(index, dtype).flatten()
+            pieces.append(torch.nn.functional.pad(piece, (0, -len(piece) % (16 // dtype.itemsize))))
+    size = sum(map(len, pieces))
+    if positions is not None:
+        pieces.append(_float32_bits(positions.flip(0) if spec.flip else positions, dtype).flatten())
+    return torch.cat(pieces).to(device), size
 
 
 def pack(spec: BlockSpec, weights: list[torch.Tensor], cluster: int = 1) -> Packed:
-    """Pack the weights for the kernel. Each thread block of a cluster gets a share of the rows of every matrix."""
-    given, pieces = dict(zip(spec.weight_shapes, map(torch.Tensor.detach, weights))), []
-    positions = given.pop("pos_embed", None)
-    if positions is not None:
-        positions = (positions.flip(0) if spec.flip else positions).float().contiguous()
-    unit = 16 if weights[0].dtype == torch.bfloat16 else 1
-    for rank in range(cluster):
-        for name, weight in given.items():
-            if name.startswith("proj_text"):
-                continue
-            matrix = given[name.replace(".bias", ".weight")]
-            if matrix.ndim == 2:
-                share = -(-len(matrix) // (cluster * unit)) * unit
-                weight = weight[rank * share :][:share]
-                weight = torch.nn.functional.pad(weight, (0, 0) * (weight.ndim - 1) + (0, share - len(weight)))
-            pieces.append(_bits(_matrix(weight) if weight.ndim == 2 else weight.float()))
-    return Packed(torch.cat(pieces), positions)
-
-
-packed = {cluster: WeightCache(functools.partial(pack, cluster=cluster)) for cluster in (1, 2, 4, 8)}
+    """Pack the weights for the kernel, in three launches: cheaper than to find out whether they have changed."""
+    weights = [weight.detach().flatten() for weight in weights]
+    index, size = _layout(spec.to_json(), weights[0].dtype, cluster, weights[0].device)
+    values = torch.cat([weights[0].new_zeros(1), *weights]).index_select(0, index)
+    positions = values[size:].view(torch.float32).view(-1, spec.channels) if spec.positions else None
+    return Packed(values[:size].view(torch.float32), positions)
 
 
 class Plan(NamedTuple):
@@ -154,14 +170,15 @@ def _float32(value: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value.to(torch.float32).contiguous()
 
 
-@with_fake_quantized_weights
-def block_inverse(z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float):
+def block_inverse(
+    z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float, quantize="none"
+):
     """See reference.block_inverse."""
     spec, (B, T, _), device = BlockSpec.from_json(spec_json), z.shape, device_sizes(z.device)
     x, fields = z.clone(memory_format=torch.contiguous_format), tuple(spec_fields(spec, weights[0].dtype))
     launch = plan(fields, T, 1 if guidance is None else 2, B, *device)
     if B and T:
-        model = packed[launch.cluster](spec_json, weights)
+        model = pack(spec, fake_quantize(spec, weights, quantize), launch.cluster)
         context = map(_float32, (cond, cos, sin, guidance))
         options = choice_index(rule, GuidanceRule), temperature
         blocks = min(-(-B // launch.group), device.processors // launch.cluster) * launch.cluster

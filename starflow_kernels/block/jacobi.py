@@ -7,8 +7,10 @@ import torch
 from .._core.numerics import DIVERGED
 from ..affine_flow_inverse.reference import gaussian
 from ..solve_inverse.quasi_newton import QuasiNewton
+from ..spec import BlockSpec
 from .network import CachedNetwork
 from .progress import report
+from .quantize import fake_quantize
 
 
 def block_jacobi(
@@ -27,6 +29,7 @@ def block_jacobi(
     window: int,
     slide: bool,
     tol: float,
+    quantize: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Solve for the data, sample by sample; return it with counters of the work.
 
@@ -36,6 +39,7 @@ def block_jacobi(
         largest relative change of a token in the pass that accepted it.
     """
     (B, T, _), branches = z.shape, 1 if guidance is None else 2
+    weights = fake_quantize(BlockSpec.from_json(spec_json), weights, quantize)
     x = guess.clone()
     sweeps = torch.zeros(B, T, dtype=torch.int32, device=z.device)
     counts = torch.zeros(B, 3, dtype=torch.int64, device=z.device)

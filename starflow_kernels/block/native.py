@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from ..spec import BlockSpec, GuidanceRule, choice_index
 from .cache_budget import cache_bytes
 from .packing import WeightCache, spec_fields
 from .progress import report
-from .quantize import with_fake_quantized_weights
+from .quantize import fake_quantize
 
 # Rows in sampling, and tokens in the density direction, that a team of threads takes at a time. They are enough to
 # reuse each weight, and few enough for the caches.
@@ -57,10 +58,10 @@ def _vector(weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(weight.float(), (0, -weight.shape[-1] % 16)).flatten()
 
 
-def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
+def pack(spec: BlockSpec, weights: list[torch.Tensor], quantize: str) -> Packed:
     """Pack the weights for the kernel; a product without bias gets zeros as bias."""
     pieces = []
-    for name, weight in zip(spec.weight_shapes, weights):
+    for name, weight in zip(spec.weight_shapes, fake_quantize(spec, weights, quantize)):
         weight = weight.detach()
         if name == "pos_embed":
             pieces.append(_vector(weight.flip(0) if spec.flip else weight))
@@ -78,7 +79,23 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
     return Packed(buffer, offsets, tuple(spec_fields(spec, weights[0].dtype)))
 
 
-packed = WeightCache(pack)
+@functools.lru_cache(maxsize=1024)
+def _places(spec_json: str, dtype: torch.dtype, *addresses: int) -> torch.Tensor:
+    """Return the address and the number of bytes of each weight, (weights, 2)."""
+    shapes = BlockSpec.from_json(spec_json).weight_shapes.values()
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    return torch.tensor([*zip(addresses, sizes)], dtype=torch.int64, device="cpu")
+
+
+def fingerprint(spec_json: str, weights: list[torch.Tensor]) -> int:
+    """Return a digest of the values of all weights, see csrc/bindings/fingerprint.cpp."""
+    if not all(map(torch.Tensor.is_contiguous, weights)):
+        weights = [weight.contiguous() for weight in weights]
+    places = _places(spec_json, weights[0].dtype, *map(torch.Tensor.data_ptr, weights))
+    return torch.ops.starflow_native.fingerprint(places)
+
+
+packed = WeightCache(pack, fingerprint)
 
 
 def refuse(x, *others) -> str | None:
@@ -123,7 +140,7 @@ def _useful_threads(threads: int, groups: int, weight_floats: int, rows: int) ->
 def network_outputs(x, weights, cond, prefix, cos, sin, spec_json: str, tokens: int = DENSITY_TOKENS) -> torch.Tensor:
     """Return the network's outputs (B, T, P) for data x (B, T, D) in the block's own order; tokens: tokens per pass."""
     spec = BlockSpec.from_json(spec_json)
-    model, threads = packed(spec_json, weights), torch.get_num_threads()
+    model, threads = packed(spec_json, weights, "none"), torch.get_num_threads()
     (B, T, _), L = x.shape, 0 if prefix is None else prefix.shape[1]
     x, cond, prefix, cos, sin = map(_float32, (x, cond, prefix, cos, sin))
     params = x.new_empty(B, T, spec.affine.params_dim(spec.token_dim))
@@ -209,8 +226,8 @@ def plan_sampling(
 class _Parts:
     """Batch of the sampling direction, in parts whose KV cache fits into `cache_bytes`."""
 
-    def __init__(self, z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float):
-        self.spec, self.model = BlockSpec.from_json(spec_json), packed(spec_json, weights)
+    def __init__(self, z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize):
+        self.spec, self.model = BlockSpec.from_json(spec_json), packed(spec_json, weights, quantize)
         (self.B, self.T, _), self.L = z.shape, 0 if prefix is None else prefix.shape[1]
         self.branches = 1 if guidance is None else 2
         self.threads = torch.get_num_threads()
@@ -241,10 +258,11 @@ class _Parts:
         return value.unflatten(0, (self.branches, self.B))[:, rows].flatten(0, 1).contiguous()
 
 
-@with_fake_quantized_weights
-def block_inverse(z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float):
+def block_inverse(
+    z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float, quantize="none"
+):
     """See reference.block_inverse."""
-    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature)
+    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize)
     plan, B, T = parts.plan, parts.B, parts.T
     x, workspace = z.clone(memory_format=torch.contiguous_format), empty(plan.workspace)
     last = T if parts.spec.start else T - 1
@@ -274,9 +292,10 @@ def block_jacobi(
     window: int,
     slide: bool,
     tol: float,
+    quantize: str = "none",
 ):
     """Solve by Jacobi sweeps, see jacobi.block_jacobi; every sequence takes its own number of sweeps."""
-    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature)
+    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize)
     plan, model, (B, T, D) = parts.plan, parts.model, z.shape
     z, x = z.contiguous(), guess.clone(memory_format=torch.contiguous_format)
     places, sweeps = z.new_zeros(B, 7, dtype=torch.int64), z.new_zeros(B, T, dtype=torch.int32)

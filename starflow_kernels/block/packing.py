@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from .._core.torch_private import version_of
 from ..spec import BlockSpec, Mlp, Norm, Rotary, Scale, choice_index
 
 
@@ -25,26 +24,29 @@ def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
 
 
 class WeightCache:
-    """Cache of `make(spec, weights, *options)`, valid while torch's version counters show no write to the weights.
+    """Cache of what is made from the weights of blocks, dropped when the memory of the first weight is freed.
 
-    Writes through `.data` do not increment the version and are not noticed. Tensors made in inference mode have no
-    version, so every call packs them again.
+    Args:
+        make: make(spec, weights, *options) returns the value.
+        state: state(spec_json, weights) returns what the value depends on; a value is valid while this stays equal.
+            Version counters of torch are no such state, since fused optimizers, `.data`, views in other libraries and
+            other processes change weights without incrementing them.
     """
 
-    def __init__(self, make: Callable):
-        self.make, self.kept = make, {}
+    def __init__(self, make: Callable, state: Callable):
+        self.make, self.state, self.kept = make, state, {}
 
     def __call__(self, spec_json: str, weights: list[torch.Tensor], *options: str):
         """Return make(spec, weights, *options), from the cache where it is valid."""
-        if any(map(torch.Tensor.is_inference, weights)):
-            return self.make(BlockSpec.from_json(spec_json), weights, *options)
-        key = id(weights[0]), spec_json, *options
-        state = [*map(id, weights), *map(version_of, weights), *map(torch.Tensor.data_ptr, weights)]
+        storage = weights[0].untyped_storage()
+        key = id(storage), weights[0].storage_offset(), spec_json, *options
+        # Before the value is made, so that a write in between is noticed by the next call.
+        state = self.state(spec_json, weights)
         if (entry := self.kept.get(key)) and entry[0] == state:
             return entry[1]
-        # A tensor made in inference mode could not be used in training later, and has no version.
+        # A tensor made in inference mode could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
-            result = self.make(BlockSpec.from_json(spec_json), weights, *options)
-        # An id identifies a weight only while the weight is alive.
-        self.kept[key] = state, result, [weakref.ref(w, lambda _: self.kept.pop(key, None)) for w in weights]
-        return result
+            value = self.make(BlockSpec.from_json(spec_json), weights, *options)
+        # torch.utils.swap_tensors refuses tensors with weak references, so the reference is to the storage.
+        self.kept[key] = state, value, weakref.ref(storage, lambda _: self.kept.pop(key, None))
+        return value

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 
 from ..spec import BlockSpec
-from .packing import WeightCache
 
 # Kind -> dtype of the values, and the largest value.
 KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
@@ -33,32 +29,16 @@ def quantize_matrix(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torc
     return (values if dtype.is_floating_point else values.round()).to(dtype), scales
 
 
-def _make(spec: BlockSpec, weights: list[torch.Tensor], kind: str) -> list[torch.Tensor]:
-    result = []
-    for (name, shape), weight in zip(spec.weight_shapes.items(), weights):
-        if is_quantized(name, shape):
-            values, scales = quantize_matrix(weight, kind)
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            weight = (values.to(wide) * scales[:, None].to(wide)).to(weight.dtype)
-        # Make a new tensor object, because caches identify weights by their id.
-        result.append(weight.detach())
-    return result
+def fake_quantize_matrix(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return quantized values times scales, (N, K), in the dtype of the weight."""
+    values, scales = quantize_matrix(weight, kind)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (values.to(wide) * scales[:, None].to(wide)).to(weight.dtype)
 
 
-fake_quantized = WeightCache(_make)
-
-
-def fake_quantize(spec_json: str, weights: list[torch.Tensor], kind: str) -> list[torch.Tensor]:
-    """Return the weights with the quantized ones replaced by values times scales, in their own dtype."""
-    return weights if kind == "none" else fake_quantized(spec_json, weights, kind)
-
-
-def with_fake_quantized_weights(run: Callable) -> Callable:
-    """Give the `block_inverse` of a backend without one-byte kernels its `quantize` argument."""
-
-    @functools.wraps(run)
-    def inverse(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize="none"):
-        weights = fake_quantize(spec_json, weights, quantize)
-        return run(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature)
-
-    return inverse
+def fake_quantize(spec: BlockSpec, weights: list[torch.Tensor], kind: str) -> list[torch.Tensor]:
+    """Return the weights of a block, of which the quantized ones are replaced by values times scales."""
+    if kind == "none":
+        return weights
+    named = zip(spec.weight_shapes.items(), weights)
+    return [fake_quantize_matrix(w, kind) if is_quantized(name, shape) else w for (name, shape), w in named]

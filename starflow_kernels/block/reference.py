@@ -9,7 +9,7 @@ from ..affine_flow_inverse.reference import affine_flow_inverse
 from ..spec import BlockSpec
 from .network import CachedNetwork, compose, hidden_states, raw_params
 from .progress import report
-from .quantize import with_fake_quantized_weights
+from .quantize import fake_quantize
 
 
 def block_forward(x, weights, cond, prefix, cos, sin, spec_json: str, logdet: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +25,6 @@ def block_params(x, weights, cond, prefix, cos, sin, spec_json: str) -> torch.Te
     return by_token(params, not spec.start, spec.flip)
 
 
-@with_fake_quantized_weights
 def block_inverse(
     z: torch.Tensor,
     weights: list[torch.Tensor],
@@ -37,8 +36,10 @@ def block_inverse(
     spec_json: str,
     rule: str,
     temperature: float,
+    quantize: str = "none",
 ) -> torch.Tensor:
     """Map noise to data, token by token."""
+    weights = fake_quantize(BlockSpec.from_json(spec_json), weights, quantize)
     network = CachedNetwork(z, weights, cond, prefix, cos, sin, guidance, spec_json, temperature)
     spec, (B, T, _) = network.spec, z.shape
     x = z.flip(1) if spec.flip else z.clone()

@@ -86,11 +86,11 @@ def fields(spec, dtype=torch.float32):
     return tuple(spec_fields(spec, dtype))
 
 
-def run(z, w, spec, context, guidance=None, rule="tarflow", temperature=1.0):
+def run(z, w, spec, context, guidance=None, rule="tarflow", temperature=1.0, quantize="none"):
     """Run the kernel on the CPU."""
     given = [context.get(name) for name in ("cond", "prefix", "cos", "sin")]
     assert cuda.refuse_block(z, list(w.values()), None, guidance, spec.to_json(), cuda.device_sizes(z.device)) is None
-    return cuda.block_inverse(z, list(w.values()), *given, guidance, spec.to_json(), rule, temperature)
+    return cuda.block_inverse(z, list(w.values()), *given, guidance, spec.to_json(), rule, temperature, quantize)
 
 
 def assert_contract(x, z, w, spec, context, **options):
@@ -221,6 +221,18 @@ def test_strided_inputs(emulated):
     x = run(z, w, spec, context)
     w, context = ({n: strided(t) for n, t in given.items()} for given in (w, context))
     assert torch.equal(run(strided(z), w, spec, context), x)
+
+
+@dtypes
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_a_changed_weight_gives_the_new_result(dtype, quantize, emulated):
+    spec = SPECS["everything"]
+    z, w, context = tame_block(spec, 2, 5, dtype=dtype)
+    before = run(z, w, spec, context, quantize=quantize)
+    w["layers.0.up.weight"].data[3] *= 2
+    found = run(z, w, spec, context, quantize=quantize)
+    copies = {name: weight.clone() for name, weight in w.items()}
+    assert torch.equal(found, run(z, copies, spec, context, quantize=quantize)) and not torch.equal(found, before)
 
 
 def test_an_empty_batch(emulated):

@@ -20,10 +20,9 @@ from ..._triton.rotary import half_tile
 from ..._triton.runtime import refuse_tensors
 from ...spec import BlockSpec
 from ..cache_budget import cache_bytes
-from ..packing import WeightCache
-from ..quantize import is_quantized, quantize_matrix
 from . import head_kernels, step_kernels
 from .sessions import Sessions, Shape, bucket, loaded, sample
+from .weights import Model, models
 
 # Bytes per weight -> widest token. For wider tokens, the head kernel spills registers on some chip.
 WIDEST_TOKEN = {2: 256, 4: 128}
@@ -83,51 +82,6 @@ def tile(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-class Model:
-    """Weights of a block as the kernels read them.
-
-    The values of a rotary pair lie half a head apart, and the position table is in the block's own order. The scales of
-    a one-byte weight are under "<name>.scale".
-
-    Args:
-        spec: sizes and options of the block.
-        weights: tensors in the order of spec.weight_shapes.
-        quantize: storage of the weights, "none", "int8" or "fp8".
-    """
-
-    def __init__(self, spec: BlockSpec, weights: list[torch.Tensor], quantize: str = "none"):
-        self.spec, self.dtype, self.quantize = spec, weights[0].dtype, quantize
-        self.w = {name: w.detach().contiguous() for name, w in zip(spec.weight_shapes, weights)}
-        order = torch.arange(spec.head_dim, dtype=torch.int64, device=weights[0].device)
-        if spec.rotary == "interleaved":
-            order = order.view(-1, 2).T.flatten()
-        rotated = spec.heads + spec.kv_heads
-        rows = torch.arange((rotated + spec.kv_heads) * spec.head_dim, dtype=torch.int64, device=order.device)
-        rows = rows.view(-1, spec.head_dim)
-        rows = torch.cat([rows[:rotated, order], rows[rotated:]]).flatten()
-        for i in range(spec.layers):
-            layer = f"layers.{i}"
-            if spec.rotary == "interleaved":
-                for name in (f"{layer}.qkv.weight", f"{layer}.qkv.bias"):
-                    if name in self.w:
-                        self.w[name] = self.w[name][rows]
-            if spec.qk_norm:
-                norms = [self.w[f"{layer}.{name}_norm.weight"][order] for name in "qk"]
-                self.w[f"{layer}.head_norms"] = torch.stack(norms)
-        if spec.positions and spec.flip:
-            self.w["pos_embed"] = self.w["pos_embed"].flip(0)
-        for name, shape in spec.weight_shapes.items():
-            if quantize != "none" and is_quantized(name, shape):
-                values, scales = quantize_matrix(self.w[name], quantize)
-                if quantize == "fp8":
-                    # The kernels decode the bits to 1/256 of the values.
-                    values, scales = values.view(torch.uint8), scales * 256
-                self.w[name], self.w[f"{name}.scale"] = values, scales
-
-
-packed = WeightCache(Model)
-
-
 def _text_tokens(spec: BlockSpec, shape: Shape) -> int:
     """Return the number of text tokens per row and pass."""
     return max(1, min(shape.prefix, TEXT_ROWS // (shape.samples * shape.branches)))
@@ -168,7 +122,7 @@ class TritonSession:
     A session holds no weights. They belong to the model, and the sessions of a model end with it.
 
     Args:
-        model: gives spec, quantization and dtype.
+        model: gives the spec and how weights are stored.
         shape: sizes of the part of a batch that the session takes.
         device: device of all tensors.
         buffers: shape and dtype of each buffer, see `buffers`.
@@ -178,7 +132,7 @@ class TritonSession:
     buffers = staticmethod(buffers)
 
     def __init__(self, model: Model, shape: Shape, device: torch.device, buffers: Buffers, n: int = 1):
-        self.spec, self.quantize, self.shape, self.device = model.spec, model.quantize, shape, device
+        self.spec, self.one_byte, self.shape, self.device = model.spec, model.one_byte, shape, device
         self.rows, self.n = shape.samples * shape.branches, n
         for name, (size, dtype) in buffers.items():
             setattr(self, name, torch.zeros(size, dtype=dtype, device=device))
@@ -191,7 +145,7 @@ class TritonSession:
 
     def _tiles(self, kernel: str) -> dict[str, int]:
         sizes = self.hidden.element_size(), self.spec.token_dim, self.spec.head_dim
-        return {"BLOCK_M": BLOCK_M, **config(kernel, *sizes, self.quantize != "none"), **self.pdl}
+        return {"BLOCK_M": BLOCK_M, **config(kernel, *sizes, self.one_byte), **self.pdl}
 
     def _pair(self, w: dict, name: str) -> tuple:
         """Return the weight and bias under a name, None for one that does not exist."""
@@ -334,16 +288,16 @@ class TritonSession:
 
 
 class Running:
-    """Session together with the weights of its model, for one call.
+    """Session together with weights, for one call.
 
     Args:
         session: holds the buffers.
-        model: holds the weights.
+        w: weights by name, see `Model.read`.
     """
 
-    def __init__(self, session: TritonSession, model: Model):
-        self.session, self.w = session, model.w
-        self.step = functools.partial(session.launch, model.w)
+    def __init__(self, session: TritonSession, w: dict[str, torch.Tensor]):
+        self.session, self.w = session, w
+        self.step = functools.partial(session.launch, w)
 
     def load(self, z: torch.Tensor, context: tuple, temperature: float) -> None:
         """Copy a part of a batch into the session and start its first token; capture the graph if there is none."""
@@ -383,12 +337,13 @@ def _budget(device: torch.device) -> int:
 
 
 def loaded_sessions(
-    model: Model, z, context: tuple, rule: str, temperature: float, kind: type, n: int = 1, options: tuple = ()
+    model: Model, weights, z, context: tuple, rule: str, temperature, kind: type, n: int = 1, options: tuple = ()
 ) -> Iterator[tuple[slice, Running]]:
     """Load the parts of a batch into their sessions, one after the other; yield the rows and session of each.
 
     Args:
-        model: packed weights.
+        model: model of the weights.
+        weights: tensors in the order of spec.weight_shapes.
         z: (B, T, D), noise.
         context: cond, prefix, cos, sin and guidance.
         rule: rule of guidance, "tarflow" or "starflow".
@@ -399,7 +354,7 @@ def loaded_sessions(
     """
     spec, (cond, prefix, *_, guidance), (B, T, _) = model.spec, context, z.shape
     shape = Shape(B, T, 0 if prefix is None else prefix.shape[1], 1 if guidance is None else 2, cond is not None, rule)
-    budget = _budget(z.device)
+    budget, w = _budget(z.device), model.read(weights)
 
     def needed(part: Shape) -> Buffers:
         return kind.buffers(spec, model.dtype, part, n, *options)
@@ -410,7 +365,7 @@ def loaded_sessions(
         def opened():
             return kind(model, part, z.device, layout, n, *options)
 
-        return Running(kept_sessions.get(model, key, size_of(layout), budget, opened), model)
+        return Running(kept_sessions.get(model, key, size_of(layout), budget, opened), w)
 
     def size(part: Shape) -> int:
         return size_of(needed(part._replace(samples=bucket(part.samples))))
@@ -422,12 +377,12 @@ def block_inverse(
     z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature, quantize="none"
 ):
     """Map noise to data token by token over the cache; a batch that is too large for the memory budget is split."""
-    model = packed(spec_json, weights, quantize)
+    model = models(spec_json, weights, quantize, quantize != "none")
     spec, T = model.spec, z.shape[1]
     if not len(z):
         return z.clone()
     with exclusive(z.device):
-        parts = loaded_sessions(model, z, (cond, prefix, cos, sin, guidance), rule, temperature, TritonSession)
+        parts = loaded_sessions(model, weights, z, (cond, prefix, cos, sin, guidance), rule, temperature, TritonSession)
         x = sample(z, T if spec.start else T - 1, functools.partial(wait, z.device), parts)
     return x.flip(1) if spec.flip else x
 

@@ -14,6 +14,7 @@ from ...spec import BlockSpec
 from ..progress import report
 from . import sequential, sweep_kernels
 from .sessions import Shape, replay_until_done
+from .weights import models
 
 # Sweeps per CUDA graph. Sweeps after the last token has converged return at once.
 SWEEPS = 4
@@ -178,10 +179,12 @@ def refuse(z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, spec
 
 
 def block_jacobi(
-    z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, spec_json, rule, temperature, window, slide, tol
+    z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, spec_json, rule, temperature, window, slide, tol,
+    quantize="none",
 ):  # fmt: skip
     """Map noise to data by sweeps over windows; return it with the counters of jacobi.py. Large batches are split."""
-    (B, T, _), model = z.shape, sequential.packed(spec_json, weights)
+    # No kernel of a sweep reads one-byte weights.
+    (B, T, _), model = z.shape, models(spec_json, weights, quantize, False)
     spec, x, residual = model.spec, guess.clone(), z.new_zeros(B)
     sweeps, counts = z.new_zeros(B, T, dtype=torch.int32), z.new_zeros(B, 3, dtype=torch.int64)
     if not B:
@@ -192,7 +195,7 @@ def block_jacobi(
     with sequential.exclusive(z.device):
         context = cond, prefix, cos, sin, guidance
         for rows, running in sequential.loaded_sessions(
-            model, z, context, rule, temperature, JacobiSession, n, options
+            model, weights, z, context, rule, temperature, JacobiSession, n, options
         ):
             session, count = running.session, rows.stop - rows.start
             session.guess(guess[rows], tol)
