@@ -16,6 +16,7 @@ constexpr int64_t CHUNK = 512;
 AffineCall affine_call(const Tensor& x, const Tensor& params, int64_t scale, double clip, bool shift, bool flip,
                        int64_t logdet) {
     AffineCall call{};
+    check_dims(x, 3), check_token_dim(x.size(2));
     call.B = x.size(0), call.T = x.size(1), call.D = int(x.size(2));
     call.chunk = std::max<int64_t>(1, CHUNK / call.D);
     call.affine = {Scale(scale), float(clip)};

@@ -12,10 +12,12 @@ constexpr int64_t SERIAL = 1 << 14;
 void affine_flow_inverse(Tensor z, Tensor params, Optional guidance, int64_t scale, double clip, int64_t rule,
                          Tensor out) {
     InverseCall call{};
+    check_dims(z, 3), check_token_dim(z.size(2));
     call.B = z.size(0), call.n = z.size(1), call.D = int(z.size(2));
     call.affine = {Scale(scale), float(clip)}, call.rule = Rule(rule);
     call.format = format(z), call.params_format = format(params);
-    check_strided(z, z.scalar_type()), check_strided(out, z.scalar_type());
+    check_strided(z, z.scalar_type(), {call.B, call.n, call.D});
+    check_strided(out, z.scalar_type(), {call.B, call.n, call.D});
     int64_t width = call.affine.scale == Scale::unit ? call.D : 2 * call.D, copies = guidance ? 2 : 1;
     call.params = values(params, params.scalar_type(), copies * call.B * call.n * width);
     call.guidance = data(guidance, call.B * call.n);

@@ -11,22 +11,34 @@ namespace {
 // Below about this many operations, threads cost more than they save.
 constexpr int64_t SERIAL = 1 << 17;
 
-Heads heads(const Tensor& x) {
-    check_strided(x, ScalarType::Float);
+// Returns the heads of a tensor (B, T, H, d).
+Heads heads(const Tensor& x, int64_t B, int64_t T, int64_t H, int64_t d) {
+    check_strided(x, ScalarType::Float, {B, T, H, d});
     return {static_cast<float*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// Fills a call from the tensors. `keys` is the largest number of keys that a query sees.
+// Return the heads of a tensor with the shape of the queries, or of the new keys.
+Heads queries(const AttentionCall& call, const Tensor& x) { return heads(x, call.B, call.T, call.H, call.d); }
+Heads keys_of(const AttentionCall& call, const Tensor& x) { return heads(x, call.B, call.T, call.H_kv, call.d); }
+
+// Fills a call from the tensors. over: tensor with a slot per key that a query may see; cos and sin
+// have as many rows.
 AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos,
-                             const Optional& sin, int64_t rotary, int64_t window, double temperature, int64_t keys) {
+                             const Optional& sin, int64_t rotary, int64_t window, double temperature,
+                             const Tensor& over) {
     AttentionCall call{};
+    check_dims(q, 4), check_dims(k, 4), check_dims(over, 4);
+    int64_t keys = over.size(1);
     call.B = q.size(0), call.T = q.size(1), call.H = int(q.size(2)), call.d = int(q.size(3));
     call.H_kv = int(k.size(2));
     call.window = window < keys ? window : 0;
+    check_positive({call.T, call.H, call.H_kv, call.d});
+    STD_TORCH_CHECK(call.H % call.H_kv == 0, "native kernels: key heads do not divide the heads");
     call.rotary = Rotary(rotary);
+    STD_TORCH_CHECK(call.rotary == Rotary::none || (cos && sin), "native kernels: cos or sin is missing");
     call.scale = float(1 / (std::sqrt(double(call.d)) * temperature));
-    call.cos = data(cos), call.sin = data(sin);
-    call.q = heads(q), call.k = heads(k), call.v = heads(v);
+    call.cos = data(cos, keys * (call.d / 2)), call.sin = data(sin, keys * (call.d / 2));
+    call.q = queries(call, q), call.k = keys_of(call, k), call.v = keys_of(call, v);
     return call;
 }
 
@@ -42,8 +54,10 @@ void run_heads(const AttentionCall& call, int64_t keys, int64_t floats, Kernel k
 
 void cached_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths, Optional cos,
                       Optional sin, int64_t rotary, int64_t window, double temperature, Tensor out) {
-    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, k_cache.size(1));
-    call.out = heads(out), call.k_cache = heads(k_cache), call.v_cache = heads(v_cache), call.S = k_cache.size(1);
+    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, k_cache);
+    call.S = k_cache.size(1), call.out = queries(call, out);
+    call.k_cache = heads(k_cache, call.B, call.S, call.H_kv, call.d);
+    call.v_cache = heads(v_cache, call.B, call.S, call.H_kv, call.d);
     call.lengths = static_cast<const int32_t*>(values(lengths, ScalarType::Int, call.B));
     for (int64_t row = 0; row < call.B; ++row)
         STD_TORCH_CHECK(call.lengths[row] >= 0 && call.lengths[row] + call.T <= call.S, "lengths do not fit the cache");
@@ -52,18 +66,18 @@ void cached_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cac
 
 void causal_attention(Tensor q, Tensor k, Tensor v, Optional cos, Optional sin, int64_t rotary, int64_t window,
                       double temperature, Tensor out, Tensor lse) {
-    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q.size(1));
-    call.out = heads(out), call.lse = data(lse, call.B * call.H * call.T);
+    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q);
+    call.out = queries(call, out), call.lse = data(lse, call.B * call.H * call.T);
     run_heads(call, call.T, causal_floats(call, false), kernels().causal_attention);
 }
 
 void causal_attention_backward(Optional grad_out, Optional grad_lse, Tensor lse, Tensor q, Tensor k, Tensor v,
                                Optional cos, Optional sin, int64_t rotary, int64_t window, double temperature,
                                Tensor grad_q, Tensor grad_k, Tensor grad_v) {
-    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q.size(1));
+    auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, q);
     call.lse = data(lse, call.B * call.H * call.T), call.grad_lse = data(grad_lse, call.B * call.H * call.T);
-    if (grad_out) call.grad_out = heads(*grad_out);
-    call.grad_q = heads(grad_q), call.grad_k = heads(grad_k), call.grad_v = heads(grad_v);
+    if (grad_out) call.grad_out = queries(call, *grad_out);
+    call.grad_q = queries(call, grad_q), call.grad_k = keys_of(call, grad_k), call.grad_v = keys_of(call, grad_v);
     run_heads(call, call.T, causal_floats(call, true), kernels().causal_attention_backward);
 }
 

@@ -1,33 +1,19 @@
 // Helpers shared by the torch ops of this folder. These ops are private; the Python package has the public ones.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+#include <initializer_list>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "tensors.h"
 
 namespace starflow {
-
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-using torch::headeronly::ScalarType;
-
-// Number of values that is not checked.
-constexpr int64_t ANY = -1;
 
 // Returns the values of a contiguous CPU tensor, after a check of its dtype and number of values.
 inline void* values(const Tensor& tensor, ScalarType type, int64_t count) {
     STD_TORCH_CHECK(tensor.is_cpu(), "native kernels: a tensor is not on the CPU");
-    STD_TORCH_CHECK(tensor.scalar_type() == type, "native kernels: a tensor is of the wrong dtype");
-    STD_TORCH_CHECK(tensor.is_contiguous(), "native kernels: a tensor is not contiguous");
-    STD_TORCH_CHECK(count == ANY || tensor.numel() == count, "native kernels: a tensor is of the wrong size");
-    return tensor.data_ptr();
+    return contiguous_values(tensor, type, count);
 }
 
 inline float* data(const Tensor& tensor, int64_t count = ANY) {
@@ -36,11 +22,21 @@ inline float* data(const Tensor& tensor, int64_t count = ANY) {
 inline float* data(const Optional& tensor, int64_t count = ANY) { return tensor ? data(*tensor, count) : nullptr; }
 
 // Checks a tensor that is read by its strides: the values of its last dimension must be adjacent.
-inline void check_strided(const Tensor& tensor, ScalarType type) {
+inline void check_strided(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> shape) {
+    STD_TORCH_CHECK(tensor.sizes().equals(shape), "native kernels: a tensor is of the wrong shape");
     int64_t last = tensor.dim() - 1;
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type &&
                         (tensor.stride(last) == 1 || tensor.size(last) == 1 || tensor.numel() == 0),
                     "native kernels: a tensor is of the wrong device, dtype or layout");
+}
+
+// Checks sizes that a kernel divides by.
+inline void check_positive(std::initializer_list<int64_t> sizes) {
+    for (int64_t size : sizes) STD_TORCH_CHECK(size > 0, "native kernels: a tensor is empty");
+}
+
+inline void check_token_dim(int64_t D) {
+    STD_TORCH_CHECK(D > 0 && D <= MAX_TOKEN_DIM, "native kernels: a token has too few or too many values");
 }
 
 inline Format format(const Tensor& tensor) {

@@ -22,6 +22,8 @@ std::vector<int64_t> block_sizes(std::vector<int64_t> spec, int64_t passed, int6
 BlockCall call_of(const Model& model, const Tensor& tokens, const Optional& cond, const Optional& prefix,
                   const Optional& cos, const Optional& sin, const Optional& guidance, int64_t rule, double temperature,
                   const Tensor& cache) {
+    check_dims(tokens, 3);
+    if (prefix) check_dims(*prefix, 3);
     BlockCall call{};
     call.block = &model.block;
     call.B = tokens.size(0);
@@ -29,6 +31,9 @@ BlockCall call_of(const Model& model, const Tensor& tokens, const Optional& cond
     call.L = prefix ? prefix->size(1) : 0;
     call.copies = guidance ? 2 : 1;
     const Spec& spec = model.block.spec;
+    STD_TORCH_CHECK(!prefix || spec.text_dim, "native kernels: the block takes no prefix");
+    STD_TORCH_CHECK(spec.rotary == Rotary::none || (cos && sin), "native kernels: cos or sin is missing");
+    STD_TORCH_CHECK(!spec.positions || call.T <= spec.positions, "native kernels: more tokens than positions");
     int64_t rows = call.copies * call.B, angles = (call.L + call.T) * (spec.head_dim / 2);
     call.cond = data(cond, rows * spec.channels);
     call.prefix = data(prefix, rows * call.L * spec.text_dim);
@@ -41,21 +46,38 @@ BlockCall call_of(const Model& model, const Tensor& tokens, const Optional& cond
     return call;
 }
 
+void check_plan(bool fits) { STD_TORCH_CHECK(fits, "native kernels: the plan does not fit the call"); }
+
+// Runs a call on up to `threads` threads. passed: tokens per pass, over all rows of a team.
+void run(const BlockCall& call, int64_t passed, const Tensor& cache, const Tensor& workspace, int64_t threads) {
+    const Spec& spec = call.block->spec;
+    check_plan(threads > 0 && passed > 0);
+    int64_t slots = call.L + call.T, floats = workspace.numel() / threads;
+    int64_t rows = call.params ? threads * call.group : call.copies * call.B;
+    STD_TORCH_CHECK(
+        cache.numel() >= rows * cache_floats(spec, slots) && floats >= workspace_floats(spec, passed, slots),
+        "native kernels: the cache or the workspace is too small");
+    if (call.B && call.T) run_groups(parallel_for, int(threads), call, data(workspace), floats);
+}
+
 // Runs the density direction on the data `tokens` if params is given, else sampling, where `tokens` is the state.
 void block_run(Tensor tokens, Optional params, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
                double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance, int64_t rule,
                double temperature, Tensor cache, Tensor workspace, std::vector<int64_t> plan) {
-    Model model(read_spec(spec, clip), data(packed), offsets);
+    Model model(read_spec(spec, clip), data(packed), packed.numel(), offsets);
     BlockCall call = call_of(model, tokens, cond, prefix, cos, sin, guidance, rule, temperature, cache);
     call.params = data(params, call.B * call.T * model.block.spec.params_dim());
     (params ? const_cast<float*&>(call.input) : call.state) =
         data(tokens, call.B * call.T * model.block.spec.token_dim);
-    call.first = plan.at(0);
-    call.last = plan.at(1);
-    call.group = plan.at(2);
-    call.chunk = plan.at(3);
-    int64_t threads = plan.at(4), floats = workspace.numel() / threads;
-    run_groups(parallel_for, int(threads), call, data(workspace), floats);
+    check_plan(plan.size() == 5);
+    call.first = plan[0];
+    call.last = plan[1];
+    call.group = plan[2];
+    call.chunk = plan[3];
+    int64_t slots = params || model.block.spec.start ? call.T : call.T - 1;
+    check_plan(!(params && guidance) && call.first >= -call.L && call.last <= slots && call.group > 0 &&
+               call.chunk > 0);
+    run(call, call.group * call.copies * call.chunk, cache, workspace, plan[4]);
 }
 
 static_assert(sizeof(Place) == 7 * sizeof(int64_t), "a row of the tensor `places`");
@@ -74,7 +96,7 @@ void block_jacobi(Tensor tokens, Tensor noise, Tensor packed, std::vector<int64_
                   int64_t rule, double temperature, std::vector<int64_t> neighbours, double tol, Tensor places,
                   Tensor sweeps, Tensor residual, Tensor memory, Tensor cache, Tensor workspace,
                   std::vector<int64_t> plan) {
-    Model model(read_spec(spec, clip), data(packed), offsets);
+    Model model(read_spec(spec, clip), data(packed), packed.numel(), offsets);
     BlockCall call = call_of(model, tokens, cond, prefix, cos, sin, guidance, rule, temperature, cache);
     Jacobi solver{};
     solver.noise = data(noise, tokens.numel());
@@ -85,14 +107,21 @@ void block_jacobi(Tensor tokens, Tensor noise, Tensor packed, std::vector<int64_
     solver.places = static_cast<Place*>(values(places, ScalarType::Long, call.B * sizeof(Place) / sizeof(int64_t)));
     solver.sweeps = static_cast<int32_t*>(values(sweeps, ScalarType::Int, call.B * call.T));
     solver.residual = data(residual, call.B);
-    solver.window = plan.at(0);
-    solver.slide = plan.at(1);
-    solver.passes = plan.at(2);
+    check_plan(plan.size() == 4);
+    solver.window = plan[0];
+    solver.slide = plan[1];
+    solver.passes = plan[2];
     call.jacobi = &solver;
     call.state = data(tokens, call.B * call.T * model.block.spec.token_dim);
     call.group = 1;
-    int64_t threads = plan.at(3), floats = workspace.numel() / threads;
-    run_groups(parallel_for, int(threads), call, data(workspace), floats);
+    for (int64_t distance : neighbours) check_plan(distance > 0);
+    for (int64_t row = 0; row < call.B; ++row) {
+        const Place& place = solver.places[row];
+        STD_TORCH_CHECK(place.done >= !model.block.spec.start && place.done <= call.T && place.last_first >= 0 &&
+                            place.last_end <= call.T,
+                        "native kernels: the progress of a sequence is out of range");
+    }
+    run(call, call.copies * solver.window, cache, workspace, plan[3]);
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ struct Head {
     Head(const Tensor& x, const Tensor& h, const Tensor& given, const Optional& given_bias, const Optional& norm,
          int64_t scale, double clip, bool shift, bool flip, int64_t logdet, bool gradient) {
         AffineCall& affine = call.affine;
+        check_dims(x, 3), check_dims(h, 3), check_token_dim(x.size(2)), check_positive({h.size(2)});
         affine.B = x.size(0), affine.T = x.size(1), affine.D = int(x.size(2));
         affine.affine = {Scale(scale), float(clip)};
         affine.shift = shift, affine.flip = flip, affine.logdet = Logdet(logdet);

@@ -28,12 +28,16 @@ void multiply(const float* x, const float* weight, bool across, const float* bia
 }
 
 void linear(Tensor x, Tensor weight, Optional bias, Tensor y) {
+    check_dims(x, 2), check_dims(weight, 2);
     int64_t M = x.size(0), N = weight.size(0), K = x.size(1);
+    check_positive({N, K});
     multiply(data(x), data(weight, N * K), false, data(bias, N), M, N, K, data(y, M * N));
 }
 
 void linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor grad_x, Tensor grad_weight) {
+    check_dims(x, 2), check_dims(weight, 2);
     int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+    check_positive({M, N, K});
     float *from = data(grad, M * N), *to = data(grad_weight, N * K);
     multiply(from, data(weight), true, nullptr, M, K, N, data(grad_x, M * K));
     LinearCall call{M, N, K, data(x, M * K), nullptr, false, nullptr, nullptr, from, to};

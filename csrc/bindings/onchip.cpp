@@ -1,22 +1,13 @@
 // Ops of the on-chip inverse. They take CUDA tensors, unless STARFLOW_LIBRARY and STARFLOW_DEVICES say otherwise.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <stdexcept>
 #include <vector>
 
 #include "../cuda/launch.h"
 #include "../read_spec.h"
+#include "tensors.h"
 
 namespace starflow::cuda {
 
 namespace {
-
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-const float* data(const Optional& tensor) { return tensor ? static_cast<const float*>(tensor->data_ptr()) : nullptr; }
 
 // Returns: thread blocks per cluster; samples per cluster, 0 where none fits; 1 if the KV cache is on chip, else 0.
 // Then, per thread block: bytes of weights; values of KV cache per sample; bytes of shared memory with one sample.
@@ -33,25 +24,40 @@ std::vector<int64_t> onchip_plan(std::vector<int64_t> fields, int64_t T, int64_t
 void onchip_inverse(Tensor state, Tensor weights, std::vector<int64_t> fields, double clip, Optional cache,
                     Optional positions, Optional cond, Optional cos, Optional sin, Optional guidance, int64_t rule,
                     double temperature, std::vector<int64_t> plan) {
+    check_dims(state, 3);
     OnchipCall call{};
     call.spec = read_spec(fields, clip);
-    call.B = state.size(0);
-    call.T = state.size(1);
-    call.plan = make_plan(call.spec, call.T, guidance ? 2 : 1, int(plan.at(1)), !cache, int(plan.at(0)));
-    if (weights.numel() * int64_t(weights.element_size()) != int64_t(call.plan.cluster) * call.plan.weight_bytes)
-        throw std::invalid_argument("packed weights: not of the size that the block spec gives");
-    call.state = static_cast<float*>(state.data_ptr());
-    call.weights = weights.data_ptr();
-    if (cache) call.cache = cache->data_ptr();
-    call.positions = data(positions);
-    call.cond = data(cond);
-    call.cos = data(cos);
-    call.sin = data(sin);
-    call.guidance = data(guidance);
+    const Spec& spec = call.spec;
+    int64_t B = call.B = state.size(0), T = call.T = state.size(1), copies = guidance ? 2 : 1;
+    bool fits = plan.size() == 4 && plan[0] > 0 && plan[0] <= MOST_CLUSTER && !(plan[0] & (plan[0] - 1)) &&
+                plan[1] > 0 && plan[1] * copies <= MOST_ROWS && plan[2] > 0 && plan[2] % plan[0] == 0;
+    STD_TORCH_CHECK(fits && B > 0 && T > 0, "compiled kernels: the plan does not fit the call");
+    call.plan = make_plan(spec, T, int(copies), int(plan[1]), !cache, int(plan[0]));
+    auto values = [&](const Tensor& tensor, ScalarType type, int64_t count) {
+        STD_TORCH_CHECK(tensor.device() == state.device(), "compiled kernels: tensors are on different devices");
+        return contiguous_values(tensor, type, count);
+    };
+    auto data = [&](const Optional& tensor, int64_t count) {
+        return tensor ? static_cast<float*>(values(*tensor, ScalarType::Float, count)) : nullptr;
+    };
+    call.state = data(state, B * T * spec.token_dim);
+    call.weights = data(weights, plan[0] * call.plan.weight_bytes / int64_t(sizeof(float)));
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(call.weights) % 16 == 0, "compiled kernels: weights are not aligned");
+    if (cache)
+        call.cache = values(*cache, spec.bf16 ? ScalarType::BFloat16 : ScalarType::Float,
+                            plan[2] * plan[1] * copies * call.plan.cache_row);
+    STD_TORCH_CHECK(spec.rotary == Rotary::none || (cos && sin), "compiled kernels: cos or sin is missing");
+    STD_TORCH_CHECK(spec.positions ? positions && T <= spec.positions : !positions,
+                    "compiled kernels: positions do not fit the block");
+    call.positions = data(positions, int64_t(spec.positions) * spec.channels);
+    call.cond = data(cond, copies * B * spec.channels);
+    call.cos = data(cos, T * (spec.head_dim / 2));
+    call.sin = data(sin, T * (spec.head_dim / 2));
+    call.guidance = data(guidance, B * T);
     call.rule = Rule(rule);
     call.temperature = float(temperature);
-    call.blocks = int(plan.at(2));
-    launch_onchip(call, plan.at(3));
+    call.blocks = int(plan[2]);
+    launch_onchip(call, plan[3]);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 namespace starflow::STARFLOW_ISA {
 
-constexpr int64_t MOST = 8192;  // values of a chunk: D <= MOST, see affine_flow/native.py
+constexpr int64_t MOST = MAX_TOKEN_DIM;  // values of a chunk
 
 struct Scratch {
     alignas(64) float a[MOST + ROOM], b[MOST + ROOM], sigma[MOST + ROOM], x[MOST + ROOM], z[MOST + ROOM],

@@ -6,7 +6,7 @@ namespace starflow::STARFLOW_ISA {
 
 namespace {
 
-constexpr int64_t MOST = 8192 + LANES;  // D <= 8192, see affine_flow/native.py
+constexpr int64_t MOST = MAX_TOKEN_DIM + LANES;
 
 }  // namespace
 

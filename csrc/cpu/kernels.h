@@ -83,6 +83,9 @@ struct BlockCall {
     int64_t chunk;        // slots per pass where the inputs are known: in the density direction and for the prefix
 };
 
+// Largest number of values per token that the affine kernels take, see affine_flow/native.py.
+constexpr int64_t MAX_TOKEN_DIM = 8192;
+
 enum class Logdet { sum, mean, none };
 enum class Format { float32, bfloat16, float16 };
 

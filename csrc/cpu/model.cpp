@@ -6,43 +6,47 @@
 
 namespace starflow {
 
-Model::Model(const Spec& spec, const float* packed, const std::vector<int64_t>& offsets) : layers_(spec.layers) {
+Model::Model(const Spec& spec, const float* packed, int64_t floats, const std::vector<int64_t>& offsets)
+    : layers_(spec.layers) {
     auto offset = offsets.begin();
-    auto next = [&]() -> const float* {
+    auto next = [&](int64_t width, int64_t rows = 1) {
         if (offset == offsets.end()) throw std::invalid_argument("packed weights: too few for the block spec");
-        return packed + *offset++;
+        int64_t begin = *offset++;
+        if (begin < 0 || begin + rows * padded(width) > floats)
+            throw std::invalid_argument("packed weights: too small for the block spec");
+        return packed + begin;
     };
     auto linear = [&](int out, int in) {
-        const float* weight = next();
-        return Linear{weight, next(), in, out};
-    };
-    auto norm = [&] {
-        NormWeights weights{};
-        if (spec.norm != Norm::none) weights.weight = next();
-        if (spec.norm == Norm::layer_norm) weights.bias = next();
-        return weights;
+        const float* weight = next(out, spec.bf16 ? (in + 1) / 2 : in);
+        return Linear{weight, next(out), in, out};
     };
     int C = spec.channels;
+    auto norm = [&] {
+        NormWeights weights{};
+        if (spec.norm != Norm::none) weights.weight = next(C);
+        if (spec.norm == Norm::layer_norm) weights.bias = next(C);
+        return weights;
+    };
     block = {};
     block.spec = spec;
     block.proj_in = linear(C, spec.token_dim);
-    if (spec.positions) block.positions = next();
-    if (spec.start) block.start = next();
+    if (spec.positions) block.positions = next(C, spec.positions);
+    if (spec.start) block.start = next(spec.token_dim);
     if (spec.text_dim) block.proj_text = linear(C, spec.text_dim);
     for (Layer& layer : layers_) {
         layer = {};
         layer.attn_norm = norm();
         layer.qkv = linear(spec.qkv_dim(), C);
-        if (spec.qk_norm) layer.q_norm = next(), layer.k_norm = next();
+        if (spec.qk_norm) layer.q_norm = next(spec.head_dim), layer.k_norm = next(spec.head_dim);
         layer.proj = linear(C, spec.heads * spec.head_dim);
-        if (spec.post_norm) layer.attn_post_norm = next();
+        if (spec.post_norm) layer.attn_post_norm = next(C);
         layer.mlp_norm = norm();
         if (spec.mlp == Mlp::swiglu) layer.gate = linear(spec.mlp_dim, C);
         layer.up = linear(spec.mlp_dim, C);
         layer.down = linear(C, spec.mlp_dim);
-        if (spec.post_norm) layer.mlp_post_norm = next();
+        if (spec.post_norm) layer.mlp_post_norm = next(C);
     }
-    if (spec.final_norm) block.final_norm = next();
+    if (spec.final_norm) block.final_norm = next(C);
     block.proj_out = linear(spec.params_dim(), C);
     block.layers = layers_.data();
     if (offset != offsets.end()) throw std::invalid_argument("packed weights: too many for the block spec");

@@ -8,10 +8,11 @@
 
 namespace starflow {
 
-// A block and the layers that it points to. offsets: place of each weight in `packed`, ordered as in block/packing.py.
+// A block and the layers that it points to. offsets: place of each weight among the `floats` floats of `packed`, ordered
+// as in block/packing.py.
 class Model {
 public:
-    Model(const Spec& spec, const float* packed, const std::vector<int64_t>& offsets);
+    Model(const Spec& spec, const float* packed, int64_t floats, const std::vector<int64_t>& offsets);
     Block block;
 
 private:

@@ -5,29 +5,131 @@ from __future__ import annotations
 import pytest
 import torch
 from support.backends import needs_native
+from support.bindings import Recorded, assert_checked
+from support.blocks import STARFLOW, tame_block
+from support.naive import angles
 
-from starflow_kernels._core import compiled
+import starflow_kernels as ops
+from starflow_kernels import BlockSpec, Solver
 
 pytestmark = needs_native
+LIBRARY = "starflow_native::"
+SPEC = BlockSpec(
+    token_dim=3, channels=24, layers=2, heads=4, head_dim=8, kv_heads=2, mlp_dim=40, text_dim=6, positions=8, **STARFLOW
+)
 
 
-def call(**changes) -> None:
-    """Call the native op of a linear layer (4, 3) -> (4, 5) with other tensors."""
-    compiled.native_unavailable()
-    tensors = {"x": torch.ones(4, 3), "weight": torch.ones(5, 3), "bias": torch.ones(5), "y": torch.zeros(4, 5)}
-    torch.ops.starflow_native.linear(*(tensors | changes).values())
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, requires_grad=True)
 
 
-@pytest.mark.parametrize("name, shape", [("x", (4, 3)), ("weight", (5, 3)), ("bias", (5,)), ("y", (4, 5))])
-def test_every_tensor_of_a_call_is_checked(name, shape):
-    call(**{name: torch.zeros(shape)})
-    for dtype in (torch.float64, torch.bfloat16, torch.int32):
-        with pytest.raises(RuntimeError, match="wrong dtype"):
-            call(**{name: torch.zeros(shape, dtype=dtype)})
-    with pytest.raises(RuntimeError, match="not contiguous"):
-        call(**{name: torch.zeros(*shape, 2)[..., 0]})
-    with pytest.raises(RuntimeError, match=r"meta|Meta"):
-        call(**{name: torch.zeros(shape, device="meta")})
-    if name != "x":
-        with pytest.raises(RuntimeError, match="wrong size"):
-            call(**{name: torch.zeros(shape[0] - 1, *shape[1:]) if name != "weight" else torch.zeros(5, 2)})
+def attend() -> None:
+    q, k, v = randn(2, 6, 4, 8), randn(2, 6, 2, 8), randn(2, 6, 2, 8)
+    options = {"rotary": "half", "backend": "native"}
+    out, lse = ops.causal_attention(q, k, v, **angles(6, 8, torch.float32), **options, return_lse=True)
+    (out.sum() + lse.sum()).backward()
+    caches = [torch.zeros(2, 10, 2, 8) for _ in range(2)]
+    lengths = torch.tensor([1, 3], dtype=torch.int32)
+    ops.cached_attention(q, k, v, *caches, lengths, **angles(10, 8, torch.float32), **options)
+
+
+def transform() -> None:
+    x, params, h = randn(2, 6, 4), randn(2, 6, 8), randn(2, 6, 10)
+    for logdet in ("none", "sum"):
+        z, logdets = ops.affine_flow(x, params, logdet=logdet, backend="native")
+        (z.sum() + logdets.sum()).backward()
+    z, logdets = ops.flow_head(x, h, randn(8, 10), randn(8), norm_weight=randn(10), backend="native")
+    (z.sum() + logdets.sum()).backward()
+    both, guidance = torch.randn(4, 6, 8), torch.ones(2, 6)
+    ops.affine_flow_inverse(x.detach(), both, guidance=guidance, backend="native")
+    ops.linear(randn(2, 6, 4), randn(5, 4), randn(5), backend="native").sum().backward()
+
+
+def run_block() -> None:
+    x, weights, context = tame_block(SPEC, 4, 8, 5, copies=2)
+    half = {name: t if name in ("cos", "sin") else t[:4] for name, t in context.items()}
+    ops.block_forward(x, weights, SPEC, **half, backend="native")
+
+
+def run_sampling() -> None:
+    x, weights, context = tame_block(SPEC, 4, 8, 5, copies=2)
+    ops.block_inverse(x, weights, SPEC, **context, guidance=0.5, backend="native")
+
+
+def run_jacobi() -> None:
+    x, weights, context = tame_block(SPEC, 4, 8, copies=2)
+    solver = Solver("jacobi", window=6, neighbours=(1, 2))
+    ops.block_inverse(x, weights, SPEC, **context, guidance=0.5, solver=solver, backend="native")
+
+
+def describe() -> None:
+    torch.ops.starflow_native.elementary(torch.ones(3), 0, torch.ones(3))
+
+
+RUNS = (attend, transform, run_block, run_sampling, run_jacobi, describe)
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> Recorded:
+    """Return the native ops, which keep their calls."""
+    ops = Recorded(torch.ops.starflow_native)
+    monkeypatch.setattr(torch.ops, "starflow_native", ops)
+    return ops
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+def test_every_argument_of_a_call_is_checked(run, recorded):
+    run()
+    assert recorded.calls
+    for op, args in recorded.calls.values():
+        assert_checked(op, args)
+
+
+def test_every_op_with_tensors_is_called_here(recorded):
+    for run in RUNS:
+        run()
+    schemas = {op: torch._C._get_schema(op, "") for op in torch._C._dispatch_get_all_op_names() if LIBRARY in op}
+    taking = {op.removeprefix(LIBRARY) for op, schema in schemas.items() if "Tensor" in str(schema)}
+    assert taking - recorded.calls.keys() == {"use_huge_pages"}
+
+
+@pytest.mark.parametrize(
+    "index, value",
+    [(0, 0), (1, 0), (2, 0), (3, 3), (4, 0), (5, 3), (6, 0), (7, 7), (8, -1), (16, 2), (17, 3), (18, 3), (19, 3)],
+)
+def test_a_spec_that_no_block_has_is_refused(index, value, recorded):
+    run_sampling()
+    op, args = recorded.calls["block_run"]
+    spec = list(args[4])
+    spec[index] = value
+    with pytest.raises((RuntimeError, ValueError)):
+        op(*args[:4], spec, *args[5:])
+
+
+@pytest.mark.parametrize("offset", [-1, 2**62])
+def test_an_offset_outside_of_the_weights_is_refused(offset, recorded):
+    run_sampling()
+    op, args = recorded.calls["block_run"]
+    for i in range(len(args[3])):
+        with pytest.raises((RuntimeError, ValueError), match="packed weights"):
+            op(*args[:3], [*args[3][:i], offset, *args[3][i + 1 :]], *args[4:])
+
+
+@pytest.mark.parametrize("index, value", [(0, -6), (1, 9), (2, 0), (2, 1000), (3, 0), (3, 1000), (4, 0), (4, 100)])
+def test_a_plan_that_exceeds_the_tensors_is_refused(index, value, recorded):
+    run_sampling()
+    op, args = recorded.calls["block_run"]
+    plan = list(args[-1])
+    plan[index] = value
+    with pytest.raises(RuntimeError, match=r"the plan does not fit|too small"):
+        op(*args[:-1], plan)
+
+
+@pytest.mark.parametrize("column, value", [(0, -1), (0, 9), (5, -1), (6, 9)])
+def test_progress_outside_of_the_sequence_is_refused(column, value, recorded):
+    run_jacobi()
+    op, args = recorded.calls["block_jacobi"]
+    places = [argument.name for argument in op._schema.arguments].index("places")
+    args[places][1, column] = value
+    with pytest.raises(RuntimeError, match="the progress of a sequence is out of range"):
+        op(*args)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.bindings import Recorded, assert_checked
 from support.blocks import tame_block
 from support.contract import assert_within_contract, strided
 
@@ -329,6 +330,31 @@ def test_what_it_does_not_take_is_refused_with_the_reason(emulated):
     assert "it takes no prefix" in reason(prefix=torch.zeros(2, 1, 3))
     mixed = [t.bfloat16() if i else t for i, t in enumerate(w.values())]
     assert "different dtypes" in cuda.refuse_block(z, mixed, None, None, spec.to_json(), HOPPER)
+
+
+@dtypes
+@pytest.mark.parametrize("on_chip", [False, True])
+def test_every_argument_of_a_call_is_checked(dtype, on_chip, emulated, monkeypatch):
+    ops = Recorded(torch.ops.starflow_emulated)
+    monkeypatch.setattr(cuda, "OPS", ops)
+    spec = dataclasses.replace(SPECS["starflow"], positions=6)
+    z, w, context = tame_block(spec, 4, 6, dtype=dtype, copies=2)
+    emulated(**cluster_of(2, 2, group=2, on_chip=on_chip))
+    run(z, w, spec, context, torch.rand(4, 6))
+    assert_checked(*ops.calls["onchip_inverse"])
+
+
+@pytest.mark.parametrize(
+    "cluster, group, blocks", [(0, 1, 1), (3, 1, 3), (16, 1, 16), (1, 0, 1), (1, 65, 1), (2, 1, 1)]
+)
+def test_a_plan_that_no_device_takes_is_refused(cluster, group, blocks, emulated, monkeypatch):
+    ops = Recorded(torch.ops.starflow_emulated)
+    monkeypatch.setattr(cuda, "OPS", ops)
+    z, w, context = tame_block(SPECS["tarflow"], 2, 4)
+    run(z, w, SPECS["tarflow"], context)
+    op, args = ops.calls["onchip_inverse"]
+    with pytest.raises(RuntimeError, match="the plan does not fit the call"):
+        op(*args[:-1], [cluster, group, blocks, 0])
 
 
 def test_tokens_on_the_cpu_are_refused():
