@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ import yaml
 from .errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
+# Types of settings, as messages call them.
+TYPES = {bool: "true or false", int: "an integer", float: "a number", str: "text (a number in quotes)"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,7 +41,7 @@ def presets(kind: str = "") -> list[str]:
 def read_settings(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file. Raises ConfigError."""
     try:
-        settings = yaml.load(Path(path).read_text(), _Loader)
+        settings = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
@@ -58,7 +63,9 @@ def override(settings: dict[str, Any], assignments: list[str]) -> None:
         path, equals, value = assignment.partition("=")
         section, dot, name = path.partition(".")
         if not equals or not dot or not name or not isinstance(settings.get(section), dict):
-            raise ConfigError(f"override {assignment!r}: expected SECTION.NAME=VALUE, SECTION of {', '.join(settings)}")
+            raise ConfigError(
+                f"override {assignment!r}: expected SECTION.NAME=VALUE, SECTION of {', '.join(map(str, settings))}"
+            )
         try:
             settings[section][name] = yaml.load(value, _Loader)
         except yaml.YAMLError:
@@ -74,7 +81,7 @@ def section(kind: type) -> Callable[[dict[str, Any]], Any]:
 
     def read(fields: dict[str, Any]) -> Any:
         known = {field.name for field in dataclasses.fields(kind)}
-        if unknown := sorted(fields.keys() - known):
+        if unknown := sorted(map(str, fields.keys() - known)):
             raise ConfigError(
                 f"unknown {kind.__name__} settings {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
@@ -84,6 +91,58 @@ def section(kind: type) -> Callable[[dict[str, Any]], Any]:
             raise ConfigError(f"{kind.__name__}: {error}") from None
 
     return read
+
+
+def check_types(config: Any, where: str = "") -> None:
+    """Check that each setting has a value of its declared type; a list becomes a tuple.
+
+    An integer is a number too. True and false are neither, and text is no number.
+
+    Args:
+        config: instance of a dataclass.
+        where: start of the message.
+
+    Raises:
+        ConfigError: a value has another type. The message names the setting, the value and the type.
+    """
+    kinds = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), kinds[field.name]
+        if not _fits(value, kind):
+            raise ConfigError(f"{where}{field.name}={value!r}: expected {_described(kind)}")
+        if isinstance(value, list):
+            object.__setattr__(config, field.name, tuple(value))
+
+
+def _parts(kind: Any) -> tuple[str, tuple[Any, ...]]:
+    """Return "choice", "union", "list" or "" for a type, and its arguments."""
+    names = {typing.Literal: "choice", typing.Union: "union", types.UnionType: "union", tuple: "list"}
+    return names.get(typing.get_origin(kind), ""), typing.get_args(kind)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    name, arguments = _parts(kind)
+    if name == "choice":
+        return isinstance(value, str) and value in arguments
+    if name == "union":
+        return any(_fits(value, argument) for argument in arguments)
+    if name == "list":
+        return isinstance(value, (list, tuple)) and all(_fits(entry, arguments[0]) for entry in value)
+    if kind in (int, float):
+        number = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _described(kind: Any) -> str:
+    name, arguments = _parts(kind)
+    if name == "choice":
+        return f"one of {', '.join(arguments)}"
+    if name == "union":
+        return " or ".join(map(_described, arguments))
+    if name == "list":
+        return f"a list, each entry {_described(arguments[0])}"
+    return "none" if kind is type(None) else TYPES.get(kind, kind.__name__)
 
 
 def read_sections(settings: dict[str, Any], readers: dict[str, Callable[[dict[str, Any]], Any]]) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Solver:
     def __post_init__(self) -> None:
         check_choice("method", self.method, Method)
         check_choice("guess", self.guess, Guess)
+        if type(self.slide) is not bool:
+            raise TypeError(f"slide={self.slide!r}: expected bool")
         if not isinstance(self.window, int) or self.window < 0:
             raise ValueError(f"window={self.window!r}: expected a number of tokens, 0 for all")
         if not 0 <= self.tol < float("inf"):

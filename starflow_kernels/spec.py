@@ -110,6 +110,10 @@ class BlockSpec:
         check_choice("mlp", self.mlp, Mlp)
         check_choice("norm", self.norm, Norm)
         check_choice("rotary", self.rotary, Rotary)
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), {"int": int, "bool": bool}.get(str(field.type))
+            if kind and type(value) is not kind:
+                raise TypeError(f"{field.name}={value!r}: expected {kind.__name__}")
         for name in ("token_dim", "channels", "layers", "heads", "head_dim", "kv_heads", "mlp_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")

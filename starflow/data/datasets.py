@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from starflow_kernels.spec import check_choice
-
 from ..errors import ConfigError, DataError
 from ..io.digests import digest
 from ..io.files import located
 from ..io.images import open_image
 from ..models.autoencoder import downsampling
 from ..seeds import generator, normal, permutation
+from ..settings import check_types
 from .folders import METADATA, folder_state, image_files, is_held_out, read_captions, relative_name
 from .latents import INDEX, LatentSet, load_latents
 
@@ -65,19 +64,11 @@ class DataConfig:
     templates: tuple[str, ...] = ("{}",)
 
     def __post_init__(self):
-        try:
-            check_choice("source", self.source, Source)
-        except ValueError as error:
-            raise ConfigError(f"data: {error}") from None
+        check_types(self, "data: ")
         if (self.source in ("folder", "latents")) != bool(self.path):
             raise ConfigError(f"data: path={self.path!r} goes with source 'folder' or 'latents', and only with them")
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ConfigError(f"data: size={self.size!r} is not a number of pixels")
-        for name in ("class_names", "templates"):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
-                raise ConfigError(f"data: {name}={value!r} is not a list of texts")
-            object.__setattr__(self, name, tuple(value))
+        if self.size < 1:
+            raise ConfigError(f"data: size={self.size} is not a number of pixels")
         if not self.templates or any(template.count("{}") != 1 for template in self.templates):
             raise ConfigError(
                 f"data: templates={list(self.templates)}: expected texts with one {{}} for the class name"

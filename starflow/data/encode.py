@@ -9,13 +9,12 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from starflow_kernels.spec import check_choice
-
 from ..errors import ConfigError, DataError
 from ..io.digests import digest
 from ..io.files import write_text
 from ..io.tensors import save_tensors
 from ..models.autoencoder import downsampling, load_vae, posterior, scale_images, vae_folder
+from ..settings import check_types
 from . import datasets
 from .folders import is_ignored
 from .latents import INDEX, SPLITS, CacheIndex, cache_path
@@ -46,13 +45,10 @@ class EncodeConfig:
     rows_per_file: int = 4096
 
     def __post_init__(self):
+        check_types(self)
         for name in ("length", "rows_per_file"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a positive integer")
-        try:
-            check_choice("text_dtype", self.text_dtype, TextDtype)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected a positive integer")
 
     def identity(self, captions: list[str]) -> dict[str, Any]:
         """Return the settings that determine a cache, with the state of the data and digests of the models.

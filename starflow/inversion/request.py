@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..models.calibration import Conditions
 from ..models.flow import Flow
 from ..models.guidance import Guidance
+from ..settings import check_types
 
 METHODS = get_args(Method)
 TOLERANCE = Solver.tol
@@ -43,15 +44,14 @@ class Inversion:
     quantize: Quantize = "none"
 
     def __post_init__(self):
-        if self.quantize not in get_args(Quantize):
-            raise ConfigError(f"quantize={self.quantize!r}: expected one of {', '.join(get_args(Quantize))}")
+        check_types(self)
         if self.method not in ("auto", *METHODS):
             raise ConfigError(f"method={self.method!r}: expected auto or one of {', '.join(METHODS)}")
         if self.window is not None and self.method != "jacobi":
             raise ConfigError(f"window={self.window}: for method='jacobi', not {self.method!r}")
         try:
             Solver("jacobi", self.window or 0, tol=self.tolerance)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ConfigError(str(error)) from None
 
     @property

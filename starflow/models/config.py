@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from starflow_kernels import AffineSpec, BlockSpec
-from starflow_kernels.spec import Mlp, Norm, Rotary, Scale, check_choice
+from starflow_kernels.spec import Mlp, Norm, Rotary, Scale
 
 from ..errors import ConfigError
+from ..settings import check_types
 
 PatchOrder = Literal["chw", "hwc"]
 SequenceOrder = Literal["R2L", "L2R"]
@@ -88,22 +89,18 @@ class FlowConfig:
     noise_std: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("image_size", "image_channels", "patch_size", "channels", "head_dim"):
-            self._check_number(name, 1, int)
+            self._check_number(name, 1)
         for name in ("last_channels", "heads", "kv_heads", "rotary_size", "num_classes", "text_dim", "text_len"):
-            self._check_number(name, 0, int)
-        self._check_number("levels", 0, int)
+            self._check_number(name, 0)
+        for name in ("levels", "expansion", "soft_clip", "noise_std"):
+            self._check_number(name, 0)
         if self.levels == 1:
             raise ConfigError("levels=1: expected at least 2 gray levels, or 0 for latents")
-        for name in ("expansion", "soft_clip", "noise_std"):
-            self._check_number(name, 0, (int, float))
-        if not isinstance(self.layers, (list, tuple)) or not self.layers:
-            raise ConfigError(f"layers={self.layers!r}: expected a list with the number of layers of each block")
-        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers:
+            raise ConfigError("layers=(): expected a list with the number of layers of each block")
         try:
-            check_choice("patch_order", self.patch_order, PatchOrder)
-            check_choice("sequence_order", self.sequence_order, SequenceOrder)
-            check_choice("condition_blocks", self.condition_blocks, ConditionBlocks)
             if self.image_size % self.patch_size:
                 raise ConfigError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
             if bool(self.text_dim) != bool(self.text_len):
@@ -118,10 +115,9 @@ class FlowConfig:
         except (TypeError, ValueError) as error:
             raise ConfigError(str(error)) from None
 
-    def _check_number(self, name: str, low: int, kind: type | tuple[type, ...]) -> None:
-        value: Any = getattr(self, name)
-        is_number = isinstance(value, kind) and not isinstance(value, bool)
-        if not is_number or not low <= value < float("inf"):
+    def _check_number(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if not low <= value < float("inf"):
             raise ConfigError(f"{name}={value!r}: expected a number of at least {low}")
 
     @property
@@ -179,7 +175,7 @@ class FlowConfig:
             ConfigError: a setting is unknown, missing or out of range; the message names it.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(fields.keys() - known):
+        if unknown := sorted(map(str, fields.keys() - known)):
             raise ConfigError(f"unknown model settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         if missing := sorted(required - fields.keys()):
@@ -201,7 +197,7 @@ class FlowConfig:
             ConfigError: the file is not readable, or a setting is unknown, missing or out of range.
         """
         try:
-            fields = json.loads(Path(path).read_text())
+            fields = json.loads(Path(path).read_bytes())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(f"{path}: {error}") from None
         if not isinstance(fields, dict):

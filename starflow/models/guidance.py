@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from starflow_kernels.spec import GuidanceRule, check_choice
+from starflow_kernels.spec import GuidanceRule
 
 from ..errors import ConfigError
+from ..settings import check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +35,7 @@ class Guidance:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        try:
-            check_choice("rule", self.rule, GuidanceRule)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        check_types(self)
         if not 0 <= self.weight < math.inf:
             raise ConfigError(f"weight={self.weight}: expected a finite guidance weight >= 0")
         if not 0 < self.temperature < math.inf:

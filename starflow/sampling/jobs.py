@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ConfigError
 from ..seeds import generator
+from ..settings import check_types
 
 FORMATS = ("png", "npz", "safetensors")
 SAMPLES_PER_FILE = 1000
@@ -71,9 +72,10 @@ class Layout:
     latents: bool = False
 
     def __post_init__(self):
+        check_types(self)
         if self.format not in FORMATS:
             raise ConfigError(f"format={self.format!r}: expected one of {', '.join(FORMATS)}")
-        if not isinstance(self.per_file, int) or self.per_file < 1:
+        if self.per_file < 1:
             raise ConfigError(f"per_file={self.per_file}: expected an integer of at least 1")
         if self.latents and self.format != "safetensors":
             raise ConfigError(f"latents are written as safetensors, not as {self.format}")

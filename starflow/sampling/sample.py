@@ -20,6 +20,7 @@ from ..models.conditions import check_conditions
 from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..seeds import generator
+from ..settings import check_types
 
 STAGES = ("text", "flow", "certify", "denoise", "decode", "write")
 
@@ -44,6 +45,7 @@ class SampleOptions:
     certify: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.denoise < math.inf:
             raise ConfigError(f"denoise={self.denoise}: expected a finite factor of at least 0")
 

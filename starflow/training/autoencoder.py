@@ -10,13 +10,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from starflow_kernels.spec import check_choice
-
 from ..data.datasets import DataConfig, ImageSet, check_autoencoder_input, to_pixels
 from ..errors import ConfigError
 from ..io.images import save_grid
 from ..models.autoencoder import autoencoder_class, posterior, save_vae, scale_images
 from ..seeds import normal
+from ..settings import check_types
 from .loop import Loop, LoopConfig, RunConfig
 
 Loss = Literal["l1", "l2"]
@@ -50,18 +49,14 @@ class AutoencoderConfig:
     kl_weight: float = 1e-4
 
     def __post_init__(self):
+        check_types(self, "autoencoder: ")
         numbers = [self.channels, self.latent_channels, self.layers, self.groups, *self.block_channels]
-        if not all(isinstance(n, int) and n >= 1 for n in numbers) or not self.block_channels:
+        if min(numbers) < 1 or not self.block_channels:
             raise ConfigError("autoencoder: channels, layers and groups are positive integers")
         if any(n % self.groups for n in self.block_channels):
             raise ConfigError(f"autoencoder: groups={self.groups} does not divide each of {list(self.block_channels)}")
-        if not isinstance(self.kl_weight, (int, float)) or not 0 <= self.kl_weight < math.inf:
-            raise ConfigError(f"autoencoder: kl_weight={self.kl_weight!r} is not a finite number of at least 0")
-        try:
-            check_choice("loss", self.loss, Loss)
-        except ValueError as error:
-            raise ConfigError(f"autoencoder: {error}") from None
-        object.__setattr__(self, "block_channels", tuple(self.block_channels))
+        if not 0 <= self.kl_weight < math.inf:
+            raise ConfigError(f"autoencoder: kl_weight={self.kl_weight} is not a finite number of at least 0")
 
     def build(self, size: int):
         """Return an AutoencoderKL with random weights.

@@ -14,6 +14,7 @@ from ..data.datasets import DataConfig, check_autoencoder_input
 from ..errors import ConfigError
 from ..models.autoencoder import decode, load_vae, posterior, save_vae, scale_images
 from ..seeds import generator, normal
+from ..settings import check_types
 from .autoencoder import first_images, save_pairs
 from .discriminator import PatchDiscriminator, hinge_loss
 from .loop import Loop, LoopConfig, RunConfig
@@ -45,11 +46,11 @@ class DecoderConfig:
     gan_layers: int = 3
 
     def __post_init__(self):
+        check_types(self, "decoder: ")
         for field in dataclasses.fields(self)[1:]:
             value, low = getattr(self, field.name), 1 if field.name in ("gan_channels", "gan_layers") else 0
-            kind = int if field.type == "int" else (int, float)
-            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value < math.inf:
-                raise ConfigError(f"decoder: {field.name}={value!r}: expected a number of at least {low}")
+            if not low <= value < math.inf:
+                raise ConfigError(f"decoder: {field.name}={value}: expected a number of at least {low}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from ..data.datasets import ShuffledBatches, data_state, load
 from ..errors import CheckpointError, ConfigError, DataError, StarflowError
 from ..io.files import write_atomically, write_text
 from ..seeds import generator
-from ..settings import read_sections, section
+from ..settings import check_types, read_sections, section
 
 STATE = "training.pt"
 METRICS = "metrics.jsonl"
@@ -79,11 +79,9 @@ class LoopConfig:
     }
 
     def __post_init__(self):
+        check_types(self, "training: ")
         for field in dataclasses.fields(self):
             value, (low, high) = getattr(self, field.name), self.RANGES.get(field.name, (0, math.inf))
-            kind = {"int": int, "bool": bool}.get(field.type, (int, float))
-            if not isinstance(value, kind) or isinstance(value, bool) != (field.type == "bool"):
-                raise ConfigError(f"training: {field.name}={value!r} is not of type {field.type}")
             if not low <= value < high:
                 raise ConfigError(f"training: {field.name}={value} is not in [{low}, {high})")
 
