@@ -95,7 +95,7 @@ class BuildNative(build_ext):
             if wanted == "1":
                 raise
             print(f"{ext.name} was not built: {error}", file=sys.stderr)
-            target.with_name(note(ext.name)).write_text(f"{error}\n")
+            target.with_name(note(ext.name)).write_text(f"{error}\n", encoding="utf-8")
 
     def copy_extensions_to_source(self):
         """Copy what build_extension wrote, library or note, to the source tree of an editable install."""

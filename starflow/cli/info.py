@@ -101,7 +101,7 @@ def _machine() -> Table:
 def _cpu_name() -> str:
     """Return the model name of the CPU."""
     try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         found = None
     return found[1] if found else platform.processor() or platform.machine()
@@ -135,7 +135,8 @@ def unavailable(listing: dict[str, dict[str, str]]) -> Table:
 
 def _presets(kind: str) -> Table:
     """Return the presets of a kind, each with the description in the first line of its file."""
-    return {name: (PRESETS / kind / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in presets(kind)}
+    texts = {name: (PRESETS / kind / f"{name}.yaml").read_text(encoding="utf-8") for name in presets(kind)}
+    return {name: text.splitlines()[0].lstrip("# ") for name, text in texts.items()}
 
 
 def _describe(checkpoint: str, device: str) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def export_upstream(source: str | Path, out: str | Path, overwrite: bool = False
 def _read(source: Path) -> tuple[Path, FlowConfig, dict[str, torch.Tensor]]:
     folder = source / TRANSFORMER if (source / TRANSFORMER / CONFIG).exists() else resolve(source)
     try:
-        fields = json.loads((folder / CONFIG).read_text())
+        fields = json.loads((folder / CONFIG).read_bytes())
         config = FlowConfig.from_dict({name: value for name, value in fields.items() if not name.startswith("_")})
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None

@@ -95,7 +95,7 @@ def is_replaceable(folder: Path) -> bool:
         folder: folder to look at.
     """
     try:
-        files = json.loads((folder / REPORT).read_text())["files"]
+        files = json.loads((folder / REPORT).read_bytes())["files"]
         return {path.name for path in folder.iterdir()} <= {*files, REPORT}
     except (OSError, ValueError, KeyError, TypeError):
         return False

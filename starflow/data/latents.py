@@ -68,7 +68,7 @@ class CacheIndex:
         """
         path = Path(folder) / INDEX
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(path.read_bytes())
             if fields.get("format") != FORMAT:
                 raise DataError(f"{path}: format {fields.get('format')}, this version reads {FORMAT}")
             for name in ("shape", "classes", "text"):

@@ -141,7 +141,7 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 def _read_index(path: Path) -> tuple[dict[str, set[str]], int | None]:
     """Names of the weights in each file, and the bytes of all of them if the index says so."""
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_bytes())
         weight_map, total = index["weight_map"], index.get("metadata", {}).get("total_size")
         names: dict[str, set[str]] = {}
         for weight, name in weight_map.items():

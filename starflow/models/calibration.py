@@ -242,7 +242,7 @@ def read_calibration(folder: str | Path, config: FlowConfig) -> Calibration | No
     if not path.exists():
         return None
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_bytes())
         if settings["version"] != VERSION:
             raise ValueError(f"version {settings['version']!r}, expected {VERSION}")
         measurements = tuple(_measurement(fields) for fields in settings["measurements"])

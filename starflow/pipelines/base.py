@@ -302,7 +302,7 @@ def pipeline_class(folder: str | Path) -> str:
     """Name of the class in a folder's model_index.json. Raises CheckpointError if there is none."""
     index = Path(folder) / PIPELINE_INDEX
     try:
-        return str(json.loads(index.read_text())["_class_name"])
+        return str(json.loads(index.read_bytes())["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: {getattr(error, 'strerror', None) or 'not the index of a pipeline'}") from None
 

@@ -71,7 +71,7 @@ def record(out: Path, rank: int, entries: Iterable[dict[str, Any]]) -> None:
     """Add lines of files that a process has written."""
     path = out / (PART.format(rank) if rank else LEDGER)
     try:
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write("".join(map(_line, entries)))
             file.flush()
             os.fsync(file.fileno())
@@ -118,7 +118,7 @@ def _read(out: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def _line(known: dict[str, Any]) -> str:

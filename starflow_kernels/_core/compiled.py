@@ -23,7 +23,7 @@ def load_error(name: str, title: str) -> str | None:
     if not library.exists():
         why = f"the build did not set STARFLOW_{name.upper()}=1"
         if note.exists():
-            why = note.read_text().strip()
+            why = note.read_text(encoding="utf-8").strip()
         elif (FOLDER.parent / "setup.py").exists() and not any(FOLDER.glob("_native.*")):
             why = (
                 f"no compiled library in {FOLDER}; this is a source tree: install it with "

@@ -61,7 +61,7 @@ def write(path: Path, new: list[Entry]) -> None:
     """Merge entries into the table of a file."""
     old = Table(path).entries if path.exists() else []
     entries = [json.dumps(entry._asdict()) for entry in merged(old, new)]
-    path.write_text("[\n" + ",\n".join(entries) + "\n]\n" if entries else "[]\n")
+    path.write_text("[\n" + ",\n".join(entries) + "\n]\n" if entries else "[]\n", encoding="utf-8")
 
 
 class Table:
@@ -73,7 +73,7 @@ class Table:
     @functools.cached_property
     def entries(self) -> list[Entry]:
         """All entries."""
-        return [Entry(**fields) for fields in json.loads(self.path.read_text())]
+        return [Entry(**fields) for fields in json.loads(self.path.read_bytes())]
 
     @functools.cached_property
     def _index(self) -> dict[tuple, list[tuple[int, str]]]:

@@ -1,4 +1,4 @@
-"""Tensors are made with a dtype and a device, so that the defaults of torch act on new modules alone."""
+"""Tensors are made with a dtype and a device, and text files are opened with an encoding: no defaults act on them."""
 
 from __future__ import annotations
 
@@ -17,29 +17,35 @@ FACTORIES = (
 )
 
 
-def _needed(function: str) -> set[str]:
+def _needed(call: ast.Call) -> set[str]:
+    function = ast.unparse(call.func)
     if function == "torch.Generator":
         return {"device"}
+    is_text = function == "open" and not (len(call.args) > 1 and "b" in ast.unparse(call.args[1]).strip("'"))
+    if is_text or function.endswith((".read_text", ".write_text")):
+        return {"encoding"}
     return {"dtype", "device"} if re.fullmatch(FACTORIES, function) else set()
 
 
 def _incomplete(path: Path) -> list[str]:
-    """Return the calls of torch's factories without dtype or device, with their lines."""
+    """Return the calls that lack a dtype, a device or an encoding, with their lines."""
     calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     return [
         f"{path}:{call.lineno}: {ast.unparse(call)}"
         for call in calls
-        if _needed(ast.unparse(call.func)) - {keyword.arg for keyword in call.keywords}
+        if _needed(call) - {keyword.arg for keyword in call.keywords}
     ]
 
 
 @pytest.mark.parametrize("package", [starflow, starflow_kernels], ids=lambda package: package.__name__)
-def test_factories_are_given_dtype_and_device(package):
+def test_factories_are_given_dtype_and_device_and_files_an_encoding(package):
     found = [line for path in sorted(Path(package.__file__).parent.rglob("*.py")) for line in _incomplete(path)]
     assert not found, "\n".join(found)
 
 
 def test_a_call_that_follows_the_defaults_is_found(tmp_path):
     path = tmp_path / "module.py"
-    path.write_text('torch.zeros(3)\ntorch.ones(3, dtype=torch.int64, device="cpu")\ntorch.Generator()\n')
-    assert [line.split(": ")[1] for line in _incomplete(path)] == ["torch.zeros(3)", "torch.Generator()"]
+    right = ['torch.ones(3, dtype=torch.int64, device="cpu")', 'open(path, "rb")', 'path.read_text(encoding="utf-8")']
+    wrong = ["torch.zeros(3)", "torch.Generator()", "open(path, 'w')", "path.read_text()"]
+    path.write_text("\n".join([*right, *wrong]))
+    assert [line.split(": ")[1] for line in _incomplete(path)] == wrong
