@@ -92,7 +92,7 @@ def _read(source: Path) -> tuple[Path, FlowConfig, dict[str, torch.Tensor]]:
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
     stems = [stem for stem in ("model", STEM) if list(folder.glob(f"{stem}*.safetensors"))]
-    return folder, config, read_weights(folder, stems[0] if stems else "model")
+    return folder, config, read_weights(folder, stems[0] if stems else "model", mmap=True)
 
 
 def _file_name(stem: str, config: FlowConfig) -> str:

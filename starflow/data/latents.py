@@ -104,6 +104,9 @@ def cache_path(folder: Path, kind: str, number: int) -> Path:
 class CacheFiles:
     """Rows of the tensors in the cache files of one kind, read on demand.
 
+    The files are mapped, because all of them may be larger than the memory. They must stay as they are while they are
+    in use, as `starflow encode` leaves them.
+
     Args:
         folder: folder of the cache.
         kind: "train", "held_out" or "text".

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
+from ..io.tensors import copy_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
@@ -47,6 +48,7 @@ def load_text(folder: str | Path, device: str | torch.device = "cpu") -> tuple[A
         # transformers raises many types of errors.
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: not a text encoder that transformers reads ({reason})") from None
+    copy_weights(text_encoder)
     return tokenizer, text_encoder.to(device).eval()
 
 

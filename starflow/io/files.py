@@ -35,6 +35,8 @@ def read_lines(path: Path) -> list[str]:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a temporary file beside `path`, then move it there.
 
+    A symbolic link is kept, and its target is written. A FIFO, a device or a socket is kept and gets the bytes.
+
     Args:
         path: file to write.
         write: called with the path of the temporary file; writes it.
@@ -45,15 +47,23 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path = Path(path)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        is_stream = path.exists() and not path.is_file()
+        target = path if is_stream else path.resolve()
+        if not is_stream:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        folder = None if is_stream else target.parent
+        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{target.name}.", suffix=".part")
         os.close(handle)
         temporary = Path(name)
         write(temporary)
+        if is_stream:
+            with open(temporary, "rb") as file, open(path, "wb") as stream:
+                shutil.copyfileobj(file, stream)
+            return
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         temporary = None
     except (OSError, RuntimeError) as error:
         # torch.save and safetensors report a full disk by other exceptions.
@@ -73,6 +83,8 @@ def write_text(path: Path, text: str) -> None:
 def write_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `path` that becomes `path` when the context ends without an error.
 
+    A symbolic link to a folder is kept, and that folder is replaced.
+
     Args:
         path: folder to write.
         overwrite: replace an existing folder.
@@ -80,9 +92,9 @@ def write_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         StarflowError: `path` exists, or the file system refuses. The temporary folder is then removed.
     """
-    path = Path(path).absolute()
     if os.path.lexists(path) and not overwrite:
-        raise StarflowError(f"{path} exists already")
+        raise StarflowError(f"{Path(path).absolute()} exists already")
+    path = Path(path).resolve()
     new_parents = [parent for parent in path.parents if not parent.exists()]
     temporary = None
     try:

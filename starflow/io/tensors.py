@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .files import write_atomically
 
@@ -34,23 +35,35 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     write_atomically(path, write)
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+def load_tensors(path: Path, mmap: bool = False) -> dict[str, torch.Tensor]:
     """Return the tensors of a safetensors file by name.
 
     Args:
         path: file to read.
+        mmap: map the file instead of copying it. It must then stay as it is while the tensors are in use: other bytes
+            change them, and a shorter file ends the process.
 
     Raises:
         OSError: the file is missing or damaged.
     """
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise OSError(str(error)) from None
+    return tensors if mmap else {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def copy_weights(model: nn.Module) -> None:
+    """Copy the weights of a model on the CPU, so that files from which they were mapped may change later."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def open_tensor(path: Path, name: str) -> Any:
     """Return a tensor of a safetensors file as a slice of safetensors, which reads rows when it is indexed.
+
+    The file is mapped, because it may be larger than the memory. It must stay as it is while the slice is in use.
 
     Args:
         path: file to open.

@@ -101,26 +101,27 @@ def _bytes(entry: Entry) -> memoryview:
     return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def read_weights(folder: Path, stem: str = "model") -> dict[str, torch.Tensor]:
+def read_weights(folder: Path, stem: str = "model", mmap: bool = False) -> dict[str, torch.Tensor]:
     """Read the tensors of a folder, from one file if it is there, else from the files of the index.
 
     Args:
         folder: the folder.
         stem: first part of the names.
+        mmap: map the files, see `load_tensors`.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the index does not fit the files.
     """
     index = folder / f"{stem}.safetensors.index.json"
     if (folder / f"{stem}.safetensors").exists() or not index.exists():
-        return _read_file(folder / f"{stem}.safetensors")
+        return _read_file(folder / f"{stem}.safetensors", mmap)
     names, total = _read_index(index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks the weight file {missing[0]} that {index.name} names")
     state: dict[str, torch.Tensor] = {}
     for name, weights in names.items():
-        part = _read_file(folder / name)
+        part = _read_file(folder / name, mmap)
         if part.keys() != weights:
             differing = sorted(part.keys() ^ weights)[0]
             raise CheckpointError(f"{folder / name} does not fit {index.name}: {differing} is in only one of them")
@@ -131,9 +132,9 @@ def read_weights(folder: Path, stem: str = "model") -> dict[str, torch.Tensor]:
     return state
 
 
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
+def _read_file(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
     try:
-        return load_tensors(path)
+        return load_tensors(path, mmap)
     except OSError as error:
         raise CheckpointError(f"{path}: {error}") from None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import functools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError, StarflowError
-from ..io.files import located
+from ..io.files import located, write_atomically
 
 VAE_CONFIG = "config.json"
 
@@ -53,7 +54,8 @@ def load_vae(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     """
     path = vae_folder(folder)
     try:
-        vae = autoencoder_class().from_pretrained(path, local_files_only=True, torch_dtype=torch.float32)
+        options = {"local_files_only": True, "torch_dtype": torch.float32, "disable_mmap": True}
+        vae = autoencoder_class().from_pretrained(path, **options)
     except ConfigError:
         raise
     except Exception as error:
@@ -83,8 +85,7 @@ def save_vae(vae: Any, folder: Path, scaling_factor: float | None = None) -> Non
             vae.save_pretrained(temporary)
             # The configuration comes last, so that a folder with a configuration has its weights.
             for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == VAE_CONFIG):
-                path.chmod(0o644)
-                os.replace(path, folder / path.name)
+                write_atomically(folder / path.name, functools.partial(shutil.copyfile, path))
     except (OSError, RuntimeError) as error:
         raise StarflowError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -61,17 +61,18 @@ def read_config(folder: Path) -> FlowConfig:
         raise CheckpointError(f"checkpoint {folder}: {error}") from None
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path, mmap: bool = False) -> None:
     """Load the weights of a checkpoint folder, which may be split into several files.
 
     Args:
         model: the model; its parameters are replaced.
         folder: the checkpoint folder.
+        mmap: map the files, see `load_tensors`.
 
     Raises:
         CheckpointError: A file is missing or damaged, or weights do not fit the model.
     """
-    state = read_weights(folder)
+    state = read_weights(folder, mmap=mmap)
     check_state(model, state, folder / WEIGHTS)
     model.load_state_dict(state, assign=True)
 

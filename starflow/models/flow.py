@@ -86,7 +86,12 @@ class Flow(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        mmap: bool = False,
     ) -> Flow:
         """Read a checkpoint folder, or a bundled checkpoint by its name ("digits"), in eval mode.
 
@@ -94,6 +99,8 @@ class Flow(nn.Module):
             folder: path or name.
             device: device of the weights.
             dtype: dtype of the weights; None keeps the one of the file.
+            mmap: map the weight files instead of copying them, which saves memory where device and dtype are those of
+                the files. The files must then stay as they are while the flow is in use.
 
         Raises:
             CheckpointError: there is no checkpoint, a file is damaged, or the weights do not fit the configuration.
@@ -104,7 +111,7 @@ class Flow(nn.Module):
         with torch.inference_mode(False):
             with torch.device("meta"):
                 flow = cls(config)
-            load_weights(flow, folder)
+            load_weights(flow, folder, mmap)
             flow.calibration, flow.notice = read_calibration(folder, config), read_notice(folder)
             return flow.to(device=device, dtype=dtype).eval()
 

@@ -20,7 +20,7 @@ from diffusers.utils import BaseOutput
 from ..data.prompts import image_size
 from ..errors import CheckpointError, ConfigError, StarflowError
 from ..io.files import write_text
-from ..io.tensors import SafetensorError
+from ..io.tensors import SafetensorError, copy_weights
 from ..models.checkpoint import PIPELINE_INDEX
 from ..models.flow import Flow
 from ..models.guidance import Guidance
@@ -72,18 +72,25 @@ class FlowPipeline(DiffusionPipeline):
 
         Args:
             folder: the folder.
-            options: see `diffusers.DiffusionPipeline.from_pretrained`.
+            options: see `diffusers.DiffusionPipeline.from_pretrained`. The weights are copied, so that the files may
+                change later; disable_mmap=False maps the files.
 
         Raises:
             CheckpointError: the folder holds no pipeline, another kind of pipeline, or damaged files.
         """
+        options.setdefault("disable_mmap", True)
         if cls is not FlowPipeline:
             try:
-                return super().from_pretrained(folder, **options)
+                pipe = super().from_pretrained(folder, **options)
             except StarflowError:
                 raise
             except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
                 raise CheckpointError(f"{folder}: {' '.join(str(error).split())}") from error
+            # diffusers does not pass the option on to transformers.
+            text_encoder = getattr(pipe, "text_encoder", None)
+            if options["disable_mmap"] and text_encoder is not None and "text_encoder" not in options:
+                copy_weights(text_encoder)
+            return pipe
         name = pipeline_class(folder)
         kinds = {kind.__name__: kind for kind in cls.__subclasses__()}
         if name not in kinds:

@@ -99,11 +99,13 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
 
         Args:
             folder: the folder.
-            options: see `diffusers.ModelMixin.from_pretrained`.
+            options: see `diffusers.ModelMixin.from_pretrained`. The weights are copied, so that the files may change
+                later; disable_mmap=False maps the files.
 
         Raises:
             CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
         """
+        options.setdefault("disable_mmap", True)
         wants_info = options.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(folder, output_loading_info=True, **options)

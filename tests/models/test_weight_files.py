@@ -1,6 +1,7 @@
 """Weight files: the Hugging Face layout, strict, and one tensor at a time in memory."""
 
 import json
+import os
 import weakref
 
 import pytest
@@ -126,3 +127,29 @@ def test_folders_are_whole_or_absent(tmp_path):
     with pytest.raises(ZeroDivisionError), write_folder(target, overwrite=True):
         raise ZeroDivisionError
     assert (target / "new").read_text() == "new"
+
+
+def spoil(path) -> None:
+    """Overwrite the second half of a file in place."""
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+
+
+def test_a_file_that_changes_later_does_not_change_the_flow(sharded):
+    _, folder = sharded
+    flow = Flow.from_pretrained(folder)
+    before = {name: tensor.clone() for name, tensor in flow.state_dict().items()}
+    for path in folder.glob("*.safetensors"):
+        spoil(path)
+        os.truncate(path, 100)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in flow.state_dict().items())
+
+
+def test_a_file_is_mapped_on_request(sharded):
+    _, folder = sharded
+    flow = Flow.from_pretrained(folder, mmap=True)
+    before = {name: tensor.clone() for name, tensor in flow.state_dict().items()}
+    spoil(folder / LAST)
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in flow.state_dict().items())

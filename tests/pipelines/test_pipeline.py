@@ -16,8 +16,9 @@ from support.components import TEXT_DIM, TEXT_LEN
 
 from starflow import CheckpointError, ConfigError, Flow, FlowConfig, Guidance, open_model
 from starflow.convert import convert, export_upstream
-from starflow.data.prompts import encode_prompts
+from starflow.data.prompts import encode_prompts, load_text
 from starflow.inversion.request import METHODS
+from starflow.models.autoencoder import load_vae
 from starflow.pipelines import FlowModel, FlowPipeline, STARFlowPipeline, TarFlowPipeline
 from starflow.pipelines.base import denoise_rows
 
@@ -412,3 +413,20 @@ def test_without_diffusers():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.startswith("pipelines need diffusers: pip install 'starflow-kernels[models]'"), found.stderr
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_files_that_change_later_change_a_pipeline_only_if_it_maps_them(maps, tmp_path):
+    components.save(tmp_path)
+    pipe = opened(tmp_path, **({"disable_mmap": False} if maps else {}))
+    parts = {"transformer": pipe.transformer, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
+    if not maps:
+        parts |= {"loaded vae": load_vae(tmp_path), "loaded text encoder": load_text(tmp_path)[1]}
+    before = {name: [tensor.clone() for tensor in part.parameters()] for name, part in parts.items()}
+    for path in tmp_path.rglob("*.safetensors"):
+        size = path.stat().st_size
+        with open(path, "r+b") as file:
+            file.seek(size // 2)
+            file.write(bytes(size // 4))
+    same = {name: all(map(torch.equal, part.parameters(), before[name])) for name, part in parts.items()}
+    assert same == dict.fromkeys(parts, not maps)
