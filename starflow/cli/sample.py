@@ -207,6 +207,8 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Draw images with a flow or a pipeline."""
     inversion = _inversion(args)
+    # Joined before the model is loaded, which may take a different time in each process.
+    Processes().join()
     model = open_model(args.checkpoint, _device(args.device), DTYPES[args.dtype], args.variant)
     return (_flow if isinstance(model, Flow) else _pipeline)(args, model, inversion)
 

@@ -12,17 +12,19 @@ from pathlib import Path
 CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 
 
-def start(folder: Path, count: int, *arguments: str, failing: int = -1) -> list[multiprocessing.Process]:
+def start(
+    folder: Path, count: int, *arguments: str, failing: int = -1, missing: int = -1
+) -> list[multiprocessing.Process]:
     """Start `count` processes of `starflow` with the environment of torchrun; they write to folder/RANK.txt.
 
-    failing: rank of a process whose flow gives values that are not finite.
+    failing: rank of a process whose flow gives values that are not finite. missing: rank of a process to leave out.
     """
     CONTEXT.set_forkserver_preload(["starflow.cli", "starflow.pipelines", "torch.distributed"])
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     found = []
-    for rank in range(count):
+    for rank in sorted({*range(count)} - {missing}):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
         given = {**variables, "MASTER_PORT": port}, list(arguments), str(folder / f"{rank}.txt"), rank == failing
         found.append(CONTEXT.Process(target=work, args=given))
