@@ -196,7 +196,11 @@ def _check_folder(folder: Path, index: CacheIndex) -> None:
     for name in sorted(there.settings.keys() | index.settings.keys()):
         old, new = there.settings.get(name), index.settings.get(name)
         if old != new and isinstance(old, dict) and isinstance(new, dict):
-            name, old, new = next((f"{name}.{k}", old.get(k), v) for k, v in new.items() if v != old.get(k))
+            k = next(k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+            name, old, new = f"{name}.{k}", old.get(k), new.get(k)
+        if old is None and new is not None:
+            other = "with other settings or by another version of this package"
+            raise DataError(f"{folder} was made {other}, without {name}: choose another folder for the cache")
         if old != new:
             raise DataError(f"{folder} was made with {name}={old}, not {new}: choose another folder for the cache")
     if there.counts != index.counts:

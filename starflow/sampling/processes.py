@@ -43,7 +43,7 @@ class Processes:
         if self.count == 1:
             return
         self.rank, self.local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
-        if (missing := [name for name in VARIABLES if name not in os.environ]):
+        if missing := [name for name in VARIABLES if name not in os.environ]:
             raise ConfigError(
                 f"WORLD_SIZE={self.count} is set, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: "
                 f"start with torchrun, or unset WORLD_SIZE to run as a single process"

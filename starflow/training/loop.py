@@ -167,14 +167,24 @@ class Loop:
         try:
             state = torch.load(path, map_location=device, weights_only=True)
             trainer = cls(cls.CONFIG.from_dict(state["config"]), folder, device, tensorboard)
-            if trainer.data_state != state["data"]:
+            recorded = state.get("data", {})
+            if trainer.data_state.keys() != recorded.keys():
+                raise CheckpointError(
+                    f"{path}: another version of this package wrote it and recorded the data in another way, so it is "
+                    f"not known whether the data changed: begin a new run"
+                )
+            if trainer.data_state != recorded:
                 raise DataError(
-                    f"{trainer.config.data.path}: the data changed since the run began, from {state['data']} to "
+                    f"{trainer.config.data.path}: the data changed since the run began, from {recorded} to "
                     f"{trainer.data_state}: restore the files, or begin a new run"
                 )
             trainer.load_state(state, path)
             trainer.step, trainer.metrics = state["step"], state["metrics"]
-        except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError, TypeError) as error:
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path} lacks {error}: it is damaged, or of another version of this package"
+            ) from None
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}".splitlines()[0]) from None
         return trainer
 

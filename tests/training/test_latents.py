@@ -137,6 +137,21 @@ def test_a_cache_of_other_settings_is_refused(parts, cache, change, message, tmp
     assert bytes_of(cache) == before
 
 
+@pytest.mark.parametrize("section", ["files", "data"])
+def test_a_cache_whose_version_recorded_less_is_refused_with_what_it_lacks(section, parts, cache, tmp_path):
+    folder = tmp_path / "older"
+    shutil.copytree(cache, folder)
+    index = json.loads((folder / "index.json").read_text())
+    if section == "files":
+        del index["settings"]["files"]
+    else:
+        index["settings"]["data"]["mirrored"] = True
+    (folder / "index.json").write_text(json.dumps(index))
+    message = "another version of this package, without files" if section == "files" else "data.mirrored=True, not None"
+    with pytest.raises(DataError, match=message):
+        encode(encode_config(parts), folder, quiet=True)
+
+
 @pytest.fixture
 def changed(parts):
     """A folder in which one image was replaced by another, and back."""
