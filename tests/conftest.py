@@ -52,3 +52,18 @@ def poisoned_memory():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["float64", "bfloat16", "meta"])
+def hostile(request):
+    """Return a function that changes a default of torch until the end of the test."""
+
+    def change() -> None:
+        if request.param == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(getattr(torch, request.param))
+
+    yield change
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)

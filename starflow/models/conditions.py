@@ -25,19 +25,27 @@ class BlockCondition(NamedTuple):
 
 
 Labels = torch.Tensor | np.ndarray | Sequence[int]
+# Largest integer of int64.
+LARGEST = 2**63 - 1
 
 
 def integers(values: Labels | int) -> torch.Tensor | None:
     """Return integers of any kind, in a tensor, an array or a sequence, as int64; None for floats, bools and others."""
     if isinstance(values, torch.Tensor):
         refused = values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
-        return None if refused else values.to(torch.int64)
+        integer = values.to(torch.int64)
+        if values.dtype == torch.uint64:
+            # What int64 cannot hold must not become a class, or -1.
+            integer = torch.where(integer < 0, LARGEST, integer)
+        return None if refused else integer
     try:
         array = np.asarray(values)
     except (TypeError, ValueError):
         return None
     # numpy turns bools among integers into integers.
     mixed = isinstance(values, (list, tuple)) and any(isinstance(value, (bool, np.bool_)) for value in values)
+    if array.dtype.kind == "u":
+        array = np.minimum(array, np.uint64(LARGEST))
     return None if mixed or array.dtype.kind not in "iu" else torch.from_numpy(array.astype(np.int64))
 
 

@@ -18,7 +18,7 @@ from ..models.checkpoint import check_state
 from ..models.config import FlowConfig
 from ..models.flow import Flow
 from ..sampling.sample import sample
-from .loop import Loop, LoopConfig, RunConfig
+from .loop import Loop, LoopConfig, RunConfig, usual_defaults
 
 WEIGHT_DECAY_EXEMPT = ("bias", "norm.weight")
 
@@ -72,7 +72,8 @@ class FlowTrainer(Loop):
         super().__init__(config, folder, device, tensorboard)
         self._check_data()
         torch.manual_seed(config.training.seed)
-        self.flow = Flow(config.model).to(device)
+        with usual_defaults():
+            self.flow = Flow(config.model).to(device)
         self.average = {n: t.clone() for n, t in self.flow.state_dict().items()} if config.training.ema else None
         decay, exempt = [], []
         for name, parameter in self.flow.named_parameters():

@@ -198,9 +198,10 @@ class Loop:
         bar = tqdm(total=training.steps, initial=self.step, disable=quiet or None, unit="step", smoothing=0.05)
         try:
             order = ShuffledBatches(len(self.images), training.batch_size, training.seed, self.step, training.steps)
-            for batch in DataLoader(self.images, batch_sampler=order, num_workers=training.workers):
-                with uninterrupted():
-                    self._take_step(batch, bar)
+            with usual_defaults():
+                for batch in DataLoader(self.images, batch_sampler=order, num_workers=training.workers):
+                    with uninterrupted():
+                        self._take_step(batch, bar)
         except KeyboardInterrupt:
             self.save()
             raise
@@ -333,6 +334,18 @@ class Loop:
     def save_weights(self) -> None:
         """Write the trained model."""
         raise NotImplementedError
+
+
+@contextlib.contextmanager
+def usual_defaults() -> Iterator[None]:
+    """Let new modules and the internals of torch use float32 and the CPU, whatever the defaults of torch are."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @contextlib.contextmanager

@@ -45,21 +45,6 @@ def make(**changes) -> Flow:
     return flow.eval()
 
 
-@pytest.fixture(params=["float64", "bfloat16", "meta"])
-def hostile(request):
-    """Return a function that changes a default of torch until the end of the test."""
-
-    def change() -> None:
-        if request.param == "meta":
-            torch.set_default_device("meta")
-        else:
-            torch.set_default_dtype(getattr(torch, request.param))
-
-    yield change
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-
-
 def flow_results(flow: Flow, z: torch.Tensor, labels: torch.Tensor, text: torch.Tensor | None = None) -> list:
     """Return results of the public methods of a flow."""
     found = [flow.log_prob(z, labels, text), flow(z, labels, text).logdet, flow.denoise(z, labels, text)]
@@ -180,7 +165,9 @@ def test_a_flow_read_in_inference_mode_can_be_trained():
         range(4),
         [np.int64(i) for i in LABELS],
         np.array(LABELS, dtype=np.int16),
+        np.array(LABELS, dtype=">u8"),
         torch.tensor(LABELS, dtype=torch.uint8),
+        torch.tensor(LABELS, dtype=torch.uint64),
         torch.tensor(LABELS, dtype=torch.int32),
     ],
     ids=lambda labels: f"{type(labels).__name__} {getattr(labels, 'dtype', '')}",
@@ -211,3 +198,21 @@ def test_labels_are_integers_of_any_kind(labels):
 def test_labels_that_are_no_integers_are_refused(labels):
     with pytest.raises(ValueError, match=r"^labels: expected integers of shape \(4,\), got .*$"):
         make().log_prob(random(4, 3, 8, 8), labels)
+
+
+@pytest.mark.parametrize("make_labels", [np.array, torch.tensor], ids=["numpy", "torch"])
+@pytest.mark.parametrize("label", [2**63, 2**64 - 1])
+def test_labels_beyond_int64_are_out_of_range(label, make_labels):
+    dtype = np.uint64 if make_labels is np.array else torch.uint64
+    with pytest.raises(ValueError, match=r"^labels: expected -1 \(no class\) \.\. 3, got "):
+        make().log_prob(random(4, 3, 8, 8), make_labels([0, 1, 2, label], dtype=dtype))
+
+
+def test_a_flow_made_on_the_meta_device_has_rotary_positions():
+    expected = make(rotary="half")
+    with torch.device("meta"):
+        flow = Flow(expected.config)
+        flow = flow.to_empty(device="cpu").eval()
+        flow.load_state_dict(expected.state_dict())
+        z = torch.zeros(4, 3, 8, 8, device="cpu")
+        assert torch.equal(flow.inverse(z, LABELS), expected.inverse(z, LABELS))

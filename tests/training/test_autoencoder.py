@@ -10,6 +10,7 @@ from starflow.models.autoencoder import decode, load_vae, posterior, scale_image
 from starflow.settings import PRESETS, presets, read_settings
 from starflow.training.autoencoder import AutoencoderRunConfig, AutoencoderTrainer
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = {"block_channels": [4, 8], "groups": 4, "layers": 1, "latent_channels": 2}
 TRAINING = {"steps": 6, "batch_size": 8, "learning_rate": 5e-3, "sample_every": 0, "checkpoint_every": 0}
 
@@ -109,3 +110,11 @@ def test_the_command_writes_an_autoencoder_and_keeps_a_run(tmp_path, capsys):
 def test_presets_are_complete(name):
     config = AutoencoderRunConfig.from_dict(read_settings(PRESETS / "autoencoder" / f"{name}.yaml"))
     config.autoencoder.build(config.data.size)
+
+
+def test_defaults_of_torch_do_not_change_a_run(hostile, tmp_path):
+    train(settings(sample_every=6), tmp_path / "usual")
+    hostile()
+    train(settings(sample_every=6), tmp_path / "other")
+    for name in (WEIGHTS, "config.json", "metrics.jsonl", "samples/0000006.png"):
+        assert (tmp_path / "usual" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()

@@ -142,3 +142,11 @@ def test_the_command_fine_tunes_the_given_autoencoder(vae, tmp_path, capsys):
 @pytest.mark.parametrize("name", presets("decoder"))
 def test_presets_are_complete(name):
     DecoderRunConfig.from_dict(read_settings(PRESETS / "decoder" / f"{name}.yaml"))
+
+
+def test_defaults_of_torch_do_not_change_a_run(vae, hostile, tmp_path):
+    train(settings(vae, sample_every=6), tmp_path / "usual")
+    hostile()
+    train(settings(vae, sample_every=6), tmp_path / "other")
+    for name in (WEIGHTS, "config.json", "metrics.jsonl", "samples/0000006.png"):
+        assert (tmp_path / "usual" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()

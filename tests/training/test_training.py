@@ -156,6 +156,21 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_with_its_name(tmp_path):
         FlowTrainer.resume(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def usual_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("usual")
+    train(settings(steps=4, sample_every=2, workers=1), folder)
+    return folder
+
+
+def test_defaults_of_torch_do_not_change_a_run(usual_run, hostile, tmp_path):
+    hostile()
+    train(settings(steps=4, sample_every=2, workers=1), tmp_path)
+    assert same(usual_run, tmp_path)
+    for image in ("0000002.png", "0000004.png"):
+        assert (tmp_path / "samples" / image).read_bytes() == (usual_run / "samples" / image).read_bytes()
+
+
 def test_divergence_stops_the_run(tmp_path):
     trainer = FlowTrainer(settings(), tmp_path)
     next(trainer.flow.parameters()).data.fill_(float("nan"))
