@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,6 +33,28 @@ def read_lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8-sig").split("\n")
 
 
+def check_writable(folder: Path) -> None:
+    """Check that files can be written into a folder, which need not exist; nothing is left behind.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        StarflowError: the file system refuses.
+    """
+    place = folder.absolute()
+    try:
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(place)
+                break
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise StarflowError(f"cannot write {folder}: {error.strerror}") from None
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a temporary file beside `path`, then move it there.
 
@@ -51,10 +74,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         target = path if is_stream else path.resolve()
         if not is_stream:
             target.parent.mkdir(parents=True, exist_ok=True)
-        folder = None if is_stream else target.parent
-        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{target.name}.", suffix=".part")
-        os.close(handle)
-        temporary = Path(name)
+        temporary, mode = _new_file(Path(tempfile.gettempdir()) if is_stream else target.parent, target.name)
         write(temporary)
         if is_stream:
             with open(temporary, "rb") as file, open(path, "wb") as stream:
@@ -62,7 +82,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             return
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        # safetensors replaces the file by one that only its owner reads.
+        temporary.chmod(mode)
         os.replace(temporary, target)
         temporary = None
     except (OSError, RuntimeError) as error:
@@ -72,6 +93,21 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def permit_reading(folder: str | Path) -> None:
+    """Give the weight files in a folder the permissions of new files: safetensors lets only their owner read them."""
+    probe, mode = _new_file(Path(folder), "mode")
+    probe.unlink()
+    for path in Path(folder).rglob("*.safetensors"):
+        path.chmod(mode)
+
+
+def _new_file(folder: Path, name: str) -> tuple[Path, int]:
+    """Make a temporary file; return its path and its mode, which the umask gives."""
+    path = folder / f".{name}.{secrets.token_hex(4)}.part"
+    path.touch(exist_ok=False)
+    return path, path.stat().st_mode
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 
 from ..data.prompts import image_size
 from ..errors import CheckpointError, ConfigError, StarflowError
-from ..io.files import write_text
+from ..io.files import permit_reading, write_text
 from ..io.tensors import SafetensorError, copy_weights
 from ..models.checkpoint import PIPELINE_INDEX
 from ..models.flow import Flow
@@ -106,6 +106,7 @@ class FlowPipeline(DiffusionPipeline):
             options: see `diffusers.DiffusionPipeline.save_pretrained`.
         """
         super().save_pretrained(folder, *arguments, **options)
+        permit_reading(folder)
         if not (card := Path(folder) / "README.md").exists():
             side = self.transformer.config.image_size * self.pixels_per_latent
             write_text(card, model_card(type(self).__name__, self.transformer, side, Path(folder).resolve().name))

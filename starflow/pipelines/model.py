@@ -13,6 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..errors import CheckpointError, ConfigError
+from ..io.files import permit_reading
 from ..models.calibration import read_calibration, save_calibration
 from ..models.checkpoint import read_notice, save_notice
 from ..models.config import FlowConfig
@@ -126,5 +127,6 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
     def save_pretrained(self, folder, *arguments, **options):
         """Write weights, configuration and calibration, see `diffusers.ModelMixin.save_pretrained`."""
         super().save_pretrained(folder, *arguments, **options)
+        permit_reading(folder)
         save_calibration(self.calibration, folder)
         save_notice(self.notice, folder)

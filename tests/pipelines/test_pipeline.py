@@ -1,6 +1,8 @@
 """Pipelines: from a prompt or a class to a PNG through real components, saved and loaded in the layout of diffusers."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 
@@ -64,6 +66,17 @@ def test_open_model_tells_flows_from_pipelines(folder, tmp_path):
     assert pipe.transformer.dtype == torch.bfloat16 and pipe.vae.use_slicing
     with pytest.raises(CheckpointError, match="no checkpoint at nowhere"):
         open_model("nowhere")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_permissions_follow_the_umask(umask, pipe, tmp_path):
+    before = os.umask(umask)
+    try:
+        pipe.save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    weights = list(tmp_path.rglob("*.safetensors"))
+    assert len(weights) == 3 and {stat.S_IMODE(path.stat().st_mode) for path in weights} == {0o666 & ~umask}
 
 
 def test_layout(folder):
