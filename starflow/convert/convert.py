@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError, ConfigError, StarflowError
-from ..io.files import write_folder, write_text
+from ..io.files import check_writable, write_folder, write_text
 from ..io.weights import MAX_BYTES, Entry, write_weights
 from ..models.checkpoint import CONFIG, NOTICE, check_tensors
 from ..models.config import FlowConfig
 from .formats import flow_config, read_arguments
-from .names import DENOISER, count, dead_buffers, family, upstream_names, upstream_shape, weight_shapes
+from .names import count, dead_buffers, family, upstream_names, upstream_shape, weight_shapes
 from .notice import CARD, write_notice_and_card
 from .pickles import read_pickle
 from .report import Report, is_replaceable
@@ -57,7 +57,7 @@ def convert(
     arguments, settings_source = read_arguments(source, None if config is None else Path(config))
     state, checked = read_pickle(source)
     flow = flow_config(arguments, {name: tuple(tensor.shape) for name, tensor in state.items()}, settings_source)
-    kept, dropped = sort_names(flow, state, bool(arguments.get("learnable_self_denoiser")), tuple(drop))
+    kept, dropped = sort_names(flow, state, tuple(drop))
     checked += _check(flow, state, kept, dropped, source, settings_source)
     shapes = weight_shapes(flow)
     entries = [_entry(name, shapes[name], upstream, state[upstream], dtype, source) for name, upstream in kept.items()]
@@ -103,17 +103,16 @@ def check_target(out: Path, overwrite: bool) -> None:
         overwrite: whether to replace a folder that a conversion wrote.
 
     Raises:
-        StarflowError: the folder exists and may not be replaced.
+        StarflowError: the folder exists and may not be replaced, or the file system refuses.
     """
     if out.exists() and not overwrite:
         raise StarflowError(f"{out} exists already: choose another folder, or --overwrite")
     if out.exists() and not is_replaceable(out):
         raise StarflowError(f"{out} holds other files than those of a conversion and is not overwritten")
+    check_writable(out.parent)
 
 
-def sort_names(
-    flow: FlowConfig, names: Iterable[str], denoiser: bool, drop: tuple[str, ...]
-) -> tuple[dict[str, str], dict[str, str]]:
+def sort_names(flow: FlowConfig, names: Iterable[str], drop: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:
     """Sort the names in a file into kept (name in this package -> upstream name) and dropped (upstream name -> reason).
 
     A name that is neither expected nor dropped is kept unchanged, so that the check of the names reports it.
@@ -121,7 +120,6 @@ def sort_names(
     Args:
         flow: settings of the flow.
         names: upstream names in the file.
-        denoiser: whether the file may hold the denoiser of STARFlow-V.
         drop: patterns of names to leave out.
     """
     expected = {upstream: name for name, upstream in upstream_names(flow).items()}
@@ -132,8 +130,6 @@ def sort_names(
             kept[expected[upstream]] = upstream
         elif upstream in dead:
             dropped[upstream] = "dead buffer"
-        elif denoiser and upstream.startswith(DENOISER):
-            dropped[upstream] = "STARFlow-V's denoiser: no part of the flow"
         elif any(fnmatch.fnmatchcase(upstream, pattern) for pattern in drop):
             dropped[upstream] = "as asked"
         else:

@@ -14,7 +14,7 @@ import yaml
 from ..errors import CheckpointError
 from ..io.files import write_folder, write_text
 from ..io.weights import read_weights
-from ..models.checkpoint import CONFIG, NOTICE, check_tensors, read_notice, resolve
+from ..models.checkpoint import CONFIG, NOTICE, check_tensors, locate, read_notice, resolve
 from ..models.config import FlowConfig
 from .convert import check_target, dtype_names
 from .formats import write_arguments
@@ -44,7 +44,7 @@ def export_upstream(source: str | Path, out: str | Path, overwrite: bool = False
     started = time.perf_counter()
     out = Path(out)
     check_target(out, overwrite)
-    folder, flow, state = _read(Path(source))
+    folder, flow, state = _read(source)
     shapes, names = weight_shapes(flow), upstream_names(flow)
     check_tensors(state, shapes, folder)
     upstream_shapes = {names[name]: upstream_shape(name, shape) for name, shape in shapes.items()}
@@ -84,8 +84,10 @@ def export_upstream(source: str | Path, out: str | Path, overwrite: bool = False
     return report
 
 
-def _read(source: Path) -> tuple[Path, FlowConfig, dict[str, torch.Tensor]]:
-    folder = source / TRANSFORMER if (source / TRANSFORMER / CONFIG).exists() else resolve(source)
+def _read(source: str | Path) -> tuple[Path, FlowConfig, dict[str, torch.Tensor]]:
+    folder = locate(source) / TRANSFORMER
+    if not (folder / CONFIG).exists():
+        folder = resolve(source)
     try:
         fields = json.loads((folder / CONFIG).read_bytes())
         config = FlowConfig.from_dict({name: value for name, value in fields.items() if not name.startswith("_")})

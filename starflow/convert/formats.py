@@ -36,19 +36,37 @@ FLAGS = {
     "layers_per_block": integers, "head_dim": int, "num_heads": int, "num_kv_heads": int, "nvp": int, "rope": int,
     "pt_seq_len": int, "sos": int, "seq_order": str, "use_softplus": int, "soft_clip": float, "use_final_norm": int,
     "use_swiglu": int, "use_qk_norm": int, "use_post_norm": int, "use_bias": int, "norm_type": str, "txt_size": int,
-    "cond_top_only": int, "vae": str, "text": str, "use_pretrained_lm": str, "learnable_self_denoiser": int,
-    "noise_std": float, "noise_type": str, "cfg": str, "mix_aspect": int, "fps_cond": int, "cond_noise_level": int,
-    "vid_size": str,
+    "cond_top_only": int, "vae": str, "text": str, "use_pretrained_lm": str, "noise_std": float, "noise_type": str,
+    "cfg": str, "mix_aspect": int,
 }  # fmt: skip
+# Upstream flags of STARFlow-V -> the part of the model that each turns on. No flow of this package has these parts.
+VIDEO = {
+    "vid_size": "frames of a video",
+    "fps_cond": "prompts with the frame rate",
+    "cond_noise_level": "prompts with the noise level",
+    "learnable_self_denoiser": "the denoiser",
+    "temporal_causal": "the order of frames",
+    "shallow_block_local": "attention inside a frame",
+    "local_attn_window": "a window of frames",
+    "last_frame_cond": "a given last frame",
+    "video_to_video": "a given video",
+}
+# Values that turn a flag off.
+OFF = (None, 0, "", "0", "None", "none")
+# First part of the names of weights -> the part of a later upstream model that they belong to.
+LATER = {
+    "learnable_self_denoiser.": "the denoiser of STARFlow-V",
+    "time_embed.": "the noise levels of iTARFlow",
+    "shared_backbone.": "the shared layers of iTARFlow",
+}
 # Upstream flags that affect neither the weights nor an image. `adaln` has no effect upstream.
 _IGNORED = """
-    acc adaln batch_size caption_column compile conditional_denoiser data dataset denoiser_window
-    drop_image drop_label dry_run epoch_length epochs finetuned_vae fp8 fsdp fsdp_text_encoder grad_clip
-    grad_skip gradient_checkpoint gradient_checkpoint_mlp last_frame_cond latent_norm_regularization local_attn_window
-    logdir loss_scaling lr min_lr no_flip noise_embed_denoiser num_samples resume resume_epoch resume_path
-    sample_batch_size sample_freq save_every secondary_batch_size secondary_dataset secondary_img_size secondary_ratio
-    secondary_vid_size shallow_block_local temporal_causal train_seed use_8bit_adam use_mm_attn vae_decoder_factor
-    video_to_video wandb_name warmup_steps wds
+    acc adaln batch_size caption_column compile conditional_denoiser data dataset denoiser_window drop_image
+    drop_label dry_run epoch_length epochs finetuned_vae fp8 fsdp fsdp_text_encoder grad_clip grad_skip
+    gradient_checkpoint gradient_checkpoint_mlp latent_norm_regularization logdir loss_scaling lr min_lr no_flip
+    noise_embed_denoiser num_samples resume resume_epoch resume_path sample_batch_size sample_freq save_every
+    secondary_batch_size secondary_dataset secondary_img_size secondary_ratio secondary_vid_size train_seed
+    use_8bit_adam use_mm_attn vae_decoder_factor wandb_name warmup_steps wds
 """
 IGNORED = frozenset(_IGNORED.split())
 NORMS = ("layer_norm", "rms_norm", "none")
@@ -89,14 +107,17 @@ def parse_arguments(settings: dict[str, Any], source: str) -> dict[str, Any]:
         source: path of the YAML, for error messages.
 
     Raises:
-        ConfigError: a flag is unknown or has a wrong value.
+        ConfigError: a flag is unknown, has a wrong value, or turns on a part of STARFlow-V.
     """
     entries = settings.get("arguments")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"{source}: expected a list `arguments:` of flags, as in the upstream code")
-    arguments = {}
+    arguments, video = {}, []
     for name, value in ((name, value) for entry in entries for name, value in entry.items()):
-        if name in IGNORED:
+        if name in IGNORED or (name in VIDEO and value in OFF):
+            continue
+        if name in VIDEO:
+            video.append(f"{VIDEO[name]} ({name}={value})")
             continue
         if name not in FLAGS:
             raise ConfigError(f"{source}: unknown flag {name!r}")
@@ -104,6 +125,8 @@ def parse_arguments(settings: dict[str, Any], source: str) -> dict[str, Any]:
             arguments[name] = FLAGS[name](str(int(value) if isinstance(value, bool) else value))
         except ValueError:
             raise ConfigError(f"{source}: {name}={value!r} is not a value of that flag") from None
+    if video:
+        raise ConfigError(f"{source} is of STARFlow-V, and no flow of this package has {', '.join(video)}")
     return arguments
 
 
@@ -119,6 +142,9 @@ def flow_config(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], s
         ConfigError: no flow of this package has such settings, or they contradict the weights.
         CheckpointError: the weights belong to another model.
     """
+    for start, part in LATER.items():
+        if any(name.startswith(start) for name in shapes):
+            raise CheckpointError(f"the weights {start}* are {part}, which no flow of this package has")
     if arguments.get("rope") or arguments.get("txt_size"):
         return _starflow(arguments, shapes, source)
     return _tarflow(arguments, shapes, source)

@@ -12,7 +12,6 @@ from ..models.config import FlowConfig
 from ..models.flow import Flow
 
 Family = Literal["tarflow", "starflow"]
-DENOISER = "learnable_self_denoiser."
 LAYER = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(\w+)\.(weight|bias)")
 BLOCK = {"proj_text.weight": "proj_txt.weight", "proj_text.bias": "proj_txt.bias", "start": "sos_embed"}
 MODULES = {

@@ -105,12 +105,31 @@ def check_tensors(
             )
 
 
+def bundled_names() -> list[str]:
+    """Return the names of the bundled checkpoints."""
+    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
+
+
+def locate(folder: str | Path) -> Path:
+    """Return a folder, which need not exist, given its path or the name of a bundled checkpoint.
+
+    A text that is the name of a bundled checkpoint means that checkpoint. The path of a folder of the same name is
+    "./NAME", or a `Path`.
+
+    Args:
+        folder: path or name.
+    """
+    return BUNDLED / folder if isinstance(folder, str) and folder in bundled_names() else Path(folder)
+
+
 def resolve(folder: str | Path) -> Path:
-    """Return the folder of a checkpoint, given its path or the name of a bundled one. Raises CheckpointError."""
-    path = Path(folder)
-    if not path.exists() and (BUNDLED / path / CONFIG).exists():
-        return BUNDLED / path
+    """Return the folder of a checkpoint, given its path or the name of a bundled one, see `locate`.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    path = locate(folder)
     if not (path / CONFIG).exists():
-        names = sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
-        raise CheckpointError(f"no checkpoint at {path} ({CONFIG} is not there); bundled: {', '.join(names) or 'none'}")
+        names = ", ".join(bundled_names()) or "none"
+        raise CheckpointError(f"no checkpoint at {folder} ({CONFIG} is not there); bundled: {names}")
     return path

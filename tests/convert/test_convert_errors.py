@@ -50,7 +50,12 @@ def change(name, value):
     [
         (change("extra", torch.zeros(1)), "unknown weights extra"),
         (change("module.blocks.0.proj_in.weight", torch.zeros(1)), "unknown weights module.blocks.0.proj_in.weight"),
-        (change("learnable_self_denoiser.proj_in.bias", torch.zeros(64)), "unknown weights learnable_self_denoiser"),
+        (
+            change("learnable_self_denoiser.proj_in.bias", torch.zeros(64)),
+            "are the denoiser of STARFlow-V",
+        ),
+        (change("time_embed.mlp.0.weight", torch.zeros(4)), "are the noise levels of iTARFlow"),
+        (change("shared_backbone.layers.0.weight", torch.zeros(4)), "are the shared layers of iTARFlow"),
         (change("blocks.0.sos_embed", torch.zeros(1, 1, 48)), "unknown weights blocks.0.sos_embed"),
         (change("blocks.1.qkv", torch.zeros(1)), "unknown weights blocks.1.qkv"),
         (
@@ -142,14 +147,39 @@ def test_a_missing_or_malformed_configuration_is_refused(starflow):
         refused(message, path, out, config=config)
 
 
-def test_the_denoiser_of_starflow_v_is_dropped_where_the_configuration_has_it(starflow):
+@pytest.mark.parametrize(
+    ("flag", "value", "part"),
+    [
+        ("vid_size", "81:16", "frames of a video"),
+        ("fps_cond", 1, "prompts with the frame rate"),
+        ("cond_noise_level", True, "prompts with the noise level"),
+        ("learnable_self_denoiser", 1, "the denoiser"),
+        ("temporal_causal", 2, "the order of frames"),
+        ("shallow_block_local", 1, "attention inside a frame"),
+        ("local_attn_window", 5, "a window of frames"),
+        ("last_frame_cond", 1, "a given last frame"),
+        ("video_to_video", 1, "a given video"),
+    ],
+)
+def test_a_part_of_starflow_v_is_refused(starflow, flag, value, part):
+    path, config, out = starflow
+    arguments = yaml.safe_load(config.read_text())["arguments"]
+    config.write_text(yaml.safe_dump({"arguments": [*arguments, {flag: value}]}))
+    refused(rf"STARFlow-V, and no flow of this package has {part} \({flag}={value}\)", path, out, config=config)
+
+
+def test_flags_of_starflow_v_that_are_off_change_nothing(starflow):
+    path, config, out = starflow
+    settings = yaml.safe_load(config.read_text())
+    settings["arguments"] += [{"vid_size": "none"}, {"fps_cond": 0}, {"temporal_causal": False}]
+    config.write_text(yaml.safe_dump(settings))
+    assert not {"vid_size", "fps_cond", "temporal_causal"} & convert(path, out, config).arguments.keys()
+
+
+def test_the_denoiser_of_starflow_v_is_refused_also_where_it_is_to_be_dropped(starflow):
     path, config, out = starflow
     torch.save(torch.load(path) | {"learnable_self_denoiser.proj_in.bias": torch.zeros(64)}, path)
-    refused("unknown weights learnable_self_denoiser.proj_in.bias", path, out, config=config)
-    settings = yaml.safe_load(config.read_text())
-    settings["arguments"] += [{"learnable_self_denoiser": 1}, {"temporal_causal": 2}]
-    config.write_text(yaml.safe_dump(settings))
-    assert "denoiser" in convert(path, out, config).dropped["learnable_self_denoiser.proj_in.bias"]
+    refused("the denoiser of STARFlow-V", path, out, config=config, drop=["learnable_self_denoiser.*"])
 
 
 def test_truncated_files_are_refused(tarflow):
@@ -257,7 +287,9 @@ def test_errors_are_one_line(tarflow, capsys):
     assert "--dtype" in fails(capsys, "convert", str(path), "--out", str(out), "--dtype", "int8")
     back = ["convert", "digits", "--out", str(out), "--to", "upstream"]
     assert "no setting for this flow: head_dim=64" in fails(capsys, *back)
-    assert "the other direction" in fails(capsys, *back, "--dtype", "float32")
+    for flag in (["--dtype", "float32"], ["--config", "x.yaml"], ["--drop", "x"], ["--max-file-size", "1GB"]):
+        assert f"{flag[0]}: --to upstream keeps weights and settings" in fails(capsys, *back, *flag)
+    assert "--device: a conversion runs on the CPU" in fails(capsys, *back, "--device", "cuda")
 
 
 @pytest.mark.parametrize("direction", ["ours", "upstream"])
