@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .models.checkpoint import PIPELINE_INDEX
+from .devices import check_device
+from .errors import ConfigError
+from .models.checkpoint import PIPELINE_INDEX, locate
 from .models.flow import Flow
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 def is_pipeline(path: str | Path) -> bool:
     """Return whether a folder holds a pipeline."""
-    return (Path(path) / PIPELINE_INDEX).exists()
+    return (locate(path) / PIPELINE_INDEX).exists()
 
 
 def open_model(
@@ -40,9 +42,13 @@ def open_model(
 
     Raises:
         CheckpointError: there is no model, or a file is damaged.
-        ConfigError: the pipeline needs a package that is not installed.
+        ConfigError: torch cannot use the device, a variant is given for a flow, or the pipeline needs a package that is
+            not installed.
     """
+    check_device(device)
     if not is_pipeline(path):
+        if variant is not None:
+            raise ConfigError(f"variant={variant!r}: {path} is no folder of a pipeline, it has no {PIPELINE_INDEX}")
         return Flow.from_pretrained(path, device, dtype)
     from .pipelines import FlowPipeline, without_loading_bars
 

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex
+
 import numpy as np
 import torch
 
+from .errors import ConfigError
 
-def generator(*key: int) -> torch.Generator:
+MAX_SEED = 2**64 - 1
+
+
+def check_seed(seed: SupportsIndex, name: str = "seed") -> int:
+    """Return a seed as an int.
+
+    Args:
+        seed: integer from 0 to MAX_SEED.
+        name: name of the seed for the message.
+
+    Raises:
+        ConfigError: the seed is no integer, or out of range.
+    """
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
+    if isinstance(seed, bool) or not 0 <= number <= MAX_SEED:
+        raise ConfigError(f"{name}={seed!r}: expected an integer from 0 to 2^64 - 1")
+    return number
+
+
+def generator(*key: SupportsIndex) -> torch.Generator:
     """Return a CPU generator whose state depends only on the key.
 
     Args:
-        key: integers >= 0, such as a seed and the number of a step.
+        key: integers from 0 to MAX_SEED, such as a seed and the number of a step.
+
+    Raises:
+        ConfigError: a part of the key is no integer, or out of range.
     """
-    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    (state,) = np.random.SeedSequence([check_seed(part) for part in key]).generate_state(1, np.uint64)
     return torch.Generator(device="cpu").manual_seed(int(state) >> 1)
 
 

@@ -19,7 +19,7 @@ from ..io.digests import digest
 from ..io.files import located
 from ..io.images import open_image
 from ..models.autoencoder import downsampling
-from ..seeds import generator, normal, permutation
+from ..seeds import check_seed, generator, normal, permutation
 from ..settings import check_types
 from .folders import METADATA, folder_state, image_files, is_held_out, read_captions, relative_name
 from .latents import INDEX, LatentSet, load_latents
@@ -75,6 +75,7 @@ class DataConfig:
             )
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"data: held_out={self.held_out} is not a fraction of at least 0 and below 1")
+        check_seed(self.seed, "data: seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +224,9 @@ def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         images = F.interpolate(images, (config.size, config.size), mode="bilinear").round()
     images = images.to(torch.uint8)
     labels = torch.from_numpy(digits.target.astype(np.int64))
-    parts = train_test_split(
-        np.arange(len(labels)), test_size=DIGITS_HELD_OUT, random_state=config.seed, stratify=labels
-    )
+    # scikit-learn takes seeds of 32 bits.
+    random = config.seed % 2**32
+    parts = train_test_split(np.arange(len(labels)), test_size=DIGITS_HELD_OUT, random_state=random, stratify=labels)
     classes = tuple(map(str, range(10)))
     return tuple(_class_set(partial(_row, images[part]), labels[part], levels, classes, config) for part in parts)
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..errors import ConfigError, DataError
 from ..io.digests import digest
-from ..io.files import write_text
+from ..io.files import check_writable, write_text
 from ..io.tensors import save_tensors
 from ..models.autoencoder import downsampling, load_vae, posterior, scale_images, vae_folder
 from ..settings import check_types
@@ -103,8 +103,11 @@ def encode(
 
     Raises:
         DataError: the folder holds a cache with other settings, or other safetensors files.
+        StarflowError: the folder cannot be written.
     """
-    folder, vae = Path(folder), load_vae(config.vae, device)
+    folder = Path(folder)
+    check_writable(folder)
+    vae = load_vae(config.vae, device)
     splits = dict(zip(SPLITS, datasets.load(config.data)))
     for images in splits.values():
         if len(images):

@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..seeds import generator
 from .clock import device_time
-from .request import TOLERANCE, neighbours
+from .request import TOLERANCE, Inversion, neighbours
 
 # Multiples of the rows that a matrix product of the CPU kernels takes at a time; 0 for all tokens.
 WINDOWS = (6, 12, 24, 48, 0)
@@ -82,8 +83,12 @@ def calibrate(
         The measurement of all blocks.
 
     Raises:
-        ConfigError: the guidance has a temperature, or the flow needs text and none is given.
+        ConfigError: a number is out of range, the guidance has a temperature, or the flow needs text and none is given.
     """
+    for name, value, low in (("batch_size", batch_size, 1), *(("windows", window, 0) for window in windows)):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+            raise ConfigError(f"{name}={value!r}: expected an integer of at least {low}")
+    tol = Inversion("jacobi", tol=tol).tolerance
     if guidance.tempered:
         raise ConfigError("an attention temperature has no calibration: such guidance is sampled one token at a time")
     if flow.config.text_dim and text is None:

@@ -49,6 +49,8 @@ class Inversion:
             raise ConfigError(f"method={self.method!r}: expected auto or one of {', '.join(METHODS)}")
         if self.window is not None and self.method != "jacobi":
             raise ConfigError(f"window={self.window}: for method='jacobi', not {self.method!r}")
+        if self.tol is not None and self.method == "sequential":
+            raise ConfigError(f"tol={self.tol}: for method='jacobi' or 'auto', not 'sequential', which is exact")
         try:
             Solver("jacobi", self.window or 0, tol=self.tolerance)
         except ValueError as error:

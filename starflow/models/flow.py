@@ -13,6 +13,7 @@ from torch import nn
 from starflow_kernels.solver import Solver, SolveReport
 from starflow_kernels.spec import Quantize
 
+from ..devices import check_device
 from ..errors import InverseError
 from .block import FlowBlock
 from .calibration import Calibration, Measurement, read_calibration
@@ -104,7 +105,9 @@ class Flow(nn.Module):
 
         Raises:
             CheckpointError: there is no checkpoint, a file is damaged, or the weights do not fit the configuration.
+            ConfigError: torch cannot use the device.
         """
+        check_device(device)
         folder = resolve(folder)
         config = read_config(folder)
         # Weights made in inference mode could not be trained, and would be packed at every call.
@@ -320,6 +323,8 @@ class Flow(nn.Module):
         if len(solvers) != count:
             raise ValueError(f"solvers: {len(solvers)} of them for {count} blocks")
         reports: list[SolveReport] = []
+        errors_of_caller: list[ValueError] = []
+        progress = progress and _recorded(progress, errors_of_caller)
         for i in reversed(range(count)):
             block, (context, guided) = self.blocks[i], contexts[i]
             options = guidance.options(tokens.shape[1], block.spec.start, z.device) if guided else {}
@@ -330,8 +335,7 @@ class Flow(nn.Module):
             try:
                 result = block.inverse(tokens, *context, self.rotary(i, grid, tokens), **options)
             except ValueError as error:
-                # A subclass of ValueError comes from a callback.
-                if type(error) is not ValueError:
+                if error in errors_of_caller:
                     raise
                 if i + 1 < count:
                     self._check_finite(i + 1, tokens)
@@ -457,3 +461,16 @@ class Flow(nn.Module):
         size = config.rotary_size or config.grid[0]
         key = grid, config.head_dim, size, text_len, bool(config.text_len)
         return rotary_table(key, torch.promote_types(like.dtype, torch.float32), like.device)
+
+
+def _recorded(progress: Callable[[int, int], None], errors: list[ValueError]) -> Callable[[int, int], None]:
+    """Return a callback that adds the ValueErrors that it raises to a list."""
+
+    def call(done: int, total: int) -> None:
+        try:
+            progress(done, total)
+        except ValueError as error:
+            errors.append(error)
+            raise
+
+    return call

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from ..data.datasets import ShuffledBatches, data_state, load
 from ..errors import CheckpointError, ConfigError, DataError, StarflowError
-from ..io.files import write_atomically, write_text
-from ..seeds import generator
+from ..io.files import check_writable, write_atomically, write_text
+from ..seeds import MAX_SEED, generator
 from ..settings import check_types, read_sections, section
 
 STATE = "training.pt"
@@ -74,6 +74,7 @@ class LoopConfig:
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {
         "steps": (1, math.inf),
         "batch_size": (1, math.inf),
+        "seed": (0, MAX_SEED + 1),
         "beta1": (0, 1),
         "beta2": (0, 1),
     }
@@ -139,6 +140,7 @@ class Loop:
 
     def __init__(self, config: Any, folder: Path, device: str = "cpu", tensorboard: bool = False):
         self.config, self.folder, self.device = config, Path(folder), device
+        check_writable(self.folder)
         self.images, _ = load(config.data)
         if not len(self.images):
             raise ConfigError("data: no images are left for training")
@@ -164,28 +166,24 @@ class Loop:
         path = Path(folder) / STATE
         if not path.exists():
             raise CheckpointError(f"nothing to resume: no {path}")
-        try:
+        with _reading(path):
             state = torch.load(path, map_location=device, weights_only=True)
-            trainer = cls(cls.CONFIG.from_dict(state["config"]), folder, device, tensorboard)
-            recorded = state.get("data", {})
-            if trainer.data_state.keys() != recorded.keys():
-                raise CheckpointError(
-                    f"{path}: another version of this package wrote it and recorded the data in another way, so it is "
-                    f"not known whether the data changed: begin a new run"
-                )
-            if trainer.data_state != recorded:
-                raise DataError(
-                    f"{trainer.config.data.path}: the data changed since the run began, from {recorded} to "
-                    f"{trainer.data_state}: restore the files, or begin a new run"
-                )
-            trainer.load_state(state, path)
-            trainer.step, trainer.metrics = state["step"], state["metrics"]
-        except KeyError as error:
+            settings, step, metrics = (state[name] for name in ("config", "step", "metrics"))
+        trainer = cls(cls.CONFIG.from_dict(settings), folder, device, tensorboard)
+        recorded = state.get("data", {})
+        if trainer.data_state.keys() != recorded.keys():
             raise CheckpointError(
-                f"{path} lacks {error}: it is damaged, or of another version of this package"
-            ) from None
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}".splitlines()[0]) from None
+                f"{path}: another version of this package wrote it and recorded the data in another way, so it is "
+                f"not known whether the data changed: begin a new run"
+            )
+        if trainer.data_state != recorded:
+            raise DataError(
+                f"{trainer.config.data.path}: the data changed since the run began, from {recorded} to "
+                f"{trainer.data_state}: restore the files, or begin a new run"
+            )
+        with _reading(path):
+            trainer.load_state(state, path)
+        trainer.step, trainer.metrics = step, metrics
         return trainer
 
     def run(self, quiet: bool = False) -> None:
@@ -365,6 +363,17 @@ def uninterrupted() -> Iterator[None]:
                 signal.signal(number, handler)
     if held:
         signal.raise_signal(held[0])
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Report the errors of a damaged checkpoint as a CheckpointError."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}: it is damaged, or of another version of this package") from None
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}".splitlines()[0]) from None
 
 
 def _tensorboard(folder: Path):

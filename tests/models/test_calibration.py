@@ -365,3 +365,20 @@ def test_where_nothing_can_be_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert main(["calibrate", "--checkpoint", str(tmp_path / "run")]) == 2
     assert f"--out FOLDER: {tmp_path / 'run'} cannot be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0: expected an integer of at least 1"),
+        ({"batch_size": 1.5}, "batch_size=1.5: expected an integer"),
+        ({"batch_size": True}, "batch_size=True: expected an integer"),
+        ({"windows": [0, -3]}, "windows=-3: expected an integer of at least 0"),
+        ({"windows": ["a"]}, "windows='a': expected an integer"),
+        ({"tol": -1.0}, "tol=-1.0"),
+        ({"seed": -1}, "seed=-1: expected an integer from 0"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Flow.from_pretrained("digits").calibrate(**{"batch_size": 1, **options})

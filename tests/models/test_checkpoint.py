@@ -1,12 +1,14 @@
 """Checkpoints: strict, whole or absent, and clear about what is wrong."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from starflow import CheckpointError, ConfigError, Flow, FlowConfig, StarflowError
+from starflow import CheckpointError, ConfigError, Flow, FlowConfig, StarflowError, open_model
 from starflow.io.files import write_atomically, write_text
 
 CONFIG = {"image_size": 4, "image_channels": 1, "patch_size": 2, "channels": 16, "layers": (1, 1), "head_dim": 8}
@@ -126,3 +128,24 @@ def test_a_full_disk(saved, save):
             flow.save_pretrained("/dev/full/model")
         else:
             write_text("/dev/full/x", "text")
+
+
+@pytest.mark.parametrize("device", ["nowhere", "hpu", "cuda:1000"])
+def test_a_device_that_torch_cannot_use(device):
+    with pytest.raises(ConfigError, match=f"device {device}: "):
+        open_model("digits", device)
+    with pytest.raises(ConfigError, match=f"device {device}: "):
+        Flow.from_pretrained("digits", device)
+
+
+def test_a_flow_has_no_variants():
+    with pytest.raises(ConfigError, match="variant='fp16': digits is no folder of a pipeline"):
+        open_model("digits", variant="fp16")
+
+
+def test_a_bundled_name_wins_over_a_folder_and_a_path_does_not(tmp_path):
+    os.mkdir("digits")
+    assert open_model("digits").config == Flow.from_pretrained("digits").config
+    for path in ("./digits", Path("digits")):
+        with pytest.raises(CheckpointError, match="no checkpoint at"):
+            Flow.from_pretrained(path)

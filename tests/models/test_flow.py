@@ -370,3 +370,16 @@ def test_non_finite_noise_is_refused():
     flow = make().float()
     with pytest.raises(ValueError, match="not finite"):
         flow.inverse(torch.full((1, 2, 4, 4), float("nan")))
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("solver", [Solver(), Solver("jacobi")])
+def test_an_exception_of_a_callback_comes_out_unchanged(backend, solver):
+    flow, own = Flow.from_pretrained("digits"), ValueError("mine")
+
+    def progress(done, total):
+        raise own
+
+    with pytest.raises(ValueError) as error:
+        flow.inverse(flow.noise(4), torch.arange(4), backend=backend, solvers=solver, progress=progress)
+    assert error.value is own

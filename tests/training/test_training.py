@@ -222,3 +222,15 @@ def test_wrong_settings_are_named(section, change, message):
 def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path, model, message):
     with pytest.raises(ConfigError, match=message):
         FlowTrainer(settings(model), tmp_path)
+
+
+def test_an_error_of_the_data_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(settings(steps=1), run)
+
+    def load(config):
+        raise TypeError("mine")
+
+    monkeypatch.setattr("starflow.training.loop.load", load)
+    with pytest.raises(TypeError, match="mine"):
+        FlowTrainer.resume(run)
