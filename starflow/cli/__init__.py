@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import platform
+import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TextIO
 
-from ..errors import StarflowError
+from ..errors import ConfigError, StarflowError
 from .packages import install_line
 
+# Messages of torch, which reports some failed allocations as a RuntimeError.
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|size calculation overflowed", re.IGNORECASE)
 # Name of each command -> its module, and its description.
 COMMANDS = {
     "train": ("train", "Train a flow on images or on cached latents."),
@@ -46,15 +51,20 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0, 2 after an error that the user can correct, 130 when interrupted, or 141 when the reader of
         a pipe has closed it.
     """
-    try:
+    status = 0
+    with _escaped(sys.stdout), _escaped(sys.stderr):
         try:
-            return _main(arguments)
-        finally:
-            print(end="", flush=True)
-    except BrokenPipeError:
-        # Python flushes standard output once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+            try:
+                status = _main(arguments)
+            finally:
+                print(end="", flush=True)
+        except OSError as error:
+            # Python flushes standard output once more when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                return 141
+            return status or _report("starflow", f"standard output: {error.strerror}")
+    return status
 
 
 def _main(arguments: list[str] | None) -> int:
@@ -67,30 +77,59 @@ def _main(arguments: list[str] | None) -> int:
         name = f"starflow {args.command}"
         _run(args)
     except StarflowError as error:
-        message = str(error)
+        return _report(name, str(error))
     except ModuleNotFoundError as error:
         if (message := install_line(error.name)) is None:
             raise
+        return _report(name, message)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _report(name, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        return _report(name, f"not enough memory: {error}")
     except KeyboardInterrupt:
         return 130
-    else:
-        return 0
-    print(f"{name}: error: {message}", file=sys.stderr)
+    return 0
+
+
+def _report(name: str, message: str) -> int:
+    """Print an error in one line and return its exit status."""
+    with contextlib.suppress(OSError):
+        print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+@contextlib.contextmanager
+def _escaped(stream: TextIO) -> Iterator[None]:
+    """Let a stream write what its encoding lacks, such as some file names, as backslash escapes."""
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    errors = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            stream.reconfigure(errors=errors)
 
 
 def parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """Return the parser. Only the commands in `wanted` are imported and get their arguments."""
     from starflow_kernels import __version__
 
-    from .common import Parser, positive
+    from .common import MAX_THREADS, Parser, non_empty, thread_count
 
     root = Parser(
         prog="starflow",
         description="Train, sample and evaluate TarFlow and STARFlow models. A flow turns noise into images and back; "
         "try: starflow sample",
     )
-    root.add_argument("--version", action="version", version=f"starflow {__version__}", help="Print the version.")
+    version = {"action": "version", "version": f"starflow {__version__}", "help": "Print the version and exit."}
+    root.add_argument("--version", **version)
     subparsers = root.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True, parser_class=Parser
     )
@@ -105,6 +144,7 @@ def parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser
         sub.set_defaults(run=command.run)
         command.add_arguments(sub)
         common = sub.add_argument_group("options of every command")
+        common.add_argument("--version", **version)
         common.add_argument(
             "--device",
             default="auto",
@@ -112,13 +152,14 @@ def parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser
         )
         common.add_argument(
             "--threads",
-            type=positive,
+            type=thread_count,
             metavar="N",
-            help="Number of CPU threads; small models run fastest with 1. Default: torch's choice.",
+            help=f"Number of CPU threads, 1 to {MAX_THREADS}; small models run best with 1. Default: torch's choice.",
         )
         common.add_argument(
             "--json",
             nargs="?",
+            type=non_empty,
             const="-",
             metavar="FILE",
             help="Write the results as JSON to FILE. Without FILE, or with -, they go to standard output, and the text "
@@ -131,23 +172,33 @@ def _run(args: argparse.Namespace) -> None:
     """Run a parsed command and write its report."""
     import torch
 
-    from ..io.files import write_text
+    from ..io.files import check_writable, write_text
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    # With JSON on standard output, the text for people goes to standard error.
-    with contextlib.redirect_stdout(sys.stderr) if args.json == "-" else contextlib.nullcontext():
-        results = args.run(args)
-    if args.json:
-        report = {
-            "command": args.command,
-            "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "command", "json")},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "threads": torch.get_num_threads(),
-            "results": results,
-        }
-        text = json.dumps(report, indent=2, default=str) + "\n"
+    file = Path(args.json) if args.json and args.json != "-" else None
+    if file:
+        if file.is_dir():
+            raise ConfigError(f"--json {file} is a folder")
+        check_writable(file.parent)
+    with contextlib.ExitStack() as stack:
+        if args.threads:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(args.threads)
+        # With JSON on standard output, the text for people goes to standard error.
         if args.json == "-":
-            print(text, end="")
-        else:
-            write_text(Path(args.json), text)
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        results = args.run(args)
+        threads = torch.get_num_threads()
+    if not args.json:
+        return
+    report = {
+        "command": args.command,
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "command", "json")},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "threads": threads,
+        "results": results,
+    }
+    text = json.dumps(report, indent=2, default=str) + "\n"
+    if file:
+        write_text(file, text)
+    else:
+        print(text, end="")

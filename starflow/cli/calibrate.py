@@ -15,16 +15,27 @@ from tqdm import tqdm
 from ..errors import ConfigError
 from ..inversion.measure import WINDOWS, WORTH
 from ..inversion.request import TOLERANCE, Inversion
-from ..io.files import write_folder
+from ..io.files import check_writable, write_folder
 from ..models.calibration import SOLVERS, Measurement, save_calibration
-from ..models.checkpoint import BUNDLED, resolve
+from ..models.checkpoint import BUNDLED, locate, resolve
 from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..opening import is_pipeline, open_model
 from ..training.loop import METRICS, STATE
-from .common import DTYPES, Parser, device, non_negative, positive, seed_argument
+from .common import (
+    DTYPES,
+    Parser,
+    device,
+    non_empty,
+    non_negative,
+    positive,
+    refuse,
+    seed_argument,
+)
+from .options import guidance_arguments, read_guidance
 
 TRANSFORMER = "transformer"
+DEFAULT_PROMPTS = ["a photo"]
 
 EXAMPLE = "starflow calibrate --checkpoint runs/photos --batch-size 1 16"
 
@@ -34,6 +45,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--checkpoint",
         "--model",
+        type=non_empty,
         default="digits",
         metavar="FOLDER",
         help="Folder of a flow or pipeline, or the name of a bundled flow. Default: digits, which is bundled and "
@@ -57,23 +69,10 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="Data type of the weights in memory. Default: float32."
     )
-    parser.add_argument(
-        "--guidance", "--cfg", type=float, default=0.0, metavar="WEIGHT", help="Guidance weight. Default: 0."
-    )
-    parser.add_argument(
-        "--guidance-rule",
-        choices=("tarflow", "starflow"),
-        help="Formula of the guidance. Default: tarflow, or starflow for text.",
-    )
-    parser.add_argument(
-        "--annealed",
-        action="store_true",
-        help="Let the guidance weight grow over the tokens of each block. Default: the same weight at all tokens.",
-    )
+    guidance_arguments(parser, "0")
     parser.add_argument(
         "--prompt",
         nargs="+",
-        default=["a photo"],
         metavar="TEXT",
         help="Prompts to draw in turn, with a text-to-image pipeline. Default: 'a photo'.",
     )
@@ -88,6 +87,7 @@ def add_arguments(parser: Parser) -> None:
     seed_argument(parser)
     parser.add_argument(
         "--out",
+        type=non_empty,
         metavar="FOLDER",
         help="Copy the checkpoint to this folder and store the result there. Default: store it in the checkpoint.",
     )
@@ -98,15 +98,13 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the solvers, print the results and store them."""
-    folder = Path(args.checkpoint)
-    pipeline = is_pipeline(folder)
-    folder = folder if pipeline else resolve(folder)
+    pipeline = is_pipeline(args.checkpoint)
+    folder = locate(args.checkpoint) if pipeline else resolve(args.checkpoint)
     _check_target(args, folder)
-    tol = Inversion("jacobi", tol=args.tol).tolerance
+    Inversion("jacobi", tol=args.tol)
     flow, text, empty = _open(args, folder)
-    rule = args.guidance_rule or ("starflow" if flow.config.text_dim else "tarflow")
-    guidance = Guidance(args.guidance, rule, args.annealed)
-    options = {"tol": tol, "windows": args.windows, "text": text, "empty_text": empty, "seed": args.seed}
+    guidance = read_guidance(args, Guidance(rule="starflow" if flow.config.text_dim else "tarflow"))
+    options = {"tol": args.tol, "windows": args.windows, "text": text, "empty_text": empty, "seed": args.seed}
     results = []
     for batch_size in sorted(set(args.batch_size)):
         with tqdm(total=len(flow.blocks), desc=f"batch {batch_size}", unit="block", leave=False, disable=None) as bar:
@@ -140,6 +138,7 @@ def _check_target(args: argparse.Namespace, folder: Path) -> None:
     if args.out:
         if os.path.lexists(args.out):
             raise ConfigError(f"--out {args.out} exists already")
+        check_writable(Path(args.out).parent)
     elif BUNDLED in folder.parents:
         raise ConfigError(
             f"{args.checkpoint} is bundled and cannot be changed: name a folder for a calibrated copy with --out FOLDER"
@@ -153,12 +152,14 @@ def _open(args: argparse.Namespace, folder: Path) -> tuple[Flow, torch.Tensor | 
     model = open_model(folder, device(args.device), DTYPES[args.dtype])
     flow = model if isinstance(model, Flow) else model.transformer
     if isinstance(model, Flow) or not flow.config.text_dim:
+        refuse({"--prompt": args.prompt}, f"{args.checkpoint} is not the folder of a text-to-image pipeline")
         return flow, None, None
     if model.text_encoder is None:
         raise ConfigError(f"{folder}: the pipeline has no text encoder")
     from ..data.prompts import encode_prompts
 
-    text = [encode_prompts(p, model.tokenizer, model.text_encoder, flow.config.text_len) for p in (args.prompt, [""])]
+    prompts = args.prompt or DEFAULT_PROMPTS
+    text = [encode_prompts(p, model.tokenizer, model.text_encoder, flow.config.text_len) for p in (prompts, [""])]
     return flow, *text
 
 

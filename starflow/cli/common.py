@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from typing import Any, NoReturn
 
 import torch
 
+from ..devices import check_device
 from ..errors import ConfigError
+from ..seeds import MAX_SEED
 
+MAX_INTEGER = 2**63 - 1
+# More threads than this exceed the limits of many systems, which ends the process.
+MAX_THREADS = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -17,8 +27,15 @@ class Parser(argparse.ArgumentParser):
     """Parser that reports an error in one line."""
 
     def __init__(self, **options: Any):
-        super().__init__(add_help=False, **options)
+        super().__init__(add_help=False, allow_abbrev=False, **options)
         self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+
+    def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        """Parse words. argparse of some Python versions takes "--" in "--name=--" for no value and returns a list."""
+        for word in args:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: expected one argument")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
@@ -36,6 +53,7 @@ def checkpoint_arguments(parser: Parser, batch_size: str = "256", auto: bool = F
     """
     parser.add_argument(
         "--checkpoint",
+        type=non_empty,
         default="digits",
         metavar="FOLDER",
         help="Folder of the checkpoint, or the name of a bundled one. Default: digits, which is bundled.",
@@ -63,11 +81,30 @@ def seed_argument(parser: Parser, default: int | None = 0, described: str = "0")
     """
     parser.add_argument(
         "--seed",
-        type=non_negative,
+        type=seed,
         default=default,
         metavar="N",
         help=f"Seed of all random numbers. Default: {described}.",
     )
+
+
+def refuse(given: dict[str, Any], reason: str) -> None:
+    """Raise ConfigError for the first flag that was given: it would have no effect.
+
+    Args:
+        given: value of each flag; None and False stand for one that was not given.
+        reason: why the flags would have no effect.
+    """
+    for flag, value in given.items():
+        if value is not None and value is not False:
+            raise ConfigError(f"{flag}: {reason}")
+
+
+def non_empty(text: str) -> str:
+    """Parse the name of a file, a folder or a host."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name")
+    return text
 
 
 def positive(text: str) -> int:
@@ -80,25 +117,38 @@ def positive_or_auto(text: str) -> int | str:
     return text if text == "auto" else positive(text)
 
 
-def byte_count(text: str) -> int:
-    """Parse a number of bytes: 8GB (units of 1000), 512MiB (units of 1024) or a plain number."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
-    if not found or not (value := float(found[1])):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8GB or 512MiB")
-    unit = (found[2] or "").upper()
-    return int(value * (1024 if unit.endswith("I") else 1000) ** " KMGT".index(unit[:1] or " "))
-
-
 def non_negative(text: str) -> int:
     """Parse an integer of at least 0."""
     return _integer(text, 0)
 
 
-def _integer(text: str, low: int) -> int:
-    """Parse an integer of at least `low`."""
-    if not text.lstrip("-").isdecimal() or int(text) < low:
+def seed(text: str) -> int:
+    """Parse a seed."""
+    return _integer(text, 0, MAX_SEED)
+
+
+def thread_count(text: str) -> int:
+    """Parse a number of threads."""
+    return _integer(text, 1, MAX_THREADS)
+
+
+def byte_count(text: str) -> int:
+    """Parse a number of bytes: 8GB (units of 1000), 512MiB (units of 1024) or a plain number."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
+    unit = ((found and found[2]) or "").upper()
+    scale = (1024 if unit.endswith("I") else 1000) ** " KMGT".index(unit[:1] or " ")
+    if not found or not 1 <= (size := Decimal(found[1]) * scale) <= MAX_INTEGER:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8GB or 512MiB")
+    return int(size)
+
+
+def _integer(text: str, low: int, high: int = MAX_INTEGER) -> int:
+    """Parse an integer from `low` to `high`."""
+    if not re.fullmatch(r"[+-]?\d{1,100}", text) or (number := int(text)) < low:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {low}")
-    return int(text)
+    if number > high:
+        raise argparse.ArgumentTypeError(f"{text!r} is larger than {high}")
+    return number
 
 
 def device(name: str) -> str:
@@ -109,8 +159,24 @@ def device(name: str) -> str:
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
+        raise ConfigError(f"--device {name}: expected cpu, cuda, cuda:1, mps or auto")
     try:
-        torch.empty(0, dtype=torch.float32, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        check_device(name)
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from None
     return name
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt in the block. Handlers can be set in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        # The handler of another library than Python's is None.
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

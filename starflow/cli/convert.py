@@ -7,9 +7,8 @@ import dataclasses
 from typing import Any
 
 from ..convert import convert, export_upstream
-from ..errors import ConfigError
 from ..io.weights import MAX_BYTES
-from .common import DTYPES, Parser, byte_count
+from .common import DTYPES, Parser, byte_count, non_empty, refuse
 
 EXAMPLE = "starflow convert afhq_model_8_768_8_8_0.07.pth --out afhq"
 
@@ -18,13 +17,19 @@ def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
     parser.add_argument(
         "source",
+        type=non_empty,
         help="The .pth file to convert; with --to upstream, a folder of this package or of diffusers. Required.",
     )
     parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="Folder to write; it appears only once it is complete. Required."
+        "--out",
+        type=non_empty,
+        required=True,
+        metavar="FOLDER",
+        help="Folder to write; it appears only once it is complete. Required.",
     )
     parser.add_argument(
         "--config",
+        type=non_empty,
         metavar="FILE",
         help="YAML configuration of the original code. Default: read from the file's name (TarFlow).",
     )
@@ -40,14 +45,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--drop",
         action="append",
-        default=[],
         metavar="PATTERN",
         help="Leave out unknown weights whose names match PATTERN; may be repeated. Default: refuse them.",
     )
     parser.add_argument(
         "--max-file-size",
         type=byte_count,
-        default=MAX_BYTES,
         metavar="SIZE",
         help="Largest size of a weight file, such as 500MB or 2GiB. Default: 5GB.",
     )
@@ -60,15 +63,20 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Convert a checkpoint; print and return what was kept, dropped and checked."""
+    refuse({"--device": None if args.device in ("auto", "cpu") else args.device}, "a conversion runs on the CPU")
     if args.to == "upstream":
-        if args.config or args.dtype or args.drop:
-            raise ConfigError(
-                "--config, --dtype and --drop apply to the other direction: --to upstream keeps weights and settings"
-            )
+        given = {
+            "--config": args.config,
+            "--dtype": args.dtype,
+            "--drop": args.drop,
+            "--max-file-size": args.max_file_size,
+        }
+        refuse(given, "--to upstream keeps weights and settings, in one file")
         report = export_upstream(args.source, args.out, args.overwrite)
     else:
         dtype = DTYPES[args.dtype] if args.dtype else None
-        report = convert(args.source, args.out, args.config, dtype, args.drop, args.max_file_size, args.overwrite)
+        size = args.max_file_size or MAX_BYTES
+        report = convert(args.source, args.out, args.config, dtype, args.drop or (), size, args.overwrite)
     print(f"{args.out}: {', '.join(report.files)}")
     print("\n".join(report.lines()))
     return dataclasses.asdict(report)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import socket
 import threading
 from typing import Any
 
 from ..errors import ConfigError
-from .common import Parser, device, non_negative
+from .common import Parser, device, interrupted_by_sigterm, non_empty, non_negative
 
 EXAMPLE = "starflow demo --checkpoint digits --open"
 
@@ -19,12 +18,16 @@ def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
     parser.add_argument(
         "--checkpoint",
+        type=non_empty,
         default="digits",
         metavar="FOLDER",
         help="Folder of a flow or a pipeline, or the name of a bundled checkpoint. Default: digits, which is bundled.",
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1, which only this machine reaches."
+        "--host",
+        type=non_empty,
+        default="127.0.0.1",
+        help="Address to listen on. Default: 127.0.0.1, which only this machine reaches.",
     )
     parser.add_argument(
         "--port",
@@ -47,11 +50,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..demo.page import Page
 
     page = Page(DemoModel(args.checkpoint, device(args.device)))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        address = page.launch(args.host, port, args.open)
-        print(f"{page.model.name}: {address} (stop with Ctrl-C)", flush=True)
-        threading.Event().wait()
+        with interrupted_by_sigterm():
+            address = page.launch(args.host, port, args.open)
+            print(f"{page.model.name}: {address} (stop with Ctrl-C)", flush=True)
+            threading.Event().wait()
     except KeyboardInterrupt:
         pass
     finally:

@@ -11,7 +11,7 @@ from ..data.encode import EncodeConfig, encode
 from ..errors import ConfigError
 from ..settings import override, read_settings, section
 from ..training.loop import SETTINGS
-from .common import Parser, device, positive
+from .common import Parser, device, non_empty, positive, refuse
 
 EXAMPLE = "starflow encode --vae runs/autoencoder --text runs/text --length 8 --out runs/latents"
 
@@ -20,27 +20,31 @@ def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
     parser.add_argument(
         "--vae",
+        type=non_empty,
         metavar="FOLDER",
         required=True,
         help="Folder of an AutoencoderKL in the layout of diffusers. Required.",
     )
     parser.add_argument(
         "--text",
+        type=non_empty,
         metavar="FOLDER",
-        default="",
         help="Folder with text_encoder/ and tokenizer/, to encode captions too. Default: no captions.",
     )
     parser.add_argument(
-        "--length", type=positive, default=128, metavar="N", help="Tokens per caption's text states. Default: 128."
+        "--length",
+        type=positive,
+        metavar="N",
+        help=f"Tokens per caption's text states. Default: {EncodeConfig.length}.",
     )
     parser.add_argument(
         "--text-dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="Data type of the stored text states. Default: float32.",
+        help=f"Data type of the stored text states. Default: {EncodeConfig.text_dtype}.",
     )
     parser.add_argument(
         "--config",
+        type=non_empty,
         metavar="FILE",
         help="YAML file with a section data that names the images. Default: the settings in the autoencoder's folder.",
     )
@@ -52,7 +56,11 @@ def add_arguments(parser: Parser) -> None:
         help="Change one setting, such as data.size=64; may be repeated. Default: no change.",
     )
     parser.add_argument(
-        "--out", metavar="CACHE", required=True, help="Folder for the cache files and their index. Required."
+        "--out",
+        type=non_empty,
+        metavar="CACHE",
+        required=True,
+        help="Folder for the cache files and their index. Required.",
     )
     parser.add_argument(
         "--rows-per-file", type=positive, default=4096, metavar="N", help="Rows per cache file. Default: 4096."
@@ -65,13 +73,22 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Fill a cache of latents, or complete an interrupted one."""
+    if not args.text:
+        refuse({"--length": args.length, "--text-dtype": args.text_dtype}, "captions are encoded with --text alone")
     path = Path(args.config) if args.config else Path(args.vae) / SETTINGS
     settings = read_settings(path) if args.config or path.exists() else {"data": {}}
     if not isinstance(settings.get("data"), dict):
         raise ConfigError(f"{path}: no section data")
     override(settings, args.set)
     images = section(DataConfig)(settings["data"])
-    config = EncodeConfig(images, args.vae, args.text, args.length, args.text_dtype, args.rows_per_file)
+    config = EncodeConfig(
+        images,
+        args.vae,
+        args.text or "",
+        args.length or EncodeConfig.length,
+        args.text_dtype or EncodeConfig.text_dtype,
+        args.rows_per_file,
+    )
     report = encode(config, Path(args.out), device(args.device), args.batch_size, args.quiet)
     counts = ", ".join(f"{count} {kind.replace('_', '-')}" for kind, count in report.index.counts.items())
     done = "already complete"

@@ -18,10 +18,11 @@ from ..seeds import generator
 from ..settings import read_settings
 from ..training.flow import FlowRunConfig
 from ..training.loop import SETTINGS
-from .common import DTYPES, Parser, checkpoint_arguments, device, positive
+from .common import DTYPES, Parser, checkpoint_arguments, device, non_empty, positive, refuse
 
 # Largest image whose Jacobian is checked: it takes one backward pass per value.
 JACOBIAN_DIMS = 768
+DRAWS = 8
 
 EXAMPLE = "starflow eval --checkpoint runs/digits --json report.json"
 
@@ -31,21 +32,20 @@ def add_arguments(parser: Parser) -> None:
     checkpoint_arguments(parser)
     parser.add_argument(
         "--data",
+        type=non_empty,
         metavar="FOLDER",
         help="Folder of images, one folder per class: CLASS/*.png. Default: the data that the flow was trained on.",
     )
     parser.add_argument(
         "--split",
         choices=("held-out", "train"),
-        default="held-out",
         help="Part of the flow's own data to use. Default: held-out.",
     )
     parser.add_argument(
         "--draws",
         type=positive,
-        default=8,
         metavar="N",
-        help="Draws of the dequantization noise per image. Default: 8.",
+        help=f"Draws of the dequantization noise per image. Default: {DRAWS}.",
     )
 
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = resolve(args.checkpoint)
     flow = Flow.from_pretrained(folder, device(args.device), DTYPES[args.dtype])
     train, images = _evaluation_data(args, folder, flow)
-    options = {"draws": args.draws, "batch_size": args.batch_size, "seed": args.seed}
+    options = {"draws": args.draws or DRAWS, "batch_size": args.batch_size, "seed": args.seed}
     results: dict[str, Any] = {"images": len(images)}
     if flow.config.noise_std == 0:
         results["likelihood"] = dataclasses.asdict(likelihood(flow, images, **options))
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             results["bayes_accuracy"] = bayes_accuracy(flow, images, prior, **options)
             print(f"accuracy as a classifier {100 * results['bayes_accuracy']:.2f} %")
     else:
+        refuse({"--draws": args.draws}, "the model was trained with Gaussian noise, not with dequantization")
         print("bits/dim not measured: the model was trained with Gaussian noise, not with dequantization")
     for name, trip in round_trips(flow, images, seed=args.seed).items():
         results[name] = dataclasses.asdict(trip)
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _evaluation_data(args: argparse.Namespace, folder: Path, flow: Flow) -> tuple[datasets.ImageSet, datasets.ImageSet]:
     """Return the training images and the images to evaluate on."""
     if args.data:
+        refuse({"--split": args.split}, "all images of --data are used")
         config = datasets.DataConfig(source="folder", path=args.data, size=flow.config.image_size, held_out=0.0)
     elif (folder / SETTINGS).exists():
         config = FlowRunConfig.from_dict(read_settings(folder / SETTINGS)).data
@@ -96,7 +98,8 @@ def _evaluation_data(args: argparse.Namespace, folder: Path, flow: Flow) -> tupl
     train, held_out = datasets.load(config)
     images = train if args.data or args.split == "train" else held_out
     if not len(images):
-        raise DataError(f"no images to evaluate on in the {args.split} part of {config.path or config.source}")
+        where = "" if args.data else f"the {args.split or 'held-out'} part of "
+        raise DataError(f"no images to evaluate on in {where}{config.path or config.source}")
     if flow.config.num_classes and len(images.classes) > flow.config.num_classes:
         raise DataError(f"{len(images.classes)} classes of images, but the model has {flow.config.num_classes}")
     if images.levels != flow.config.levels:

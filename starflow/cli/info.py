@@ -18,11 +18,11 @@ import starflow_kernels
 from starflow_kernels import __version__, backends
 
 from ..models.calibration import Measurement, duration
-from ..models.checkpoint import BUNDLED, CONFIG, resolve
+from ..models.checkpoint import bundled_names, locate
 from ..models.flow import Flow
 from ..opening import open_model
 from ..settings import PRESETS, presets
-from .common import Parser, device
+from .common import Parser, device, non_empty
 from .packages import PACKAGES, install_command
 
 EXAMPLE = "starflow info --checkpoint runs/digits"
@@ -36,6 +36,7 @@ def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
     parser.add_argument(
         "--checkpoint",
+        type=non_empty,
         metavar="FOLDER",
         help="Checkpoint to describe as well: its folder, or the name of a bundled one. Default: none.",
     )
@@ -49,9 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "versions": _versions(),
         "machine": _machine(),
         "backends": backends(),
-        "checkpoints": {
-            path.parent.name: repr(Flow.from_pretrained(path.parent)) for path in BUNDLED.glob(f"*/{CONFIG}")
-        },
+        "checkpoints": {name: repr(Flow.from_pretrained(name)) for name in bundled_names()},
         "presets": {command: _presets(kind) for command, kind in PRESET_KINDS.items()},
         **described,
     }
@@ -145,7 +144,7 @@ def _describe(checkpoint: str, device: str) -> dict[str, Any]:
     flow = model if isinstance(model, Flow) else model.transformer
     measurements = flow.calibration.measurements if flow.calibration else ()
     return {
-        "checkpoint": str(Path(checkpoint).resolve() if Path(checkpoint).exists() else resolve(checkpoint)),
+        "checkpoint": str(locate(checkpoint).resolve()),
         "kind": type(model).__name__,
         "parameters": sum(p.numel() for p in flow.parameters()),
         "tokens": math.prod(flow.config.grid),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..settings import PRESETS, override, presets, read_settings
 from ..training.loop import STATE, Loop
-from .common import Parser, device, seed_argument
+from .common import Parser, device, interrupted_by_sigterm, non_empty, seed_argument
 
 
 def run_arguments(parser: Parser, sections: str, kind: str = "") -> None:
@@ -29,8 +28,12 @@ def run_arguments(parser: Parser, sections: str, kind: str = "") -> None:
         choices=presets(kind),
         help="Train with settings that come with the package; `starflow info` describes them.",
     )
-    source.add_argument("--config", metavar="FILE", help=f"Train with a YAML file with the sections {sections}.")
-    source.add_argument("--resume", metavar="RUN", help="Continue the run in this folder at its last checkpoint.")
+    source.add_argument(
+        "--config", type=non_empty, metavar="FILE", help=f"Train with a YAML file with the sections {sections}."
+    )
+    source.add_argument(
+        "--resume", type=non_empty, metavar="RUN", help="Continue the run in this folder at its last checkpoint."
+    )
     parser.add_argument(
         "--set",
         metavar="SECTION.NAME=VALUE",
@@ -40,6 +43,7 @@ def run_arguments(parser: Parser, sections: str, kind: str = "") -> None:
     )
     parser.add_argument(
         "--out",
+        type=non_empty,
         metavar="RUN",
         help="Folder for the checkpoint, the metrics and grids of samples. Default: runs/NAME, NAME being that of the "
         "preset or of the settings file.",
@@ -53,13 +57,15 @@ def run_arguments(parser: Parser, sections: str, kind: str = "") -> None:
     )
 
 
-def run_loop(args: argparse.Namespace, trainer_class: type[Loop], changes: list[str], kind: str = "") -> dict[str, Any]:
+def run_loop(
+    args: argparse.Namespace, trainer_class: type[Loop], changes: dict[tuple[str, str], Any], kind: str = ""
+) -> dict[str, Any]:
     """Train a new or a resumed run; on an interrupt, print the command that continues it.
 
     Args:
         args: the parsed arguments.
         trainer_class: the loop to run.
-        changes: assignments to settings that result from other arguments.
+        changes: values of settings, by section and name, that result from other arguments; None changes nothing.
         kind: folder of the command's presets inside the folder of all presets.
 
     Returns:
@@ -68,24 +74,26 @@ def run_loop(args: argparse.Namespace, trainer_class: type[Loop], changes: list[
     Raises:
         ConfigError: arguments contradict each other or the run's folder.
     """
+    changes = {key: value for key, value in {**changes, ("training", "seed"): args.seed}.items() if value is not None}
     if args.resume:
-        if args.set or args.out or args.seed is not None or changes:
+        if args.set or args.out or changes:
             raise ConfigError("--resume continues with the settings of the run: drop --set, --out, --seed and --dtype")
         trainer = trainer_class.resume(Path(args.resume), device(args.device), args.tensorboard)
     else:
         settings = read_settings(PRESETS / kind / f"{args.preset}.yaml" if args.preset else Path(args.config))
-        override(settings, [*args.set, *changes])
-        if args.seed is not None:
-            override(settings, [f"training.seed={args.seed}"])
+        override(settings, args.set)
+        for (section, name), value in changes.items():
+            if isinstance(settings.get(section), dict):
+                settings[section][name] = value
         folder = Path(args.out or f"runs/{args.preset or Path(args.config).stem}")
         if (folder / STATE).exists():
             raise ConfigError(f"{folder} holds a run: continue it with --resume {folder}, or choose another --out")
         config = trainer_class.CONFIG.from_dict(settings)
         trainer = trainer_class(config, folder, device(args.device), args.tensorboard)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     start, first = time.perf_counter(), trainer.step
     try:
-        trainer.run(args.quiet)
+        with interrupted_by_sigterm():
+            trainer.run(args.quiet)
     except KeyboardInterrupt:
         resume = f"starflow {trainer.COMMAND} --resume {trainer.folder}"
         print(f"stopped at step {trainer.step}; continue with: {resume}", file=sys.stderr)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from starflow_kernels.spec import Quantize
-
 from ..errors import ConfigError, DataError
-from ..inversion.request import METHODS, TOLERANCE, Inversion
-from ..io.files import read_lines
+from ..inversion.request import Inversion
+from ..io.files import check_writable, read_lines
 from ..io.images import save_grid
-from ..models.checkpoint import PIPELINE_INDEX
+from ..models.checkpoint import PIPELINE_INDEX, bundled_names
 from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..opening import open_model
@@ -27,7 +24,18 @@ from ..sampling.jobs import FORMATS, SAMPLES_PER_FILE, Job, Layout
 from ..sampling.many import GRID, DrawJobs, ProgressBar, draw_flow_jobs, generate
 from ..sampling.processes import Processes
 from ..sampling.sample import SampleOptions, SampleReport, check_pixels, sample
-from .common import DTYPES, Parser, byte_count, checkpoint_arguments, device, non_negative, positive
+from .common import (
+    DTYPES,
+    Parser,
+    byte_count,
+    checkpoint_arguments,
+    device,
+    interrupted_by_sigterm,
+    non_empty,
+    positive,
+    refuse,
+)
+from .options import guidance_arguments, read_guidance, read_inversion, solver_arguments
 
 if TYPE_CHECKING:
     from ..pipelines import FlowPipeline
@@ -35,8 +43,10 @@ if TYPE_CHECKING:
 FLOW_BATCH = 256
 PIPELINE_BATCH = 8
 MEMORY = 2_000_000_000
+# The list of the samples of a run is in memory.
+MOST_SAMPLES = 10_000_000
 # Arguments that only pipelines take, by the name that the parser gives them.
-PIPELINE_ONLY = ("prompt", "prompt_file", "negative_prompt", "aspect", "height", "width", "variant")
+PIPELINE_ONLY = ("prompt", "prompt_file", "negative_prompt", "aspect", "height", "width")
 
 EXAMPLE = "starflow sample --num 100 --label all --out samples"
 
@@ -80,7 +90,6 @@ def add_arguments(parser: Parser) -> None:
     condition = conditions.add_mutually_exclusive_group()
     condition.add_argument(
         "--label",
-        default="all",
         metavar="CLASS",
         help="Class to draw; all draws each class in turn, none draws without a class. Default: all.",
     )
@@ -88,28 +97,15 @@ def add_arguments(parser: Parser) -> None:
         "--prompt", metavar="TEXT", help="Text to draw, with a text-to-image pipeline. It needs this or --prompt-file."
     )
     condition.add_argument(
-        "--prompt-file", metavar="FILE", help="File with one prompt per line; empty lines do not count."
+        "--prompt-file",
+        type=non_empty,
+        metavar="FILE",
+        help="File with one prompt per line; empty lines do not count.",
     )
     conditions.add_argument(
         "--negative-prompt", metavar="TEXT", help="Prompt that guidance moves away from. Default: the empty prompt."
     )
-    conditions.add_argument(
-        "--guidance",
-        "--cfg",
-        type=float,
-        metavar="WEIGHT",
-        help="Guidance weight; 0 samples without guidance. Default: 0, or 3.6 for text.",
-    )
-    conditions.add_argument(
-        "--guidance-rule",
-        choices=("tarflow", "starflow"),
-        help="Formula of the guidance. Default: tarflow, or starflow for text.",
-    )
-    conditions.add_argument(
-        "--annealed",
-        action="store_true",
-        help="Let the guidance weight grow over the tokens of each block. Default: the same weight at all tokens.",
-    )
+    guidance_arguments(conditions, "0, or 3.6 for text")
     conditions.add_argument(
         "--attention-temperature",
         "--attn_temp",
@@ -131,32 +127,16 @@ def add_arguments(parser: Parser) -> None:
         "--width", type=positive, metavar="PIXELS", help="Width of the images. Default: as in training."
     )
     pipelines.add_argument(
-        "--variant", metavar="NAME", help="Variant of a pipeline's weight files, such as fp16. Default: none."
-    )
-    solver = parser.add_argument_group("solver")
-    solver.add_argument(
-        "--method",
+        "--variant",
+        type=non_empty,
         metavar="NAME",
-        help=f"Solver of the blocks: {', '.join(METHODS)} or auto, which takes the fastest one that starflow calibrate "
-        "measured for each block, or sequential. Default: auto.",
+        help="Variant of a pipeline's weight files, such as fp16. Default: none.",
     )
-    solver.add_argument(
-        "--window", type=positive, metavar="N", help="Number of tokens that jacobi solves together. Default: all."
-    )
-    solver.add_argument(
-        "--tol",
-        type=float,
-        metavar="X",
-        help=f"Largest change of a token at which jacobi stops. Default: {TOLERANCE:g}.",
-    )
-    solver.add_argument(
-        "--quantize",
-        choices=get_args(Quantize),
-        default="none",
-        help="Round the weights to one byte per value, which changes the images. Default: none.",
-    )
+    solver_arguments(parser)
     files = parser.add_argument_group("files")
-    files.add_argument("--out", default="samples", metavar="FOLDER", help="Folder for the images. Default: samples.")
+    files.add_argument(
+        "--out", type=non_empty, default="samples", metavar="FOLDER", help="Folder for the images. Default: samples."
+    )
     files.add_argument(
         "--format",
         choices=FORMATS,
@@ -172,7 +152,6 @@ def add_arguments(parser: Parser) -> None:
     files.add_argument(
         "--samples-per-file",
         type=positive,
-        default=SAMPLES_PER_FILE,
         metavar="N",
         help=f"Number of images per npz or safetensors file. Default: {SAMPLES_PER_FILE}.",
     )
@@ -181,74 +160,36 @@ def add_arguments(parser: Parser) -> None:
         action="store_true",
         help="Write the output of the flow; needs --format safetensors. Default: write pixels.",
     )
-    upstream = parser.add_argument_group(
-        "flags of the upstream code", "They choose the jacobi solver. Its images are exact to --tol nevertheless."
-    )
-    upstream.add_argument(
-        "--jacobi", type=non_negative, default=0, metavar="0|1", help="With 1, same as --method jacobi. Default: 0."
-    )
-    upstream.add_argument(
-        "--jacobi_block_size", type=positive, metavar="N", help="Same as --window N. Default: all tokens."
-    )
-    upstream.add_argument(
-        "--jacobi_th",
-        type=float,
-        metavar="X",
-        help=f"Same as --tol sqrt(X), if that is below {TOLERANCE:g}. Default: --tol.",
-    )
-    upstream.add_argument(
-        "--jacobi_max_iter",
-        type=positive,
-        metavar="N",
-        help="Ignored: jacobi iterates until it reaches --tol. Default: no limit.",
-    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Draw images with a flow or a pipeline."""
-    inversion = _inversion(args)
+    inversion = read_inversion(args)
+    check_writable(Path(args.out))
     # Joined before the model is loaded, which may take a different time in each process.
     Processes().join()
     model = open_model(args.checkpoint, _device(args.device), DTYPES[args.dtype], args.variant)
     return (_flow if isinstance(model, Flow) else _pipeline)(args, model, inversion)
 
 
-def _inversion(args: argparse.Namespace) -> Inversion:
-    """Read method, window and tolerance from our flags or the upstream ones."""
-    if not args.jacobi:
-        return Inversion(args.method or "auto", args.window, args.tol, args.quantize)
-    if args.method not in (None, "jacobi"):
-        raise ConfigError(f"--jacobi {args.jacobi} and --method {args.method}: give one of them")
-    tol = args.tol
-    if tol is None and args.jacobi_th is not None:
-        # The upstream rule, mean dx^2 < X mean x^2, holds for values around 1 if no |dx| exceeds sqrt(X).
-        if not args.jacobi_th >= 0:
-            raise ConfigError(f"--jacobi_th {args.jacobi_th}: expected a number of at least 0")
-        tol = min(TOLERANCE, math.sqrt(args.jacobi_th))
-    if args.jacobi_th is not None or args.jacobi_max_iter is not None:
-        exact = TOLERANCE if tol is None else tol
-        print(f"starflow sample: jacobi iterates to --tol {exact:g}, not to the upstream threshold", file=sys.stderr)
-    return Inversion("jacobi", args.window or args.jacobi_block_size, tol, args.quantize)
-
-
 def _flow(args: argparse.Namespace, flow: Flow, inversion: Inversion) -> dict[str, Any]:
-    for name in PIPELINE_ONLY:
-        if getattr(args, name) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag}: {args.checkpoint} is not the folder of a pipeline, it has no {PIPELINE_INDEX}")
+    reason = f"{args.checkpoint} is not the folder of a pipeline, it has no {PIPELINE_INDEX}"
+    refuse(_flags(args, *PIPELINE_ONLY), reason)
     count = args.num or 100
     if not args.latents:
         check_pixels(flow)
     labels, columns = _labels(args.label, count, flow.config.num_classes)
-    options = SampleOptions(_guidance(args, Guidance()), inversion, args.denoise or 0.0, args.certify)
-    each = image_bytes(flow, options.guidance, inversion, certify=args.certify)
+    guidance = read_guidance(args, Guidance(), args.attention_temperature)
+    options = SampleOptions(guidance, inversion, args.denoise or 0.0, args.certify)
+    each = image_bytes(flow, guidance, inversion, certify=args.certify)
     fixed, tokens = weight_bytes([flow]), math.prod(flow.config.grid)
     values, denoising = tokens * flow.config.token_dim, denoise_bytes(flow, tokens) if args.denoise else 0
     if args.format or args.latents or Processes().count > 1:
-        layout = Layout(args.format or "png", args.samples_per_file, args.latents)
+        layout = _layout(args)
         batch_size = _batch_size(args, FLOW_BATCH, fixed + denoising + layout.held_bytes(values), each + values)
         draw_jobs = functools.partial(draw_flow_jobs, flow=flow, options=options, latents=args.latents)
         return _generate(args, draw_jobs, _jobs(labels), options, {}, batch_size, columns, layout, flow.device)
+    refuse(_flags(args, "samples_per_file"), "all images are in one grid, see --format")
     # The noise and images of all batches are in memory: a float and a byte per value.
     batch_size = _batch_size(args, FLOW_BATCH, fixed + 5 * count * values, max(each, denoising))
     given = None if labels[0] is None else torch.tensor(labels, dtype=torch.int64, device="cpu")
@@ -271,22 +212,23 @@ def _flow(args: argparse.Namespace, flow: Flow, inversion: Inversion) -> dict[st
 def _pipeline(args: argparse.Namespace, pipe: FlowPipeline, inversion: Inversion) -> dict[str, Any]:
     from ..data.prompts import nearest_ratio
 
-    guidance = _guidance(args, pipe.default_guidance)
+    guidance = read_guidance(args, pipe.default_guidance, args.attention_temperature)
     options = SampleOptions(guidance, inversion, pipe.denoise_factor(args.denoise), args.certify)
     flow, size = pipe.transformer, pipe.size(args.height, args.width, args.aspect)
     condition_options = {}
     if flow.config.text_dim:
+        refuse(_flags(args, "label"), "this pipeline draws text, see --prompt")
         prompts, copies = _prompts(args), args.num or 1
+        _check_count(len(prompts) * copies)
         jobs = [Job(i, copy, prompt) for i, prompt in enumerate(prompts) for copy in range(copies)]
         columns = min(copies, 10) if copies > 1 else 10
         ratio = args.aspect or nearest_ratio(*size)
         condition_options = {"ratio": ratio, "negative_prompt": args.negative_prompt}
     else:
-        if given := [name for name in ("prompt", "prompt_file", "negative_prompt") if getattr(args, name) is not None]:
-            raise ConfigError(f"--{given[0].replace('_', '-')}: this pipeline takes no text, use --label")
+        refuse(_flags(args, "prompt", "prompt_file", "negative_prompt"), "this pipeline takes no text, see --label")
         labels, columns = _labels(args.label, args.num or 100, flow.config.num_classes)
         jobs = _jobs(labels)
-    layout, pixels = Layout(args.format or "png", args.samples_per_file, args.latents), 3 * math.prod(size)
+    layout, pixels = _layout(args), 3 * math.prod(size)
     multiple = flow.config.patch_size * pipe.pixels_per_latent
     grid = size[0] // multiple, size[1] // multiple
     fixed = weight_bytes(part for part in pipe.components.values() if isinstance(part, torch.nn.Module))
@@ -311,20 +253,20 @@ def _generate(
     device: torch.device,
 ) -> dict[str, Any]:
     """Draw images into files, together with the other processes of torchrun if there are any."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = {"checkpoint": _place(args.checkpoint), "dtype": args.dtype, "variant": args.variant}
     try:
-        report = generate(
-            draw_jobs,
-            jobs,
-            Path(args.out),
-            args.seed,
-            batch_size,
-            {**settings, **options.to_json(), **asked},
-            device=device,
-            columns=min(columns, len(jobs)),
-            layout=layout,
-        )
+        with interrupted_by_sigterm():
+            report = generate(
+                draw_jobs,
+                jobs,
+                Path(args.out),
+                args.seed,
+                batch_size,
+                {**settings, **options.to_json(), **asked},
+                device=device,
+                columns=min(columns, len(jobs)),
+                layout=layout,
+            )
     except KeyboardInterrupt:
         print(f"stopped; the same command continues in {args.out}", file=sys.stderr)
         raise
@@ -346,18 +288,26 @@ def _print(report: SampleReport, where: Path, verbose: bool) -> None:
 
 def _place(checkpoint: str) -> str:
     """Return the absolute path of a folder, or the name of a bundled checkpoint."""
-    return str(path.resolve()) if (path := Path(checkpoint)).exists() else checkpoint
+    return checkpoint if checkpoint in bundled_names() else str(Path(checkpoint).resolve())
+
+
+def _flags(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the value of each flag."""
+    return {"--" + name.replace("_", "-"): getattr(args, name) for name in names}
+
+
+def _layout(args: argparse.Namespace) -> Layout:
+    """Return how the samples are written."""
+    layout = Layout(args.format or "png", args.samples_per_file or SAMPLES_PER_FILE, args.latents)
+    if layout.format == "png":
+        refuse(_flags(args, "samples_per_file"), "every image has a file of its own, see --format")
+    return layout
 
 
 def _device(name: str) -> str:
     """Return the device of this process; under torchrun, each process has its own GPU."""
     name, processes = device(name), Processes()
     return f"cuda:{processes.local_rank}" if name == "cuda" and processes.count > 1 else name
-
-
-def _guidance(args: argparse.Namespace, default: Guidance) -> Guidance:
-    weight = default.weight if args.guidance is None else args.guidance
-    return Guidance(weight, args.guidance_rule or default.rule, args.annealed, args.attention_temperature)
 
 
 def _jobs(labels: list[int | None]) -> list[Job]:
@@ -392,9 +342,15 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _labels(label: str, count: int, classes: int) -> tuple[list[int | None], int]:
+def _check_count(count: int) -> None:
+    if count > MOST_SAMPLES:
+        raise ConfigError(f"--num: {count} images, a run draws at most {MOST_SAMPLES}")
+
+
+def _labels(label: str | None, count: int, classes: int) -> tuple[list[int | None], int]:
     """Return the class of each image, and the number of images per row of a grid."""
-    columns = min(count, 10)
+    _check_count(count)
+    label, columns = label or "all", min(count, 10)
     if label == "none" or (label == "all" and not classes):
         return [None] * count, columns
     if label == "all":

@@ -25,5 +25,5 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train a flow; return the report of the run."""
-    changes = [f"training.bf16={'true' if args.dtype == 'bfloat16' else 'false'}"] if args.dtype else []
-    return run_loop(args, FlowTrainer, changes)
+    bf16 = None if args.dtype is None else args.dtype == "bfloat16"
+    return run_loop(args, FlowTrainer, {("training", "bf16"): bf16})

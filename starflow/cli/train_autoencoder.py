@@ -20,4 +20,4 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train an autoencoder; return the report of the run."""
-    return run_loop(args, AutoencoderTrainer, [], KIND)
+    return run_loop(args, AutoencoderTrainer, {}, KIND)

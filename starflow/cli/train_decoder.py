@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..training.decoder import DecoderTrainer
-from .common import Parser
+from .common import Parser, non_empty
 from .runs import run_arguments, run_loop
 
 KIND = "decoder"
@@ -17,10 +17,13 @@ def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
     run_arguments(parser, "decoder, data and training", KIND)
     parser.add_argument(
-        "--vae", metavar="FOLDER", help="Folder of the autoencoder to start from. Default: decoder.vae of the settings."
+        "--vae",
+        type=non_empty,
+        metavar="FOLDER",
+        help="Folder of the autoencoder to start from. Default: decoder.vae of the settings.",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune a decoder; return the report of the run."""
-    return run_loop(args, DecoderTrainer, [f"decoder.vae={args.vae}"] if args.vae else [], KIND)
+    return run_loop(args, DecoderTrainer, {("decoder", "vae"): args.vae}, KIND)

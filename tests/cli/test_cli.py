@@ -194,7 +194,7 @@ def test_every_option_is_explained_with_its_default(command):
     for action in sub._actions:
         assert action.help[0].isupper() and action.help.endswith("."), action.option_strings
         explained = any(part in action.help for part in ("Default: ", "Required.", "Same as "))
-        assert explained or id(action) in in_groups or action.dest == "help", action.option_strings
+        assert explained or id(action) in in_groups or action.dest in ("help", "version"), action.option_strings
 
 
 @pytest.mark.parametrize("command", COMMANDS)
