@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..data.datasets import ImageSet, dequantize
+from ..errors import DataError
 from ..models.flow import Flow
 from ..seeds import generator
 
@@ -62,7 +63,12 @@ def likelihood(flow: Flow, images: ImageSet, draws: int = 8, batch_size: int = 2
         draws: draws of the noise per image.
         batch_size: images per batch.
         seed: seed of the noise.
+
+    Raises:
+        DataError: there are no images.
+        ValueError: `draws` or `batch_size` is less than 1.
     """
+    _check(images, draws=draws, batch_size=batch_size)
     bits = []
     for x, labels in _batches(flow, images, batch_size):
         random = generator(seed, len(bits))
@@ -85,7 +91,12 @@ def bayes_accuracy(
         draws: draws of the dequantization noise, over which p(x | y) is averaged.
         batch_size: images per batch.
         seed: seed of the noise.
+
+    Raises:
+        DataError: there are no images.
+        ValueError: `draws` or `batch_size` is less than 1.
     """
+    _check(images, draws=draws, batch_size=batch_size)
     right = 0
     for i, (x, labels) in enumerate(_batches(flow, images, batch_size)):
         scores = []
@@ -107,7 +118,12 @@ def round_trips(flow: Flow, images: ImageSet, count: int = 64, seed: int = 0) ->
         images: images to evaluate on.
         count: number of images, taken from the start.
         seed: seed of the noise.
+
+    Raises:
+        DataError: there are no images.
+        ValueError: `count` is less than 1.
     """
+    _check(images, count=count)
     x, labels = next(_batches(flow, images, min(count, len(images))))
     labels = labels if flow.config.num_classes else None
     x = dequantize(x, images.levels, flow.config.noise_std, generator(seed)).to(flow.device, _dtype(flow))
@@ -138,6 +154,14 @@ def logdet_error(flow: Flow, image: torch.Tensor, label: int | None = None, chun
         rows.append(torch.autograd.grad(picked, x)[0].flatten(1))
     jacobian = torch.cat(rows).double()
     return abs(torch.linalg.slogdet(jacobian).logabsdet.item() - output.logdet[0].item())
+
+
+def _check(images: ImageSet, **counts: int) -> None:
+    if not len(images):
+        raise DataError("images: none to evaluate on")
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
 
 
 def _dtype(flow: Flow) -> torch.dtype:

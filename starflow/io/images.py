@@ -59,7 +59,12 @@ def image_grid(images: torch.Tensor, columns: int) -> Image.Image:
     Args:
         images: (N, C, H, W) uint8, C 1 or 3.
         columns: images per row.
+
+    Raises:
+        DataError: there are no images, or no columns.
     """
+    if not len(images) or columns < 1:
+        raise DataError(f"a grid of {len(images)} images in {columns} columns: expected at least one of each")
     count, channels, height, width = images.shape
     rows = math.ceil(count / columns)
     shape = channels, rows * (height + 1) - 1, columns * (width + 1) - 1

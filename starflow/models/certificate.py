@@ -63,6 +63,8 @@ def certificate(
         mu, sigma = gaussian(params, weight, spec.affine.scale, spec.affine.soft_clip, guidance.rule)
         tokens = ((tokens - mu) / sigma).to(tokens.dtype)
     error = (flow.images(tokens, grid) - z).abs()
+    if not error.numel():
+        return Certificate(0.0, 0.0)
     return Certificate(error.max().item(), error.mean().item())
 
 

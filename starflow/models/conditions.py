@@ -30,7 +30,10 @@ LARGEST = 2**63 - 1
 
 
 def integers(values: Labels | int) -> torch.Tensor | None:
-    """Return integers of any kind, in a tensor, an array or a sequence, as int64; None for floats, bools and others."""
+    """Return integers of any kind, in a tensor, an array or a sequence, as int64; None for floats, bools and others.
+
+    A sequence of no values has no kind, and is taken.
+    """
     if isinstance(values, torch.Tensor):
         refused = values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
         integer = values.to(torch.int64)
@@ -46,7 +49,9 @@ def integers(values: Labels | int) -> torch.Tensor | None:
     mixed = isinstance(values, (list, tuple)) and any(isinstance(value, (bool, np.bool_)) for value in values)
     if array.dtype.kind == "u":
         array = np.minimum(array, np.uint64(LARGEST))
-    return None if mixed or array.dtype.kind not in "iu" else torch.from_numpy(array.astype(np.int64))
+    empty = not array.size and not isinstance(values, np.ndarray)
+    refused = mixed or not (empty or array.dtype.kind in "iu")
+    return None if refused else torch.from_numpy(array.astype(np.int64))
 
 
 def check_conditions(
@@ -68,7 +73,7 @@ def check_conditions(
         raise ValueError(f"text: expected states {states}, got {_describe(text)}")
     if classes is None:
         return None
-    if not torch.compiler.is_compiling():
+    if rows and not (classes.is_meta or torch.compiler.is_compiling()):
         low, high = classes.aminmax()
         if low < -1 or high >= config.num_classes:
             raise ValueError(f"labels: expected -1 (no class) .. {config.num_classes - 1}, got {classes.tolist()}")

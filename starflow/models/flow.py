@@ -268,13 +268,13 @@ class Flow(nn.Module):
             latent_penalty: weight of the mean squares of the inner blocks' latents (STARFlow: 1e-4).
         """
         z = output.latents[-1]
-        loss = 0.5 * z.square().mean() - output.logdet.mean() / z[0].numel()
+        loss = 0.5 * z.square().mean() - output.logdet.mean() / z.shape[1:].numel()
         return loss + latent_penalty * sum(latent.square().mean() for latent in output.latents[:-1])
 
     @torch.no_grad()
     def update_prior(self, z: torch.Tensor) -> None:
-        """Move the prior variance of a volume-preserving flow toward the variance of z (B, T, D)."""
-        if self.prior_variance is not None:
+        """Move the prior variance of a volume-preserving flow toward the variance of z (B, T, D), if there are any."""
+        if self.prior_variance is not None and len(z):
             self.prior_variance.lerp_(z.square().mean(dim=0).to(self.prior_variance.dtype), PRIOR_RATE)
 
     @torch.no_grad()

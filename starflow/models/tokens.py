@@ -42,12 +42,13 @@ def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch: int, order: s
     Returns:
         (B, C, H, W) images.
     """
-    B, h, w = tokens.shape[0], *grid
+    # A batch of no images leaves no size to infer.
+    B, h, w, C = tokens.shape[0], *grid, tokens.shape[2] // patch**2
     if order == "chw":
-        x = tokens.reshape(B, h, w, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)
+        x = tokens.reshape(B, h, w, C, patch, patch).permute(0, 3, 1, 4, 2, 5)
     else:
-        x = tokens.reshape(B, h, w, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(B, -1, h * patch, w * patch)
+        x = tokens.reshape(B, h, w, patch, patch, C).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(B, C, h * patch, w * patch)
 
 
 def rotary_angles(

@@ -77,7 +77,7 @@ def generate(
     reports = processes.gather(report)
     if processes.count > 1:
         processes.first(lambda: begin(out, files, settings, check=False))
-    if len(jobs) <= GRID_IMAGES and processes.rank == 0 and not layout.latents:
+    if 0 < len(jobs) <= GRID_IMAGES and processes.rank == 0 and not layout.latents:
         images = torch.cat([read_pixels(out / file.name)[: len(file.jobs)] for file in files])
         save_grid(images, out / GRID, columns)
     return merge_reports(reports, kept=len(jobs) - sum(len(file.jobs) for file in missing))

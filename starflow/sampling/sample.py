@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -253,8 +254,8 @@ def sample(
     """
     check_pixels(flow)
     for name, value in (("count", count), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value}: expected an integer of at least 1")
     if options.denoise and not flow.config.noise_std:
         raise ConfigError(f"denoise={options.denoise}: the model was not trained with Gaussian noise")
     noise = flow.noise(count, generator(seed))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.flows import make
 
-from starflow import Flow, FlowConfig, Guidance, Inversion
+from starflow import Flow, Guidance, Inversion
 from starflow_kernels import (
     Solver,
     affine_flow,
@@ -21,28 +22,8 @@ from starflow_kernels import (
     solve_inverse,
 )
 
-CONFIG = {
-    "image_size": 8,
-    "image_channels": 3,
-    "patch_size": 2,
-    "channels": 32,
-    "layers": (1, 2),
-    "head_dim": 16,
-    "num_classes": 4,
-    "start": True,
-    "noise_std": 0.1,
-}
 LABELS = (0, 1, 2, 3)
 SOLVERS = {"sequential": Solver(), "jacobi": Solver("jacobi"), "neighbours": Solver("jacobi", neighbours=(1, 4))}
-
-
-def make(**changes) -> Flow:
-    """Return a flow in eval mode whose heads are not zero."""
-    flow = Flow(FlowConfig(**{**CONFIG, **changes}))
-    random = torch.Generator("cpu").manual_seed(0)
-    for parameter in flow.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=random), alpha=0.05)
-    return flow.eval()
 
 
 def flow_results(flow: Flow, z: torch.Tensor, labels: torch.Tensor, text: torch.Tensor | None = None) -> list:

@@ -218,6 +218,13 @@ def test_more_samples_are_added_to_files(tmp_path, capsys):
         Layout("npz", 0)
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout("npz")], ids=["png", "npz"])
+def test_a_run_of_no_samples_writes_the_ledger_alone(layout, tmp_path):
+    report = generate(None, [], tmp_path, 0, 4, {}, device=torch.device("cpu"), layout=layout)
+    assert report.count == report.kept == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
 def test_batches_are_full_with_mixed_conditions(tmp_path):
     pipe = TarFlowPipeline(FlowModel.from_flow(Flow.from_pretrained("digits")))
     sizes = []

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from starflow import Flow, FlowConfig
+from starflow import DataError, Flow, FlowConfig
 from starflow.data.datasets import ImageSet
 from starflow.evaluation.metrics import bayes_accuracy, likelihood, logdet_error, round_trips
 
@@ -71,3 +71,31 @@ def test_logdet_error_sees_a_wrong_volume():
     forward = flow.forward
     flow.forward = lambda x, labels: forward(x, labels)._replace(logdet=forward(x, labels).logdet + 0.25)
     assert logdet_error(flow, x, 1) == pytest.approx(0.25)
+
+
+def measures(flow: Flow, images: ImageSet, **options) -> dict:
+    """Return each measure as a function."""
+    prior = torch.full((2,), 0.5)
+    return {
+        "likelihood": lambda: likelihood(flow, images, **options),
+        "bayes_accuracy": lambda: bayes_accuracy(flow, images, prior, **options),
+    }
+
+
+@pytest.mark.parametrize("name", ["likelihood", "bayes_accuracy"])
+def test_no_images_are_refused(name):
+    empty = ImageSet([].__getitem__, torch.empty(0, dtype=torch.int64), 4, ("dark", "bright"), lambda index: ())
+    with pytest.raises(DataError, match="images: none to evaluate on"):
+        measures(constant_flow(0.0, 1.0), empty)[name]()
+
+
+@pytest.mark.parametrize("option", ["draws", "batch_size"])
+@pytest.mark.parametrize("name", ["likelihood", "bayes_accuracy"])
+def test_counts_of_a_measure_are_at_least_one(name, option):
+    with pytest.raises(ValueError, match=f"{option}=0: expected at least 1"):
+        measures(constant_flow(0.0, 1.0), images(), **{option: 0})[name]()
+
+
+def test_a_round_trip_needs_images():
+    with pytest.raises(ValueError, match="count=0: expected at least 1"):
+        round_trips(constant_flow(0.0, 1.0), images(), count=0)
