@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..io.tensors import copy_weights
+from ..models.hooks import execution_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
@@ -78,7 +79,7 @@ def encode_prompts(
                 f"a prompt of {len(ids)} tokens is cut to {length}: {prompt!r:.{SHOWN_CHARACTERS}}", stacklevel=2
             )
     tokens = tokenizer(different, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    ids, mask = (tokens[name].to(text_encoder.device) for name in ("input_ids", "attention_mask"))
+    ids, mask = (tokens[name].to(execution_device(text_encoder)) for name in ("input_ids", "attention_mask"))
     # One prompt at a time, so that its bits do not depend on the other prompts.
     rows = zip(ids.split(1), mask.split(1))
     states = torch.cat([text_encoder(input_ids=i, attention_mask=m).last_hidden_state.float() for i, m in rows])

@@ -91,9 +91,9 @@ def calibrate(
     tol = Inversion("jacobi", tol=tol).tolerance
     if guidance.tempered:
         raise ConfigError("an attention temperature has no calibration: such guidance is sampled one token at a time")
-    if flow.config.text_dim and text is None:
+    if flow.config.text_dim and (text is None or not len(text)):
         raise ConfigError("a flow of text is calibrated on states of prompts: calibrate the folder of its pipeline")
-    conditions = Conditions.of(flow, batch_size, guidance, tol)
+    conditions = Conditions.of(flow, batch_size, guidance, tol, flow.device)
     grid = flow.config.grid
     tokens = math.prod(grid)
     windows = sorted({window for window in windows if 0 < window < tokens}) + [0] * (0 in windows)

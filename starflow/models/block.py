@@ -7,10 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from starflow_kernels import BlockSpec, block_forward, block_inverse
+from starflow_kernels import BlockSpec, block_forward, block_inverse, block_params
+
+from .hooks import has_replaced_forward, runs_methods, views, with_forward_hooks
 
 # Cosine and sine of rotary angles, or Nones.
 Rotary = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+class LayerWeights(nn.Module):
+    """Parameters of one layer. Calling it returns them after hooks of accelerate and diffusers have loaded them."""
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        """Return the parameters by name, see `views`."""
+        return views(dict(self.named_parameters()))
 
 
 class FlowBlock(nn.Module):
@@ -32,13 +42,14 @@ class FlowBlock(nn.Module):
             owner: nn.Module = self
             for part in path:
                 if part not in dict(owner.named_children()):
-                    owner.add_module(part, nn.Module())
+                    owner.add_module(part, LayerWeights())
                 owner = owner.get_submodule(part)
             owner.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
             self._slots[name] = owner, leaf
         self.class_embed = (
             nn.Parameter(torch.empty(num_classes, spec.channels, dtype=dtype, device=device)) if num_classes else None
         )
+        self._layers = [module for module in self.modules() if isinstance(module, LayerWeights)]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -60,8 +71,14 @@ class FlowBlock(nn.Module):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the parameters by name, in the order of `spec.weight_shapes`."""
-        return {name: getattr(owner, leaf) for name, (owner, leaf) in self._slots.items()}
+        offloaded = {layer: layer() for layer in self._layers if has_replaced_forward(layer)}
+        weights = {
+            name: offloaded[owner][leaf] if owner in offloaded else getattr(owner, leaf)
+            for name, (owner, leaf) in self._slots.items()
+        }
+        return views(weights) if has_replaced_forward(self) else weights
 
+    @runs_methods
     def forward(
         self,
         x: torch.Tensor,
@@ -81,6 +98,25 @@ class FlowBlock(nn.Module):
         """
         return block_forward(x, self.weights(), self.spec, **self.context(classes, text, rotary), **options)
 
+    @with_forward_hooks
+    def params(
+        self,
+        x: torch.Tensor,
+        classes: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        rotary: Rotary = (None, None),
+    ) -> torch.Tensor:
+        """Compute the raw parameters of all tokens of data, see `starflow_kernels.block_params`.
+
+        Args:
+            x: (B, T, D) tokens.
+            classes: see `context`.
+            text: see `context`.
+            rotary: see `context`.
+        """
+        return block_params(x, self.weights(), self.spec, **self.context(classes, text, rotary))
+
+    @with_forward_hooks
     def inverse(
         self,
         z: torch.Tensor,

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from starflow_kernels import block_params
 from starflow_kernels.affine_flow_inverse.reference import gaussian
 
 from .flow import Flow
 from .guidance import Guidance
+from .hooks import with_forward_hooks
 
 
 class Certificate(NamedTuple):
@@ -22,6 +22,7 @@ class Certificate(NamedTuple):
 
 
 @torch.no_grad()
+@with_forward_hooks
 def certificate(
     flow: Flow,
     x: torch.Tensor,
@@ -57,7 +58,7 @@ def certificate(
         if not guided:
             tokens, _ = block(tokens, *context, rotary)
             continue
-        params = block_params(tokens.repeat(2, 1, 1), block.weights(), spec, **block.context(*context, rotary))
+        params = block.params(tokens.repeat(2, 1, 1), *context, rotary)
         weight = guidance.weights(tokens.shape[1], spec.start, tokens.device)
         weight = weight.flip(0) if spec.flip else weight
         mu, sigma = gaussian(params, weight, spec.affine.scale, spec.affine.soft_clip, guidance.rule)

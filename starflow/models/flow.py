@@ -14,13 +14,14 @@ from starflow_kernels.solver import Solver, SolveReport
 from starflow_kernels.spec import Quantize
 
 from ..devices import check_device
-from ..errors import InverseError
+from ..errors import ConfigError, InverseError
 from .block import FlowBlock
 from .calibration import Calibration, Measurement, read_calibration
 from .checkpoint import load_weights, read_config, read_notice, resolve, save_notice, write_checkpoint
 from .conditions import BlockCondition, block_conditions, check_conditions
 from .config import FlowConfig
 from .guidance import Guidance
+from .hooks import execution_device, runs_methods, with_forward_hooks
 from .tokens import patchify, rotary_table, unpatchify
 
 # `Flow.sample` and `Flow.calibrate` are implemented in these modules, which use flows.
@@ -186,8 +187,8 @@ class Flow(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.parameters()).device
+        """Device of the weights, also while accelerate keeps them elsewhere."""
+        return execution_device(self)
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Split images (B, C, H, W) into tokens (B, T, D)."""
@@ -214,6 +215,7 @@ class Flow(nn.Module):
         """
         return unpatchify(tokens, grid or self.config.grid, self.config.patch_size, self.config.patch_order)
 
+    @runs_methods
     def forward(
         self,
         x: torch.Tensor,
@@ -278,6 +280,7 @@ class Flow(nn.Module):
             self.prior_variance.lerp_(z.square().mean(dim=0).to(self.prior_variance.dtype), PRIOR_RATE)
 
     @torch.no_grad()
+    @with_forward_hooks
     def inverse(
         self,
         z: torch.Tensor,

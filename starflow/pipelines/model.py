@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..errors import CheckpointError, ConfigError
 from ..io.files import permit_reading
@@ -35,6 +34,8 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
     __module__ = "starflow.pipelines"
     # Whole blocks run in one call of an op: accelerate must not split them.
     _no_split_modules = ("FlowBlock",)
+    # The device of diffusers is meta while accelerate offloads weights.
+    device = Flow.device
 
     def __init__(self, **fields: Any):
         config = FlowConfig.from_dict(fields)
@@ -54,8 +55,6 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
             for f in dataclasses.fields(FlowConfig)
         ]
     )
-
-    inverse = apply_forward_hook(Flow.inverse)
 
     @property
     def config(self) -> FlowConfig:
@@ -121,6 +120,28 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
         folder = Path(folder, options.get("subfolder") or "")
         model.calibration, model.notice = read_calibration(folder, model.config), read_notice(folder)
         return (model, info) if wants_info else model
+
+    def enable_layerwise_casting(self, *arguments, **options):
+        """Raise ConfigError: weights in one byte are the option `quantize` of a call."""
+        raise ConfigError(
+            "a flow has no layerwise casting: quantize='int8' or 'fp8' of a call holds its weights in one byte"
+        )
+
+    # Pipelines pass every option of diffusers on.
+    @functools.wraps(ModelMixin.enable_group_offload)
+    def enable_group_offload(self, *arguments, **options):
+        """Offload blocks or layers, see `diffusers.ModelMixin.enable_group_offload`.
+
+        Raises:
+            ConfigError: a group holds several blocks, or groups are prefetched on a stream.
+        """
+        call = inspect.signature(ModelMixin.enable_group_offload).bind(self, *arguments, **options)
+        call.apply_defaults()
+        kind, blocks, stream = (call.arguments[name] for name in ("offload_type", "num_blocks_per_group", "use_stream"))
+        # diffusers loads several blocks, or the next one, in the order of the density direction; sampling reverses it.
+        if stream or (kind == "block_level" and blocks != 1):
+            raise ConfigError("group offloading: a flow takes num_blocks_per_group=1 and use_stream=False")
+        super().enable_group_offload(*arguments, **options)
 
     # Pipelines look at the signature for the options that they pass on.
     @functools.wraps(ModelMixin.save_pretrained)

@@ -45,6 +45,8 @@ def check_finite(name: str, value: torch.Tensor) -> None:
     """Raise ValueError if a sampler's input holds NaN or infinity; compiled code skips the check."""
     if torch.compiler.is_compiling():
         return
+    if value.is_meta:
+        raise ValueError(f"{name}: on meta, a device without values")
     # vector_norm takes one pass; for small tensors it needs a third of the time of isfinite().all().
     if value.numel() and not math.isfinite(torch.linalg.vector_norm(value, math.inf).item()):
         bad = (~value.isfinite()).sum().item()
