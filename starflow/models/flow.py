@@ -402,12 +402,18 @@ class Flow(nn.Module):
 
         Returns:
             (N, C, H, W) float32 noise on the device of the weights.
+
+        Raises:
+            ConfigError: `generator` is something else, or there are more or fewer generators than draws.
         """
         rows, columns = grid or self.config.grid
         shape = (count, rows * columns, self.config.token_dim)
+        given = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
+        if not all(isinstance(each, torch.Generator) for each in given):
+            raise ConfigError(f"generator: expected a torch.Generator, or one per image, got {generator!r}")
         if isinstance(generator, Sequence):
             if len(generator) != count:
-                raise ValueError(f"generator: {len(generator)} of them for {count} draws")
+                raise ConfigError(f"generator: {len(generator)} of them for {count} images")
             z = torch.empty(shape, dtype=torch.float32, device=generator[0].device if count else "cpu")
             for row, each in zip(z, generator):
                 row.normal_(generator=each)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
-from numbers import Integral
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 
@@ -22,6 +22,7 @@ from ..errors import CheckpointError, ConfigError, StarflowError
 from ..io.files import permit_reading, write_text
 from ..io.tensors import SafetensorError, copy_weights
 from ..models.checkpoint import PIPELINE_INDEX
+from ..models.conditions import integers
 from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..sampling.budget import denoise_bytes
@@ -31,10 +32,13 @@ from .card import model_card
 from .model import FlowModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ("latents",)
 # Memory limit of a backward pass of denoising, which is split to fit.
 DENOISE_BYTES = 4 * 2**30
 
+# callback(pipe, step, block, tensors), as in a call, and step_end(pipe, step, block, latents), which returns latents.
 StepCallback = Callable[["FlowPipeline", int, int, dict], "dict | None"]
+StepEnd = Callable[["FlowPipeline", int, int, torch.Tensor], torch.Tensor]
 
 
 @dataclasses.dataclass
@@ -58,6 +62,10 @@ class Condition(NamedTuple):
     empty_text: torch.Tensor | None = None
 
 
+class Interrupted(Exception):
+    """End of a call that `_interrupt` stops after a block; its argument are the latents (B, C, H, W) of that block."""
+
+
 class FlowPipeline(DiffusionPipeline):
     """Base of the pipelines. `FlowPipeline.from_pretrained(folder)` opens whichever pipeline a folder holds."""
 
@@ -65,6 +73,14 @@ class FlowPipeline(DiffusionPipeline):
     pixels_per_latent = 1
     # Guidance of a call that does not give any.
     default_guidance = Guidance()
+    # The names of diffusers: callbacks or other threads set `_interrupt` to end a call after the current block.
+    _callback_tensor_inputs = CALLBACK_TENSORS
+    _interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the rest of the blocks, denoising and certificate are skipped."""
+        return self._interrupt
 
     @classmethod
     def from_pretrained(cls, folder, **options):
@@ -130,13 +146,13 @@ class FlowPipeline(DiffusionPipeline):
             height, width = image_size(aspect_ratio, side, multiple)
         height, width = (side if given is None else given for given in (height, width))
         for name, given in (("height", height), ("width", width)):
-            if not isinstance(given, int) or given < multiple or given % multiple:
+            if (found := integers(given)) is None or found.ndim or found < multiple or found % multiple:
                 raise ConfigError(f"{name}={given}: expected a multiple of {multiple} pixels")
         if config.rotary == "none" and (height, width) != (side, side):
             raise ConfigError(
                 f"height={height}, width={width}: a model with a position table draws {side}x{side} alone"
             )
-        return height, width
+        return int(height), int(width)
 
     def noise(
         self,
@@ -157,7 +173,7 @@ class FlowPipeline(DiffusionPipeline):
             (N, C, H, W) float32 noise on the device of the call.
 
         Raises:
-            ConfigError: there are more or fewer generators than images, or the shape of `latents` is wrong.
+            ConfigError: the generators do not fit, see `Flow.noise`, or the shape of `latents` is wrong.
         """
         config, device = self.transformer.config, self._execution_device
         latent_size = tuple(length // self.pixels_per_latent for length in size)
@@ -167,8 +183,6 @@ class FlowPipeline(DiffusionPipeline):
                 raise ConfigError(f"latents: expected {expected}, got {tuple(getattr(latents, 'shape', ()))}")
             return latents.to(device, torch.float32)
         grid = tuple(length // config.patch_size for length in latent_size)
-        if isinstance(generator, (list, tuple)) and len(generator) != count:
-            raise ConfigError(f"generator: {len(generator)} of them for {count} images")
         return self.transformer.noise(count, generator, grid).to(device)
 
     def draw(
@@ -180,7 +194,7 @@ class FlowPipeline(DiffusionPipeline):
         output_type: str,
         denoise_batch_size: int | None = None,
         progress: Callable[[int, int], None] | None = None,
-        callback_on_step_end: StepCallback | None = None,
+        after_block: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Map noise to images. The arguments must have been checked.
 
@@ -192,19 +206,23 @@ class FlowPipeline(DiffusionPipeline):
             output_type: as in a call.
             denoise_batch_size: as in a call.
             progress: as in a call.
-            callback_on_step_end: as in a call.
+            after_block: called after each block, see `Flow.inverse`.
         """
         flow = self.transformer
-        x = draw(
-            flow,
-            z,
-            options,
-            recorder,
-            *condition,
-            denoise_rows=denoise_batch_size or denoise_rows(flow, math.prod(flow.grid(z))),
-            progress=progress,
-            after_block=callback_on_step_end and (lambda block, x: self._step_end(block, x, callback_on_step_end)),
-        )
+        try:
+            x = draw(
+                flow,
+                z,
+                options,
+                recorder,
+                *condition,
+                denoise_rows=denoise_batch_size or denoise_rows(flow, math.prod(flow.grid(z))),
+                progress=progress,
+                after_block=after_block,
+            )
+        except Interrupted as stop:
+            (x,) = stop.args
+            recorder.add(len(x), [], None)
         images = x
         if output_type != "latent":
             with recorder.clock("decode"):
@@ -275,11 +293,19 @@ class FlowPipeline(DiffusionPipeline):
         output_type: str,
         denoise_batch_size: int | None,
         progress: Callable[[int, int], None] | None,
-        callback_on_step_end: StepCallback | None,
+        step_end: StepEnd | None,
         return_dict: bool,
     ) -> FlowPipelineOutput | tuple[list, SampleReport]:
         """Draw with the progress bar of diffusers; return the result of a call."""
         flow = self.transformer
+
+        def after_block(block: int, x: torch.Tensor) -> torch.Tensor:
+            if step_end:
+                x = step_end(self, len(flow.blocks) - 1 - block, block, x)
+            if self._interrupt and block:
+                raise Interrupted(x)
+            return x
+
         with self.progress_bar(total=len(flow.blocks) * len(z) * math.prod(flow.grid(z))) as bar:
 
             def watch(done: int, total: int) -> None:
@@ -287,23 +313,50 @@ class FlowPipeline(DiffusionPipeline):
                 if progress:
                     progress(done, total)
 
-            images = self.draw(
-                z, condition, options, recorder, output_type, denoise_batch_size, watch, callback_on_step_end
-            )
+            images = self.draw(z, condition, options, recorder, output_type, denoise_batch_size, watch, after_block)
         report = recorder.report()
         return FlowPipelineOutput(images, report) if return_dict else (images, report)
 
-    def _step_end(self, block: int, x: torch.Tensor, callback: StepCallback) -> torch.Tensor:
-        step = len(self.transformer.blocks) - 1 - block
-        return (callback(self, step, block, {"latents": x}) or {}).get("latents", x)
 
-
-def check_call(copies: int, output_type: str) -> None:
-    """Raise ConfigError for a wrong number of images per prompt or a wrong output type."""
-    if not isinstance(copies, Integral) or copies < 1:
-        raise ConfigError(f"num_images_per_prompt={copies}: expected an integer of at least 1")
+def check_call(output_type: str, num_images_per_prompt: int, denoise_batch_size: int | None) -> tuple[int, int | None]:
+    """Return the two counts as int. Raises ConfigError for a wrong count or output type."""
     if output_type not in OUTPUT_TYPES:
         raise ConfigError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+    copies = _positive("num_images_per_prompt", num_images_per_prompt)
+    return copies, None if denoise_batch_size is None else _positive("denoise_batch_size", denoise_batch_size)
+
+
+def _positive(name: str, value: int) -> int:
+    """Return an integer of any kind as int. Raises ConfigError, with the name of the argument, if it is less than 1."""
+    found = integers(value)
+    if found is None or found.ndim or found < 1:
+        raise ConfigError(f"{name}={value}: expected an integer of at least 1")
+    return int(found)
+
+
+def as_step_end(callback: StepCallback | None, names: Sequence[str] | None) -> StepEnd | None:
+    """Return what runs after a block.
+
+    Args:
+        callback: callback of the call.
+        names: names of the tensors that the callback takes, of `CALLBACK_TENSORS`.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    # As in diffusers: its own callbacks know their tensors, and None names none.
+    named = isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
+    names = callback.tensor_inputs if named else names or ()
+    if unknown := [name for name in names if name not in CALLBACK_TENSORS]:
+        raise ConfigError(f"callback_on_step_end_tensor_inputs: unknown {', '.join(unknown)}; there are latents alone")
+    if callback is None:
+        return None
+
+    def step_end(pipe: FlowPipeline, step: int, block: int, x: torch.Tensor) -> torch.Tensor:
+        tensors = {"latents": x} if "latents" in names else {}
+        return (callback(pipe, step, block, tensors) or {}).get("latents", x)
+
+    return step_end
 
 
 def pipeline_class(folder: str | Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ from ..models.conditions import Labels, integers
 from ..models.guidance import Guidance
 from ..sampling.jobs import Job
 from ..sampling.sample import Recorder, SampleOptions, SampleReport
-from .base import Condition, FlowPipeline, FlowPipelineOutput, StepCallback, check_call
+from .base import Condition, FlowPipeline, FlowPipelineOutput, StepCallback, as_step_end, check_call
 from .model import FlowModel
 
 
@@ -49,6 +49,7 @@ class TarFlowPipeline(FlowPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         progress: Callable[[int, int], None] | None = None,
         method: str = "auto",
         window: int | None = None,
@@ -76,7 +77,8 @@ class TarFlowPipeline(FlowPipeline):
             output_type: "pil", "np" or "pt" on [0, 1], or "latent" for the output of the flow on [-1, 1].
             return_dict: false returns (images, report).
             callback_on_step_end: called as callback(pipe, step, block, {"latents": x}) after each flow block; may
-                return a mapping with other latents.
+                return a mapping with other latents, and may set pipe._interrupt = True to skip the rest of the blocks.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback takes; there are latents alone.
             progress: called as progress(done, total) with tokens of all blocks.
             method: "auto", "sequential" or "jacobi", see `Inversion`.
             window: tokens that "jacobi" iterates together; None for all.
@@ -92,20 +94,21 @@ class TarFlowPipeline(FlowPipeline):
         Raises:
             ConfigError: an argument is out of range; the message names it.
         """
-        check_call(num_images_per_prompt, output_type)
+        self._interrupt = False
+        copies, denoise_rows = check_call(output_type, num_images_per_prompt, denoise_batch_size)
+        step_end = as_step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
         options = SampleOptions(
             Guidance(guidance_scale, guidance_rule, annealed, attention_temperature),
             Inversion(method, window, tol, quantize),
             self.denoise_factor(denoise),
             certify,
         )
-        labels = self._labels(class_labels, num_images_per_prompt)
-        count = num_images_per_prompt if labels is None else len(labels)
+        labels = self._labels(class_labels, copies)
+        count = copies if labels is None else len(labels)
         z = self.noise(count, self.size(height, width, aspect_ratio), generator, latents)
         recorder = Recorder(self._execution_device)
         return self._call(
-            z, Condition(labels), options, recorder, output_type, denoise_batch_size, progress, callback_on_step_end,
-            return_dict,
+            z, Condition(labels), options, recorder, output_type, denoise_rows, progress, step_end, return_dict,
         )  # fmt: skip
 
     def job_condition(self, jobs: list[Job], guidance: Guidance, recorder: Recorder) -> Condition:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
@@ -16,7 +17,7 @@ from ..inversion.request import Inversion
 from ..models.guidance import Guidance
 from ..sampling.jobs import Job
 from ..sampling.sample import Recorder, SampleOptions, SampleReport
-from .base import Condition, FlowPipeline, FlowPipelineOutput, StepCallback, check_call
+from .base import Condition, FlowPipeline, FlowPipelineOutput, StepCallback, as_step_end, check_call
 from .model import FlowModel
 
 
@@ -68,6 +69,7 @@ class STARFlowPipeline(FlowPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         progress: Callable[[int, int], None] | None = None,
         method: str = "auto",
         window: int | None = None,
@@ -83,7 +85,7 @@ class STARFlowPipeline(FlowPipeline):
         """Draw images of prompts.
 
         Args:
-            prompt: one prompt or a list of prompts.
+            prompt: one prompt, or several in a list, tuple or array.
             height: height in pixels, by default the one of training. Another size scales the rotary positions.
             width: width in pixels, by default the one of training.
             aspect_ratio: shape at the area of training such as "3:2", in place of height and width.
@@ -98,7 +100,8 @@ class STARFlowPipeline(FlowPipeline):
             output_type: "pil", "np" or "pt" on [0, 1], or "latent" for the output of the flow.
             return_dict: false returns (images, report).
             callback_on_step_end: called as callback(pipe, step, block, {"latents": x}) after each flow block; may
-                return a mapping with other latents.
+                return a mapping with other latents, and may set pipe._interrupt = True to skip the rest of the blocks.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback takes; there are latents alone.
             progress: called as progress(done, total) with tokens of all blocks.
             method: "auto", "sequential" or "jacobi", see `Inversion`.
             window: tokens that "jacobi" iterates together; None for all.
@@ -114,7 +117,9 @@ class STARFlowPipeline(FlowPipeline):
         Raises:
             ConfigError: an argument is out of range; the message names it.
         """
-        check_call(num_images_per_prompt, output_type)
+        self._interrupt = False
+        copies, denoise_rows = check_call(output_type, num_images_per_prompt, denoise_batch_size)
+        step_end = as_step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
         options = SampleOptions(
             Guidance(guidance_scale, guidance_rule, annealed, attention_temperature),
             Inversion(method, window, tol, quantize),
@@ -125,13 +130,12 @@ class STARFlowPipeline(FlowPipeline):
         ratio = aspect_ratio or nearest_ratio(*size)
         recorder = Recorder(self._execution_device)
         condition = self._condition(
-            prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, ratio, num_images_per_prompt,
+            prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, ratio, copies,
             options.guidance, recorder,
         )  # fmt: skip
         z = self.noise(len(condition.text), size, generator, latents)
         return self._call(
-            z, condition, options, recorder, output_type, denoise_batch_size, progress, callback_on_step_end,
-            return_dict,
+            z, condition, options, recorder, output_type, denoise_rows, progress, step_end, return_dict,
         )  # fmt: skip
 
     def job_condition(
@@ -191,12 +195,13 @@ class STARFlowPipeline(FlowPipeline):
             raise ConfigError(f"{name}: give it or {name}_embeds, one of them")
         if states is not None:
             expected = (config.text_len, config.text_dim)
-            if not isinstance(states, torch.Tensor) or states.ndim != 3 or states.shape[1:] != expected:
-                raise ConfigError(f"{name}_embeds: expected (N, {expected[0]}, {expected[1]})")
+            if not isinstance(states, torch.Tensor) or states.shape[1:] != expected or not len(states):
+                raise ConfigError(f"{name}_embeds: expected (N, {expected[0]}, {expected[1]}), N at least 1")
             return states.to(self._execution_device, torch.float32)
         if self.text_encoder is None or self.tokenizer is None:
             raise ConfigError(f"{name}: the pipeline has no text encoder, give {name}_embeds")
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, tuple) else prompts
         if self.config.mixed_aspect and isinstance(prompts, list):
             prompts = [with_aspect_ratio(prompt, ratio) if isinstance(prompt, str) else prompt for prompt in prompts]
         return encode_prompts(prompts, self.tokenizer, self.text_encoder, config.text_len).to(self._execution_device)
