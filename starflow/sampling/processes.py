@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import math
 import os
@@ -70,6 +71,8 @@ class Processes:
             store.wait([f"starflow/{other}" for other in range(count)], limit)
             store.set_timeout(PATIENCE)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
+            # A thread of the group that outlives the interpreter can abort the process.
+            atexit.register(_leave)
 
         try:
             _interruptible(meet, f"waiting for {run}, up to {seconds:g} s")
@@ -158,7 +161,17 @@ def _interruptible(action: Callable[[], None], waiting: str = "") -> None:
     thread.join(SILENT_SECONDS)
     if waiting and thread.is_alive():
         print(waiting, file=sys.stderr, flush=True)
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
+    try:
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+    except BaseException:
+        # Leaving would wait for the action.
+        atexit.unregister(_leave)
+        raise
     if errors:
         raise errors[0]
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -77,6 +77,24 @@ def test_torchrun(tmp_path):
     assert len(files(tmp_path / "one")) == 6 and files(tmp_path / "one") == files(tmp_path / "two")
 
 
+# A group of one process, in which rank 0 of two takes part; what is registered first runs last.
+LEAVES = """
+import atexit, os
+import torch.distributed as dist
+from starflow.sampling.processes import Processes
+atexit.register(lambda: print(dist.is_initialized()))
+processes = Processes()
+os.environ["WORLD_SIZE"] = "1"
+print(processes.first(dist.is_initialized), dist.is_initialized())
+"""
+
+
+def test_a_process_leaves_its_group_before_the_interpreter_ends():
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, env={**os.environ, **group})
+    assert done.stdout.split() == ["False", "True", "False"], done.stderr
+
+
 @pytest.mark.parametrize(("form", "before", "after"), [("png", 2, 3), ("npz", 2, 1), ("safetensors", 1, 2)])
 def test_killed_and_resumed_with_another_number_of_processes(tmp_path, capsys, form, before, after):
     out, whole = tmp_path / "out", tmp_path / "whole"
