@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -57,13 +58,13 @@ def poisoned_memory():
 @pytest.fixture(params=["float64", "bfloat16", "meta"])
 def hostile(request):
     """Return a function that changes a default of torch until the end of the test."""
+    with contextlib.ExitStack() as stack:
 
-    def change() -> None:
-        if request.param == "meta":
-            torch.set_default_device("meta")
-        else:
-            torch.set_default_dtype(getattr(torch, request.param))
+        def change() -> None:
+            if request.param == "meta":
+                stack.enter_context(torch.device("meta"))
+            else:
+                torch.set_default_dtype(getattr(torch, request.param))
 
-    yield change
+        yield change
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)

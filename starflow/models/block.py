@@ -35,8 +35,8 @@ class FlowBlock(nn.Module):
         super().__init__()
         self.spec = spec
         self._slots: dict[str, tuple[nn.Module, str]] = {}
-        # New weights follow the defaults of torch, like every module.
-        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        # An empty parameter has the default dtype and device of torch, which new weights follow like every module.
+        default = nn.Parameter()
         for name, shape in spec.weight_shapes.items():
             *path, leaf = name.split(".")
             owner: nn.Module = self
@@ -44,18 +44,19 @@ class FlowBlock(nn.Module):
                 if part not in dict(owner.named_children()):
                     owner.add_module(part, LayerWeights())
                 owner = owner.get_submodule(part)
-            owner.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+            owner.register_parameter(leaf, nn.Parameter(default.new_empty(shape)))
             self._slots[name] = owner, leaf
-        self.class_embed = (
-            nn.Parameter(torch.empty(num_classes, spec.channels, dtype=dtype, device=device)) if num_classes else None
-        )
+        self.class_embed = nn.Parameter(default.new_empty(num_classes, spec.channels)) if num_classes else None
         self._layers = [module for module in self.modules() if isinstance(module, LayerWeights)]
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialize to the identity transform: the head is zero, everything else is as in the upstream code."""
-        for name, weight in self.weights().items():
+        weights = self.weights()
+        if weights["proj_in.weight"].is_meta:
+            return  # there is nothing to initialize, and torch would import its compiler for it
+        for name, weight in weights.items():
             if name == "start":
                 nn.init.normal_(weight)
             elif name == "pos_embed":

@@ -70,8 +70,7 @@ class Flow(nn.Module):
         self.blocks = cast("Sequence[FlowBlock]", nn.ModuleList(blocks))
         rows, columns = config.grid
         if config.scale == "unit":
-            dtype, device = torch.get_default_dtype(), torch.get_default_device()
-            variance = torch.ones(rows * columns, config.token_dim, dtype=dtype, device=device)
+            variance = next(self.parameters()).new_ones(rows * columns, config.token_dim)
             self.register_buffer("prior_variance", variance)
         else:
             self.prior_variance = None

@@ -45,6 +45,8 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """Build the kernel for the CPU, with the binding that it has on a GPU."""
+    if reason := compiled.native_unavailable():
+        pytest.skip(reason)
     from torch.utils import cpp_extension
 
     target = tmp_path_factory.mktemp("emulated") / "emulated.so"

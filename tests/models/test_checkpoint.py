@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,12 @@ def test_round_trip(saved):
     assert all(torch.equal(t, flow.state_dict()[n]) for n, t in again.state_dict().items())
     assert next(Flow.from_pretrained(folder, dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_reading_a_model_does_not_import_the_compiler_of_torch():
+    code = "import sys, starflow; starflow.Flow.from_pretrained('digits'); print('torch._dynamo' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 def test_bundled_digits():

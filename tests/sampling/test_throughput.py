@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 from PIL import Image
 from safetensors.torch import load_file
 from support import components, workers
+from support.backends import needs_native
 
 from starflow import Flow
 from starflow.cli import main
@@ -275,6 +276,7 @@ for method, window, weight in (("sequential", None, 0.0), ("sequential", None, 1
 """
 
 
+@needs_native  # the reference backend takes more
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measures resident memory")
 def test_an_image_takes_no_more_than_the_model_says():
     root = Path(__file__).parents[2]
