@@ -14,6 +14,7 @@ from PIL import Image
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from support import components
+from support.backends import needs_native
 from support.components import TEXT_DIM, TEXT_LEN
 
 from starflow import CheckpointError, ConfigError, Flow, FlowConfig, Guidance, open_model
@@ -216,6 +217,7 @@ def test_callbacks(pipe, capsys):
         pipe("a cat", progress=stop)
 
 
+@needs_native  # the bits of a product by torch depend on the address of the weights
 def test_shards_and_variants(pipe, tmp_path):
     components.save(tmp_path, max_shard_size="40KB")
     components.save(tmp_path, variant="fp16")
@@ -350,6 +352,7 @@ def test_without_a_text_encoder(folder):
     assert len(pipe(prompt_embeds=states, negative_prompt_embeds=states[:1]).images) == 2
 
 
+@needs_native  # the bits of a product by torch depend on the address of the weights
 def test_offload_brings_every_part_to_its_device(folder):
     """On a machine without an accelerator the CPU stands for one; the hooks are those of accelerate."""
     pipe = opened(folder)

@@ -86,14 +86,15 @@ from starflow.sampling.processes import Processes
 atexit.register(lambda: print(dist.is_initialized()))
 processes = Processes()
 os.environ["WORLD_SIZE"] = "1"
-print(processes.first(dist.is_initialized), dist.is_initialized())
+processes.first(lambda: None)
+print(dist.is_initialized())
 """
 
 
 def test_a_process_leaves_its_group_before_the_interpreter_ends():
     group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, env={**os.environ, **group})
-    assert done.stdout.split() == ["False", "True", "False"], done.stderr
+    assert done.stdout.splitlines()[-2:] == ["True", "False"], done.stderr
 
 
 @pytest.mark.parametrize(("form", "before", "after"), [("png", 2, 3), ("npz", 2, 1), ("safetensors", 1, 2)])
