@@ -151,6 +151,8 @@ inline void density_gradient_rows(float* a, float* b, float* v, const float* gra
         if (!softplus) unclipped(i);
         ahead.rows(i);
         Vec raw = load(a + i), g = load(grad_z + i, count), slope = one, grad;
+        // Where the gradient of z is zero, z contributes nothing, even if z or 1 / sigma is infinite.
+        Int used = abs(g) > splat(0.0f);
         if (softplus) {
             Vec u = load(v + i), sigma = softplus_of(raw, u), inverse_both = one / ((one + u) * sigma);
             slope = select(raw < splat(SOFTPLUS_SMALL), one, u * inverse_both);
@@ -158,7 +160,9 @@ inline void density_gradient_rows(float* a, float* b, float* v, const float* gra
         } else {
             grad = g * exp(-raw);
         }
-        store(a + i, -fma(g, load(z + i, count), load(grad_l + i)) * slope * through_clip(raw));
+        grad = select(used, grad, g);
+        Vec noise = select(used, load(z + i, count), splat(0.0f));
+        store(a + i, -fma(g, noise, load(grad_l + i)) * slope * through_clip(raw));
         store(b + i, -grad * through_clip(load(b + i)));
         store(grad_x + i, grad, count);
     });

@@ -68,7 +68,8 @@ def differentiable(
     """Give an op a gradient, computed by the op `starflow::<op>_backward(grads, outputs, arguments)`.
 
     The backward op returns a list with one gradient for each differentiable argument that is not None. `grads` has an
-    entry per output of the op: its gradient, or None if the output was not used. The reference gets zeros for None.
+    entry per output of the op: its gradient, or None if the output was not used. Such an output contributes nothing,
+    even if it is infinite.
 
     Args:
         op: name of an op registered by `define`.
@@ -81,11 +82,6 @@ def differentiable(
     """
     backward = f"{op}_backward"
 
-    def reference_with_zeros(grads, outputs, *args):
-        if keep_outputs:
-            grads = [torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs)]
-        return reference(grads, outputs, *args)
-
     define(
         backward,
         f"Tensor?[] grads, Tensor[] outputs, {arguments}",
@@ -93,7 +89,7 @@ def differentiable(
         fake=lambda grads, outputs, *args: [
             a.new_empty(a.shape) for i, a in enumerate(args[:inputs]) if a is not None and i not in shared
         ],
-        reference=reference_with_zeros,
+        reference=reference,
     )
 
     def setup_context(ctx, inputs, keyword_only_inputs, output):

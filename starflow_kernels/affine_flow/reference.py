@@ -9,6 +9,8 @@ from .._core.numerics import accumulation_dtype
 
 # softplus(SOFTPLUS_ONE) = 1, so that network outputs of zero give the identity transform.
 SOFTPLUS_ONE = 0.541324854612918
+# Below this value, softplus equals the exponential, which may underflow.
+SOFTPLUS_TINY = -40.0
 
 
 def by_token(params: torch.Tensor, shift: bool, flip: bool) -> torch.Tensor:
@@ -66,17 +68,24 @@ def params_gradient(
     With l = -log sigma: dL/dmu = -dL/dz / sigma and dL/dlog sigma = -z dL/dz - dL/dl.
     """
     grad_z, grad_l = grads
+    grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     a, mu = raw_outputs(by_token(params, shift, flip), scale, soft_clip)
     sigma, _ = sigma_of(a, mu, scale)
-    if logdet != "none":
+    # A value of z that is not used contributes nothing, even if z or 1 / sigma is infinite.
+    unused = grad_z == 0
+    z = z.masked_fill(unused & ~z.isfinite(), 0)
+    grad_x = (grad_z / sigma).masked_fill(unused & (sigma == 0), 0)
+    if grad_l is None:
+        grad_l = 0.0
+    elif logdet != "none":
         grad_l = grad_l[:, None, None] / (1 if logdet == "sum" else x.shape[1] * x.shape[2])
-    grad_x = grad_z / sigma
     if scale == "unit":
         grad_params, raw = -grad_x, mu
     else:
         grad_a = -(grad_z * z + grad_l)
         if scale == "softplus":
-            grad_a = grad_a * torch.sigmoid(a + SOFTPLUS_ONE) / sigma
+            slope = torch.sigmoid(a + SOFTPLUS_ONE) / sigma
+            grad_a = grad_a * slope.masked_fill(a < SOFTPLUS_TINY, 1)
         grad_params, raw = torch.cat([grad_a, -grad_x], dim=-1), torch.cat([a, mu], dim=-1)
     if soft_clip:
         grad_params = grad_params * (1 - (raw / soft_clip).square())

@@ -78,7 +78,10 @@ def affine_flow_backward_kernel(
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_LOGDET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients with respect to x and params; see reference.params_gradient."""
+    """Store the gradients with respect to x and params; see reference.params_gradient.
+
+    Where the gradient of z is zero, z contributes nothing, even if z or 1 / sigma is infinite.
+    """
     row, element, inside, source, dimension = _elements(T, D, SHIFT, FLIP, BLOCK)
     a, b, sigma, _ = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED)
     offsets = row * T * D + element
@@ -88,7 +91,7 @@ def affine_flow_backward_kernel(
     if HAS_LOGDET:
         # (BLOCK,), or the same value for all
         g_logdet += tl.load(grad_logdet + row) * factor if SUM else tl.load(grad_logdet + offsets, inside, 0)
-    g_x = g / sigma
+    g_x = tl.where(g == 0, 0.0, g / sigma)
     tl.store(grad_x + offsets, g_x, inside)
     # The last parameters of a shifted sequence belong to no token. The token without parameters zeroes their gradient.
     known, target = source >= 0, tl.where(source >= 0, source, T - 1)
@@ -98,7 +101,7 @@ def affine_flow_backward_kernel(
     if SCALE == "unit":
         tl.store(grad_params + (row * T + target) * D + dimension, g_b, inside)
     else:
-        noise = tl.load(z + offsets, inside, 0).to(tl.float32)  # (BLOCK,)
+        noise = tl.where(g == 0, 0.0, tl.load(z + offsets, inside, 0).to(tl.float32))  # (BLOCK,)
         g_a = 0.0 - (g * noise + g_logdet) * log_sigma_slope(a, sigma, SCALE)
         if CLIPPED:
             g_a *= 1 - (a / clip) * (a / clip)

@@ -164,7 +164,8 @@ def attention_flow_raw_kernel(
     if HAS_LOGDET:
         # (BLOCK_M, BLOCK_D), or the same value for all
         slope += tl.load(grad_logdet + row) * share if SUM else tl.load(grad_logdet + offsets, inside, 0)
-    g_x = tl.where(transformed, g / sigma, g)
+    # Where the gradient of z is zero, z contributes nothing, even if z or 1 / sigma is infinite.
+    g_x = tl.where(transformed & (g != 0), g / sigma, g)
     tl.store(grad_x + offsets, g_x, inside)
     g_b = tl.where(transformed, 0.0 - g_x, 0.0)
     if CLIPPED:
@@ -173,7 +174,7 @@ def attention_flow_raw_kernel(
     pointers = grad_raw + ((row * T + source)[:, None] * (skip + D) + skip + dims[None, :])
     tl.store(pointers, g_b, inside)
     if SCALE != "unit":
-        noise = tl.load(z + offsets, inside, 0).to(tl.float32)  # (BLOCK_M, BLOCK_D)
+        noise = tl.where(g == 0, 0.0, tl.load(z + offsets, inside, 0).to(tl.float32))  # (BLOCK_M, BLOCK_D)
         g_a = (g * noise + slope) * log_sigma_slope(a, sigma, SCALE)
         g_a = tl.where(transformed, 0.0 - g_a, 0.0)
         if CLIPPED:

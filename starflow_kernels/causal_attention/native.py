@@ -7,6 +7,7 @@ import torch
 from .._core.compiled import refuse_tensors
 from .._core.numerics import last_dim_contiguous
 from ..spec import Rotary, choice_index
+from .reference import used_output
 
 
 def refuse(q, k, v, cos, sin, rotary, window, temperature) -> str | None:
@@ -29,6 +30,7 @@ def causal_attention(q, k, v, *options) -> tuple[torch.Tensor, torch.Tensor]:
 
 def causal_attention_backward(grads, outputs, q, k, v, *options) -> list[torch.Tensor]:
     """See reference.causal_attention_backward."""
+    _, _, v = used_output(grads, outputs, v)
     grad_out = None if grads[0] is None else last_dim_contiguous(grads[0])[0]
     grad_lse = None if grads[1] is None else grads[1].contiguous()
     gradients = [t.new_empty(t.shape) for t in (q, k, v)]

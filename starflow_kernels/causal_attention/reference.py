@@ -43,12 +43,21 @@ def causal_attention(
     return attend(apply_rotary(q, cos, sin, rotary), apply_rotary(k, cos, sin, rotary), v, visible, temperature)
 
 
+def used_output(grads, outputs, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradient of the output, the output, and v. They are zero if it was not used: 0 * infinity is NaN."""
+    if grads[0] is not None:
+        return grads[0], outputs[0], v
+    zeros = torch.zeros_like(outputs[0])
+    return zeros, zeros, torch.zeros_like(v)
+
+
 def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window, temperature) -> list[torch.Tensor]:
     """Return the gradients with respect to q, k and v, from the saved output and log-sum-exp.
 
     With P = exp(S - lse): dS = P (dO V^T - rowsum(dO O) + dlse).
     """
-    (grad_out, grad_lse), (out, lse) = grads, outputs
+    grad_out, out, v = used_output(grads, outputs, v)
+    grad_lse, lse = 0.0 if grads[1] is None else grads[1].unsqueeze(-1), outputs[1]
     _, T, H, d = q.shape
     dtype, groups, factor = lse.dtype, H // k.shape[2], d**-0.5 / temperature
     keys = apply_rotary(k, cos, sin, rotary).to(dtype).repeat_interleave(groups, dim=2)
@@ -57,8 +66,8 @@ def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window,
     position = torch.arange(T, dtype=torch.int64, device=q.device)
     scores = torch.einsum("bnhd,bshd->bhns", queries, keys) * factor
     probability = (scores - lse.unsqueeze(-1)).exp().masked_fill(~causal(position, position, window), 0)
-    delta = torch.einsum("bnhd,bnhd->bhn", grad_out, out.to(dtype)) - grad_lse
-    grad_scores = probability * (torch.einsum("bnhd,bshd->bhns", grad_out, values) - delta.unsqueeze(-1)) * factor
+    delta = torch.einsum("bnhd,bnhd->bhn", grad_out, out.to(dtype)).unsqueeze(-1) - grad_lse
+    grad_scores = probability * (torch.einsum("bnhd,bshd->bhns", grad_out, values) - delta) * factor
     grad_q = torch.einsum("bhns,bshd->bnhd", grad_scores, keys)
     grad_k, grad_v = (
         torch.einsum("bhns,bnhd->bshd", weight, source).unflatten(2, (-1, groups)).sum(3)

@@ -29,6 +29,7 @@ from .._triton.rotary import (
 )
 from .._triton.runtime import refuse_tensors
 from .._triton.tiles import config
+from .reference import used_output
 
 WIDEST = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -298,8 +299,8 @@ def causal_attention(q, k, v, cos, sin, rotary, window, temperature) -> tuple[to
 def causal_attention_backward(grads, outputs, q, k, v, cos, sin, rotary, window, temperature) -> list[torch.Tensor]:
     """See reference.causal_attention_backward."""
     (B, T, H, d), group, half = q.shape, q.shape[2] // k.shape[2], half_tile(q.shape[3])
-    out, lse = (t.contiguous() for t in outputs)
-    (grad_out,) = last_dim_contiguous(torch.zeros_like(out) if grads[0] is None else grads[0])
+    grad_out, out, v = used_output(grads, outputs, v)
+    out, lse, (grad_out,) = out.contiguous(), outputs[1].contiguous(), last_dim_contiguous(grad_out)
     grad_lse = None if grads[1] is None else grads[1].contiguous()
     (q, k, v), (cos, sin) = last_dim_contiguous(q, k, v), angles(cos, sin)
     grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .._triton.runtime import contiguous, refuse_tensors
+from .reference import used_norm
 
 WIDEST = 8192
 SHARES = 512
@@ -127,8 +128,8 @@ def residual_norm_backward(grads, outputs, x, update, weight, bias, kind, eps) -
     """See reference.residual_norm_backward."""
     (B, T, C), options = x.shape, config(x.shape[2])
     total, grad_total = (x, None) if outputs[0].shape != x.shape else (outputs[0], grads[0])
-    total, weight, grad_total, grad_normed = contiguous(total, weight, grad_total, grads[1])
-    grad_normed = torch.zeros_like(total) if grad_normed is None else grad_normed
+    total, grad_normed = used_norm(total, grads[1])
+    total, weight, grad_total, grad_normed = contiguous(total, weight, grad_total, grad_normed)
     programs = min(SHARES, triton.cdiv(B * T, options["ROWS"]))
     grad_x, partial = torch.empty_like(total), total.new_empty((2, programs, C), dtype=torch.float32)
     if B:
