@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from starflow_kernels._core.torch_private import is_intercepted
+
 from ..errors import ConfigError
 from .config import FlowConfig
 from .guidance import Guidance
@@ -73,7 +75,7 @@ def check_conditions(
         raise ValueError(f"text: expected states {states}, got {_describe(text)}")
     if classes is None:
         return None
-    if rows and not (classes.is_meta or torch.compiler.is_compiling()):
+    if rows and not (classes.is_meta or is_intercepted()):
         low, high = classes.aminmax()
         if low < -1 or high >= config.num_classes:
             raise ValueError(f"labels: expected -1 (no class) .. {config.num_classes - 1}, got {classes.tolist()}")
@@ -132,8 +134,9 @@ def class_weights(config: FlowConfig, labels: torch.Tensor | None, like: torch.T
     mean = like.new_full((len(like), classes), 1 / classes)
     if labels is None:
         return mean
-    one = torch.nn.functional.one_hot(labels.clamp(min=0), classes).to(mean.dtype)
-    return torch.where(labels.unsqueeze(1) < 0, mean, one)
+    labels = labels.unsqueeze(1)
+    one = labels == torch.arange(classes, dtype=labels.dtype, device=labels.device)
+    return torch.where(labels < 0, mean, one.to(mean.dtype))
 
 
 def _branches(condition: torch.Tensor | None, none: torch.Tensor | None) -> torch.Tensor | None:

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from starflow_kernels._core.torch_private import is_intercepted
+
 ROTARY_BASE = 10000.0
 TEXT_ANGLES = 8
 
@@ -98,8 +100,8 @@ def rotary_table(key: tuple, dtype: torch.dtype, device: torch.device) -> tuple[
         dtype: dtype of the result.
         device: device of the result.
     """
-    # A cache cannot be traced.
-    return (_rotary_table if torch.compiler.is_compiling() else _cached_table)(key, dtype, device)
+    # A compiler cannot trace a cache, and tensors made inside a mode or transform are of no use outside it.
+    return (_rotary_table if is_intercepted() else _cached_table)(key, dtype, device)
 
 
 def _rotary_table(key: tuple, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .torch_private import is_in_transform
+
 # Added to the mean square before the square root.
 NORM_EPS = {"layer_norm": 1e-5, "rms_norm": 1e-6}
 # A fixed-point iteration has diverged where |x| exceeds this multiple of max(1, max |z|).
@@ -33,8 +35,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Return torch's layer norm over the last dimension, computed in float32 or wider."""
     wide = accumulation_dtype(x.dtype)
-    y = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), NORM_EPS["layer_norm"])
-    return y.to(x.dtype)
+    weight, bias = weight.to(wide), bias.to(wide)
+    if is_in_transform():
+        # The derivative of torch's forward derivative of layer_norm is wrong (torch 2.13).
+        y, inverse = norm_statistics(x, "layer_norm", NORM_EPS["layer_norm"])
+        return (y * inverse * weight + bias).to(x.dtype)
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, NORM_EPS["layer_norm"]).to(x.dtype)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, rotary: str) -> torch.Tensor:

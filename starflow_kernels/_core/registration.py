@@ -1,28 +1,54 @@
-"""Registration of ops with torch.library: schema, fake implementation, gradient, and dispatch to the backends."""
+"""Registration of ops with torch.library: schema, fake implementation, derivatives, and dispatch to the backends.
+
+Kernels compute an op and its gradient. Any other derivative, and vmap, is plain PyTorch: under a transform of
+torch.func, or with a dual number, the reference of the op runs, and torch transforms each of its steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
 
 from . import dispatch
-from .torch_private import is_in_torch_dispatch_mode, is_in_transform
+from .torch_private import (
+    below_autograd,
+    has_tangent,
+    is_batched,
+    is_in_transform,
+    is_intercepted,
+    is_transformed,
+    outside_transforms,
+)
 
 _library = torch.library.Library("starflow", "DEF")
-_functions: dict[str, type[torch.autograd.Function]] = {}
+_gradients: dict[str, Callable] = {}
+_instead: dict[str, str] = {}
 
 
-def define(op: str, arguments: str, returns: str, *, fake: Callable, reference: Callable) -> None:
+def define(op: str, arguments: str, returns: str, *, fake: Callable, reference: Callable, instead: str = "") -> None:
     """Register `starflow::op(arguments, *, str? backend=None) -> returns` with its reference backend.
 
     `fake` and `reference` take the op's arguments without `backend`. Every output of the op is contiguous.
+
+    Args:
+        op: name of the op.
+        arguments: arguments of its schema.
+        returns: results of its schema.
+        fake: returns results without values.
+        reference: the op in plain PyTorch.
+        instead: if torch cannot differentiate and vmap the reference, what the caller can do instead.
     """
     _library.define(f"{op}({arguments}, *, str? backend=None) -> {returns}")
     dispatch.register(op, "reference", reference)
+    if instead:
+        _instead[op] = instead
 
     _library.impl(op, lambda *args, backend=None: _run(op, backend, *args), "CompositeExplicitAutograd")
+    _library.impl(op, lambda *args, backend=None: _differentiated(op, backend, args), "Autograd")
+    _library.impl(op, lambda *args, backend=None: _transformed(op, backend, args), "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"starflow::{op}", lambda *args, backend=None: fake(*args), lib=_library)
 
 
@@ -33,28 +59,81 @@ def _run(op: str, backend: str | None, *args):
     return result if result is None else type(result)(tensor.contiguous() for tensor in result)
 
 
+def _dispatch(op: str, backend: str | None, *args):
+    return getattr(torch.ops.starflow, op)(*args, backend=backend)
+
+
+def _below_autograd(op: str, backend: str | None, *args):
+    with below_autograd():
+        return _dispatch(op, backend, *args)
+
+
+def _differentiated(op: str, backend: str | None, args: tuple):
+    tensors = _tensors(args)
+    if any(map(has_tangent, tensors)):
+        return _by_reference(op, backend, *args)
+    return _with_gradient(_below_autograd, op, backend, args, tensors)
+
+
+def _with_gradient(run: Callable, op: str, backend: str | None, args: tuple, tensors: list[torch.Tensor]):
+    """Return run(op, backend, *args), with a gradient if one of `tensors`, the tensors of `args`, needs it."""
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return run(op, backend, *args)
+    return _gradients[op](run, backend, *args) if op in _gradients else _by_reference(op, backend, *args)
+
+
+def _transformed(op: str, backend: str | None, args: tuple):
+    if any(map(is_transformed, _tensors(args))):
+        return _by_reference(op, backend, *args)
+    with outside_transforms():
+        return _dispatch(op, backend, *args)
+
+
+def _by_reference(op: str, backend: str | None, *args):
+    if op in _instead:
+        raise _refusal(op, _instead[op])
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend={backend!r} cannot run {op}: this derivative or transform needs the reference")
+    return _run(op, "reference", *args)
+
+
+def refuse_transforms(op: str, instead: str, *args) -> None:
+    """Raise NotImplementedError if a tensor is a dual number or belongs to a transform of torch.func.
+
+    For functions that read values of their tensors. `instead`: see `define`.
+    """
+    if is_in_transform() and any(is_transformed(t) or has_tangent(t) for t in _tensors(args)):
+        raise _refusal(op, instead)
+
+
+def _refusal(op: str, instead: str) -> NotImplementedError:
+    return NotImplementedError(f"{op} has no derivative, and runs outside of torch.func alone: {instead}")
+
+
 def _tensors(args: tuple) -> list[torch.Tensor]:
     flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)))
     return [t for t in flat if isinstance(t, torch.Tensor)]
 
 
-def _needs_no_dispatcher(tensors: list[torch.Tensor]) -> bool:
-    """Return whether no compiler, dispatch mode, transform or tensor subclass would intercept a call."""
-    return (
-        all(t.is_cpu and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-        and not is_in_transform()
-    )
+def _with_tensors(args: Iterable, tensors: Iterator) -> list:
+    """Return the arguments with each tensor, or its placeholder `...`, replaced by the next of `tensors`."""
+    return [
+        _with_tensors(a, tensors)
+        if isinstance(a, (list, tuple))
+        else next(tensors)
+        if a is ... or isinstance(a, torch.Tensor)
+        else a
+        for a in args
+    ]
 
 
 def call(op: str, *args, backend: str | None):
     """Call torch.ops.starflow.<op>, without torch's dispatcher if it would do nothing: it dominates short calls."""
     tensors = _tensors(args)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not _needs_no_dispatcher(tensors) or (needs_grad and op not in _functions):
-        return getattr(torch.ops.starflow, op)(*args, backend=backend)
-    return _functions[op].apply(backend, *args) if needs_grad else _run(op, backend, *args)
+    plain = all(t.is_cpu and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    if not plain or is_intercepted():
+        return _dispatch(op, backend, *args)
+    return _with_gradient(_run, op, backend, args, tensors)
 
 
 def differentiable(
@@ -92,38 +171,55 @@ def differentiable(
         reference=reference,
     )
 
-    def setup_context(ctx, inputs, keyword_only_inputs, output):
+    def forward(ctx, run, backend, *args):
+        output = run(op, backend, *args)
         ctx.set_materialize_grads(False)
-        ctx.backend = keyword_only_inputs["backend"]
+        ctx.backend = backend
         kept = output if keep_outputs else ()
         ctx.outputs = len(kept)
-        ctx.dtypes = {i: inputs[i].dtype for i in shared if inputs[i] is not None}
-        inputs = [None if i in shared else a for i, a in enumerate(inputs)]
-        ctx.constants = [None if isinstance(a, torch.Tensor) else (a,) for a in inputs]
-        ctx.save_for_backward(*kept, *(a for a in inputs if isinstance(a, torch.Tensor)))
+        ctx.dtypes = {i: args[i].dtype for i in shared if args[i] is not None}
+        args = [None if i in shared else a for i, a in enumerate(args)]
+        ctx.args = [... if isinstance(a, torch.Tensor) else a for a in args]
+        ctx.save_for_backward(*kept, *(a for a in args if isinstance(a, torch.Tensor)))
+        return output
 
     def run_backward(ctx, *grads):
         saved = list(ctx.saved_tensors)
         outputs, tensors = saved[: ctx.outputs], iter(saved[ctx.outputs :])
-        args = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
+        args = [next(tensors) if a is ... else a for a in ctx.args]
         if all(grad is None for grad in grads):
             return (None,) * len(args)
+        if any(grad is not None and is_batched(grad) for grad in grads):
+            raise NotImplementedError(
+                f"{op} has no batched gradients (is_grads_batched, vectorize): use torch.func.jacrev"
+            )
         computed = iter(call(backward, list(grads), outputs, *args, backend=ctx.backend))
         gradients = [next(computed) if i < inputs and a is not None else None for i, a in enumerate(args)]
         for i, dtype in ctx.dtypes.items():
             gradients[i] = gradients[shared[i]].to(dtype)
         return tuple(gradients)
 
-    def no_second_derivative(ctx, *grads):
-        raise NotImplementedError(f"starflow::{op} has no second derivative; its reference.py does, by autograd")
-
-    def forward(ctx, backend, *args):
-        outputs = _run(op, backend, *args)
-        setup_context(ctx, args, {"backend": backend}, outputs)
-        return outputs
-
-    members = {"forward": forward, "backward": lambda ctx, *grads: (None, *run_backward(ctx, *grads))}
+    members = {"forward": forward, "backward": lambda ctx, *grads: (None, None, *run_backward(ctx, *grads))}
     members = {name: staticmethod(member) for name, member in members.items()}
-    _functions[op] = type(op, (torch.autograd.Function,), members)
-    torch.library.register_autograd(f"starflow::{op}", run_backward, setup_context=setup_context, lib=_library)
-    torch.library.register_autograd(f"starflow::{backward}", no_second_derivative, lib=_library)
+    _gradients[op] = type(op, (torch.autograd.Function,), members).apply
+    _gradients[backward] = lambda run, backend, *args: list(
+        _Backward.apply(run, backward, backend, args, *_tensors(args))
+    )
+
+
+class _Backward(torch.autograd.Function):
+    """Run a backward op; its own gradient is computed by its reference."""
+
+    @staticmethod
+    def forward(ctx, run, op, backend, args, *tensors):
+        ctx.op, ctx.args = op, _with_tensors(args, itertools.repeat(...))
+        ctx.save_for_backward(*tensors)
+        return tuple(run(op, backend, *args))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        def reference(*tensors):
+            return tuple(_run(ctx.op, "reference", *_with_tensors(ctx.args, iter(tensors))))
+
+        _, pull = torch.func.vjp(reference, *ctx.saved_tensors)
+        return None, None, None, None, *pull(grads)

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = [
+    "below_autograd",
     "disable_autocast",
     "flash_attention_backward_cpu",
     "flash_attention_backward_cuda",
     "flash_attention_cpu",
     "flash_attention_cuda",
-    "is_in_torch_dispatch_mode",
+    "has_tangent",
+    "is_batched",
     "is_in_transform",
+    "is_intercepted",
+    "is_transformed",
+    "outside_transforms",
 ]
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""Context manager in which the dispatcher skips the kernels of autograd."""
+
+outside_transforms = torch._C._DisableFuncTorch
+"""Context manager in which the transforms of torch.func do not act."""
+
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Return whether a gradient is batched by torch.autograd.grad(is_grads_batched=True)."""
+
+is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+"""Return whether a tensor belongs to a transform of torch.func."""
 
 disable_autocast = torch._C._DisableAutocast
 """Context manager that turns off autocast; it is cheaper than torch.autocast(enabled=False)."""
@@ -25,5 +43,19 @@ flash_attention_backward_cuda = torch.ops.aten._flash_attention_backward
 
 
 def is_in_transform() -> bool:
-    """Return whether a transform of torch.func is active."""
-    return torch._C._functorch.maybe_current_level() is not None
+    """Return whether a transform of torch.func or a level of dual numbers is active; False while compiling."""
+    return not torch.compiler.is_compiling() and _in_transform()
+
+
+def _in_transform() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a dual number."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_intercepted() -> bool:
+    """Return whether a compiler, a dispatch mode or a transform intercepts calls of torch, and new tensors are its."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _in_transform()

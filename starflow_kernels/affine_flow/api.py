@@ -57,7 +57,7 @@ def affine_flow(
 
     Returns:
         z (B, T, D) in the dtype of x, and log|det dz/dx| = -log sigma, (B,) or (B, T, D), float32 (float64 for
-        float64 x). Both are differentiable, once, with respect to x and params.
+        float64 x). Both are differentiable with respect to x and params.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.

@@ -26,6 +26,7 @@ define(
     "()",
     fake=lambda *args: None,
     reference=reference.affine_flow_inverse_out,
+    instead="leave out the argument out, or use torch.no_grad()",
 )
 compiled.register("affine_flow_inverse", native, backward=False)
 compiled.register("affine_flow_inverse_out", native, backward=False)
@@ -54,16 +55,17 @@ def affine_flow_inverse(
         guidance: weight w, a number or a tensor that broadcasts to (B, n); None for one set of parameters.
         rule: "tarflow" extrapolates the raw outputs after the soft clip, r_c + w (r_c - r_u). "starflow" takes the
             Gaussian of density p_c^(1 + w) / p_u^(w k) with k = min(sigma_u / sigma_c, 1)^2.
-        out: (B, n, D) tensor in the dtype of z to write into, which may be z itself. It has no gradient.
+        out: (B, n, D) tensor in the dtype of z to write into, which may be z itself. It takes no gradient.
         backend: name of a backend; None takes the first that can run.
 
     Returns:
-        x (B, n, D) in the dtype of z: `out` if it is given, else a new tensor. If a gradient is needed, plain PyTorch
-        computes x.
+        x (B, n, D) in the dtype of z: `out` if it is given, else a new tensor. Differentiable; if a derivative is
+        needed, plain PyTorch computes x.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape, device or value.
+        NotImplementedError: a derivative is needed and `out` is given.
 
     Equivalent to:
         ```python
@@ -79,15 +81,10 @@ def affine_flow_inverse(
     if guidance is not None:
         guidance = check_guidance(guidance, B, n, accumulation_dtype(z.dtype), z.device)
     args = (z, params, guidance, spec.scale, spec.soft_clip, rule)
-    needs_grad = any(t is not None and t.requires_grad for t in (z, params, guidance))
-    if out is None and torch.is_grad_enabled() and needs_grad:
-        if backend not in (None, "reference"):
-            raise ValueError(f"backend={backend!r} cannot run affine_flow_inverse: it has no gradient")
-        return reference.affine_flow_inverse(*args)
     if out is None:
         return call("affine_flow_inverse", *args, backend=backend)
     check_tensor("out", out, (B, n, D), like=z)
     if out.dtype != z.dtype:
         raise TypeError(f"out: dtype {out.dtype}, expected that of z, {z.dtype}")
-    torch.ops.starflow.affine_flow_inverse_out(*args, out, backend=backend)
+    call("affine_flow_inverse_out", *args, out, backend=backend)
     return out

@@ -79,7 +79,7 @@ def attention_flow(
 
     Returns:
         z (B, T, D) in the dtype of x, and the log-determinant, (B,) or (B, T, D), float32 (float64 for float64 x).
-        Differentiable, once, with respect to x, q, k, v, weight and bias.
+        Differentiable with respect to x, q, k, v, weight and bias.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.

@@ -28,7 +28,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str
         backend: name of a backend; None takes the first that can run.
 
     Returns:
-        (B, T, C) in the dtype of x. Differentiable, once, with respect to x and bias.
+        (B, T, C) in the dtype of x. Differentiable with respect to x and bias.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.

@@ -14,7 +14,7 @@ from .._core import compiled
 from .._core.checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
 from .._core.dispatch import register
 from .._core.numerics import NORM_EPS
-from .._core.registration import call, define
+from .._core.registration import call, define, refuse_transforms
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
 from ..solver import Solver, SolveReport
@@ -22,6 +22,7 @@ from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
 from . import cuda, jacobi, native, network, reference
 from .progress import reporting_to
 
+INSTEAD = "differentiate block_forward at the result, whose Jacobian is the inverse matrix; pass a batch as rows"
 CONTEXT = "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin"
 
 
@@ -51,6 +52,7 @@ define(
     "Tensor",
     fake=lambda z, *args: z.new_empty(z.shape),
     reference=reference.block_inverse,
+    instead=INSTEAD,
 )
 define(
     "block_jacobi",
@@ -65,6 +67,7 @@ define(
         z.new_empty(len(z)),
     ),
     reference=jacobi.block_jacobi,
+    instead=INSTEAD,
 )
 for _op in ("block_forward", "block_params", "block_inverse", "block_jacobi"):
     compiled.register(_op, native, backward=False)
@@ -139,7 +142,7 @@ def block_forward(
             dropout=dropout,
             fused=_fused_ops(x, backend),
         )
-    return torch.ops.starflow.block_forward(x, tensors, *context, spec.to_json(), logdet, backend=backend)
+    return call("block_forward", x, tensors, *context, spec.to_json(), logdet, backend=backend)
 
 
 def block_params(
@@ -170,11 +173,12 @@ def block_params(
 
     Returns:
         (B, T, P) raw outputs [a | b] in the order and dtype of x, with P = spec.affine.params_dim(D). A token that
-        passes unchanged gets zeros, the identity. Not differentiable.
+        passes unchanged gets zeros, the identity. Differentiable; if a derivative is needed, plain PyTorch computes
+        them.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
-        ValueError: an argument of the wrong shape, device or value, or one that requires a gradient.
+        ValueError: an argument of the wrong shape, device or value.
 
     Equivalent to:
         ```python
@@ -185,9 +189,7 @@ def block_params(
     check_tensor("x", x, ("B", "T", spec.token_dim))
     tensors = _check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
     context = cond, prefix, cos, sin
-    if _needs_gradient(x, *tensors, cond, prefix):
-        raise ValueError("block_params has no gradient: call it under torch.no_grad(), or use block_forward")
-    return torch.ops.starflow.block_params(x, tensors, *context, spec.to_json(), backend=backend)
+    return call("block_params", x, tensors, *context, spec.to_json(), backend=backend)
 
 
 def block_inverse(
@@ -254,6 +256,8 @@ def block_inverse(
     """
     check_choice("rule", rule, GuidanceRule)
     check_choice("quantize", quantize, Quantize)
+    tensors = list(weights.values())
+    refuse_transforms("block_inverse", INSTEAD, z, guess, tensors, cond, prefix, cos, sin, guidance)
     check_range("temperature", temperature, 0)
     check_tensor("z", z, ("B", "T", spec.token_dim))
     check_finite("z", z)
@@ -275,9 +279,8 @@ def block_inverse(
             x, report = _jacobi(z, guess, tensors, context, spec, rule, temperature, solver, quantize, backend)
             return (x, report) if return_report else x
         start = time.perf_counter() if return_report else 0.0
-        x = torch.ops.starflow.block_inverse(
-            z, tensors, *context, spec.to_json(), rule, temperature, quantize, backend=backend
-        )
+        options = spec.to_json(), rule, temperature, quantize
+        x = call("block_inverse", z, tensors, *context, *options, backend=backend)
     if not return_report:
         return x
     steps = T if spec.start else T - 1
@@ -306,8 +309,8 @@ def _jacobi(
     else:
         guess = z if solver.guess == "noise" else torch.zeros_like(z)
     window = min(solver.window or T, T)
-    x, sweeps, counts, residual = torch.ops.starflow.block_jacobi(
-        z, guess, tensors, *context, list(solver.neighbours), spec.to_json(), rule, temperature,
+    x, sweeps, counts, residual = call(
+        "block_jacobi", z, guess, tensors, *context, list(solver.neighbours), spec.to_json(), rule, temperature,
         window, solver.slide, solver.tol, quantize, backend=backend,
     )  # fmt: skip
     passes, fallbacks, failed = counts.cpu().unbind(1)

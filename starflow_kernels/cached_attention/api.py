@@ -6,10 +6,12 @@ import torch
 
 from .._core import compiled
 from .._core.checks import check_same_dtype, check_tensor
-from .._core.registration import define
+from .._core.registration import call, define, refuse_transforms
 from ..causal_attention.api import check_attention
 from ..spec import Rotary
 from . import native, reference
+
+INSTEAD = "use causal_attention on all tokens"
 
 define(
     "cached_attention",
@@ -18,6 +20,7 @@ define(
     "Tensor",
     fake=lambda q, *args: q.new_empty(q.shape),
     reference=reference.cached_attention,
+    instead=INSTEAD,
 )
 compiled.register("cached_attention", native, backward=False)
 
@@ -71,6 +74,7 @@ def cached_attention(
         out = softmax(q @ keys.T / sqrt(d) + causal_mask) @ values
         ```
     """
+    refuse_transforms("cached_attention", INSTEAD, q, k, v, k_cache, v_cache, lengths, cos, sin)
     check_tensor("k_cache", k_cache, ("B", "S", "H_kv", "d"))
     S = k_cache.shape[1]
     check_attention(q, k, v, cos, sin, rotary, window, temperature, cache=S)
@@ -91,6 +95,5 @@ def cached_attention(
     if shortest < 0 or longest + n > S:
         raise ValueError(f"lengths: {shortest} .. {longest} cached and {n} new tokens do not fit a cache of {S}")
     with torch.no_grad():
-        return torch.ops.starflow.cached_attention(
-            q, k, v, k_cache, v_cache, lengths, cos, sin, rotary, window or 0, temperature, backend=backend
-        )
+        options = rotary, window or 0, temperature
+        return call("cached_attention", q, k, v, k_cache, v_cache, lengths, cos, sin, *options, backend=backend)

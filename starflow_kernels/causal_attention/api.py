@@ -121,7 +121,7 @@ def causal_attention(
 
     Returns:
         (B, T, H, d) in the dtype of q; with return_lse also (B, H, T) in float32 (float64 for float64 q).
-        Differentiable, once, with respect to q, k and v.
+        Differentiable with respect to q, k and v.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.

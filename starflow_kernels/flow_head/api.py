@@ -61,7 +61,7 @@ def flow_head(
 
     Returns:
         z (B, T, D) in the dtype of x, and the log-determinant, (B,) or (B, T, D), float32 (float64 for float64 x).
-        Differentiable, once, with respect to every tensor.
+        Differentiable with respect to every tensor.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.

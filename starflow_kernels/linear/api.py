@@ -36,7 +36,7 @@ def linear(
         backend: name of a backend; None takes the first that can run.
 
     Returns:
-        (B, T, out) in the dtype of x. Differentiable, once, with respect to every tensor.
+        (B, T, out) in the dtype of x. Differentiable with respect to every tensor.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.

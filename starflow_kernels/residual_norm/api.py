@@ -49,7 +49,7 @@ def residual_norm(
         backend: name of a backend; None takes the first that can run.
 
     Returns:
-        The sum and its norm, (B, T, C) in the dtype of x. Differentiable, once, with respect to every tensor.
+        The sum and its norm, (B, T, C) in the dtype of x. Differentiable with respect to every tensor.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.

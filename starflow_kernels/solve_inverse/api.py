@@ -8,11 +8,14 @@ from collections.abc import Callable
 import torch
 
 from .._core.checks import check_finite, check_tensor
+from .._core.registration import refuse_transforms
 from ..affine_flow.reference import affine_flow
 from ..solver import Solver, SolveReport
 from ..spec import AffineSpec
 from . import reference
 from .jacobi import jacobi
+
+INSTEAD = "differentiate affine_flow at the result, whose Jacobian is the inverse matrix; pass a batch as rows"
 
 
 @torch.no_grad()
@@ -59,6 +62,7 @@ def solve_inverse(
             x[:, t] = affine_flow_inverse(z, conditioner(x), spec)[:, t]
         ```
     """
+    refuse_transforms("solve_inverse", INSTEAD, z, guess, context)
     check_tensor("z", z, ("B", "T", "D"))
     check_finite("z", z)
     B, T, D = z.shape
@@ -71,6 +75,7 @@ def solve_inverse(
 
     def checked(x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         params = conditioner(x, *(c if rows is None else c[rows] for c in context))
+        refuse_transforms("solve_inverse", INSTEAD, params)
         check_tensor("output of the conditioner", params, (len(x), T, spec.params_dim(D)), like=z)
         return params
 

@@ -254,15 +254,6 @@ def test_compiles_as_one_graph(compiler, scale):
     torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)
 
 
-@in_float64
-def test_second_derivative_is_refused(backend):
-    x, params = (t.requires_grad_() for t in inputs(AffineSpec()))
-    z, _ = affine_flow(x, params, backend=backend)
-    (grad,) = torch.autograd.grad(z.square().sum(), params, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [

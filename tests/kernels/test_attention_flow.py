@@ -284,14 +284,6 @@ def test_compiles_as_one_graph(compiler, rotary):
     torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)
 
 
-def test_second_derivative_is_refused(backend):
-    tensors = {name: t.requires_grad_() for name, t in inputs(AffineSpec(), dtype=torch.float32).items()}
-    z, _ = attention_flow(**tensors, backend=backend)
-    (grad,) = torch.autograd.grad(z.square().sum(), tensors["q"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.sum().backward()
-
-
 def test_composed_says_which_part_it_lacks():
     with pytest.raises(ValueError, match="cannot run attention_flow: flow_head has its reference alone"):
         attention_flow(**inputs(AffineSpec()), backend="composed")

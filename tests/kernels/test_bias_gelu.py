@@ -65,13 +65,6 @@ def test_compiles_as_one_graph(compiler):
     torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)
 
 
-def test_second_derivative_is_refused(backend):
-    x = inputs()[0].requires_grad_()
-    (grad,) = torch.autograd.grad(bias_gelu(x, backend=backend).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     "x, bias, error, message",
     [

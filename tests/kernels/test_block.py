@@ -235,14 +235,6 @@ def test_params_of_both_branches_are_those_of_each(dtype, backend):
         assert_same_row(backend, block_params(x, w, spec, **branch, backend=backend), both[rows])
 
 
-def test_params_that_need_a_gradient_are_refused():
-    x, w, spec, _ = block(BLOCKS["tarflow"])
-    with pytest.raises(ValueError, match="block_params has no gradient"):
-        block_params(x.requires_grad_(), w, spec)
-    with torch.no_grad():
-        assert not block_params(x, w, spec).requires_grad
-
-
 @pytest.mark.parametrize("name", ["tarflow-flip", "starflow-text-flip-cond"])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_strided_inputs_are_read_and_left(name, forward, inverse):
@@ -323,14 +315,6 @@ def test_compiles_with_gradients(name):
     seeds = torch.randn_like(x), torch.randn(2)
     eager, graph = (with_gradients(f, tensors, seeds) for f in (flow, compiled(flow)))
     torch.testing.assert_close(graph, eager, rtol=1e-10, atol=1e-10)
-
-
-def test_second_derivative_is_refused():
-    x, w, spec, _ = block(BLOCKS["tarflow"])
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(block_forward(x, w, spec)[0].square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.sum().backward()
 
 
 def test_inverse_is_not_differentiable(inverse):

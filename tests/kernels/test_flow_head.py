@@ -261,15 +261,6 @@ def test_compiles_as_one_graph(compiler):
     torch.testing.assert_close(graph, eager, rtol=1e-12, atol=1e-12)
 
 
-@in_float64
-def test_second_derivative_is_refused(backend):
-    tensors = {name: t.requires_grad_() for name, t in inputs(AffineSpec()).items()}
-    z, _ = flow_head(**tensors, backend=backend)
-    (grad,) = torch.autograd.grad(z.square().sum(), tensors["h"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [

@@ -93,13 +93,6 @@ def test_compiles_as_one_graph(backend):
     assert torch.equal(compiled(run)(*tensors), run(*tensors))
 
 
-def test_second_derivative_is_refused():
-    tensors = [t.requires_grad_() for t in inputs()]
-    (grad,) = torch.autograd.grad(linear(*tensors).square().sum(), tensors[:1], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [
