@@ -80,6 +80,8 @@ def recorded(monkeypatch) -> Recorded:
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
 def test_every_argument_of_a_call_is_checked(run, recorded):
     run()
+    # It takes any number of places.
+    recorded.calls.pop("fingerprint", None)
     assert recorded.calls
     for op, args in recorded.calls.values():
         assert_checked(op, args)

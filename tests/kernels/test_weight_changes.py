@@ -86,6 +86,15 @@ def test_the_fingerprint_does_not_depend_on_threads():
 
 
 @needs_native
+@pytest.mark.parametrize(
+    "places", [torch.zeros(2, 2, dtype=torch.float32), torch.zeros(2, 3, dtype=torch.int64)], ids=lambda t: str(t.dtype)
+)
+def test_the_fingerprint_checks_its_argument(places):
+    with pytest.raises(RuntimeError, match="native kernels: a tensor is of the wrong"):
+        torch.ops.starflow_native.fingerprint(places)
+
+
+@needs_native
 def test_swapped_weights_and_dropped_memory():
     """The cache keeps no reference to a weight, so that torch.utils.swap_tensors accepts it."""
     text, (_, w, _) = WIDE_SPECS["tarflow"].to_json(), tame_block(WIDE_SPECS["tarflow"], 1, 5)

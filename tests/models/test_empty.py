@@ -65,7 +65,7 @@ def test_a_number_of_samples_is_an_integer_of_at_least_one(count):
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_calibration_needs_images(batch_size):
-    with pytest.raises(ConfigError, match=f"^batch_size={batch_size}: expected at least 1"):
+    with pytest.raises(ConfigError, match=f"^batch_size={batch_size}: expected an integer of at least 1"):
         make().calibrate(batch_size)
 
 
