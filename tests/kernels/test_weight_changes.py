@@ -90,7 +90,7 @@ def test_the_fingerprint_does_not_depend_on_threads():
     "places", [torch.zeros(2, 2, dtype=torch.float32), torch.zeros(2, 3, dtype=torch.int64)], ids=lambda t: str(t.dtype)
 )
 def test_the_fingerprint_checks_its_argument(places):
-    with pytest.raises(RuntimeError, match="native kernels: a tensor is of the wrong"):
+    with pytest.raises(RuntimeError, match="compiled kernels: a tensor is of the wrong"):
         torch.ops.starflow_native.fingerprint(places)
 
 
