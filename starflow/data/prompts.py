@@ -43,8 +43,10 @@ def load_text(folder: str | Path, device: str | torch.device = "cpu") -> tuple[A
         if not (folder / name).is_dir():
             raise CheckpointError(f"no text encoder at {folder}: {folder / name} is not there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+        # transformers refuses the meta device as the default.
+        with torch.device("cpu"):
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
     except Exception as error:
         # transformers raises many types of errors.
         reason = str(error).splitlines()[0]
@@ -78,7 +80,8 @@ def encode_prompts(
             warnings.warn(
                 f"a prompt of {len(ids)} tokens is cut to {length}: {prompt!r:.{SHOWN_CHARACTERS}}", stacklevel=2
             )
-    tokens = tokenizer(different, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    with torch.device("cpu"):
+        tokens = tokenizer(different, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     ids, mask = (tokens[name].to(execution_device(text_encoder)) for name in ("input_ids", "attention_mask"))
     # One prompt at a time, so that its bits do not depend on the other prompts.
     rows = zip(ids.split(1), mask.split(1))

@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 import torch
-from torch.utils.data import DataLoader
 
 from ..data.datasets import ImageSet, dequantize
 from ..errors import DataError
@@ -169,8 +168,9 @@ def _dtype(flow: Flow) -> torch.dtype:
 
 
 def _batches(flow: Flow, images: ImageSet, batch_size: int):
-    for x, labels in DataLoader(images, batch_size):
-        yield x, labels.to(flow.device)
+    for first in range(0, len(images), batch_size):
+        x, labels = zip(*(images[i] for i in range(first, min(first + batch_size, len(images)))))
+        yield torch.stack(x), torch.stack(labels).to(flow.device)
 
 
 def _log_prob(flow: Flow, x: torch.Tensor, labels: torch.Tensor, random: torch.Generator) -> torch.Tensor:

@@ -97,7 +97,9 @@ class FlowPipeline(DiffusionPipeline):
         options.setdefault("disable_mmap", True)
         if cls is not FlowPipeline:
             try:
-                pipe = super().from_pretrained(folder, **options)
+                # transformers refuses the meta device as the default.
+                with torch.device("cpu"):
+                    pipe = super().from_pretrained(folder, **options)
             except StarflowError:
                 raise
             except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:

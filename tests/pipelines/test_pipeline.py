@@ -446,3 +446,11 @@ def test_files_that_change_later_change_a_pipeline_only_if_it_maps_them(maps, tm
             file.write(bytes(size // 4))
     same = {name: all(map(torch.equal, part.parameters(), before[name])) for name, part in parts.items()}
     assert same == dict.fromkeys(parts, not maps)
+
+
+def test_defaults_of_torch_do_not_change_a_pipeline(folder, hostile):
+    arguments = {"prompt": PROMPTS[:1], "height": 16, "width": 16, "output_type": "np"}
+    expected = open_model(folder)(**arguments, generator=seeds(0)).images
+    hostile()
+    found = open_model(folder)(**arguments, generator=[torch.Generator("cpu").manual_seed(0)]).images
+    assert np.array_equal(found, expected)

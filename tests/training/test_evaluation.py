@@ -37,6 +37,15 @@ def images() -> ImageSet:
     return ImageSet(pixels.__getitem__, labels, 4, ("dark", "bright"), lambda index: ())
 
 
+def test_defaults_of_torch_do_not_change_the_metrics(hostile):
+    flow, data, even = constant_flow(0.5, 0.3), images(), torch.tensor([0.5, 0.5])
+    expected = likelihood(flow, data, 2, 16), bayes_accuracy(flow, data, even, 2, 16), round_trips(flow, data, 8)
+    hostile()
+    assert likelihood(flow, data, 2, 16) == expected[0]
+    assert bayes_accuracy(flow, data, even, 2, 16) == expected[1]
+    assert round_trips(flow, data, 8) == expected[2]
+
+
 def test_the_likelihood_of_a_gaussian_is_the_known_one():
     flow = constant_flow(mu=0.5, sigma=0.3)
     # Dequantized values are uniform on [-1, 0] or [0, 1]: mean square distance 1/12 from the mean at +-0.5.
