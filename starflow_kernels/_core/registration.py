@@ -107,7 +107,8 @@ def refuse_transforms(op: str, instead: str, *args) -> None:
 
 
 def _refusal(op: str, instead: str) -> NotImplementedError:
-    return NotImplementedError(f"{op} has no derivative, and runs outside of torch.func alone: {instead}")
+    where = "call it under torch.no_grad() and outside of torch.func"
+    return NotImplementedError(f"{op} has no derivative: {where}, or {instead}")
 
 
 def _tensors(args: tuple) -> list[torch.Tensor]:

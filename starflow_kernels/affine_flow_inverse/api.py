@@ -26,7 +26,7 @@ define(
     "()",
     fake=lambda *args: None,
     reference=reference.affine_flow_inverse_out,
-    instead="leave out the argument out, or use torch.no_grad()",
+    instead="pass no out",
 )
 compiled.register("affine_flow_inverse", native, backward=False)
 compiled.register("affine_flow_inverse_out", native, backward=False)
