@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import ConfigError, DataError
 from ..io.digests import digest
@@ -133,6 +133,23 @@ class ShuffledBatches(Sampler):
             if position == 0 or step == self.first:
                 order = permutation(self.count, generator(self.seed, epoch, 0))
             yield order[position * size : (position + 1) * size]
+
+
+def batches(images: ImageSet | LatentSet, **options: Any) -> Iterator[list[torch.Tensor]]:
+    """Iterate over the batches of a DataLoader, on the CPU whatever the default device of torch.
+
+    Args:
+        images: the data set.
+        options: options of the DataLoader.
+    """
+    with torch.device("cpu"):
+        loaded = iter(DataLoader(images, **options))
+    while True:
+        with torch.device("cpu"):
+            batch = next(loaded, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def load(config: DataConfig) -> tuple[ImageSet, ImageSet] | tuple[LatentSet, LatentSet]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class CacheFiles:
 
     def __init__(self, folder: Path, kind: str, count: int, rows_per_file: int):
         self.folder, self.kind, self.count, self.rows_per_file = Path(folder), kind, count, rows_per_file
-        self._opened: dict[tuple[int, str], Any] = {}
+        self._opened: dict[tuple[int, str], Callable[[int | slice], torch.Tensor]] = {}
         for number in range(-(-count // rows_per_file)):
             if not (path := cache_path(folder, kind, number)).exists():
                 raise DataError(f"{path} is missing: starflow encode writes it again")
@@ -139,7 +140,7 @@ class CacheFiles:
             DataError: the cache file is damaged.
         """
         number, row = divmod(index, self.rows_per_file)
-        return self._slice(number, name)[row]
+        return self._slice(number, name)(row)
 
     def column(self, name: str) -> torch.Tensor:
         """Return all rows of a small tensor.
@@ -150,9 +151,10 @@ class CacheFiles:
         Raises:
             DataError: a cache file is damaged.
         """
-        return torch.cat([self._slice(number, name)[:] for number in range(-(-self.count // self.rows_per_file))])
+        files = range(-(-self.count // self.rows_per_file))
+        return torch.cat([self._slice(number, name)(slice(None)) for number in files])
 
-    def _slice(self, number: int, name: str):
+    def _slice(self, number: int, name: str) -> Callable[[int | slice], torch.Tensor]:
         if (number, name) not in self._opened:
             path = cache_path(self.folder, self.kind, number)
             try:

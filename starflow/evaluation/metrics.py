@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..data.datasets import ImageSet, dequantize
+from ..data.datasets import ImageSet, batches, dequantize
 from ..errors import DataError
 from ..models.flow import Flow
 from ..seeds import generator
@@ -168,9 +168,8 @@ def _dtype(flow: Flow) -> torch.dtype:
 
 
 def _batches(flow: Flow, images: ImageSet, batch_size: int):
-    for first in range(0, len(images), batch_size):
-        x, labels = zip(*(images[i] for i in range(first, min(first + batch_size, len(images)))))
-        yield torch.stack(x), torch.stack(labels).to(flow.device)
+    for x, labels in batches(images, batch_size=batch_size):
+        yield x, labels.to(flow.device)
 
 
 def _log_prob(flow: Flow, x: torch.Tensor, labels: torch.Tensor, random: torch.Generator) -> torch.Tensor:

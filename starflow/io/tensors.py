@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,8 +60,8 @@ def copy_weights(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def open_tensor(path: Path, name: str) -> Any:
-    """Return a tensor of a safetensors file as a slice of safetensors, which reads rows when it is indexed.
+def open_tensor(path: Path, name: str) -> Callable[[int | slice], torch.Tensor]:
+    """Return a function that reads rows of a tensor of a safetensors file.
 
     The file is mapped, because it may be larger than the memory. It must stay as it is while the slice is in use.
 
@@ -73,6 +73,12 @@ def open_tensor(path: Path, name: str) -> Any:
         OSError: the file is missing or damaged, or has no such tensor.
     """
     try:
-        return safe_open(path, "pt").get_slice(name)
+        opened = safe_open(path, "pt").get_slice(name)
     except SafetensorError as error:
         raise OSError(str(error)) from None
+
+    def read(rows: int | slice) -> torch.Tensor:
+        with torch.device("cpu"):  # a slice of safetensors is made on the default device
+            return opened[rows]
+
+    return read

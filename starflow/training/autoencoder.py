@@ -16,7 +16,7 @@ from ..io.images import save_grid
 from ..models.autoencoder import autoencoder_class, posterior, save_vae, scale_images
 from ..seeds import normal
 from ..settings import check_types
-from .loop import Loop, LoopConfig, RunConfig, usual_defaults
+from .loop import Loop, LoopConfig, RunConfig, standard_defaults
 
 Loss = Literal["l1", "l2"]
 # Number of images that determine the scaling factor.
@@ -97,7 +97,7 @@ class AutoencoderTrainer(Loop):
     def __init__(self, config: AutoencoderRunConfig, folder: Path, device: str = "cpu", tensorboard: bool = False):
         super().__init__(config, folder, device, tensorboard)
         torch.manual_seed(config.training.seed)
-        with usual_defaults():
+        with standard_defaults():
             self.vae = config.autoencoder.build(config.data.size).to(device)
         check_autoencoder_input(self.vae, self.images, config.data.size)
         self.optimizer = self.add_optimizer(self.vae.parameters())

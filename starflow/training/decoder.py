@@ -17,7 +17,7 @@ from ..seeds import generator, normal
 from ..settings import check_types
 from .autoencoder import first_images, save_pairs
 from .discriminator import PatchDiscriminator, hinge_loss
-from .loop import Loop, LoopConfig, RunConfig, usual_defaults
+from .loop import Loop, LoopConfig, RunConfig, standard_defaults
 
 SHOWN_IMAGES = 16
 
@@ -75,7 +75,7 @@ class DecoderTrainer(Loop):
         check_autoencoder_input(self.vae, self.images, config.data.size)
         torch.manual_seed(config.training.seed)
         channels = self.vae.config.in_channels
-        with usual_defaults():
+        with standard_defaults():
             self.discriminator = PatchDiscriminator(channels, settings.gan_channels, settings.gan_layers).to(device)
             self.perceptual = load_lpips(device) if settings.lpips_weight else None
         self.vae.requires_grad_(False)

@@ -18,7 +18,7 @@ from ..models.checkpoint import check_state
 from ..models.config import FlowConfig
 from ..models.flow import Flow
 from ..sampling.sample import sample
-from .loop import Loop, LoopConfig, RunConfig, usual_defaults
+from .loop import Loop, LoopConfig, RunConfig, standard_defaults
 
 WEIGHT_DECAY_EXEMPT = ("bias", "norm.weight")
 
@@ -72,7 +72,7 @@ class FlowTrainer(Loop):
         super().__init__(config, folder, device, tensorboard)
         self._check_data()
         torch.manual_seed(config.training.seed)
-        with usual_defaults():
+        with standard_defaults():
             self.flow = Flow(config.model).to(device)
         self.average = {n: t.clone() for n, t in self.flow.state_dict().items()} if config.training.ema else None
         decay, exempt = [], []
@@ -144,7 +144,8 @@ class FlowTrainer(Loop):
         """Write a grid of samples of the averaged weights; a flow on latents has none, for lack of an autoencoder."""
         if not self.config.model.levels:
             return
-        flow = Flow(self.config.model).to(self.device)
+        with standard_defaults():
+            flow = Flow(self.config.model).to(self.device)
         flow.load_state_dict(self.average or self.flow.state_dict())
         classes = self.config.model.num_classes
         labels = torch.arange(max(classes, 1), dtype=torch.int64, device="cpu").repeat(8)[:64] if classes else None

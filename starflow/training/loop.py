@@ -21,10 +21,9 @@ from typing import Any, ClassVar
 import torch
 import yaml
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.datasets import ShuffledBatches, data_state, load
+from ..data.datasets import ShuffledBatches, batches, data_state, load
 from ..errors import CheckpointError, ConfigError, DataError, StarflowError
 from ..io.files import check_writable, write_atomically, write_text
 from ..seeds import MAX_SEED, generator
@@ -196,8 +195,8 @@ class Loop:
         bar = tqdm(total=training.steps, initial=self.step, disable=quiet or None, unit="step", smoothing=0.05)
         try:
             order = ShuffledBatches(len(self.images), training.batch_size, training.seed, self.step, training.steps)
-            with usual_defaults():
-                for batch in DataLoader(self.images, batch_sampler=order, num_workers=training.workers):
+            with standard_defaults():
+                for batch in batches(self.images, batch_sampler=order, num_workers=training.workers):
                     with uninterrupted():
                         self._take_step(batch, bar)
         except KeyboardInterrupt:
@@ -335,7 +334,7 @@ class Loop:
 
 
 @contextlib.contextmanager
-def usual_defaults() -> Iterator[None]:
+def standard_defaults() -> Iterator[None]:
     """Let new modules and the internals of torch use float32 and the CPU, whatever the defaults of torch are."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

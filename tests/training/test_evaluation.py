@@ -55,6 +55,13 @@ def test_the_likelihood_of_a_gaussian_is_the_known_one():
     assert found.images == 40 and 0 < found.standard_error < 0.1
 
 
+def test_defaults_of_torch_do_not_change_the_likelihood(hostile):
+    flow, data = constant_flow(mu=0.5, sigma=0.3), images()
+    expected = likelihood(flow, data, draws=2)
+    hostile()
+    assert likelihood(flow, data, draws=2) == expected
+
+
 def test_bayes_accuracy_follows_density_and_prior():
     data, even = images(), torch.tensor([0.5, 0.5])
     assert bayes_accuracy(constant_flow(0.5, 0.3), data, even, draws=2) == 1

@@ -240,6 +240,13 @@ def train(config: FlowRunConfig, folder) -> FlowTrainer:
     return trainer
 
 
+def test_defaults_of_torch_do_not_change_a_run(cache, tmp_path, hostile):
+    expected = train(run_config(cache, steps=2), tmp_path / "expected")
+    hostile()
+    found = train(run_config(cache, steps=2), tmp_path / "found")
+    assert found.metrics == expected.metrics
+
+
 @pytest.mark.parametrize("model", [{}, {"text_dim": 0, "text_len": 0, "num_classes": 2, "condition_blocks": "all"}])
 def test_a_flow_learns_from_latents(cache, model, tmp_path):
     trainer = train(run_config(cache, model, steps=40), tmp_path)
