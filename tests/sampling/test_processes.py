@@ -58,7 +58,8 @@ def test_a_waiting_process_stops_at_once(rank, number, code, tmp_path):
         time.sleep(0.01)
     time.sleep(2)
     os.kill(process.pid, number)
-    process.join(10)
+    process.join(120)
+    # A process that went on waiting would end with status 2.
     assert process.exitcode == code
     assert not (tmp_path / "out").exists()
 
