@@ -21,12 +21,21 @@ TYPES = {bool: "true or false", int: "an integer", float: "a number", str: "text
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader that reads 1e-3 as a number, which YAML 1.1 reads as text."""
+    """Loader that reads 1e-3 as a number, which YAML 1.1 reads as text, and refuses integers beyond 64 bits."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if not -(2**63) <= value < 2**64:
+            raise ValueError("an integer beyond 64 bits")
+        return value
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+# PyYAML raises ValueError for a number or a date that does not exist, and RecursionError for deep nesting.
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def presets(kind: str = "") -> list[str]:
@@ -42,7 +51,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file. Raises ConfigError."""
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *YAML_ERRORS) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected a mapping of settings")
@@ -68,8 +77,9 @@ def override(settings: dict[str, Any], assignments: list[str]) -> None:
             )
         try:
             settings[section][name] = yaml.load(value, _Loader)
-        except yaml.YAMLError:
-            raise ConfigError(f"override {assignment!r}: the value is not YAML") from None
+        except YAML_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"override {assignment!r:.200}: the value is not YAML ({reason})") from None
 
 
 def section(kind: type) -> Callable[[dict[str, Any]], Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -355,7 +356,7 @@ def _labels(label: str | None, count: int, classes: int) -> tuple[list[int | Non
         return [None] * count, columns
     if label == "all":
         return [i % classes for i in range(count)], classes if classes <= 20 else columns
-    if not label.isdecimal() or int(label) >= classes:
+    if not re.fullmatch(r"\d{1,9}", label) or int(label) >= classes:
         allowed = f"0 .. {classes - 1}, 'all' or 'none'" if classes else "'none': the model has no classes"
         raise ConfigError(f"--label {label}: expected {allowed}")
     return [int(label)] * count, columns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,10 +111,10 @@ def parse_ratio(ratio: str) -> float:
     Raises:
         ConfigError: the text is no ratio.
     """
-    parts = ratio.split(":") if isinstance(ratio, str) else []
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", ratio) if isinstance(ratio, str) else None
+    if not found or not all(map(int, found.groups())):
         raise ConfigError(f"aspect ratio {ratio!r}: expected WIDTH:HEIGHT such as {', '.join(ASPECT_RATIOS[:4])}")
-    return int(parts[0]) / int(parts[1])
+    return int(found[1]) / int(found[2])
 
 
 def image_size(ratio: str, side: int, multiple: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -191,7 +192,7 @@ class DemoModel:
             return [i % classes for i in range(count)]
         if chosen == NONE:
             return None
-        if not chosen.isdecimal() or int(chosen) >= classes:
+        if not re.fullmatch(r"\d{1,9}", chosen) or int(chosen) >= classes:
             expected = f"expected 0 to {classes - 1}, {EACH!r} or {NONE!r}" if classes else "the model has no classes"
             raise ConfigError(f"Class {chosen!r}: {expected}")
         return [int(chosen)] * count

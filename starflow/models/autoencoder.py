@@ -53,8 +53,10 @@ def load_vae(folder: str | Path, device: str | torch.device = "cpu") -> Any:
         ConfigError: diffusers is not installed.
     """
     path = vae_folder(folder)
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path}: not an autoencoder that diffusers reads (no weights in safetensors)")
+    options = {"local_files_only": True, "torch_dtype": torch.float32, "use_safetensors": True, "disable_mmap": True}
     try:
-        options = {"local_files_only": True, "torch_dtype": torch.float32, "disable_mmap": True}
         vae = autoencoder_class().from_pretrained(path, **options)
     except ConfigError:
         raise

@@ -350,7 +350,10 @@ class Flow(nn.Module):
             if progress:
                 progress((count - i) * each, count * each)
             if after_block:
-                tokens = self.tokens(after_block(i, self.images(tokens, grid)))
+                x = after_block(i, self.images(tokens, grid))
+                if not isinstance(x, torch.Tensor):
+                    raise TypeError(f"after_block: expected it to return images, got {type(x).__name__}")
+                tokens = self.tokens(x)
         self._check_finite(0, tokens)
         x = self.images(tokens, grid)
         return (x, reports) if return_reports else x

@@ -29,6 +29,7 @@ from ..io.files import check_writable, write_atomically, write_text
 from ..seeds import MAX_SEED, generator
 from ..settings import check_types, read_sections, section
 
+MAX_WORKERS = 1024
 STATE = "training.pt"
 METRICS = "metrics.jsonl"
 SETTINGS = "settings.yaml"
@@ -74,6 +75,7 @@ class LoopConfig:
         "steps": (1, math.inf),
         "batch_size": (1, math.inf),
         "seed": (0, MAX_SEED + 1),
+        "workers": (0, MAX_WORKERS + 1),
         "beta1": (0, 1),
         "beta2": (0, 1),
     }

@@ -383,3 +383,9 @@ def test_an_exception_of_a_callback_comes_out_unchanged(backend, solver):
     with pytest.raises(ValueError) as error:
         flow.inverse(flow.noise(4), torch.arange(4), backend=backend, solvers=solver, progress=progress)
     assert error.value is own
+
+
+def test_a_callback_after_a_block_that_returns_nothing():
+    flow = Flow.from_pretrained("digits")
+    with pytest.raises(TypeError, match="after_block: expected it to return images, got NoneType"):
+        flow.inverse(flow.noise(2), torch.arange(2), after_block=lambda block, x: None)
