@@ -43,6 +43,9 @@ def integers(values: Labels | int) -> torch.Tensor | None:
             # What int64 cannot hold must not become a class, or -1.
             integer = torch.where(integer < 0, LARGEST, integer)
         return None if refused else integer
+    if torch.compiler.is_compiling():
+        # Dynamo does not trace the attributes of an array.
+        return integers(torch.as_tensor(values, dtype=None, device="cpu"))
     try:
         array = np.asarray(values)
     except (TypeError, ValueError):
@@ -64,7 +67,7 @@ def check_conditions(
     Raises:
         ValueError: classes or text states do not fit the model and the batch.
     """
-    rows = len(like)
+    rows = like.shape[0]
     for name, value, expected in (("labels", labels, config.num_classes), ("text", text, config.text_dim)):
         if value is not None and not expected:
             raise ValueError(f"{name}: given, but the model has no such condition")
@@ -131,7 +134,7 @@ def class_weights(config: FlowConfig, labels: torch.Tensor | None, like: torch.T
     classes = config.num_classes
     if not classes:
         return None
-    mean = like.new_full((len(like), classes), 1 / classes)
+    mean = like.new_full((like.shape[0], classes), 1 / classes)
     if labels is None:
         return mean
     labels = labels.unsqueeze(1)

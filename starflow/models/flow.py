@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from starflow_kernels._core.torch_private import is_intercepted
 from starflow_kernels.solver import Solver, SolveReport
 from starflow_kernels.spec import Quantize
 
@@ -234,7 +235,7 @@ class Flow(nn.Module):
         """
         labels = check_conditions(self.config, labels, text, x)
         grid, tokens, contexts = self.grid(x), self.tokens(x), self.contexts(labels, text, x)
-        logdet = tokens.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        logdet = tokens.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
         latents = []
         for i, block in enumerate(self.blocks):
             rotary = self.rotary(i, grid, tokens)
@@ -359,8 +360,8 @@ class Flow(nn.Module):
         return (x, reports) if return_reports else x
 
     def _check_finite(self, block: int, tokens: torch.Tensor) -> None:
-        """Raise InverseError if the result of a block is not finite."""
-        if not tokens.numel() or math.isfinite(torch.linalg.vector_norm(tokens, math.inf).item()):
+        """Raise InverseError if the result of a block is not finite; a graph has no values yet."""
+        if is_intercepted() or not tokens.numel() or math.isfinite(torch.linalg.vector_norm(tokens, math.inf).item()):
             return
         own = tokens.flip(1) if self.blocks[block].spec.flip else tokens
         sample, token, _ = own.isfinite().logical_not().nonzero()[0].tolist()

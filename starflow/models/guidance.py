@@ -58,7 +58,7 @@ class Guidance:
             (T,) float64 weights in the block's own order.
         """
         steps = torch.arange(tokens, dtype=torch.float64, device="cpu") + int(start)
-        ramp = steps / max(int(steps[-1]), 1) if self.annealed else torch.ones_like(steps)
+        ramp = steps / max(tokens - 1 + int(start), 1) if self.annealed else torch.ones_like(steps)
         return (self.weight * ramp).to(device)
 
     def options(self, tokens: int, start: bool, device: torch.device) -> dict[str, Any]:

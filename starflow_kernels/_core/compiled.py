@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from . import dispatch
+from .torch_private import constant_in_graphs
 
 FOLDER = Path(__file__).parents[1]
 # `empty` requests huge pages for tensors of at least this many values.
@@ -38,9 +39,14 @@ def load_error(name: str, title: str) -> str | None:
 
 
 @functools.cache
+def _native_load_error() -> str | None:
+    return load_error("native", "native")
+
+
+@constant_in_graphs
 def native_unavailable() -> str | None:
     """Load the CPU kernels. Returns None, or why they cannot be used."""
-    return load_error("native", "native")
+    return _native_load_error()
 
 
 @functools.cache

@@ -33,6 +33,7 @@ class Preference(NamedTuple):
 
 _kernels: dict[str, dict[str, Kernel]] = {}
 _preferences: dict[str, Preference] = {}
+_wrappers: dict[str, Callable] = {}
 
 
 def register(
@@ -50,6 +51,14 @@ def register(
 def prefer(op: str, name: Callable[..., str | None], here: Callable[[], dict[str, str]]) -> None:
     """Try the backend that `name` returns first; if it cannot run the arguments, the usual order applies."""
     _preferences[op] = Preference(name, here)
+
+
+def wrap(op: str, wrapper: Callable) -> None:
+    """Run every backend of `op` as wrapper(run, *op arguments), which checks values before and after `run`.
+
+    It is part of the op: unlike the checks of a public function, it acts in compiled and exported graphs too.
+    """
+    _wrappers[op] = wrapper
 
 
 def choose(op: str, *args) -> str:
@@ -72,10 +81,10 @@ def run(op: str, backend: str | None, *args):
             raise ValueError(f"backend={backend!r}: {op} has {', '.join(map(repr, kernels))}")
         if reason := kernels[backend].unavailable() or kernels[backend].refuse(*args):
             raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
-    kernel = kernels[backend or choose(op, *args)]
+    run = kernels[backend or choose(op, *args)].run
     # Ops compute in the dtypes of their inputs, so autocast must not act inside them.
     with disable_autocast():
-        return kernel.run(*args)
+        return _wrappers[op](run, *args) if op in _wrappers else run(*args)
 
 
 def backends() -> dict[str, dict[str, str]]:

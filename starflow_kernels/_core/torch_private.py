@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+Function = TypeVar("Function", bound=Callable)
+
 __all__ = [
     "below_autograd",
+    "constant_in_graphs",
     "disable_autocast",
     "flash_attention_backward_cpu",
     "flash_attention_backward_cuda",
@@ -18,6 +26,7 @@ __all__ = [
     "is_in_transform",
     "is_intercepted",
     "is_transformed",
+    "outside_graphs",
     "outside_transforms",
 ]
 
@@ -59,3 +68,28 @@ def has_tangent(tensor: torch.Tensor) -> bool:
 def is_intercepted() -> bool:
     """Return whether a compiler, a dispatch mode or a transform intercepts calls of torch, and new tensors are its."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _in_transform()
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Let torch.compile call a function once and keep its result, instead of tracing it.
+
+    Decorators of torch.compiler import the compiler, which takes seconds; this one and the next do not.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def outside_graphs(reason: str) -> Callable[[Function], Function]:
+    """Let torch.compile call a function between two graphs; with fullgraph=True it raises an error with the reason."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*args, **options):
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **options)
+            return torch.compiler.disable(function, reason=reason)(*args, **options)
+
+        call._torchdynamo_disable, call._torchdynamo_disable_msg = True, reason
+        return call
+
+    return decorate

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 
 from .._core import compiled
-from .._core.checks import FLOATS, check_finite, check_guidance, check_range, check_tensor
-from .._core.dispatch import register
+from .._core.checks import FLOATS, check_guidance, check_range, check_tensor
+from .._core.dispatch import register, wrap
 from .._core.numerics import NORM_EPS
 from .._core.registration import call, define, refuse_transforms
+from .._core.torch_private import is_intercepted, outside_graphs
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
 from ..solver import Solver, SolveReport
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
 from . import cuda, jacobi, native, network, reference
+from .checks import checked_inverse, checked_jacobi
 from .progress import reporting_to
 
 INSTEAD = "differentiate block_forward at the result, whose Jacobian is the inverse matrix; pass a batch as rows"
@@ -63,8 +65,8 @@ define(
     fake=lambda z, *args: (
         z.new_empty(z.shape),
         z.new_empty(z.shape[:2], dtype=torch.int32),
-        z.new_empty(len(z), 3, dtype=torch.int64),
-        z.new_empty(len(z)),
+        z.new_empty(z.shape[0], 3, dtype=torch.int64),
+        z.new_empty(z.shape[0]),
     ),
     reference=jacobi.block_jacobi,
     instead=INSTEAD,
@@ -75,6 +77,8 @@ runtime.register("block_inverse", "block.triton.sequential", backward=False)
 # Registered last, and so preferred where a block fits: it needs one launch in all instead of several per token.
 register("block_inverse", "cuda", cuda.block_inverse, cuda.refuse, compiled.cuda_unavailable)
 runtime.register("block_jacobi", "block.triton.sweeps", backward=False)
+wrap("block_inverse", checked_inverse)
+wrap("block_jacobi", checked_jacobi)
 
 
 def block_forward(
@@ -233,7 +237,7 @@ def block_inverse(
         guess: (B, T, D) finite initial values of Jacobi in the order of the data, in place of the solver's.
         quantize: "int8" or "fp8" (torch.float8_e4m3fn) rounds the matrices of the layers to one byte per value, with a
             float32 scale per output channel; all other weights are kept. The op's README lists the error.
-        return_report: also return a SolveReport.
+        return_report: also return a SolveReport. torch.compile without fullgraph supports it, as it does `progress`.
         progress: called from time to time as progress(done, B T) with the number of finished tokens. An exception from
             it ends the call.
         backend: name of a backend; None takes the first that can run.
@@ -260,7 +264,8 @@ def block_inverse(
     refuse_transforms("block_inverse", INSTEAD, z, guess, tensors, cond, prefix, cos, sin, guidance)
     check_range("temperature", temperature, 0)
     check_tensor("z", z, ("B", "T", spec.token_dim))
-    check_finite("z", z)
+    if z.is_meta and not is_intercepted():
+        raise ValueError("z: on meta, a device without values")
     B, T, _ = z.shape
     if guidance is not None:
         guidance = check_guidance(guidance, B, T, torch.float64, z.device)
@@ -268,59 +273,52 @@ def block_inverse(
         raise ValueError(f"temperature={temperature} needs guidance: it acts on the branch without a condition")
     rows = B if guidance is None else 2 * B
     tensors = _check_block(z, weights, spec, cond, prefix, cos, sin, rows)
-    for name, value in (("cond", cond), ("prefix", prefix)):
-        if value is not None:
-            check_finite(name, value)
-    if guess is not None and solver.method != "jacobi":
-        raise ValueError("guess: given, but the sequential solver takes none")
     context = cond, prefix, cos, sin, guidance
-    with torch.no_grad(), reporting_to(progress) if progress else contextlib.nullcontext():
-        if solver.method == "jacobi":
-            x, report = _jacobi(z, guess, tensors, context, spec, rule, temperature, solver, quantize, backend)
-            return (x, report) if return_report else x
-        start = time.perf_counter() if return_report else 0.0
+    if solver.method == "jacobi":
+        guess = _first_guess(z, guess, solver)
+        window = min(solver.window or T, T)
+        run = functools.partial(
+            call, "block_jacobi", z, guess, tensors, *context, list(solver.neighbours), spec.to_json(), rule,
+            temperature, window, solver.slide, solver.tol, quantize, backend=backend,
+        )  # fmt: skip
+    elif guess is not None:
+        raise ValueError("guess: given, but the sequential solver takes none")
+    else:
         options = spec.to_json(), rule, temperature, quantize
-        x = call("block_inverse", z, tensors, *context, *options, backend=backend)
-    if not return_report:
-        return x
+        run = functools.partial(call, "block_inverse", z, tensors, *context, *options, backend=backend)
+    with torch.no_grad():
+        if progress or return_report:
+            x, report = _observed(run, spec, solver, progress)
+            return (x, report) if return_report else x
+        return run()[0] if solver.method == "jacobi" else run()
+
+
+def _first_guess(z: torch.Tensor, guess: torch.Tensor | None, solver: Solver) -> torch.Tensor:
+    if guess is None:
+        return z if solver.guess == "noise" else torch.zeros_like(z)
+    check_tensor("guess", guess, tuple(z.shape), like=z)
+    return guess.to(z.dtype)
+
+
+@outside_graphs("`progress` and `return_report` of block_inverse need values outside of the graph")
+def _observed(
+    run: Callable, spec: BlockSpec, solver: Solver, progress: Callable[[int, int], None] | None
+) -> tuple[torch.Tensor, SolveReport]:
+    start = time.perf_counter()
+    with reporting_to(progress) if progress else contextlib.nullcontext():
+        result = run()
+    if solver.method == "jacobi":
+        x, sweeps, counts, residual = result
+        passes, fallbacks, _ = counts.cpu().unbind(1)
+        residual = residual.max().item() if len(x) else 0.0
+        passes = int(passes.max()) if len(x) else 0
+        seconds, fallbacks = time.perf_counter() - start, int((fallbacks > 0).sum())
+        return x, SolveReport("jacobi", passes, int(sweeps.sum()), seconds, sweeps, residual, fallbacks)
+    seconds, (B, T, _) = time.perf_counter() - start, result.shape
     steps = T if spec.start else T - 1
     sweeps = torch.ones(B, T, dtype=torch.int32, device="cpu")
     sweeps[:, : T - steps] = 0
-    return x, SolveReport("sequential", steps, B * steps, time.perf_counter() - start, sweeps)
-
-
-def _jacobi(
-    z: torch.Tensor,
-    guess: torch.Tensor | None,
-    tensors: list[torch.Tensor],
-    context: tuple[torch.Tensor | None, ...],
-    spec: BlockSpec,
-    rule: str,
-    temperature: float,
-    solver: Solver,
-    quantize: str,
-    backend: str | None,
-) -> tuple[torch.Tensor, SolveReport]:
-    start, (B, T, D) = time.perf_counter(), z.shape
-    if guess is not None:
-        check_tensor("guess", guess, (B, T, D), like=z)
-        check_finite("guess", guess)
-        guess = guess.to(z.dtype)
-    else:
-        guess = z if solver.guess == "noise" else torch.zeros_like(z)
-    window = min(solver.window or T, T)
-    x, sweeps, counts, residual = call(
-        "block_jacobi", z, guess, tensors, *context, list(solver.neighbours), spec.to_json(), rule, temperature,
-        window, solver.slide, solver.tol, quantize, backend=backend,
-    )  # fmt: skip
-    passes, fallbacks, failed = counts.cpu().unbind(1)
-    if failed.any():
-        sample = int(failed.nonzero()[0])
-        raise ValueError(f"x, the result: values are not finite at token {failed[sample] - 1} of sample {sample}")
-    residual = residual.max().item() if B else 0.0
-    passes = int(passes.max()) if B else 0
-    seconds, fallbacks = time.perf_counter() - start, int((fallbacks > 0).sum())
-    return x, SolveReport("jacobi", passes, int(sweeps.sum()), seconds, sweeps, residual, fallbacks)
+    return result, SolveReport("sequential", steps, B * steps, seconds, sweeps)
 
 
 def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
@@ -378,7 +376,8 @@ def _check_block(
             check_tensor(f"weights[{name!r}]", weights[name], shape, like=x)
         raise TypeError(f"weights: expected one dtype, got {sorted({str(w.dtype) for w in tensors})}")
     T = x.shape[1]
-    if spec.positions not in (0, T):
+    # Dynamo does not find a size without a fixed value in a tuple.
+    if spec.positions and spec.positions != T:
         raise ValueError(f"x or z: {T} tokens, but the learned position table has {spec.positions}")
     if cond is not None:
         check_tensor("cond", cond, (rows, spec.channels), like=x)

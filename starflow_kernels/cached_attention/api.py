@@ -7,6 +7,7 @@ import torch
 from .._core import compiled
 from .._core.checks import check_same_dtype, check_tensor
 from .._core.registration import call, define, refuse_transforms
+from .._core.torch_private import is_intercepted
 from ..causal_attention.api import check_attention
 from ..spec import Rotary
 from . import native, reference
@@ -90,7 +91,7 @@ def cached_attention(
             raise TypeError(f"lengths: expected an int or an int32 tensor ({B},), got {type(lengths).__name__}")
         if lengths.dtype != torch.int32 or lengths.shape != (B,):
             raise ValueError(f"lengths: expected int32 ({B},), got {lengths.dtype} {tuple(lengths.shape)}")
-        readable = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+        readable = lengths.device.type == "cpu" and not is_intercepted()
         shortest, longest = (int(m) for m in lengths.aminmax()) if readable and B else (0, 0)
     if shortest < 0 or longest + n > S:
         raise ValueError(f"lengths: {shortest} .. {longest} cached and {n} new tokens do not fit a cache of {S}")

@@ -9,6 +9,7 @@ import torch
 
 from .._core.checks import check_finite, check_tensor
 from .._core.registration import refuse_transforms
+from .._core.torch_private import outside_graphs
 from ..affine_flow.reference import affine_flow
 from ..solver import Solver, SolveReport
 from ..spec import AffineSpec
@@ -18,6 +19,7 @@ from .jacobi import jacobi
 INSTEAD = "differentiate affine_flow at the result, whose Jacobian is the inverse matrix; pass a batch as rows"
 
 
+@outside_graphs("the values of each pass decide whether solve_inverse is done")
 @torch.no_grad()
 def solve_inverse(
     conditioner: Callable[..., torch.Tensor],
@@ -64,12 +66,12 @@ def solve_inverse(
     """
     refuse_transforms("solve_inverse", INSTEAD, z, guess, context)
     check_tensor("z", z, ("B", "T", "D"))
-    check_finite("z", z)
+    check_finite(z=z)
     B, T, D = z.shape
     _check_solver(solver)
     if guess is not None:
         check_tensor("guess", guess, (B, T, D), like=z)
-        check_finite("guess", guess)
+        check_finite(guess=guess)
     _check_context(context, B)
     order = _checked_order(order, T)
 
