@@ -316,7 +316,8 @@ class Flow(nn.Module):
 
         Raises:
             ConfigError: guidance has no condition, no text to move away from, and no temperature.
-            InverseError: the noise or data of a block is not finite; the message names the block.
+            InverseError: the noise or data of a block is not finite; the message names the block. A graph of
+                torch.compile or torch.export raises ValueError, and does not check the result.
         """
         labels = check_conditions(self.config, labels, text, z)
         grid, tokens = self.grid(z), self.tokens(z)

@@ -35,7 +35,7 @@ def strided(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([x.detach(), torch.full_like(x, math.nan)], dim=-1)[..., 0]
 
 
-def compiled(function, backend: str = "aot_eager", dynamic: bool | None = None):
+def compiled(function, backend="aot_eager", dynamic: bool | None = None):
     """Compile the function as one graph, from an empty compile cache."""
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
