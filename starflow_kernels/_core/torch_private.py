@@ -83,11 +83,15 @@ def outside_graphs(reason: str) -> Callable[[Function], Function]:
     """Let torch.compile call a function between two graphs; with fullgraph=True it raises an error with the reason."""
 
     def decorate(function):
+        disabled = None
+
         @functools.wraps(function)
         def call(*args, **options):
+            nonlocal disabled
             if "torch._dynamo" not in sys.modules:
                 return function(*args, **options)
-            return torch.compiler.disable(function, reason=reason)(*args, **options)
+            disabled = disabled or torch.compiler.disable(function, reason=reason)
+            return disabled(*args, **options)
 
         call._torchdynamo_disable, call._torchdynamo_disable_msg = True, reason
         return call
