@@ -152,7 +152,7 @@ def test_a_graph_refuses_inputs_that_are_not_finite(solver, name):
     given = {"z": z, **context}
     inverse = compiled(lambda z, **context: block_inverse(z, weights, spec, **context, solver=solver))
     inverse(**given)
-    with pytest.raises(ValueError, match=f"^{name}: 1 of {given[name].numel()} values are not finite$"):
+    with pytest.raises(ValueError, match=f"^{name}: 1 of {given[name].numel()} values are not finite"):
         inverse(**{**given, name: given[name].flatten().index_fill(0, torch.tensor(3), math.nan).view_as(given[name])})
 
 
@@ -162,9 +162,9 @@ def test_a_graph_refuses_a_guess_and_a_result_that_are_not_finite():
     inverse = compiled(
         lambda z, guess: block_inverse(z, weights, spec, **context, solver=SOLVERS["jacobi"], guess=guess)
     )
-    with pytest.raises(ValueError, match=r"^guess: 54 of 54 values are not finite$"):
+    with pytest.raises(ValueError, match=r"^guess: 54 of 54 values are not finite"):
         inverse(z, torch.full_like(z, math.inf))
-    with pytest.raises(ValueError, match=r"^x, the result: values are not finite at token 1 of sample 0$"):
+    with pytest.raises(ValueError, match=r"^x, the result: values are not finite at token 1 of sample 0"):
         weights["proj_out.bias"].data.fill_(1e3)
         inverse(z, z)
 
