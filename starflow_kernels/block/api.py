@@ -274,6 +274,11 @@ def block_inverse(
     rows = B if guidance is None else 2 * B
     tensors = _check_block(z, weights, spec, cond, prefix, cos, sin, rows)
     context = cond, prefix, cos, sin, guidance
+    if is_intercepted():
+        # A program that was exported under torch.no_grad() may be called with gradients enabled.
+        tensors = [weight.detach() for weight in tensors]
+        context = tuple(None if value is None else value.detach() for value in context)
+        z, guess = z.detach(), None if guess is None else guess.detach()
     if solver.method == "jacobi":
         guess = _first_guess(z, guess, solver)
         window = min(solver.window or T, T)

@@ -142,6 +142,14 @@ def test_an_exported_inverse_takes_other_batch_sizes(name, options):
         assert torch.equal(graph(z, labels), flow.inverse(z, labels, **options))
 
 
+def test_an_inverse_exported_without_gradients_runs_where_they_are_enabled():
+    flow = make()
+    z, labels, _ = inputs(flow)
+    with torch.no_grad():
+        graph = exported(Method(flow, "inverse"), z, labels)
+    assert torch.equal(graph(z, labels), flow.inverse(z, labels))
+
+
 @pytest.mark.parametrize("name", ["tarflow", "volume-preserving", "starflow"])
 @pytest.mark.parametrize("trainable", [True, False])
 def test_an_exported_density_takes_other_batch_sizes(name, trainable):
