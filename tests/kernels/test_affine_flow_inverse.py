@@ -172,7 +172,7 @@ def test_error_contract_over_sizes(T, D, rule, spec, backend):
     x = affine_flow_inverse(z, params, spec, **options, backend=backend)
     plain = affine_flow_inverse(z, params, spec, **options, backend="reference")
     assert_within_contract(x, plain, affine_flow_inverse(z.double(), params.double(), spec, **options))
-    longer = torch.full((B, T + 3, D), math.nan)
+    longer = z.new_full((B, T + 3, D), math.nan)
     for out in (longer[:, 1 : T + 1], strided(z)):
         affine_flow_inverse(z, params, spec, **options, out=out, backend=backend)
         assert torch.equal(out, x)

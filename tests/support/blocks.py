@@ -96,21 +96,25 @@ WIDE_SPECS = {
 every_wide_spec = pytest.mark.parametrize("spec", WIDE_SPECS.values(), ids=WIDE_SPECS.keys())
 
 
+def _normal(*shape):
+    return torch.randn(shape, dtype=torch.float32, device="cpu")
+
+
 def tame_block(spec, B, T, text=0, dtype=torch.float32, copies=1):
     """Return data or noise, weights and context of a block whose tokens neither grow nor shrink much."""
     weights = {}
     for name, shape in spec.weight_shapes.items():
         scale = shape[1] ** -0.5 if len(shape) == 2 and name != "pos_embed" else 0.2
-        weights[name] = (torch.randn(shape) * scale * (0.1 if name == "proj_out.weight" else 1)).to(dtype)
+        weights[name] = (_normal(*shape) * scale * (0.1 if name == "proj_out.weight" else 1)).to(dtype)
         if name.endswith("norm.weight") and spec.norm == "layer_norm":
             weights[name] += 1
-    context = {"cond": torch.randn(copies * B, spec.channels).to(dtype)}
+    context = {"cond": _normal(copies * B, spec.channels).to(dtype)}
     text = text if spec.text_dim else 0
     if text:
-        context["prefix"] = torch.randn(copies * B, text, spec.text_dim).to(dtype)
+        context["prefix"] = _normal(copies * B, text, spec.text_dim).to(dtype)
     if spec.rotary != "none":
         context |= angles(text + T, spec.head_dim, torch.float32)
-    return torch.randn(B, T, spec.token_dim), weights, context
+    return _normal(B, T, spec.token_dim), weights, context
 
 
 def rows(context, which):
