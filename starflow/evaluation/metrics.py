@@ -133,6 +133,7 @@ def round_trips(flow: Flow, images: ImageSet, count: int = 64, seed: int = 0) ->
     }
 
 
+@torch.inference_mode(False)
 def logdet_error(flow: Flow, image: torch.Tensor, label: int | None = None, chunk: int = 256) -> float:
     """Return the absolute difference, in nats, between the log-determinant and that of autograd's Jacobian.
 

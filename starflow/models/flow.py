@@ -59,6 +59,8 @@ class Flow(nn.Module):
         config: the configuration.
     """
 
+    # Weights made in inference mode could not be trained, nor read by the backward pass of denoising.
+    @torch.inference_mode(False)
     def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
@@ -75,6 +77,11 @@ class Flow(nn.Module):
             self.register_buffer("prior_variance", variance)
         else:
             self.prior_variance = None
+
+    @torch.inference_mode(False)
+    def _apply(self, *arguments: Any, **options: Any) -> Flow:
+        """Move or convert the weights."""
+        return super()._apply(*arguments, **options)
 
     def __repr__(self) -> str:
         config, parameters = self.config, sum(parameter.numel() for parameter in self.parameters())

@@ -94,6 +94,7 @@ class FlowModel(ModelMixin, Flow, ConfigMixin):
         return super().from_config(config, *arguments, **options)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(cls, folder, **options):
         """Read a folder that `save_pretrained` wrote.
 

@@ -131,9 +131,18 @@ def test_denoising_in_inference_mode_takes_text():
         assert torch.equal(flow.denoise(z.clone(), torch.tensor(LABELS), text.clone()), expected)
 
 
-def test_a_flow_read_in_inference_mode_can_be_trained():
+@pytest.mark.parametrize(
+    "new",
+    [
+        lambda: Flow.from_pretrained("digits"),
+        lambda: Flow(Flow.from_pretrained("digits").config),
+        lambda: Flow.from_pretrained("digits", dtype=torch.float64).to(torch.float32),
+    ],
+    ids=["read", "made", "converted"],
+)
+def test_a_flow_of_inference_mode_can_be_trained(new):
     with torch.inference_mode():
-        flow = Flow.from_pretrained("digits")
+        flow = new()
     flow.loss(flow(random(2, 1, 8, 8), [0, 1])).backward()
     assert all(parameter.grad is not None for parameter in flow.parameters())
 

@@ -217,6 +217,13 @@ def test_callbacks(pipe, capsys):
         pipe("a cat", progress=stop)
 
 
+def test_a_pipeline_read_in_inference_mode_denoises(folder):
+    options = {"denoise": 1.0, "output_type": "pt"}
+    expected = opened(folder)("a cat", generator=seeds(0), **options).images
+    with torch.inference_mode():
+        assert torch.equal(opened(folder)("a cat", generator=seeds(0), **options).images, expected)
+
+
 @needs_native  # the bits of a product by torch depend on the address of the weights
 def test_shards_and_variants(pipe, tmp_path):
     components.save(tmp_path, max_shard_size="40KB")

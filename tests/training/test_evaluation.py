@@ -80,6 +80,12 @@ def test_round_trips_count_what_is_off():
     assert (broken.above_1e3, broken.above_1e2) == (640, 0) and broken.mean == pytest.approx(5e-3)
 
 
+def test_logdet_error_is_found_in_inference_mode():
+    flow = constant_flow(0.5, 0.3)
+    with torch.inference_mode():
+        assert logdet_error(flow, torch.rand(1, 4, 4, dtype=torch.float64) * 2 - 1, 0) < 1e-9
+
+
 def test_logdet_error_sees_a_wrong_volume():
     flow = constant_flow(0.5, 0.3)
     x = torch.randn(1, 4, 4, dtype=torch.float64)
