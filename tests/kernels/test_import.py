@@ -15,9 +15,9 @@ import starflow_kernels
 PACKAGE = Path(starflow_kernels.__file__).parent
 
 STRICT = """
+import torch
 before = set(sys.modules)
 import starflow_kernels
-import torch
 extra = {name.partition(".")[0] for name in set(sys.modules) - before} - allowed
 assert not extra, extra
 assert not refused & set(sys.modules), refused & set(sys.modules)
