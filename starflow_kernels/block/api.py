@@ -274,8 +274,9 @@ def block_inverse(
     rows = B if guidance is None else 2 * B
     tensors = _check_block(z, weights, spec, cond, prefix, cos, sin, rows)
     context = cond, prefix, cos, sin, guidance
-    if is_intercepted():
-        # A program that was exported under torch.no_grad() may be called with gradients enabled.
+    traced = torch.compiler.is_compiling()
+    if traced:
+        # A graph that was made under torch.no_grad() may be called with gradients enabled.
         tensors = [weight.detach() for weight in tensors]
         context = tuple(None if value is None else value.detach() for value in context)
         z, guess = z.detach(), None if guess is None else guess.detach()
@@ -291,7 +292,8 @@ def block_inverse(
     else:
         options = spec.to_json(), rule, temperature, quantize
         run = functools.partial(call, "block_inverse", z, tensors, *context, *options, backend=backend)
-    with torch.no_grad():
+    # An error inside of a graph's torch.no_grad() would leave gradients disabled.
+    with contextlib.nullcontext() if traced else torch.no_grad():
         if progress or return_report:
             x, report = _observed(run, spec, solver, progress)
             return (x, report) if return_report else x

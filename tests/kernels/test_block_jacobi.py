@@ -237,7 +237,7 @@ def test_wrong_guesses_are_refused():
 def test_opcheck():
     z, w, spec, context = coupled(2, 9)
     given = [context.get(n) for n in ("cond", "prefix", "cos", "sin")]
-    arguments = (*given, None, [1, 3], spec.to_json(), "int8", "tarflow", 1.0, 4, True, 1e-6)
+    arguments = (*given, None, [1, 3], spec.to_json(), "tarflow", 1.0, 4, True, 1e-6, "int8")
     torch.library.opcheck(torch.ops.starflow.block_jacobi.default, (z, z, list(w.values()), *arguments))
 
 

@@ -154,6 +154,7 @@ def test_a_graph_refuses_inputs_that_are_not_finite(solver, name):
     inverse(**given)
     with pytest.raises(ValueError, match=f"^{name}: 1 of {given[name].numel()} values are not finite"):
         inverse(**{**given, name: given[name].flatten().index_fill(0, torch.tensor(3), math.nan).view_as(given[name])})
+    assert torch.is_grad_enabled()
 
 
 def test_a_graph_refuses_a_guess_and_a_result_that_are_not_finite():
