@@ -53,7 +53,7 @@ def integers(values: Labels | int) -> torch.Tensor | None:
     # numpy turns bools among integers into integers.
     mixed = isinstance(values, (list, tuple)) and any(isinstance(value, (bool, np.bool_)) for value in values)
     if array.dtype.kind == "u":
-        array = np.minimum(array, np.uint64(LARGEST))
+        array = np.asarray(np.minimum(array, np.uint64(LARGEST)))
     empty = not array.size and not isinstance(values, np.ndarray)
     refused = mixed or not (empty or array.dtype.kind in "iu")
     return None if refused else torch.from_numpy(array.astype(np.int64))

@@ -100,7 +100,8 @@ def test_a_process_leaves_its_group_before_the_interpreter_ends():
 @pytest.mark.parametrize(("form", "before", "after"), [("png", 2, 3), ("npz", 2, 1), ("safetensors", 1, 2)])
 def test_killed_and_resumed_with_another_number_of_processes(tmp_path, capsys, form, before, after):
     out, whole = tmp_path / "out", tmp_path / "whole"
-    base = ["--guidance", "1", "--format", form, "--samples-per-file", "8", *ONE_THREAD]
+    per_file = [] if form == "png" else ["--samples-per-file", "8"]
+    base = ["--guidance", "1", "--format", form, *per_file, *ONE_THREAD]
     endless = ["--batch-size", "2", "--count", "50000", "--out", str(out)]
     processes = workers.start(tmp_path, before, "sample", *base, *endless)
     names = ["samples.jsonl", *(f"samples.{rank}.jsonl" for rank in range(1, before))]
@@ -172,7 +173,8 @@ def test_a_flow_and_its_pipeline_draw_the_same_files(tmp_path):
 
 def test_every_format_holds_the_same_samples(tmp_path):
     for form in ("png", "npz", "safetensors"):
-        draw(tmp_path / form, "--num", "23", "--format", form, "--samples-per-file", "10")
+        per_file = [] if form == "png" else ["--samples-per-file", "10"]
+        draw(tmp_path / form, "--num", "23", "--format", form, *per_file)
     shards = [np.load(tmp_path / "npz" / f"00000{i}.npz") for i in range(3)]
     assert [shard["arr_0"].shape for shard in shards] == [(10, 8, 8, 1), (10, 8, 8, 1), (3, 8, 8, 1)]
     images, labels, copies = (np.concatenate([s[name] for s in shards]) for name in ("arr_0", "labels", "copies"))
@@ -228,11 +230,11 @@ def test_more_samples_are_added_to_files(tmp_path, capsys):
     assert files(tmp_path / "a") == files(tmp_path / "b") and len(files(tmp_path / "a")) == 4
     assert (tmp_path / "a" / "000000.npz").stat().st_mtime_ns == first
     for change, message in (
-        (["--samples-per-file", "9"], "begun with another per_file"),
-        (["--format", "png"], "begun with another format"),
-        (["--label", "3"], "holds number 0 of condition 0, 0, where number 0 of condition 3, 3 is due"),
+        ([*base, "32", "--samples-per-file", "9"], "begun with another per_file"),
+        (["--format", "png", "--num", "32"], "begun with another format"),
+        ([*base, "32", "--label", "3"], "holds number 0 of condition 0, 0, where number 0 of condition 3, 3 is due"),
     ):
-        assert main(["sample", "--out", str(tmp_path / "a"), *base, "32", *change]) == 2
+        assert main(["sample", "--out", str(tmp_path / "a"), *change]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(ConfigError, match="per_file=0"):
         Layout("npz", 0)

@@ -74,7 +74,7 @@ def quantize(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tenso
 
 
 class Model:
-    """What is made from the weights of a block, at addresses that stay the same.
+    """Tensors made from the weights of a block, at addresses that stay the same.
 
     The values of a rotary pair lie half a head apart, and the position table is in the block's own order. The scales of
     a one-byte weight are under "<name>.scale".
