@@ -73,10 +73,14 @@ class FlowBlock(nn.Module):
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the parameters by name, in the order of `spec.weight_shapes`."""
         offloaded = {layer: layer() for layer in self._layers if has_replaced_forward(layer)}
-        weights = {
-            name: offloaded[owner][leaf] if owner in offloaded else getattr(owner, leaf)
-            for name, (owner, leaf) in self._slots.items()
-        }
+        weights = {}
+        for name, (owner, leaf) in self._slots.items():
+            # Faster than getattr, which is needed where a parametrization takes the place of a parameter.
+            weight = owner._parameters.get(leaf)  # noqa: SLF001
+            weights[name] = getattr(owner, leaf) if weight is None else weight
+        for name, (owner, leaf) in self._slots.items() if offloaded else ():
+            if owner in offloaded:
+                weights[name] = offloaded[owner][leaf]
         return views(weights) if has_replaced_forward(self) else weights
 
     @runs_methods

@@ -7,6 +7,7 @@ torch.func, or with a dual number, the reference of the op runs, and torch trans
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
@@ -23,6 +24,8 @@ from .torch_private import (
     outside_transforms,
 )
 
+PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
+is_on_cpu = operator.attrgetter("is_cpu")
 _library = torch.library.Library("starflow", "DEF")
 _gradients: dict[str, Callable] = {}
 _instead: dict[str, str] = {}
@@ -112,8 +115,13 @@ def _refusal(op: str, instead: str) -> NotImplementedError:
 
 
 def _tensors(args: tuple) -> list[torch.Tensor]:
-    flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)))
-    return [t for t in flat if isinstance(t, torch.Tensor)]
+    found = []
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found.extend(t for t in a if isinstance(t, torch.Tensor))
+    return found
 
 
 def _with_tensors(args: Iterable, tensors: Iterator) -> list:
@@ -130,9 +138,10 @@ def _with_tensors(args: Iterable, tensors: Iterator) -> list:
 
 def call(op: str, *args, backend: str | None):
     """Call torch.ops.starflow.<op>, without torch's dispatcher if it would do nothing: it dominates short calls."""
+    if is_intercepted():
+        return _dispatch(op, backend, *args)
     tensors = _tensors(args)
-    plain = all(t.is_cpu and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
-    if not plain or is_intercepted():
+    if not (PLAIN_TYPES.issuperset(map(type, tensors)) and all(map(is_on_cpu, tensors))):
         return _dispatch(op, backend, *args)
     return _with_gradient(_run, op, backend, args, tensors)
 

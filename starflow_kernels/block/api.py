@@ -273,13 +273,15 @@ def block_inverse(
         raise ValueError(f"temperature={temperature} needs guidance: it acts on the branch without a condition")
     rows = B if guidance is None else 2 * B
     tensors = _check_block(z, weights, spec, cond, prefix, cos, sin, rows)
-    context = cond, prefix, cos, sin, guidance
     traced = torch.compiler.is_compiling()
     if traced:
         # A graph that was made under torch.no_grad() may be called with gradients enabled.
         tensors = [weight.detach() for weight in tensors]
-        context = tuple(None if value is None else value.detach() for value in context)
-        z, guess = z.detach(), None if guess is None else guess.detach()
+        cond, prefix, cos, sin, guidance, guess = (
+            None if value is None else value.detach() for value in (cond, prefix, cos, sin, guidance, guess)
+        )
+        z = z.detach()
+    context = cond, prefix, cos, sin, guidance
     if solver.method == "jacobi":
         guess = _first_guess(z, guess, solver)
         window = min(solver.window or T, T)

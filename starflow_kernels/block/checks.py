@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from .._core.checks import check_finite
 
 
-# An exported graph may call the ops with gradients enabled.
-@torch.no_grad()
 def checked_inverse(run: Callable, z, weights, cond, prefix, *options):
     """Return run(*arguments of block_inverse) of finite inputs."""
     check_finite(z=z, cond=cond, prefix=prefix)
     return run(z, weights, cond, prefix, *options)
 
 
-@torch.no_grad()
 def checked_jacobi(run: Callable, z, guess, weights, cond, prefix, *options):
     """Return run(*arguments of block_jacobi) of finite inputs; its result is finite."""
     check_finite(z=z, guess=guess, cond=cond, prefix=prefix)
