@@ -24,6 +24,7 @@ PACKAGES = {
     "accelerate": Package("accelerate", "models"),
     "diffusers": Package("diffusers", "models"),
     "transformers": Package("transformers", "models"),
+    "emoji": Package("emoji", "emoji"),
     "lpips": Package("lpips", "lpips"),
     "gradio": Package("gradio", "demo"),
     "tensorboard": Package("tensorboard", "logging"),

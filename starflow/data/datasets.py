@@ -1,4 +1,4 @@
-"""Data sets: the digits of scikit-learn, crops of its two photographs, folders of images, and caches of latents."""
+"""Data sets: digits and crops of two photographs of scikit-learn, emoji, folders of images, and caches of latents."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from ..io.images import open_image
 from ..models.autoencoder import downsampling
 from ..seeds import check_seed, generator, normal, permutation
 from ..settings import check_types
+from .emoji import EmojiImages, catalogue, check_backgrounds, concept_names, draw, emoji_state, find_font
 from .folders import METADATA, folder_state, image_files, is_held_out, read_captions, relative_name
 from .latents import INDEX, LatentSet, load_latents
 
-Source = Literal["digits", "photos", "folder", "latents"]
+Source = Literal["digits", "photos", "emoji", "folder", "latents"]
+# Settings of the source "emoji" alone.
+EMOJI_SETTINGS = ("language", "backgrounds", "variants", "shift", "flip")
 DIGITS_SIZE = 8
 DIGITS_HELD_OUT = 360
 PHOTO_HELD_OUT_COLUMNS = 128
@@ -35,14 +38,16 @@ class DataConfig:
     """Images to train on and to hold out.
 
     Args:
-        source: one of four sources.
+        source: one of five sources.
             "digits": 1797 images of 8x8 pixels, 17 levels and 10 classes; 360 of them, stratified, are held out.
             A `size` other than 8 scales them bilinearly, to three channels of 256 levels.
             "photos": crops of two photographs, one per class; the right 128 columns are held out.
+            "emoji": emoji and their names, drawn with a color-emoji font. A tenth of the combinations of concept, skin
+            tone and gender is held out, whatever `held_out` and `seed` are. The classes are the concepts.
             "folder": images such as path/CLASS/*.png, read by `open_image`. Hidden files and folders, and those of
             `folders.IGNORED_NAMES`, are ignored. Folders without images are no classes.
             "latents": a cache that `starflow encode` wrote.
-        path: folder of the source "folder" or "latents".
+        path: folder of the source "folder" or "latents", or font file of the emoji; without one, fontconfig finds it.
         size: side of the images in pixels, or of the latents.
         resize: whether to scale images of a folder to `size` and to crop their center; without it they must have that
             size.
@@ -50,8 +55,16 @@ class DataConfig:
             folder and the seed alone, so that other images may be added or removed.
         seed: seed for the choice of held-out images.
         class_names: names of the classes in captions, empty for the names in the source.
-        templates: captions of each image, with "{}" in place of the name of its class. A folder with a metadata.jsonl
-            has the captions in that file instead: JSON per line, with `file_name` relative to the folder and `text`.
+        templates: captions of each image, with "{}" in place of the name of its class or emoji. A folder with a
+            metadata.jsonl has the captions in that file instead: JSON per line, with `file_name` relative to the folder
+            and `text`.
+        language: language of the names of emoji, such as "de" or "fr".
+        backgrounds: colors behind the emoji, names such as "white" or forms such as "#ffcc00".
+        variants: images per emoji for training. The first one is centered on the first background; those after it have
+            random backgrounds, shifts and mirror images, which depend on `seed`. A caption names a background other
+            than the first one ("red heart on navy"). Held-out emoji have the first variant alone.
+        shift: largest shift of an emoji in pixels. It is drawn with a margin of that width.
+        flip: whether to mirror half of the emoji whose meaning a mirror does not change.
     """
 
     source: Source = "digits"
@@ -62,10 +75,15 @@ class DataConfig:
     seed: int = 0
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ("{}",)
+    language: str = "en"
+    backgrounds: tuple[str, ...] = ("white",)
+    variants: int = 1
+    shift: int = 0
+    flip: bool = False
 
     def __post_init__(self):
         check_types(self, "data: ")
-        if (self.source in ("folder", "latents")) != bool(self.path):
+        if self.source != "emoji" and (self.source in ("folder", "latents")) != bool(self.path):
             raise ConfigError(f"data: path={self.path!r} goes with source 'folder' or 'latents', and only with them")
         if self.size < 1:
             raise ConfigError(f"data: size={self.size} is not a number of pixels")
@@ -76,6 +94,16 @@ class DataConfig:
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"data: held_out={self.held_out} is not a fraction of at least 0 and below 1")
         check_seed(self.seed, "data: seed")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = [name for name in EMOJI_SETTINGS if getattr(self, name) != defaults[name]]
+        if self.source != "emoji" and changed:
+            raise ConfigError(f"data: {', '.join(changed)} goes with source 'emoji', not {self.source!r}")
+        if self.variants < 1 or not 0 <= 2 * self.shift < self.size:
+            raise ConfigError(
+                f"data: variants={self.variants}, shift={self.shift}: expected at least one variant, and a shift of "
+                f"less than half of size={self.size}"
+            )
+        check_backgrounds(self.backgrounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +192,7 @@ def load(config: DataConfig) -> tuple[ImageSet, ImageSet] | tuple[LatentSet, Lat
     """
     if config.source == "latents":
         return load_latents(Path(config.path), config.size)
-    return {"digits": _digits, "photos": _photos, "folder": _folder}[config.source](config)
+    return {"digits": _digits, "photos": _photos, "emoji": _emoji, "folder": _folder}[config.source](config)
 
 
 def data_state(config: DataConfig) -> dict[str, int | str]:
@@ -178,6 +206,8 @@ def data_state(config: DataConfig) -> dict[str, int | str]:
     """
     if config.source == "folder":
         return folder_state(Path(config.path))
+    if config.source == "emoji":
+        return emoji_state(find_font(config.path), config.language, config.size - 2 * config.shift)
     return {"digest": digest(Path(config.path) / INDEX)[:16]} if config.source == "latents" else {}
 
 
@@ -289,6 +319,25 @@ def _photos(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 def _crop(photos: list[torch.Tensor], corners: list[tuple[int, int, int]], size: int, index: int) -> torch.Tensor:
     photo, top, column = corners[index]
     return photos[photo][:, top : top + size, column : column + size]
+
+
+def _emoji(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    emoji = catalogue(config.language)
+    drawn = draw(find_font(config.path), config.size - 2 * config.shift)
+    names = concept_names(emoji)
+    classes = tuple(sorted(names.values()))
+    numbers = {name: number for number, name in enumerate(classes)}
+
+    def image_set(held_out: bool, variants: int) -> ImageSet:
+        part = [one for one in emoji if one.held_out == held_out and one.text in drawn]
+        images = EmojiImages(
+            part, drawn, variants, config.backgrounds, config.shift, config.flip, config.templates, config.seed
+        )
+        labels = [numbers[names[one.concept]] for one in part for _ in range(variants)]
+        labels = torch.tensor(labels, dtype=torch.int64, device="cpu")
+        return ImageSet(images.image, labels, 256, classes, images.captions)
+
+    return image_set(False, config.variants), image_set(True, 1)
 
 
 def _folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:

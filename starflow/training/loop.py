@@ -178,8 +178,9 @@ class Loop:
                 f"not known whether the data changed: begin a new run"
             )
         if trainer.data_state != recorded:
+            data = trainer.config.data
             raise DataError(
-                f"{trainer.config.data.path}: the data changed since the run began, from {recorded} to "
+                f"{data.path or data.source}: the data changed since the run began, from {recorded} to "
                 f"{trainer.data_state}: restore the files, or begin a new run"
             )
         with _reading(path):
