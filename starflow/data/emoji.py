@@ -146,8 +146,8 @@ def parts(text: str) -> tuple[str, str, str]:
 def may_flip(one: Emoji) -> bool:
     """Return whether the mirror image of an emoji has the same meaning.
 
-    It has not if there is text, a digit, a flag or a direction, or two people differ in tone, which the name lists from
-    left to right.
+    The meaning changes with text, digits, flags and directions, and where two people differ in tone: the name lists
+    their tones from left to right.
 
     Args:
         one: the emoji.
@@ -192,14 +192,15 @@ def draw(font: Path, side: int) -> dict[str, torch.Tensor]:
     Raises:
         DataError: the font is unreadable, or has no color emoji.
     """
+    # The digest makes a changed file another key of the cache.
     return _draw(font.resolve(), digest(font), side)
 
 
 @functools.lru_cache(maxsize=1)
-def _draw(path: Path, version: str, side: int) -> dict[str, torch.Tensor]:
+def _draw(path: Path, content: str, side: int) -> dict[str, torch.Tensor]:
     font, texts = _open(path), [one.text for one in catalogue()]
     widths = {text: font.getlength(text) for text in texts}
-    # A sequence that the font does not know is drawn as several glyphs.
+    # A sequence that the font does not know is drawn as several glyphs, and most emoji as one.
     limit = 1.5 * statistics.mode(widths.values())
     boxes = {text: font.getbbox(text) for text in texts if widths[text] < limit}
     boxes = {text: box for text, box in boxes.items() if box[0] < box[2] and box[1] < box[3]}
