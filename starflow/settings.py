@@ -106,7 +106,7 @@ def section(kind: type) -> Callable[[dict[str, Any]], Any]:
 def check_types(config: Any, where: str = "") -> None:
     """Check that each setting has a value of its declared type; a list becomes a tuple.
 
-    An integer is a number too. True and false are neither, and text is no number.
+    An integer is a number too, and so is a number of numpy or torch. True and false are neither, and text is no number.
 
     Args:
         config: instance of a dataclass.
@@ -118,6 +118,10 @@ def check_types(config: Any, where: str = "") -> None:
     kinds = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), kinds[field.name]
+        if getattr(value, "ndim", None) == 0:
+            # A scalar of numpy or a tensor without dimensions.
+            value = value.item()
+            object.__setattr__(config, field.name, value)
         if not _fits(value, kind):
             raise ConfigError(f"{where}{field.name}={value!r}: expected {_described(kind)}")
         if isinstance(value, list):

@@ -66,8 +66,12 @@ def has_tangent(tensor: torch.Tensor) -> bool:
 
 
 def is_intercepted() -> bool:
-    """Return whether a compiler, a dispatch mode or a transform intercepts calls of torch, and new tensors are its."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _in_transform()
+    """Return whether a compiler, a tracer, a dispatch mode or a transform intercepts calls of torch.
+
+    New tensors may then be of its own kind.
+    """
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    return traced or is_in_torch_dispatch_mode() or _in_transform()
 
 
 def constant_in_graphs(function: Function) -> Function:

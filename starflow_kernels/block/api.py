@@ -273,9 +273,9 @@ def block_inverse(
         raise ValueError(f"temperature={temperature} needs guidance: it acts on the branch without a condition")
     rows = B if guidance is None else 2 * B
     tensors = _check_block(z, weights, spec, cond, prefix, cos, sin, rows)
-    traced = torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if traced:
-        # A graph that was made under torch.no_grad() may be called with gradients enabled.
+        # A graph may be called with gradients enabled, whatever the mode in which it was made.
         tensors = [weight.detach() for weight in tensors]
         cond, prefix, cos, sin, guidance, guess = (
             None if value is None else value.detach() for value in (cond, prefix, cos, sin, guidance, guess)

@@ -160,6 +160,14 @@ def test_an_exported_density_takes_other_batch_sizes(name, trainable):
         torch.testing.assert_close(graph(x, labels), flow.log_prob(x, labels))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_ops():
+    flow = make()
+    z, labels, _ = inputs(flow)
+    trace = torch.jit.trace(Method(flow, "inverse"), (z, labels))
+    assert torch.equal(trace(z.flip(0), labels), flow.inverse(z.flip(0), labels))
+
+
 def test_an_exported_inverse_refuses_noise_that_is_not_finite():
     flow = make()
     z, labels, _ = inputs(flow)

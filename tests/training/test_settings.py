@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
 from starflow import ConfigError, FlowConfig, Guidance, Inversion
 from starflow.data.datasets import DataConfig
@@ -101,3 +103,14 @@ def test_a_block_spec_takes_no_value_of_another_type(change):
         BlockSpec(**{**sizes, **change})
     with pytest.raises(TypeError, match="slide='false': expected bool"):
         Solver(slide="false")
+
+
+@pytest.mark.parametrize("weight", [np.float32(2), np.array(2), torch.tensor(2.0), torch.tensor(2)], ids=repr)
+def test_a_number_of_numpy_or_torch_is_a_number(weight):
+    assert Guidance(weight) == Guidance(2.0) and type(Guidance(weight).weight) in (int, float)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(2), torch.tensor(True), np.bool_(True)], ids=repr)
+def test_other_values_of_numpy_or_torch_are_no_number(weight):
+    with pytest.raises(ConfigError, match="expected a number"):
+        Guidance(weight)
