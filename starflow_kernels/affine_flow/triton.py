@@ -101,7 +101,7 @@ def affine_flow_backward_kernel(
     if SCALE == "unit":
         tl.store(grad_params + (row * T + target) * D + dimension, g_b, inside)
     else:
-        noise = tl.where(g == 0, 0.0, tl.load(z + offsets, inside, 0).to(tl.float32))  # (BLOCK,)
+        noise = tl.load(z + offsets, inside & (g != 0), 0).to(tl.float32)  # (BLOCK,)
         g_a = 0.0 - (g * noise + g_logdet) * log_sigma_slope(a, sigma, SCALE)
         if CLIPPED:
             g_a *= 1 - (a / clip) * (a / clip)

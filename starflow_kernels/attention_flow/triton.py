@@ -174,7 +174,7 @@ def attention_flow_raw_kernel(
     pointers = grad_raw + ((row * T + source)[:, None] * (skip + D) + skip + dims[None, :])
     tl.store(pointers, g_b, inside)
     if SCALE != "unit":
-        noise = tl.where(g == 0, 0.0, tl.load(z + offsets, inside, 0).to(tl.float32))  # (BLOCK_M, BLOCK_D)
+        noise = tl.load(z + offsets, inside & (g != 0), 0).to(tl.float32)  # (BLOCK_M, BLOCK_D)
         g_a = (g * noise + slope) * log_sigma_slope(a, sigma, SCALE)
         g_a = tl.where(transformed, 0.0 - g_a, 0.0)
         if CLIPPED:

@@ -176,10 +176,11 @@ def flow_head_backward_kernel(
         # (BLOCK_T, BLOCK_D), or the same value for all
         slope += tl.load(grad_logdet + row) * share if SUM else tl.load(grad_logdet + offsets, inside, 0)
     # Where the gradient of z is zero, z contributes nothing, even if z or 1 / sigma is infinite.
-    g_x = tl.where(transformed & (g != 0), g / sigma, g)
+    live = transformed & (g != 0)
+    noise = tl.load(z + offsets, live, 0).to(tl.float32)  # (BLOCK_T, BLOCK_D)
+    g_x = tl.where(live, g / sigma, g)
     tl.store(grad_x + offsets, g_x, inside)
     g_b = tl.where(transformed, 0.0 - g_x, 0.0)
-    noise = tl.where(g == 0, 0.0, tl.load(z + offsets, inside, 0).to(tl.float32))  # (BLOCK_T, BLOCK_D)
     g_a = (g * noise + slope) * log_sigma_slope(a, sigma, SCALE)
     g_a = tl.where(transformed, 0.0 - g_a, 0.0)
     if CLIPPED:

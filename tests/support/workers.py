@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -42,6 +43,8 @@ def run(folder: Path, count: int, *arguments: str, failing: int = -1) -> tuple[l
 
 def work(variables: dict[str, object], arguments: list[str], output: str, fails: bool) -> None:
     """Run the command line in one process."""
+    # A shell lets the processes that it starts in the background ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update({name: str(value) for name, value in variables.items()})
     from starflow.cli import main
     from starflow.errors import InverseError
