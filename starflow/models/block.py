@@ -34,20 +34,24 @@ class FlowBlock(nn.Module):
     def __init__(self, spec: BlockSpec, num_classes: int = 0):
         super().__init__()
         self.spec = spec
-        self._slots: dict[str, tuple[nn.Module, str]] = {}
+        # Name -> path of the module and name of the parameter; and the paths, each with that of its parent.
+        self._slots: dict[str, tuple[str, str]] = {}
+        self._paths: dict[str, tuple[str, str]] = {}
         # An empty parameter has the default dtype and device of torch, which new weights follow like every module.
         default = nn.Parameter()
         for name, shape in spec.weight_shapes.items():
-            *path, leaf = name.split(".")
             owner: nn.Module = self
-            for part in path:
-                if part not in dict(owner.named_children()):
+            path = ""
+            *parts, leaf = name.split(".")
+            for part in parts:
+                parent, path = path, f"{path}.{part}".lstrip(".")
+                if path not in self._paths:
                     owner.add_module(part, LayerWeights())
+                    self._paths[path] = parent, part
                 owner = owner.get_submodule(part)
             owner.register_parameter(leaf, nn.Parameter(default.new_empty(shape)))
-            self._slots[name] = owner, leaf
+            self._slots[name] = path, leaf
         self.class_embed = nn.Parameter(default.new_empty(num_classes, spec.channels)) if num_classes else None
-        self._layers = [module for module in self.modules() if isinstance(module, LayerWeights)]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -72,15 +76,19 @@ class FlowBlock(nn.Module):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the parameters by name, in the order of `spec.weight_shapes`."""
-        offloaded = {layer: layer() for layer in self._layers if has_replaced_forward(layer)}
+        # Modules are looked up by each call, since a caller may replace or share them. Dictionaries are read where they
+        # can be: getattr takes most of the time of a small block.
+        modules: dict[str, nn.Module] = {"": self}
+        for path, (parent, part) in self._paths.items():
+            modules[path] = modules[parent]._modules.get(part) or getattr(modules[parent], part)  # noqa: SLF001
         weights = {}
-        for name, (owner, leaf) in self._slots.items():
-            # Faster than getattr, which is needed where a parametrization takes the place of a parameter.
-            weight = owner._parameters.get(leaf)  # noqa: SLF001
-            weights[name] = getattr(owner, leaf) if weight is None else weight
-        for name, (owner, leaf) in self._slots.items() if offloaded else ():
-            if owner in offloaded:
-                weights[name] = offloaded[owner][leaf]
+        for name, (path, leaf) in self._slots.items():
+            weight = modules[path]._parameters.get(leaf)  # noqa: SLF001
+            weights[name] = getattr(modules[path], leaf) if weight is None else weight
+        for path, module in modules.items():
+            if isinstance(module, LayerWeights) and has_replaced_forward(module):
+                loaded = module()
+                weights |= {n: loaded[leaf] for n, (owner, leaf) in self._slots.items() if owner == path}
         return views(weights) if has_replaced_forward(self) else weights
 
     @runs_methods

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -128,7 +129,7 @@ def class_weights(config: FlowConfig, labels: torch.Tensor | None, like: torch.T
 
     Args:
         config: configuration of the flow.
-        labels: (B,) int64 classes, -1 for no class.
+        labels: (B,) int64 classes, -1 for no class. A class out of range gives NaN.
         like: (B, ...) tensor with the dtype and device of the result.
     """
     classes = config.num_classes
@@ -139,7 +140,11 @@ def class_weights(config: FlowConfig, labels: torch.Tensor | None, like: torch.T
         return mean
     labels = labels.unsqueeze(1)
     one = labels == torch.arange(classes, dtype=labels.dtype, device=labels.device)
-    return torch.where(labels < 0, mean, one.to(mean.dtype))
+    weights = torch.where(labels < 0, mean, one.to(mean.dtype))
+    if is_intercepted():
+        # `check_conditions` could not read the values.
+        weights = weights.masked_fill((labels < -1) | (labels >= classes), math.nan)
+    return weights
 
 
 def _branches(condition: torch.Tensor | None, none: torch.Tensor | None) -> torch.Tensor | None:

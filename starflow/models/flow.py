@@ -452,8 +452,14 @@ class Flow(nn.Module):
             text: (B, L, text_dim) text states.
             noise_std: standard deviation of the noise, by default the one of training.
             factor: factor of the step.
+
+        Raises:
+            ConfigError: `noise_std` or `factor` is not finite.
         """
         noise_std = self.config.noise_std if noise_std is None else noise_std
+        for name, value in (("noise_std", noise_std), ("factor", factor)):
+            if not math.isfinite(value):
+                raise ConfigError(f"{name}={value}: expected a finite number")
         # Tensors of inference mode take no part in a backward pass; their clones outside it do.
         with torch.inference_mode(False), torch.enable_grad():
             x, text = x.detach().clone().requires_grad_(), None if text is None else text.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 
@@ -62,7 +63,8 @@ def check_range(name: str, value: float, low: float) -> None:
 
 def check_guidance(value: object, rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return the guidance weights as a (rows, tokens) tensor, or raise TypeError or ValueError."""
-    if not isinstance(value, (int, float, torch.Tensor)):
+    truth = isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool)
+    if truth or not isinstance(value, (numbers.Real, torch.Tensor)):
         raise TypeError(f"guidance: expected a number or a tensor, got {type(value).__name__}")
     weight = torch.as_tensor(value, dtype=dtype, device=device)
     try:

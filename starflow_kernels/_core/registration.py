@@ -141,7 +141,9 @@ def call(op: str, *args, backend: str | None):
     if is_intercepted():
         return _dispatch(op, backend, *args)
     tensors = _tensors(args)
-    if not (PLAIN_TYPES.issuperset(map(type, tensors)) and all(map(is_on_cpu, tensors))):
+    plain = PLAIN_TYPES.issuperset(map(type, tensors)) and all(map(is_on_cpu, tensors))
+    # torch may mark values as negated, without changing them; its dispatcher then does so.
+    if not plain or any(map(torch.Tensor.is_neg, tensors)):
         return _dispatch(op, backend, *args)
     return _with_gradient(_run, op, backend, args, tensors)
 

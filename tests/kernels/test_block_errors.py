@@ -39,6 +39,10 @@ FORWARD_ERRORS = [
 ]
 INVERSE_ERRORS = [
     ("tarflow", {"z": torch.zeros(2, T)}, ValueError, "z: expected shape"),
+    ("tarflow", {"guidance": math.nan}, ValueError, r"guidance: 10 of 10 values are not finite"),
+    ("tarflow", {"guidance": math.inf}, ValueError, r"guidance: 10 of 10 values are not finite"),
+    ("tarflow", {"guidance": True}, TypeError, "guidance: expected a number or a tensor, got bool"),
+    ("tarflow", {"guidance": torch.tensor(True)}, TypeError, "guidance: expected a number or a tensor, got Tensor"),
     ("tarflow", {"z": torch.full((2, T, 3), math.nan)}, ValueError, "z: 30 of 30 values are not finite"),
     ("tarflow", {"z": torch.full((2, T, 3), math.inf)}, ValueError, "z: 30 of 30 values are not finite"),
     ("tarflow", {"cond": torch.full((2, 8), math.nan)}, ValueError, "cond: 16 of 16 values are not finite"),

@@ -129,6 +129,10 @@ def _double(weight):
     weight.mul_(2)
 
 
+def _marked_as_negated(weights):
+    weights[-1].data = torch._neg_view(weights[-1].data)
+
+
 def _other_process(weights):
     weights[0].data.share_memory_()
     process = torch.multiprocessing.get_context("spawn").Process(target=_double, args=(weights[0].detach(),))
@@ -142,7 +146,8 @@ WAYS = {
     for function in (
         *(_in_place, _one_value_of_data, _negated_data, _swapped_values, _other_data, _set_storage, _numpy_view),
         *(_dlpack_view, _memory, _storage, _freed_and_allocated, _fused_adamw, _fused_sgd, _foreach, _swap_tensors),
-        *(_vector_to_parameters, _kept_version, _inference_mode, _out, _received, _other_process),
+        *(_vector_to_parameters, _kept_version, _inference_mode, _out, _received, _marked_as_negated),
+        _other_process,
     )
 }
 
