@@ -1,8 +1,10 @@
-"""Check of devices."""
+"""Checks of devices and dtypes."""
 
 from __future__ import annotations
 
 import torch
+
+from starflow_kernels._core.checks import FLOATS
 
 from .errors import ConfigError
 
@@ -22,3 +24,9 @@ def check_device(device: str | torch.device) -> None:
     except (AssertionError, ImportError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ConfigError(f"device {device}: {reason}") from None
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ConfigError unless weights can have the dtype; None keeps the one that they have."""
+    if dtype is not None and dtype not in FLOATS:
+        raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(map(str, FLOATS))}")

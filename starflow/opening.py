@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .devices import check_device
+from .devices import check_device, check_dtype
 from .errors import ConfigError
 from .models.checkpoint import PIPELINE_INDEX, locate
 from .models.flow import Flow
@@ -42,10 +42,11 @@ def open_model(
 
     Raises:
         CheckpointError: there is no model, or a file is damaged.
-        ConfigError: torch cannot use the device, a variant is given for a flow, or the pipeline needs a package that is
-            not installed.
+        ConfigError: torch cannot use the device, weights cannot have the dtype, a variant is given for a flow, or the
+            pipeline needs a package that is not installed.
     """
     check_device(device)
+    check_dtype(dtype)
     if not is_pipeline(path):
         if variant is not None:
             raise ConfigError(f"variant={variant!r}: {path} is no folder of a pipeline, it has no {PIPELINE_INDEX}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import re
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from starflow_kernels.spec import scalar
 
 from .errors import ConfigError
 
@@ -117,15 +121,32 @@ def check_types(config: Any, where: str = "") -> None:
     """
     kinds = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), kinds[field.name]
-        if getattr(value, "ndim", None) == 0:
-            # A scalar of numpy or a tensor without dimensions.
-            value = value.item()
-            object.__setattr__(config, field.name, value)
+        given, kind = getattr(config, field.name), kinds[field.name]
+        value = scalar(given)
         if not _fits(value, kind):
-            raise ConfigError(f"{where}{field.name}={value!r}: expected {_described(kind)}")
+            shown = reprlib.repr(value) if isinstance(value, int) else repr(value)
+            raise ConfigError(f"{where}{field.name}={shown}: expected {_described(kind)}")
         if isinstance(value, list):
-            object.__setattr__(config, field.name, tuple(value))
+            value = tuple(value)
+        if value is not given:
+            object.__setattr__(config, field.name, value)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return a count, also one of numpy or torch, as an int.
+
+    Args:
+        name: name of the argument, for the message.
+        value: integer from `least` to 2^63 - 1; True and false are none.
+        least: smallest count.
+
+    Raises:
+        ConfigError: `value` is something else.
+    """
+    count = scalar(value)
+    if isinstance(count, bool) or not isinstance(count, int) or not least <= count < 2**63:
+        raise ConfigError(f"{name}={reprlib.repr(count)}: expected an integer of at least {least}, below 2^63")
+    return count
 
 
 def _parts(kind: Any) -> tuple[str, tuple[Any, ...]]:
@@ -144,7 +165,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_fits(entry, arguments[0]) for entry in value)
     if kind in (int, float):
         number = numbers.Integral if kind is int else numbers.Real
-        return isinstance(value, number) and not isinstance(value, bool)
+        # An integer may be too large for a float.
+        beyond = kind is float and isinstance(value, int) and abs(value) > sys.float_info.max
+        return isinstance(value, number) and not isinstance(value, bool) and not beyond
     return isinstance(value, kind)
 
 

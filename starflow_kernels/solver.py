@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+from typing import Any
 
 import torch
 
-from .spec import Guess, Method, check_choice
+from .spec import Guess, Method, check_choice, check_not_negative, scalar
+
+# Distances are at most this; no sequence is longer.
+FARTHEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +43,29 @@ class Solver:
         check_choice("guess", self.guess, Guess)
         if type(self.slide) is not bool:
             raise TypeError(f"slide={self.slide!r}: expected bool")
-        if not isinstance(self.window, int) or self.window < 0:
-            raise ValueError(f"window={self.window!r}: expected a number of tokens, 0 for all")
-        if not 0 <= self.tol < float("inf"):
-            raise ValueError(f"tol={self.tol}: expected a finite number >= 0")
-        object.__setattr__(self, "neighbours", tuple(self.neighbours))
-        if list(self.neighbours) != sorted(set(self.neighbours)) or any(k < 1 for k in self.neighbours):
-            raise ValueError(f"neighbours={self.neighbours}: expected ascending distances of at least 1")
+        window, tol = scalar(self.window), check_not_negative("tol", self.tol)
+        if not _is_integer(window) or window < 0:
+            raise ValueError(f"window={reprlib.repr(window)}: expected a number of tokens, 0 for all")
+        try:
+            distances = tuple(map(scalar, self.neighbours))
+        except TypeError:
+            raise TypeError(f"neighbours={self.neighbours!r}: expected a tuple of integers") from None
+        if not all(map(_is_integer, distances)):
+            raise TypeError(f"neighbours={reprlib.repr(distances)}: expected a tuple of integers")
+        if list(distances) != sorted(set(distances)) or not all(1 <= k <= FARTHEST for k in distances):
+            raise ValueError(f"neighbours={reprlib.repr(distances)}: expected ascending distances from 1 to 2^31 - 1")
+        for name, value in (("window", window), ("tol", tol), ("neighbours", distances)):
+            object.__setattr__(self, name, value)
+
+
+def check_solver(value: object) -> None:
+    """Raise TypeError unless `value` is a Solver."""
+    if not isinstance(value, Solver):
+        raise TypeError(f"solver: expected a Solver, got {type(value).__name__}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import ClassVar, Literal, get_args
+import reprlib
+import sys
+from typing import Any, ClassVar, Literal, get_args
 
 Scale = Literal["exp", "softplus", "unit"]
 Logdet = Literal["sum", "mean", "none"]
@@ -26,6 +28,22 @@ def check_choice(name: str, value: object, choices: object) -> None:
     """Raise ValueError unless `value` is one of the strings of the Literal `choices`."""
     if value not in get_args(choices):
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, get_args(choices)))}")
+
+
+def scalar(value: Any) -> Any:
+    """Return a scalar of numpy or a tensor without dimensions as a number of Python, and anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def check_not_negative(name: str, value: object, note: str = "") -> float:
+    """Return `value` as a float, or raise TypeError or ValueError unless it is a finite number >= 0."""
+    number = scalar(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name}={reprlib.repr(number)}: expected a number")
+    # An integer may be finite and too large for a float.
+    if not 0 <= number <= sys.float_info.max:
+        raise ValueError(f"{name}={reprlib.repr(number)}: expected a finite number >= 0{note}")
+    return float(number)
 
 
 def choice_index(value: str, choices: object) -> int:
@@ -48,8 +66,8 @@ class AffineSpec:
 
     def __post_init__(self) -> None:
         check_choice("scale", self.scale, Scale)
-        if not 0 <= self.soft_clip < float("inf"):
-            raise ValueError(f"soft_clip={self.soft_clip}: expected a finite number >= 0 (0 turns it off)")
+        soft_clip = check_not_negative("soft_clip", self.soft_clip, " (0 turns it off)")
+        object.__setattr__(self, "soft_clip", soft_clip)
 
     def params_dim(self, token_dim: int) -> int:
         """Return the number of raw parameters of a token with `token_dim` values."""

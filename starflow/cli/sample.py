@@ -351,7 +351,7 @@ def _check_count(count: int) -> None:
 def _labels(label: str | None, count: int, classes: int) -> tuple[list[int | None], int]:
     """Return the class of each image, and the number of images per row of a grid."""
     _check_count(count)
-    label, columns = label or "all", min(count, 10)
+    label, columns = "all" if label is None else label, min(count, 10)
     if label == "none" or (label == "all" and not classes):
         return [None] * count, columns
     if label == "all":

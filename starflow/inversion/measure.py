@@ -8,7 +8,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from ..models.calibration import BlockMeasurement, Conditions, Measurement, Tria
 from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..seeds import generator
+from ..settings import check_count
 from .clock import device_time
 from .request import TOLERANCE, Inversion, neighbours
 
@@ -85,9 +85,8 @@ def calibrate(
     Raises:
         ConfigError: a number is out of range, the guidance has a temperature, or the flow needs text and none is given.
     """
-    for name, value, low in (("batch_size", batch_size, 1), *(("windows", window, 0) for window in windows)):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-            raise ConfigError(f"{name}={value!r}: expected an integer of at least {low}")
+    batch_size = check_count("batch_size", batch_size)
+    windows = [check_count("windows", window, 0) for window in windows]
     tol = Inversion("jacobi", tol=tol).tolerance
     if guidance.tempered:
         raise ConfigError("an attention temperature has no calibration: such guidance is sampled one token at a time")

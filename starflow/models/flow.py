@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from starflow_kernels._core.checks import NonFiniteError
 from starflow_kernels._core.torch_private import is_intercepted
 from starflow_kernels.solver import Solver, SolveReport
 from starflow_kernels.spec import Quantize
 
-from ..devices import check_device
+from ..devices import check_device, check_dtype
 from ..errors import ConfigError, InverseError
+from ..settings import check_count
 from .block import FlowBlock
 from .calibration import Calibration, Measurement, read_calibration
 from .checkpoint import load_weights, read_config, read_notice, resolve, save_notice, write_checkpoint
@@ -113,9 +116,10 @@ class Flow(nn.Module):
 
         Raises:
             CheckpointError: there is no checkpoint, a file is damaged, or the weights do not fit the configuration.
-            ConfigError: torch cannot use the device.
+            ConfigError: torch cannot use the device, or weights cannot have the dtype.
         """
         check_device(device)
+        check_dtype(dtype)
         folder = resolve(folder)
         config = read_config(folder)
         # Weights made in inference mode could not be trained, and would be packed at every call.
@@ -166,7 +170,8 @@ class Flow(nn.Module):
             uint8 images (N, C, H, W) on the CPU, and a `SampleReport`.
 
         Raises:
-            ConfigError: the flow is on latents; a pipeline with their autoencoder draws images from it.
+            ConfigError: an argument is out of range, or the flow is on latents; a pipeline with their autoencoder draws
+                images from it.
             InverseError: values are not finite.
         """
         from ..sampling.sample import Inversion, SampleOptions, sample
@@ -199,6 +204,12 @@ class Flow(nn.Module):
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Split images (B, C, H, W) into tokens (B, T, D)."""
+        self._check_images(images)
+        return patchify(images, self.config.patch_size, self.config.patch_order)
+
+    def _check_images(self, images: torch.Tensor) -> None:
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
         channels = self.config.image_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images: expected shape (B, {channels}, H, W), got {tuple(images.shape)}")
@@ -211,7 +222,6 @@ class Flow(nn.Module):
         if self.config.rotary == "none" and images.shape[2:] != (size, size):
             height, width = images.shape[2:]
             raise ValueError(f"images of {height}x{width} pixels: this model takes {size}x{size}")
-        return patchify(images, self.config.patch_size, self.config.patch_order)
 
     def images(self, tokens: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Join tokens (B, T, D) to images (B, C, H, W).
@@ -240,8 +250,8 @@ class Flow(nn.Module):
             dropout: dropout rate of the residual branches, see `starflow_kernels.block_forward`.
             backend: name of the backend; None takes the first that can run.
         """
-        labels = check_conditions(self.config, labels, text, x)
-        grid, tokens, contexts = self.grid(x), self.tokens(x), self.contexts(labels, text, x)
+        tokens, grid = self.tokens(x), self.grid(x)
+        contexts = self.contexts(check_conditions(self.config, labels, text, x), text, x)
         logdet = tokens.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
         latents = []
         for i, block in enumerate(self.blocks):
@@ -323,19 +333,22 @@ class Flow(nn.Module):
 
         Raises:
             ConfigError: guidance has no condition, no text to move away from, and no temperature.
+            TypeError: `z`, `solvers` or the result of `after_block` is of the wrong kind.
+            ValueError: an argument of the wrong shape or value.
             InverseError: the noise or data of a block is not finite; the message names the block. A graph of
                 torch.compile or torch.export raises ValueError, and does not check the result.
         """
+        tokens, grid = self.tokens(z), self.grid(z)
         labels = check_conditions(self.config, labels, text, z)
-        grid, tokens = self.grid(z), self.tokens(z)
         contexts = self.contexts(labels, text, z, guidance, empty_text)
         count, each = len(self.blocks), tokens.shape[0] * tokens.shape[1]
-        solvers = [solvers] * count if isinstance(solvers, Solver) else list(solvers)
+        if isinstance(solvers, Solver):
+            solvers = [solvers] * count
+        elif not isinstance(solvers, Sequence) or not all(isinstance(solver, Solver) for solver in solvers):
+            raise TypeError(f"solvers: expected a Solver, or one per block, got {reprlib.repr(solvers)}")
         if len(solvers) != count:
             raise ValueError(f"solvers: {len(solvers)} of them for {count} blocks")
         reports: list[SolveReport] = []
-        errors_of_caller: list[ValueError] = []
-        progress = progress and _recorded(progress, errors_of_caller)
         for i in reversed(range(count)):
             block, (context, guided) = self.blocks[i], contexts[i]
             options = guidance.options(tokens.shape[1], block.spec.start, z.device) if guided else {}
@@ -345,9 +358,7 @@ class Flow(nn.Module):
             options.update(solver=solvers[i], quantize=quantize, return_report=return_reports, backend=backend)
             try:
                 result = block.inverse(tokens, *context, self.rotary(i, grid, tokens), **options)
-            except ValueError as error:
-                if error in errors_of_caller:
-                    raise
+            except NonFiniteError as error:
                 if i + 1 < count:
                     self._check_finite(i + 1, tokens)
                 raise InverseError(f"block {i}: {error}") from error
@@ -415,9 +426,14 @@ class Flow(nn.Module):
             (N, C, H, W) float32 noise on the device of the weights.
 
         Raises:
-            ConfigError: `generator` is something else, or there are more or fewer generators than draws.
+            ConfigError: `count`, `generator` or `grid` is something else, or there are more or fewer generators than
+                draws.
         """
-        rows, columns = grid or self.config.grid
+        count = check_count("count", count, 0)
+        grid = self.config.grid if grid is None else grid
+        if not isinstance(grid, Sequence) or len(grid) != 2:
+            raise ConfigError(f"grid={grid!r}: expected (rows, columns)")
+        rows, columns = (check_count(name, size) for name, size in zip(("grid: rows", "grid: columns"), grid))
         shape = (count, rows * columns, self.config.token_dim)
         given = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
         if not all(isinstance(each, torch.Generator) for each in given):
@@ -456,6 +472,7 @@ class Flow(nn.Module):
         Raises:
             ConfigError: `noise_std` or `factor` is not finite.
         """
+        self._check_images(x)
         noise_std = self.config.noise_std if noise_std is None else noise_std
         for name, value in (("noise_std", noise_std), ("factor", factor)):
             if not math.isfinite(value):
@@ -487,16 +504,3 @@ class Flow(nn.Module):
         size = config.rotary_size or config.grid[0]
         key = grid, config.head_dim, size, text_len, bool(config.text_len)
         return rotary_table(key, torch.promote_types(like.dtype, torch.float32), like.device)
-
-
-def _recorded(progress: Callable[[int, int], None], errors: list[ValueError]) -> Callable[[int, int], None]:
-    """Return a callback that adds the ValueErrors that it raises to a list."""
-
-    def call(done: int, total: int) -> None:
-        try:
-            progress(done, total)
-        except ValueError as error:
-            errors.append(error)
-            raise
-
-    return call

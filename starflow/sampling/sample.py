@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from ..models.conditions import check_conditions
 from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..seeds import generator
-from ..settings import check_types
+from ..settings import check_count, check_types
 
 STAGES = ("text", "flow", "certify", "denoise", "decode", "write")
 
@@ -248,14 +247,13 @@ def sample(
         progress: called as progress(done, total) with tokens of all blocks and images.
 
     Raises:
-        ConfigError: the flow is on latents, or denoising is requested of a model trained without noise.
+        ConfigError: the flow is on latents, denoising is requested of a model trained without noise, or `count` or
+            `batch_size` is no integer of at least 1.
         InverseError: values are not finite.
-        ValueError: `count`, `batch_size` or `labels` does not fit.
+        ValueError: `labels` does not fit.
     """
     check_pixels(flow)
-    for name, value in (("count", count), ("batch_size", batch_size)):
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}={value}: expected an integer of at least 1")
+    count, batch_size = check_count("count", count), check_count("batch_size", batch_size)
     if options.denoise and not flow.config.noise_std:
         raise ConfigError(f"denoise={options.denoise}: the model was not trained with Gaussian noise")
     noise = flow.noise(count, generator(seed))

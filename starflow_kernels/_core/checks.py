@@ -42,8 +42,12 @@ def check_same_dtype(like: str, tensors: dict[str, torch.Tensor | None]) -> None
             raise TypeError(f"{name}: dtype {value.dtype}, expected that of {like}, {dtype}")
 
 
+class NonFiniteError(ValueError):
+    """Error of an inverse with an input or a result that is not finite."""
+
+
 def check_finite(**inputs: torch.Tensor | None) -> None:
-    """Raise ValueError if an input of a sampler holds NaN or infinity."""
+    """Raise NonFiniteError if an input of a sampler holds NaN or infinity."""
     for name, value in inputs.items():
         if value is None or not value.numel():
             continue
@@ -52,7 +56,7 @@ def check_finite(**inputs: torch.Tensor | None) -> None:
         # vector_norm takes one pass; for small tensors it needs a third of the time of isfinite().all().
         if not math.isfinite(torch.linalg.vector_norm(value, math.inf).item()):
             bad = (~value.isfinite()).sum().item()
-            raise ValueError(f"{name}: {bad} of {value.numel()} values are not finite")
+            raise NonFiniteError(f"{name}: {bad} of {value.numel()} values are not finite")
 
 
 def check_range(name: str, value: float, low: float) -> None:

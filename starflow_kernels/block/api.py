@@ -18,7 +18,7 @@ from .._core.registration import call, define, refuse_transforms
 from .._core.torch_private import is_intercepted, outside_graphs
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
-from ..solver import Solver, SolveReport
+from ..solver import Solver, SolveReport, check_solver
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
 from . import cuda, jacobi, native, network, reference
 from .checks import checked_inverse, checked_jacobi
@@ -260,6 +260,7 @@ def block_inverse(
     """
     check_choice("rule", rule, GuidanceRule)
     check_choice("quantize", quantize, Quantize)
+    check_solver(solver)
     tensors = list(weights.values())
     refuse_transforms("block_inverse", INSTEAD, z, guess, tensors, cond, prefix, cos, sin, guidance)
     check_range("temperature", temperature, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .._core.checks import check_finite
+from .._core.checks import NonFiniteError, check_finite
 
 
 def checked_inverse(run: Callable, z, weights, cond, prefix, cos, sin, guidance, *options):
@@ -20,5 +20,5 @@ def checked_jacobi(run: Callable, z, guess, weights, cond, prefix, cos, sin, gui
     failed = counts[:, 2]
     if failed.any():
         sample = int(failed.nonzero()[0])
-        raise ValueError(f"x, the result: values are not finite at token {failed[sample] - 1} of sample {sample}")
+        raise NonFiniteError(f"x, the result: values are not finite at token {failed[sample] - 1} of sample {sample}")
     return x, sweeps, counts, residual

@@ -11,7 +11,7 @@ from .._core.checks import check_finite, check_tensor
 from .._core.registration import refuse_transforms
 from .._core.torch_private import outside_graphs
 from ..affine_flow.reference import affine_flow
-from ..solver import Solver, SolveReport
+from ..solver import Solver, SolveReport, check_solver
 from ..spec import AffineSpec
 from . import reference
 from .jacobi import jacobi
@@ -103,8 +103,7 @@ def solve_inverse(
 
 
 def _check_solver(solver: Solver) -> None:
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver: expected a Solver, got {type(solver).__name__}")
+    check_solver(solver)
     if solver.window:
         raise ValueError(f"solver: window={solver.window}, expected 0, since every pass evaluates all tokens")
 

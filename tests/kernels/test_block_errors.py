@@ -39,6 +39,7 @@ FORWARD_ERRORS = [
 ]
 INVERSE_ERRORS = [
     ("tarflow", {"z": torch.zeros(2, T)}, ValueError, "z: expected shape"),
+    ("tarflow", {"solver": "jacobi"}, TypeError, "solver"),
     ("tarflow", {"guidance": math.nan}, ValueError, r"guidance: 10 of 10 values are not finite"),
     ("tarflow", {"guidance": math.inf}, ValueError, r"guidance: 10 of 10 values are not finite"),
     ("tarflow", {"guidance": True}, TypeError, "guidance: expected a number or a tensor, got bool"),

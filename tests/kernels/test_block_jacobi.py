@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from support.backends import cpu_backends, needs_native, run_on_isa
@@ -213,16 +214,35 @@ def test_sequential_has_a_report_too(inverse):
         ({"method": "newton"}, "method='newton'"),
         ({"guess": "ones"}, "guess='ones'"),
         ({"window": -1}, "window=-1"),
+        ({"window": True}, "window=True"),
         ({"window": 2.5}, "window=2.5"),
         ({"tol": -1.0}, "tol=-1.0"),
         ({"tol": float("nan")}, "tol=nan"),
+        ({"tol": 10**400}, "tol=10000.*: expected a finite number >= 0"),
         ({"neighbours": (0, 1)}, "neighbours"),
         ({"neighbours": (4, 1)}, "neighbours"),
+        ({"neighbours": (2**70,)}, "neighbours=.*: expected ascending distances from 1 to 2"),
     ],
 )
 def test_wrong_solvers_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Solver(**{"method": "jacobi", **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tol": "1"}, {"tol": True}, *({"neighbours": k} for k in (3, "1", (1.5,), (1, "a"), (True,)))],
+    ids=repr,
+)
+def test_options_of_a_solver_that_are_no_numbers_are_refused(options):
+    with pytest.raises(TypeError, match=f"^{next(iter(options))}=.*: expected a"):
+        Solver("jacobi", **options)
+
+
+@pytest.mark.parametrize("number", [np.int64, torch.tensor])
+def test_a_solver_takes_numbers_of_numpy_and_torch(number):
+    solver = Solver("jacobi", number(3), tol=number(1), neighbours=(number(1), number(4)))
+    assert repr(solver) == repr(Solver("jacobi", 3, tol=1.0, neighbours=(1, 4)))
 
 
 def test_wrong_guesses_are_refused():

@@ -41,6 +41,7 @@ def test_params_dim():
         ({"soft_clip": -1.0}, "soft_clip=-1.0: expected a finite number >= 0"),
         ({"soft_clip": math.nan}, "soft_clip=nan"),
         ({"soft_clip": math.inf}, "soft_clip=inf"),
+        ({"soft_clip": 10**400}, "soft_clip=10000"),
     ],
 )
 def test_affine_spec_errors(fields, message):

@@ -3,10 +3,11 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
-from starflow import ConfigError, Flow, FlowConfig, Guidance, InverseError
+from starflow import ConfigError, Flow, FlowConfig, Guidance, InverseError, open_model
 from starflow.evaluation.metrics import logdet_error
 from starflow.models.certificate import certificate
 from starflow.models.tokens import patchify, rotary_angles, unpatchify
@@ -216,6 +217,17 @@ def test_solvers_are_one_a_block():
     flow = make()
     with pytest.raises(ValueError, match="solvers: 2 of them for 3 blocks"):
         flow.inverse(inputs(flow)[0], solvers=[Solver()] * 2)
+    for solvers in ("jacobi", [1] * 3, None):
+        with pytest.raises(TypeError, match="solvers: expected a Solver, or one per block, got "):
+            flow.inverse(inputs(flow)[0], solvers=solvers)
+
+
+@pytest.mark.parametrize("option", [{"backend": "cuda9"}, {"quantize": "int4"}], ids=repr)
+def test_a_wrong_option_of_a_block_is_no_fault_of_the_noise(option):
+    flow = make()
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}=") as error:
+        flow.inverse(inputs(flow)[0], **option)
+    assert not isinstance(error.value, InverseError)
 
 
 @pytest.mark.parametrize("solver", [Solver(), Solver("jacobi", window=2)])
@@ -325,6 +337,17 @@ def test_wrong_inputs_are_named(arguments, message):
         Flow(FlowConfig(**SMALL, num_classes=3))(**arguments)
 
 
+@pytest.mark.parametrize("method", ["log_prob", "inverse", "denoise"])
+def test_inputs_that_are_no_batch_of_images_are_named(method):
+    run = getattr(Flow(FlowConfig(**SMALL, num_classes=3)), method)
+    for x in (torch.zeros(2, 4, 4), torch.zeros(1, 4), torch.tensor(0.0)):
+        with pytest.raises(ValueError, match=r"^images: expected shape \(B, 2, H, W\), got "):
+            run(x, torch.tensor([0]))
+    for x in (np.zeros((1, 2, 4, 4)), [0.0], None):
+        with pytest.raises(TypeError, match=r"^images: expected a tensor, got "):
+            run(x, torch.tensor([0]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -335,12 +358,35 @@ def test_wrong_inputs_are_named(arguments, message):
         ({"denoise": 1.0}, "denoise=1.0: the model was not trained with Gaussian noise"),
         ({"count": 0}, "count=0"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"count": True}, "count=True"),
+        ({"batch_size": np.bool_(True)}, "batch_size=True"),
+        ({"batch_size": 2.0}, "batch_size=2.0"),
+        ({"batch_size": 2**70}, r"batch_size=\d+: expected an integer of at least 1, below 2\^63"),
     ],
 )
 def test_wrong_arguments_of_sample_are_named(arguments, message):
     flow = Flow(FlowConfig(**{**SMALL, "image_channels": 1}, num_classes=3))
     with pytest.raises(ValueError, match=message):
         flow.sample(**{"count": 3, "batch_size": 2, **arguments})
+
+
+@pytest.mark.parametrize("number", [np.int64, torch.tensor])
+def test_counts_of_numpy_and_torch_are_counts(number):
+    flow = Flow(FlowConfig(**{**SMALL, "image_channels": 1}))
+    assert torch.equal(flow.sample(number(3), batch_size=number(2)).images, flow.sample(3, batch_size=2).images)
+
+
+@pytest.mark.parametrize("arguments", [(-1,), (True,), (1, None, 4), (1, None, (0, 4)), (1, None, (2.0, 2))], ids=repr)
+def test_wrong_arguments_of_noise_are_named(arguments):
+    with pytest.raises(ConfigError, match=r"^(count|grid)"):
+        Flow(FlowConfig(**SMALL)).noise(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, "float32"], ids=str)
+def test_weights_have_a_floating_dtype(dtype):
+    for opened in (Flow.from_pretrained, open_model):
+        with pytest.raises(ConfigError, match=r"^dtype=.*: expected one of torch\.float16"):
+            opened("digits", dtype=dtype)
 
 
 def test_a_report_prints_as_text():

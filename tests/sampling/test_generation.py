@@ -208,7 +208,8 @@ def test_classes(digits, tmp_path, capsys):
     assert main(["sample", "--checkpoint", digits, *nothing]) == 0
     capsys.readouterr()
     assert "--prompt: this pipeline takes no text" in fails(capsys, "--checkpoint", digits, "--prompt", "a cat")
-    assert "--label 10" in fails(capsys, "--checkpoint", digits, "--label", "10")
+    for label in ("10", ""):
+        assert f"--label {label}: expected 0 .. 9" in fails(capsys, "--checkpoint", digits, "--label", label)
 
 
 @pytest.mark.parametrize(

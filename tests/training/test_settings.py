@@ -110,6 +110,12 @@ def test_a_number_of_numpy_or_torch_is_a_number(weight):
     assert Guidance(weight) == Guidance(2.0) and type(Guidance(weight).weight) in (int, float)
 
 
+@pytest.mark.parametrize("name", ["weight", "temperature"])
+def test_an_integer_beyond_all_floats_is_no_number(name):
+    with pytest.raises(ConfigError, match=f"^{name}=1000.{{,40}}: expected a number"):
+        Guidance(**{name: 10**400})
+
+
 @pytest.mark.parametrize("weight", [torch.ones(2), torch.tensor(True), np.bool_(True)], ids=repr)
 def test_other_values_of_numpy_or_torch_are_no_number(weight):
     with pytest.raises(ConfigError, match="expected a number"):
