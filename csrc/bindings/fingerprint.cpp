@@ -12,7 +12,7 @@ constexpr int64_t PIECE = 1 << 20;
 constexpr int64_t PARALLEL = 1 << 24;
 
 // Returns a digest of the bytes at `places` (n, 2), rows of an address and a number of bytes. A change of one value
-// always changes it; several changes leave it as it was with a probability of at most 2^-32. It differs between
+// always changes it; several random changes leave it as it was with a probability of about 2^-32. It differs between
 // instruction sets. The op takes addresses, since passing 30 tensors takes longer than reading small ones.
 int64_t fingerprint(Tensor places) {
     auto place = static_cast<const int64_t*>(values(places, ScalarType::Long, 2 * places.size(0)));
