@@ -66,7 +66,7 @@ def override(settings: dict[str, Any], assignments: list[str]) -> None:
     """Change settings in place.
 
     Args:
-        settings: mapping of sections.
+        settings: mapping of sections, which may have sections themselves.
         assignments: texts "section.name=value" with values in YAML.
 
     Raises:
@@ -74,13 +74,16 @@ def override(settings: dict[str, Any], assignments: list[str]) -> None:
     """
     for assignment in assignments:
         path, equals, value = assignment.partition("=")
-        section, dot, name = path.partition(".")
-        if not equals or not dot or not name or not isinstance(settings.get(section), dict):
+        *sections, name = path.split(".")
+        target: Any = settings
+        for section in sections:
+            target = target.get(section) if isinstance(target, dict) else None
+        if not equals or not sections or not name or not isinstance(target, dict):
             raise ConfigError(
                 f"override {assignment!r}: expected SECTION.NAME=VALUE, SECTION of {', '.join(map(str, settings))}"
             )
         try:
-            settings[section][name] = yaml.load(value, _Loader)
+            target[name] = yaml.load(value, _Loader)
         except YAML_ERRORS as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"override {assignment!r:.200}: the value is not YAML ({reason})") from None

@@ -24,6 +24,7 @@ OUT_OF_MEMORY = re.compile("out of memory|allocate memory|size calculation overf
 COMMANDS = {
     "train": ("train", "Train a flow on images or on cached latents."),
     "train-autoencoder": ("train_autoencoder", "Train a small autoencoder, on whose latents a flow can be trained."),
+    "train-pipeline": ("train_pipeline", "Train a whole text-to-image pipeline, stage by stage."),
     "train-decoder": ("train_decoder", "Fine-tune the decoder of an autoencoder on noisy latents."),
     "encode": ("encode", "Encode images to latents once, together with the text states of their captions."),
     "sample": ("sample", "Draw images with a flow or a pipeline."),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import typing
 from pathlib import Path
 from typing import Any
 
 from ..data.datasets import DataConfig
-from ..data.encode import EncodeConfig, encode
+from ..data.encode import EncodeConfig, TextDtype, encode
 from ..errors import ConfigError
 from ..settings import override, read_settings, section
 from ..training.loop import SETTINGS
@@ -39,8 +40,9 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--text-dtype",
-        choices=("float32", "bfloat16"),
-        help=f"Data type of the stored text states. Default: {EncodeConfig.text_dtype}.",
+        choices=typing.get_args(TextDtype),
+        help="Data type of the stored text states; none stores tokens alone, for a text encoder that is trained along. "
+        f"Default: {EncodeConfig.text_dtype}.",
     )
     parser.add_argument(
         "--config",

@@ -27,7 +27,12 @@ from .packages import PACKAGES, install_command
 
 EXAMPLE = "starflow info --checkpoint runs/digits"
 # Command that trains from presets -> folder of these presets.
-PRESET_KINDS = {"train": "", "train-autoencoder": "autoencoder", "train-decoder": "decoder"}
+PRESET_KINDS = {
+    "train": "",
+    "train-autoencoder": "autoencoder",
+    "train-decoder": "decoder",
+    "train-pipeline": "pipeline",
+}
 
 Table = dict[str, str]
 

@@ -13,6 +13,8 @@ from ..settings import PRESETS, override, presets, read_settings
 from ..training.loop import STATE, Loop
 from .common import Parser, device, interrupted_by_sigterm, non_empty, seed_argument
 
+RESUMED = "--resume continues with the settings of the run: drop --set, --out, --seed and --dtype"
+
 
 def run_arguments(parser: Parser, sections: str, kind: str = "") -> None:
     """Add the arguments of a command that trains from settings.
@@ -48,13 +50,32 @@ def run_arguments(parser: Parser, sections: str, kind: str = "") -> None:
         help="Folder for the checkpoint, the metrics and grids of samples. Default: runs/NAME, NAME being that of the "
         "preset or of the settings file.",
     )
-    seed_argument(parser, None, "training.seed of the settings")
+    seed_argument(parser, None, "the one in the settings")
     parser.add_argument(
         "--tensorboard", action="store_true", help="Log the metrics to RUN/tensorboard as well. Default: off."
     )
     parser.add_argument(
         "--quiet", action="store_true", help="Show no progress bar. Default: show one if standard error is a terminal."
     )
+
+
+def new_run(args: argparse.Namespace, kind: str, mark: str) -> tuple[dict[str, Any], Path]:
+    """Return the settings of a new run, with the changes by --set, and its folder.
+
+    Args:
+        args: the parsed arguments.
+        kind: folder of the command's presets inside the folder of all presets.
+        mark: file that a folder with a run holds.
+
+    Raises:
+        ConfigError: the settings are unreadable, or the folder holds a run.
+    """
+    settings = read_settings(PRESETS / kind / f"{args.preset}.yaml" if args.preset else Path(args.config))
+    override(settings, args.set)
+    folder = Path(args.out or f"runs/{args.preset or Path(args.config).stem}")
+    if (folder / mark).exists():
+        raise ConfigError(f"{folder} holds a run: continue it with --resume {folder}, or choose another --out")
+    return settings, folder
 
 
 def run_loop(
@@ -77,17 +98,13 @@ def run_loop(
     changes = {key: value for key, value in {**changes, ("training", "seed"): args.seed}.items() if value is not None}
     if args.resume:
         if args.set or args.out or changes:
-            raise ConfigError("--resume continues with the settings of the run: drop --set, --out, --seed and --dtype")
+            raise ConfigError(RESUMED)
         trainer = trainer_class.resume(Path(args.resume), device(args.device), args.tensorboard)
     else:
-        settings = read_settings(PRESETS / kind / f"{args.preset}.yaml" if args.preset else Path(args.config))
-        override(settings, args.set)
+        settings, folder = new_run(args, kind, STATE)
         for (section, name), value in changes.items():
             if isinstance(settings.get(section), dict):
                 settings[section][name] = value
-        folder = Path(args.out or f"runs/{args.preset or Path(args.config).stem}")
-        if (folder / STATE).exists():
-            raise ConfigError(f"{folder} holds a run: continue it with --resume {folder}, or choose another --out")
         config = trainer_class.CONFIG.from_dict(settings)
         trainer = trainer_class(config, folder, device(args.device), args.tensorboard)
     start, first = time.perf_counter(), trainer.step

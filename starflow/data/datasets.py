@@ -21,13 +21,13 @@ from ..io.images import open_image
 from ..models.autoencoder import downsampling
 from ..seeds import check_seed, generator, normal, permutation
 from ..settings import check_types
-from .emoji import EmojiImages, catalogue, check_backgrounds, concept_names, draw, emoji_state, find_font
+from .emoji import Emoji, EmojiImages, catalogue, check_backgrounds, concept_names, draw, emoji_state, find_font
 from .folders import METADATA, folder_state, image_files, is_held_out, read_captions, relative_name
 from .latents import INDEX, LatentSet, load_latents
 
 Source = Literal["digits", "photos", "emoji", "folder", "latents"]
 # Settings of the source "emoji" alone.
-EMOJI_SETTINGS = ("language", "backgrounds", "variants", "shift", "flip")
+EMOJI_SETTINGS = ("language", "backgrounds", "variants", "shift", "flip", "paraphrases", "validation")
 DIGITS_SIZE = 8
 DIGITS_HELD_OUT = 360
 PHOTO_HELD_OUT_COLUMNS = 128
@@ -65,6 +65,8 @@ class DataConfig:
             than the first one ("red heart on navy"). Held-out emoji have the first variant alone.
         shift: largest shift of an emoji in pixels. It is drawn with a margin of that width.
         flip: whether to mirror half of the emoji whose meaning a mirror does not change.
+        paraphrases: further captions per emoji, in English: other names, words left out or in another order.
+        validation: whether to leave emoji for validation out of training; they then take the place of those held out.
     """
 
     source: Source = "digits"
@@ -80,6 +82,8 @@ class DataConfig:
     variants: int = 1
     shift: int = 0
     flip: bool = False
+    paraphrases: int = 0
+    validation: bool = False
 
     def __post_init__(self):
         check_types(self, "data: ")
@@ -102,6 +106,11 @@ class DataConfig:
             raise ConfigError(
                 f"data: variants={self.variants}, shift={self.shift}: expected at least one variant, and a shift of "
                 f"less than half of size={self.size}"
+            )
+        if self.paraphrases < 0 or (self.paraphrases and self.language != "en"):
+            raise ConfigError(
+                f"data: paraphrases={self.paraphrases}, language={self.language!r}: expected at least 0, or 0 for a "
+                "language other than 'en'"
             )
         check_backgrounds(self.backgrounds)
 
@@ -328,16 +337,19 @@ def _emoji(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     classes = tuple(sorted(names.values()))
     numbers = {name: number for number, name in enumerate(classes)}
 
-    def image_set(held_out: bool, variants: int) -> ImageSet:
-        part = [one for one in emoji if one.held_out == held_out and one.text in drawn]
+    def image_set(part: list[Emoji], variants: int) -> ImageSet:
+        part = [one for one in part if one.text in drawn]
         images = EmojiImages(
-            part, drawn, variants, config.backgrounds, config.shift, config.flip, config.templates, config.seed
-        )
+            part, drawn, variants, config.backgrounds, config.shift, config.flip, config.templates,
+            config.paraphrases, config.seed,
+        )  # fmt: skip
         labels = [numbers[names[one.concept]] for one in part for _ in range(variants)]
         labels = torch.tensor(labels, dtype=torch.int64, device="cpu")
         return ImageSet(images.image, labels, 256, classes, images.captions)
 
-    return image_set(False, config.variants), image_set(True, 1)
+    test = [one for one in emoji if (one.for_validation if config.validation else one.held_out)]
+    train = [one for one in emoji if not (one.held_out or one in test)]
+    return image_set(train, config.variants), image_set(test, 1)
 
 
 def _folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:

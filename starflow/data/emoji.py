@@ -17,9 +17,10 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from ..errors import ConfigError, DataError
 from ..io.digests import digest
 from ..seeds import generator
+from .paraphrases import paraphrase
 
-# Share held out of the emoji that may be held out, which is about 10 % of all.
-HELD_OUT = 0.19
+# Share held out of the emoji that may be held out, which is about 10 % of all; the share for validation comes next.
+HELD_OUT, VALIDATION = 0.19, 0.095
 INSTALL = "in Debian, apt install fonts-noto-color-emoji; or name a font file with --set data.path=FILE"
 JOINER, STYLE = "\u200d", "\ufe0f"
 TONES = {
@@ -57,7 +58,7 @@ DIRECTED = re.compile(
 
 
 class Emoji(NamedTuple):
-    """Characters, English name, caption and parts of an emoji, and whether it is held out.
+    """Characters, English name, caption and parts of an emoji, and whether it is held out or for validation.
 
     Args:
         text: the characters.
@@ -67,6 +68,7 @@ class Emoji(NamedTuple):
         tone: skin tone such as "medium-dark", two different ones of two people as "light, dark", or "".
         gender: "male", "female", different ones of several people as "female, male", or "".
         held_out: whether the emoji is held out.
+        for_validation: whether the emoji may be left out of training, to make choices by it.
     """
 
     text: str
@@ -75,7 +77,13 @@ class Emoji(NamedTuple):
     concept: str
     tone: str
     gender: str
-    held_out: bool
+    held_out: bool = False
+    for_validation: bool = False
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether the emoji is a flag of a country or region."""
+        return self.text[0] == "\U0001f3f4" or "\U0001f1e6" <= self.text[0] <= "\U0001f1ff"
 
 
 def catalogue(language: str = "en") -> list[Emoji]:
@@ -83,7 +91,7 @@ def catalogue(language: str = "en") -> list[Emoji]:
 
     The split is a function of the names alone. Each concept, each tone and each gender keeps its plainest emoji in the
     training part: one without tone, without gender, then with the smallest hash of its name. Of the others, those
-    whose hash is in the lowest 19 % are held out.
+    whose hash is in the lowest 19 % are held out, and the next 9.5 % are for validation.
 
     Args:
         language: language of the captions, one of `emoji.LANGUAGES`. A name without translation stays English.
@@ -105,14 +113,30 @@ def catalogue(language: str = "en") -> list[Emoji]:
         if entry["status"] == emoji.STATUS["fully_qualified"]:
             name = _plain(entry["en"])
             caption = _plain(entry[language]) if language in entry else name
-            found.append(Emoji(text, name, caption, *parts(text), held_out=False))
+            found.append(Emoji(text, name, caption, *parts(text)))
     found.sort(key=lambda one: one.name)
     plainest: dict[tuple[str, str], Emoji] = {}
     for one in sorted(found, key=_plainness):
         for part in ("concept", "tone", "gender"):
             plainest.setdefault((part, getattr(one, part)), one)
     kept = {one.name for one in plainest.values()}
-    return [one._replace(held_out=one.name not in kept and _hash(one.name) / 16**13 < HELD_OUT) for one in found]
+    shares = [1.0 if one.name in kept else _hash(one.name) / 16**13 for one in found]
+    return [
+        one._replace(held_out=share < HELD_OUT, for_validation=HELD_OUT <= share < HELD_OUT + VALIDATION)
+        for one, share in zip(found, shares)
+    ]
+
+
+def aliases(one: Emoji) -> list[str]:
+    """Return other English names of an emoji, in lower case.
+
+    Args:
+        one: the emoji.
+    """
+    import emoji
+
+    names = [_plain(alias).lower() for alias in emoji.EMOJI_DATA[one.text].get("alias", [])]
+    return [name.removeprefix("flag for ") for name in names if name != one.name.lower()]
 
 
 def concept_names(emoji: list[Emoji]) -> dict[str, str]:
@@ -152,8 +176,7 @@ def may_flip(one: Emoji) -> bool:
     Args:
         one: the emoji.
     """
-    is_flag = one.text[0] == "🏴" or "\U0001f1e6" <= one.text[0] <= "\U0001f1ff"
-    return not is_flag and "," not in one.tone and not DIRECTED.search(one.name)
+    return not one.is_flag and "," not in one.tone and not DIRECTED.search(one.name)
 
 
 def find_font(path: str = "") -> Path:
@@ -252,7 +275,8 @@ class EmojiImages:
         shift: largest shift in pixels, horizontally and vertically.
         flip: whether to mirror half of those that `may_flip`.
         templates: captions, with "{}" in place of the name.
-        seed: seed of the variants.
+        paraphrases: further captions, see `paraphrase`.
+        seed: seed of the variants and paraphrases.
     """
 
     emoji: list[Emoji]
@@ -262,6 +286,7 @@ class EmojiImages:
     shift: int
     flip: bool
     templates: tuple[str, ...]
+    paraphrases: int
     seed: int
 
     def image(self, index: int) -> torch.Tensor:
@@ -288,11 +313,15 @@ class EmojiImages:
         Args:
             index: index of the image.
         """
-        caption = self.emoji[index // self.variants].caption
+        one, variant = self.emoji[index // self.variants], index % self.variants
         background = self._variant(index)[0]
-        if background:
-            caption = f"{caption} on {self.backgrounds[background]}"
-        return tuple(template.replace("{}", caption) for template in self.templates)
+        ending = f" on {self.backgrounds[background]}" if background else ""
+        captions = [template.replace("{}", one.caption + ending) for template in self.templates]
+        others = aliases(one) if self.paraphrases else []
+        for number in range(self.paraphrases):
+            random = generator(self.seed, _hash(one.name), variant, number)
+            captions.append(paraphrase(one, others, random) + ending)
+        return tuple(captions)
 
     def _variant(self, index: int) -> tuple[int, int, int, bool]:
         """Return the number of the background, the offsets from the top and the left, and whether to mirror."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,10 @@ from ..settings import check_types
 from . import datasets
 from .folders import is_ignored
 from .latents import INDEX, SPLITS, CacheIndex, cache_path
-from .prompts import encode_prompts, load_text
+from .prompts import encode_prompts, load_text, tokenize
 
 MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".txt"}
-TextDtype = Literal["float32", "bfloat16"]
+TextDtype = Literal["float32", "bfloat16", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,8 @@ class EncodeConfig:
         vae: folder of an autoencoder, or of a pipeline.
         text: folder with text_encoder/ and tokenizer/, such as that of a pipeline; empty for latents without text.
         length: length of the text states in tokens.
-        text_dtype: dtype of the stored text states.
+        text_dtype: dtype of the stored text states; "none" stores the tokens alone, for a text encoder that is trained
+            along with the flow.
         rows_per_file: rows of a cache file.
     """
 
@@ -112,7 +114,7 @@ def encode(
     for images in splits.values():
         if len(images):
             datasets.check_autoencoder_input(vae, images, config.data.size)
-    prompts = _distinct_captions(splits.values()) if config.text else []
+    prompts = distinct_captions(splits.values()) if config.text else []
     tokenizer, text_encoder = load_text(config.text, device) if config.text else (None, None)
     side = config.data.size // downsampling(vae)
     index = CacheIndex(
@@ -138,9 +140,11 @@ def encode(
             else:
                 batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
                 if kind == "text":
-                    options = (tokenizer, text_encoder, config.length)
-                    encoded = [encode_prompts([prompts[i] for i in batch], *options) for batch in batches]
-                    tensors = {"states": torch.cat(encoded).to(getattr(torch, config.text_dtype))}
+                    texts = [[prompts[i] for i in batch] for batch in batches]
+                    tensors = {"tokens": torch.cat([tokenize(t, tokenizer, config.length) for t in texts])}
+                    if config.text_dtype != "none":
+                        states = [encode_prompts(t, tokenizer, text_encoder, config.length) for t in texts]
+                        tensors["states"] = torch.cat(states).to(getattr(torch, config.text_dtype))
                 else:
                     tensors = _encode_images(vae, splits[kind], batches, rows)
                 save_tensors(tensors, path)
@@ -182,8 +186,12 @@ def _encode_images(
     }
 
 
-def _distinct_captions(splits) -> list[str]:
-    """Return the empty prompt, then the distinct captions in sorted order."""
+def distinct_captions(splits: Iterable[datasets.ImageSet]) -> list[str]:
+    """Return the empty prompt, then the distinct captions in sorted order.
+
+    Args:
+        splits: image sets.
+    """
     captions = {text for images in splits for i in range(len(images)) for text in images.captions(i)}
     return ["", *sorted(captions - {""})]
 

@@ -6,7 +6,8 @@ A cache is a folder of cache files (safetensors) with a cache index. A cache fil
 - `labels`: (n,) classes.
 - `captions`: (n, K) rows of the text states.
 
-A cache file of text holds `states`: (m, length, text_dim). Row 0 of all text states belongs to the empty prompt.
+A cache file of text holds `tokens`, (m, length), and `states`, (m, length, text_dim), unless they are left out. Row 0
+of all text belongs to the empty prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..io.tensors import open_tensor
 from ..seeds import normal
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "held_out")
 EMPTY_PROMPT = 0
 
@@ -166,15 +167,17 @@ class CacheFiles:
 
 @dataclasses.dataclass(frozen=True)
 class TextStates:
-    """Text states by row.
+    """Text states and tokens by row.
 
     Args:
         files: cache files of text.
         shape: (length, text_dim) of the states of one caption.
+        has_states: whether the cache holds states; if not, it holds tokens alone.
     """
 
     files: CacheFiles
     shape: tuple[int, int]
+    has_states: bool
 
     def states(self, rows: torch.Tensor) -> torch.Tensor:
         """Return float32 (B, length, text_dim) states.
@@ -183,6 +186,14 @@ class TextStates:
             rows: int64 (B,) rows.
         """
         return torch.stack([self.files.row("states", row).float() for row in rows.tolist()])
+
+    def tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return int64 (B, length) tokens.
+
+        Args:
+            rows: int64 (B,) rows.
+        """
+        return torch.stack([self.files.row("tokens", row) for row in rows.tolist()])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +241,10 @@ def load_latents(folder: Path, size: int) -> tuple[LatentSet, LatentSet]:
         raise DataError(f"{folder}: latents of {index.shape[1]}x{index.shape[2]} pixels, but data.size={size}")
     texts = None
     if index.text:
-        texts = TextStates(CacheFiles(folder, "text", index.counts["text"], index.rows_per_file), index.text)
+        texts = TextStates(
+            CacheFiles(folder, "text", index.counts["text"], index.rows_per_file), index.text,
+            index.settings["text_dtype"] != "none",
+        )  # fmt: skip
 
     def split(kind: str) -> LatentSet:
         files = CacheFiles(folder, kind, index.counts[kind], index.rows_per_file)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
+from ..io.files import permit_reading, write_folder
 from ..io.tensors import copy_weights
 from ..models.hooks import execution_device
 
@@ -56,6 +57,23 @@ def load_text(folder: str | Path, device: str | torch.device = "cpu") -> tuple[A
     return tokenizer, text_encoder.to(device).eval()
 
 
+def save_text(tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel, folder: Path) -> None:
+    """Write what `load_text` reads; each of the two folders is written whole or not at all.
+
+    Args:
+        tokenizer: tokenizer of the text encoder.
+        text_encoder: T5 encoder.
+        folder: folder to write.
+
+    Raises:
+        StarflowError: the file system refuses.
+    """
+    for name, part in (("tokenizer", tokenizer), ("text_encoder", text_encoder)):
+        with write_folder(Path(folder) / name, overwrite=True) as temporary:
+            part.save_pretrained(temporary)
+            permit_reading(temporary)
+
+
 @torch.no_grad()
 def encode_prompts(
     prompts: list[str], tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel, length: int
@@ -81,14 +99,36 @@ def encode_prompts(
             warnings.warn(
                 f"a prompt of {len(ids)} tokens is cut to {length}: {prompt!r:.{SHOWN_CHARACTERS}}", stacklevel=2
             )
-    with torch.device("cpu"):
-        tokens = tokenizer(different, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    ids, mask = (tokens[name].to(execution_device(text_encoder)) for name in ("input_ids", "attention_mask"))
+    tokens = tokenize(different, tokenizer, length).to(execution_device(text_encoder))
     # One prompt at a time, so that its bits do not depend on the other prompts.
-    rows = zip(ids.split(1), mask.split(1))
-    states = torch.cat([text_encoder(input_ids=i, attention_mask=m).last_hidden_state.float() for i, m in rows])
-    states = states * mask.to(states.device).unsqueeze(-1)
+    states = torch.cat([text_states(row, tokenizer, text_encoder) for row in tokens.split(1)])
     return states[[different.index(prompt) for prompt in prompts]]
+
+
+def tokenize(prompts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
+    """Return int64 (N, length) tokens, padded or cut to the length.
+
+    Args:
+        prompts: at least one prompt.
+        tokenizer: tokenizer of the text encoder.
+        length: number of tokens.
+    """
+    with torch.device("cpu"):
+        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        return tokenizer(prompts, **options)["input_ids"]
+
+
+def text_states(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel) -> torch.Tensor:
+    """Return float32 (N, length, text_dim) text states, zero at the padding, with gradients if they are enabled.
+
+    Args:
+        tokens: (N, length) tokens.
+        tokenizer: tokenizer of the text encoder.
+        text_encoder: T5 encoder.
+    """
+    mask = tokens != tokenizer.pad_token_id
+    states = text_encoder(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+    return states * mask.to(states.device).unsqueeze(-1)
 
 
 def with_aspect_ratio(prompt: str, ratio: str) -> str:

@@ -106,9 +106,14 @@ class AutoencoderTrainer(Loop):
         """Take one optimizer step on reconstruction and divergence."""
         config = self.config.autoencoder
         x = self._scaled(batch[0])
-        distribution = self.vae.encode(x).latent_dist
+        with self.autocast():
+            encoded = self.vae.encode(x).latent_dist
+        # Noise and divergence are computed in float32.
+        distribution = type(encoded)(encoded.parameters.float())
         noise = normal(distribution.mean.shape, random).to(self.device)
-        difference = self.vae.decode(distribution.mean + distribution.std * noise).sample - x
+        with self.autocast():
+            decoded = self.vae.decode(distribution.mean + distribution.std * noise).sample
+        difference = decoded.float() - x
         reconstruction = difference.abs().mean() if config.loss == "l1" else difference.square().mean()
         divergence = distribution.kl().mean() / distribution.mean[0].numel()
         norm = self.descend(self.optimizer, self.vae.parameters(), reconstruction + config.kl_weight * divergence)

@@ -88,7 +88,9 @@ class DecoderTrainer(Loop):
         """Take one step of the decoder, then one of the discriminator."""
         settings = self.config.decoder
         x = self._scaled(batch[0])
-        decoded = decode(self.vae, self._noisy_latents(x, random))
+        latents = self._noisy_latents(x, random)
+        with self.autocast():
+            decoded = decode(self.vae, latents).float()
         square = (decoded - x).square().mean()
         loss, metrics = square, {"square": square.item()}
         if self.perceptual is not None:

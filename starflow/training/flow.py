@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..data.datasets import DataConfig, dequantize
 from ..data.latents import EMPTY_PROMPT, draw_latents
+from ..data.prompts import load_text, save_text, text_states
 from ..errors import ConfigError
 from ..io.images import save_grid
 from ..models.checkpoint import check_state
@@ -32,14 +34,15 @@ class FlowTrainingConfig(LoopConfig):
         dropout: dropout probability on the residual branches.
         label_drop: fraction of labels replaced by "no class", and of captions by the empty prompt.
         latent_penalty: weight of the latents in the loss, see `Flow.loss`.
-        bf16: whether to autocast the networks to bfloat16.
+        text_encoder: folder with a text_encoder/ and its tokenizer/ to train along with the flow, those with which the
+            latents were encoded. Without one, the flow takes the text states in the cache.
     """
 
     ema: float = 0.0
     dropout: float = 0.0
     label_drop: float = 0.1
     latent_penalty: float = 0.0
-    bf16: bool = False
+    text_encoder: str = ""
 
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {
         **LoopConfig.RANGES,
@@ -70,13 +73,20 @@ class FlowTrainer(Loop):
 
     def __init__(self, config: FlowRunConfig, folder: Path, device: str = "cpu", tensorboard: bool = False):
         super().__init__(config, folder, device, tensorboard)
+        self.tokenizer, text_encoder = None, None
+        if config.training.text_encoder:
+            self.tokenizer, text_encoder = load_text(config.training.text_encoder, device)
         self._check_data()
         torch.manual_seed(config.training.seed)
         with standard_defaults():
             self.flow = Flow(config.model).to(device)
-        self.average = {n: t.clone() for n, t in self.flow.state_dict().items()} if config.training.ema else None
+        # The modules that are trained, by their names in a checkpoint.
+        self.trained = nn.ModuleDict({"model": self.flow})
+        if text_encoder is not None:
+            self.trained["text_encoder"] = text_encoder
+        self.average = {n: t.clone() for n, t in self.trained.state_dict().items()} if config.training.ema else None
         decay, exempt = [], []
-        for name, parameter in self.flow.named_parameters():
+        for name, parameter in self.trained.named_parameters():
             (exempt if name.endswith(WEIGHT_DECAY_EXEMPT) else decay).append(parameter)
         self.optimizer = self.add_optimizer([{"params": decay}, {"params": exempt, "weight_decay": 0.0}])
 
@@ -86,16 +96,18 @@ class FlowTrainer(Loop):
         x, labels, text = self.conditions(batch, random)
         # Dropout draws from the global generator.
         torch.manual_seed(random.initial_seed())
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=training.bf16):
+        with self.autocast():
+            if "text_encoder" in self.trained and text is not None:
+                text = text_states(text, self.tokenizer, self.trained["text_encoder"])
             output = self.flow(x, labels, text, dropout=training.dropout)
         loss = self.flow.loss(output, training.latent_penalty)
-        norm = self.descend(self.optimizer, self.flow.parameters(), loss)
+        norm = self.descend(self.optimizer, self.trained.parameters(), loss)
         self.flow.update_prior(output.latents[-1])
         if self.average is not None:
             # At first, the average follows the weights quickly.
             decay = min(training.ema, (2 + self.step) / (11 + self.step))
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.values()), list(self.flow.state_dict().values()), 1 - decay)
+                torch._foreach_lerp_(list(self.average.values()), list(self.trained.state_dict().values()), 1 - decay)
         bits = bits_per_dim(self.flow.loss(output).item(), model.levels)
         return {"loss": loss.item(), "bits_per_dim": bits, "gradient_norm": norm}
 
@@ -103,6 +115,8 @@ class FlowTrainer(Loop):
         self, batch: tuple[torch.Tensor, ...], random: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return noisy data, labels and text states of a batch, with some of the conditions dropped.
+
+        With a text encoder that is trained along, tokens take the place of the text states.
 
         Args:
             batch: columns of the data set: images or moments of latents, labels, and captions of latents.
@@ -123,12 +137,13 @@ class FlowTrainer(Loop):
                 captions.shape[1], (len(captions), 1), generator=random, dtype=torch.int64, device="cpu"
             )
             chosen = captions.gather(1, chosen)
-            text = self.images.texts.states(chosen[:, 0].masked_fill(dropped, EMPTY_PROMPT)).to(self.device)
+            rows, texts = chosen[:, 0].masked_fill(dropped, EMPTY_PROMPT), self.images.texts
+            text = (texts.tokens(rows) if training.text_encoder else texts.states(rows)).to(self.device)
         return x.to(self.device), labels, text
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
-        """Return the flow and its optimizer."""
-        return {"model": self.flow, "optimizer": self.optimizer}
+        """Return the flow, the text encoder if it is trained, and their optimizer."""
+        return {**self.trained, "optimizer": self.optimizer}
 
     def state(self) -> dict[str, Any]:
         """Return weights, optimizer state and the average of the weights."""
@@ -146,7 +161,7 @@ class FlowTrainer(Loop):
             return
         with standard_defaults():
             flow = Flow(self.config.model).to(self.device)
-        flow.load_state_dict(self.average or self.flow.state_dict())
+        flow.load_state_dict(self._weights("model"))
         classes = self.config.model.num_classes
         labels = torch.arange(max(classes, 1), dtype=torch.int64, device="cpu").repeat(8)[:64] if classes else None
         count = 32 if labels is None else len(labels)
@@ -154,8 +169,18 @@ class FlowTrainer(Loop):
         save_grid(images, path, columns=min(classes, 16) or 8)
 
     def save_weights(self) -> None:
-        """Write model.safetensors and config.json, with the averaged weights if there is an average."""
-        self.flow.save_pretrained(self.folder, self.average)
+        """Write the flow and a text encoder that is trained, with the averaged weights if there is an average."""
+        if "text_encoder" in self.trained:
+            text_encoder = copy.deepcopy(self.trained["text_encoder"])
+            text_encoder.load_state_dict(self._weights("text_encoder"))
+            save_text(self.tokenizer, text_encoder, self.folder)
+        self.flow.save_pretrained(self.folder, self._weights("model"))
+
+    def _weights(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the weights of a trained module, averaged if there is an average."""
+        if self.average is None:
+            return self.trained[name].state_dict()
+        return {n.removeprefix(f"{name}."): t for n, t in self.average.items() if n.startswith(f"{name}.")}
 
     def _check_data(self) -> None:
         model, images = self.config.model, self.images
@@ -171,6 +196,10 @@ class FlowTrainer(Loop):
                 f"model.text_len={model.text_len}, model.text_dim={model.text_dim}: the text states are "
                 f"{texts.shape[0]} x {texts.shape[1]}"
             )
+        if model.text_dim and not (texts.has_states or self.config.training.text_encoder):
+            raise ConfigError("training.text_encoder: needed, since the latents were encoded with text_dtype 'none'")
+        if self.config.training.text_encoder and not model.text_dim:
+            raise ConfigError("training.text_encoder: given, but model.text_dim is 0")
         channels = images[0][0].shape[-3]
         if channels != model.image_channels:
             raise ConfigError(f"model.image_channels={model.image_channels}, the images have {channels}")

@@ -49,6 +49,7 @@ class LoopConfig:
         beta1: decay of the first moment of AdamW.
         beta2: decay of the second moment of AdamW.
         clip: largest gradient norm; 0 turns clipping off.
+        bf16: whether to autocast the networks to bfloat16.
         seed: seed of all random numbers.
         workers: processes that read images.
         sample_every: steps between sample grids; 0 writes none.
@@ -65,6 +66,7 @@ class LoopConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0
+    bf16: bool = False
     seed: int = 0
     workers: int = 0
     sample_every: int = 1000
@@ -84,7 +86,7 @@ class LoopConfig:
         check_types(self, "training: ")
         for field in dataclasses.fields(self):
             value, (low, high) = getattr(self, field.name), self.RANGES.get(field.name, (0, math.inf))
-            if not low <= value < high:
+            if not isinstance(value, str) and not low <= value < high:
                 raise ConfigError(f"training: {field.name}={value} is not in [{low}, {high})")
 
     def learning_rate_at(self, step: int) -> float:
@@ -241,6 +243,10 @@ class Loop:
         )
         self.optimizers.append(optimizer)
         return optimizer
+
+    def autocast(self) -> torch.autocast:
+        """Return a context in which networks run in bfloat16 if the settings say so."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.config.training.bf16)
 
     def descend(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], loss: torch.Tensor

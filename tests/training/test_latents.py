@@ -191,7 +191,7 @@ def test_a_folder_without_a_cache_is_refused(parts, tmp_path):
     config = DataConfig(source="latents", path=str(tmp_path), size=8)
     with pytest.raises(DataError, match="no cached latents"):
         load(config)
-    (tmp_path / "index.json").write_text('{"format": 1}')
+    (tmp_path / "index.json").write_text('{"format": 2}')
     with pytest.raises(DataError, match="not an index"):
         load(config)
     (tmp_path / "index.json").unlink()
