@@ -12,14 +12,15 @@ namespace {
 constexpr int64_t SERIAL = 1 << 17;
 
 // Returns the heads of a tensor (B, T, H, d).
-Heads heads(const Tensor& x, int64_t B, int64_t T, int64_t H, int64_t d) {
-    check_strided(x, ScalarType::Float, {B, T, H, d});
-    return {static_cast<float*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+Heads heads(const AttentionCall& call, const Tensor& x, int64_t T, int64_t H) {
+    STD_TORCH_CHECK(format(x) == call.format, "native kernels: a tensor is of the wrong dtype");
+    check_strided(x, x.scalar_type(), {call.B, T, H, call.d});
+    return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // Return the heads of a tensor with the shape of the queries, or of the new keys.
-Heads queries(const AttentionCall& call, const Tensor& x) { return heads(x, call.B, call.T, call.H, call.d); }
-Heads keys_of(const AttentionCall& call, const Tensor& x) { return heads(x, call.B, call.T, call.H_kv, call.d); }
+Heads queries(const AttentionCall& call, const Tensor& x) { return heads(call, x, call.T, call.H); }
+Heads keys_of(const AttentionCall& call, const Tensor& x) { return heads(call, x, call.T, call.H_kv); }
 
 // Fills a call from the tensors. over: tensor with a slot per key that a query may see; cos and sin
 // have as many rows.
@@ -34,7 +35,7 @@ AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, 
     call.window = window < keys ? window : 0;
     check_positive({call.T, call.H, call.H_kv, call.d});
     STD_TORCH_CHECK(call.H % call.H_kv == 0, "native kernels: key heads do not divide the heads");
-    call.rotary = Rotary(rotary);
+    call.format = format(q), call.rotary = Rotary(rotary);
     STD_TORCH_CHECK(call.rotary == Rotary::none || (cos && sin), "native kernels: cos or sin is missing");
     call.scale = float(1 / (std::sqrt(double(call.d)) * temperature));
     call.cos = data(cos, keys * (call.d / 2)), call.sin = data(sin, keys * (call.d / 2));
@@ -55,9 +56,9 @@ void run_heads(const AttentionCall& call, int64_t keys, int64_t floats, Kernel k
 void cached_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths, Optional cos,
                       Optional sin, int64_t rotary, int64_t window, double temperature, Tensor out) {
     auto call = attention_call(q, k, v, cos, sin, rotary, window, temperature, k_cache);
+    STD_TORCH_CHECK(call.format == Format::float32, "native kernels: a tensor is of the wrong dtype");
     call.S = k_cache.size(1), call.out = queries(call, out);
-    call.k_cache = heads(k_cache, call.B, call.S, call.H_kv, call.d);
-    call.v_cache = heads(v_cache, call.B, call.S, call.H_kv, call.d);
+    call.k_cache = heads(call, k_cache, call.S, call.H_kv), call.v_cache = heads(call, v_cache, call.S, call.H_kv);
     call.lengths = static_cast<const int32_t*>(values(lengths, ScalarType::Int, call.B));
     for (int64_t row = 0; row < call.B; ++row)
         STD_TORCH_CHECK(call.lengths[row] >= 0 && call.lengths[row] + call.T <= call.S, "lengths do not fit the cache");

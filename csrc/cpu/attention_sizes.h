@@ -32,6 +32,7 @@ struct CausalScratch {
     float *k, *v, *k_across, *v_across;                      // all tokens
     float *q, *out, *grad_out, *q_across, *grad_out_across;  // a block of queries
     float *weights, *grad_scores;                            // (all keys, block of queries)
+    float* room;                                             // a row of a narrower format
     float *grad_q, *grad_k, *grad_v, *end;
 
     CausalScratch(const AttentionCall& call, bool gradient, float* from) {
@@ -44,7 +45,7 @@ struct CausalScratch {
         k = take(tokens * width), v = take(tokens * width);
         k_across = take(tokens * width);
         q = take(BLOCK * width), out = take(BLOCK * width), q_across = take(BLOCK * width);
-        weights = take(tokens * BLOCK);
+        weights = take(tokens * BLOCK), room = take(width);
         if (gradient) {
             v_across = take(tokens * width);
             grad_out = take(BLOCK * width), grad_out_across = take(BLOCK * width);

@@ -1,6 +1,7 @@
 // Causal attention of one head at a time, and its gradient. The lanes of a vector are sixteen queries: scores are
 // stored by key, so that maxima and sums over keys need no sums across lanes. Keys and queries are taken in blocks of
 // 64, and tiles of 16 keys that no query sees are skipped.
+#include "formats.h"
 #include "heads.h"
 #include "lanes.h"
 #include "tiles.h"
@@ -27,7 +28,7 @@ struct Head {
     void load_rows(const Heads& from, int64_t head, int64_t begin, int64_t count, bool turn, float* rows,
                    float* across) const {
         for (int64_t t = 0; t < count; ++t) {
-            const float* x = from.at(row, begin + t, head);
+            const float* x = floats(from.data, call.format, from.index(row, begin + t, head), call.d, scratch.room);
             turn ? rotated(call, x, begin + t, 1, rows + t * width) : copy(x, call.d, rows + t * width);
         }
         if (across)
@@ -40,8 +41,10 @@ struct Head {
     float* across_at(float* across, int64_t t) const { return across + t / BLOCK * BLOCK * width + t % BLOCK; }
 
     void store_row(const float* x, bool turn, const Heads& to, int64_t head, int64_t t) const {
-        float* y = to.at(row, t, head);
+        bool narrow = call.format != Format::float32;
+        float* y = narrow ? scratch.room : to.at(row, t, head);
         turn ? rotated(call, x, t, -1, y) : copy(x, call.d, y);
+        if (narrow) write(to.data, call.format, to.index(row, t, head), call.d, y);
     }
 
     // Sets first and last: query tiles first .. last - 1 of the block at `begin` see keys of the tile at `key`.
@@ -145,9 +148,9 @@ void causal_attention(const AttentionCall& call, int64_t first, int64_t last, fl
                 head.sum_over_keys(own.weights, own.v, begin, own.out);
                 memcpy(call.lse + (head.row * call.H + h) * call.T + begin, lse, count * sizeof *lse);
                 for (int64_t t = 0; t < count; ++t) {
-                    float* out = call.out.at(head.row, begin + t, h);
-                    for (int c = 0; c < call.d; c += LANES)
-                        store(out + c, load(own.out + t * head.width + c) * splat(inverse[t]), call.d - c);
+                    float* out = own.out + t * head.width;
+                    for (int c = 0; c < call.d; c += LANES) store(out + c, load(out + c) * splat(inverse[t]));
+                    head.store_row(out, false, call.out, h, begin + t);
                 }
             }
     }

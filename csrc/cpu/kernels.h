@@ -164,17 +164,19 @@ struct InverseCall {
 
 // A tensor (B, T, heads, d); the d values of a head are adjacent.
 struct Heads {
-    float* data;
+    void* data;
     int64_t batch, token, head;  // strides
 
-    float* at(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * token + h * head; }
+    int64_t index(int64_t b, int64_t t, int64_t h) const { return b * batch + t * token + h * head; }
+    float* at(int64_t b, int64_t t, int64_t h) const { return static_cast<float*>(data) + index(b, t, h); }
 };
 
 // Causal attention of T tokens over themselves and, if there is a cache, over the tokens in it.
 struct AttentionCall {
     int64_t B, T, window;  // window 0: none
     int H, H_kv, d;
-    float scale;  // of the scores
+    float scale;    // of the scores
+    Format format;  // of all heads; float32 with a cache
     Rotary rotary;
     const float *cos, *sin;  // (positions, d / 2)
     Heads q, k, v, out;

@@ -23,25 +23,19 @@ def native_options(cos, sin, rotary: str, window: int, temperature: float) -> tu
     return cos, sin, choice_index(rotary, Rotary), window, temperature
 
 
-def _float32(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return last_dim_contiguous(*(tensor.to(torch.float32) for tensor in tensors))
-
-
 def causal_attention(q, k, v, *options) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.causal_attention."""
-    dtype, (q, k, v) = q.dtype, _float32(q, k, v)
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
-    torch.ops.starflow_native.causal_attention(q, k, v, *native_options(*options), out, lse)
-    return out.to(dtype), lse
+    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    torch.ops.starflow_native.causal_attention(*last_dim_contiguous(q, k, v), *native_options(*options), out, lse)
+    return out, lse
 
 
 def causal_attention_backward(grads, outputs, q, k, v, *options) -> list[torch.Tensor]:
     """See reference.causal_attention_backward."""
     _, _, v = used_output(grads, outputs, v)
-    dtype, (q, k, v) = q.dtype, _float32(q, k, v)
-    grad_out = None if grads[0] is None else _float32(grads[0])[0]
+    grad_out = None if grads[0] is None else last_dim_contiguous(grads[0])[0]
     grad_lse = None if grads[1] is None else grads[1].contiguous()
     gradients = [t.new_empty(t.shape) for t in (q, k, v)]
-    inputs = grad_out, grad_lse, outputs[1].contiguous(), q, k, v
+    inputs = grad_out, grad_lse, outputs[1].contiguous(), *last_dim_contiguous(q, k, v)
     torch.ops.starflow_native.causal_attention_backward(*inputs, *native_options(*options), *gradients)
-    return [gradient.to(dtype) for gradient in gradients]
+    return gradients
