@@ -1,0 +1,1 @@
+"""Judges, times and a picture of a text-to-image pipeline of emoji."""
