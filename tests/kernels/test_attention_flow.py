@@ -20,7 +20,7 @@ def takes(backend, dtype=F64, D=3, d=4):
     """Whether a backend takes tokens of D values and heads of d on a network of this dtype."""
     if backend == "triton":  # in its interpreter
         return dtype == torch.float16 or (dtype == F32 and D <= 32 and d <= 64)
-    return backend == "reference" or dtype == F32
+    return backend == "reference" or dtype != F64
 
 
 in_float64 = on_backends("attention_flow", takes)
