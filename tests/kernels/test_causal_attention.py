@@ -102,6 +102,15 @@ def test_error_contract(dtype, rotary, window, lse, backend):
         assert_within_contract(*values)
 
 
+def test_error_contract_of_sdpa_in_bfloat16_on_many_tokens():
+    tensors, seeds = inputs(B=1, T=300, dtype=torch.bfloat16), [torch.randn(1, 300, 2, 8)]
+    actual = with_gradients(lambda *t: [causal_attention(*t, backend="sdpa")], tensors, seeds)
+    plain = with_gradients(lambda *t: naive(*t)[:1], tensors, seeds)
+    exact = with_gradients(lambda *t: naive(*t)[:1], [t.double() for t in tensors], seeds)
+    for values in zip(actual, plain, exact):
+        assert_within_contract(*values)
+
+
 @pytest.mark.parametrize("T, d", [(1, 8), (2, 16), (63, 24), (111, 64), (64, 80), (193, 16)])
 @pytest.mark.parametrize("B, H, H_kv", [(1, 3, 3), (3, 6, 2)])
 @on_backends("causal_attention", partial(takes, dtype=F32, lse=True), window=[None, 1, 17, 64, 100])
