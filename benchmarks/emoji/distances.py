@@ -52,25 +52,27 @@ def nearest(images: torch.Tensor, real: torch.Tensor, mirrored: torch.Tensor, vi
     Returns:
         int64 (B, K) numbers of the real images, in no order, and their float32 (B, K) mean square differences.
     """
-    rough = _squares(images, F.avg_pool2d(real, SHRINK).flatten(1), mirrored, lambda x: F.avg_pool2d(x, SHRINK))
-    numbers = rough.topk(min(CANDIDATES, len(real)), largest=False).indices
-    flat = view(real).flatten(1)
-    parts = zip(images.split(PART), numbers.split(PART))
-    return numbers, torch.cat([_squares(x, flat[rows], mirrored[rows], view) for x, rows in parts])
+    flat, small = view(real).flatten(1), F.avg_pool2d(real, SHRINK).flatten(1)
+    numbers, squares = [], []
+    for part in images.split(PART):
+        rough = _squares(part, small, mirrored, lambda x: F.avg_pool2d(x, SHRINK))
+        chosen = rough.topk(min(CANDIDATES, len(real)), largest=False).indices
+        numbers.append(chosen)
+        squares.append(_squares(part, flat[chosen], mirrored[chosen], view))
+    return torch.cat(numbers), torch.cat(squares)
 
 
 def _squares(images: torch.Tensor, flat: torch.Tensor, mirrored: torch.Tensor, view: View) -> torch.Tensor:
-    """Return mean square differences to all rows (N, F) of `flat`, or to the rows (B, K, F) of each query."""
-    own, found, size = flat.square().sum(-1), torch.tensor(torch.inf), images.shape[-1]
+    """Return (B, N) mean square differences to the rows (N, F) of `flat`, or to rows (B, N, F) of each query."""
+    own, found, size = flat.square().sum(-1), [], images.shape[-1]
     for flipped in (False, True):
         padded = F.pad(images.flip(-1) if flipped else images, (SHIFT,) * 4)
-        fixed = own.masked_fill(~mirrored, torch.inf) if flipped else own
-        for down in range(2 * SHIFT + 1):
-            for across in range(2 * SHIFT + 1):
-                query = view(padded[..., down : down + size, across : across + size]).flatten(1)
-                product = query @ flat.T if flat.ndim == 2 else (flat @ query.unsqueeze(2)).squeeze(2)
-                found = torch.minimum(found, fixed + query.square().sum(1, keepdim=True) - 2 * product)
-    return found.clamp(min=0) / flat.shape[-1]
+        places = itertools.product(range(2 * SHIFT + 1), repeat=2)
+        moved = [padded[..., down : down + size, across : across + size] for down, across in places]
+        queries = torch.stack([view(x).flatten(1) for x in moved], 1)
+        least = (queries.square().sum(-1, keepdim=True) - 2 * queries @ flat.mT).amin(1)
+        found.append(least + (own.masked_fill(~mirrored, torch.inf) if flipped else own))
+    return torch.minimum(*found).clamp(min=0) / flat.shape[-1]
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from starflow.data.emoji import Emoji, EmojiImages, catalogue, draw, find_font, 
 
 # The largest shift in pixels at which the docs train; an emoji is drawn with a margin of that width.
 SHIFT = 2
+# End of the concept of an emoji that is the mirror image of the one without this end.
+FACING_RIGHT = "\u200d➡"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +44,15 @@ class RealEmoji:
         return [one for one, same in zip(self.emoji, self.same) if same == self.same[number]]
 
     def mirrored(self) -> torch.Tensor:
-        """Return bool (N,): whether the mirror image of an emoji has its meaning."""
-        return torch.tensor([may_flip(one) for one in self.emoji])
+        """Return bool (N,): whether the mirror image of an emoji has its meaning, and is not that of another emoji."""
+        concepts = {one.concept for one in self.emoji}
+        return torch.tensor([may_flip(one) and one.concept + FACING_RIGHT not in concepts for one in self.emoji])
 
     def digest(self) -> str:
-        """Return a digest of names and images."""
+        """Return a digest of names and images, and of which of them may be mirrored."""
         names = "\n".join(one.name for one in self.emoji)
-        return hashlib.sha256(names.encode() + self.images.numpy().tobytes()).hexdigest()[:16]
+        content = names.encode() + self.images.numpy().tobytes() + self.mirrored().numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
 
 
 def real_emoji(font: str, size: int, shift: int = SHIFT) -> RealEmoji:

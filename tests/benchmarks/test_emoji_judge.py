@@ -106,6 +106,14 @@ def test_distances_are_mean_squares():
     assert distances(torch.full((1, 3, 8, 8), 0.5), torch.full((1, 3, 8, 8), 0.25), [False]).item() == 1 / 16
 
 
+def test_emoji_whose_mirror_image_is_another_emoji_are_not_mirrored():
+    by_text = {one.text: one for one in catalogue()}
+    images = torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8)
+    assert RealEmoji([by_text[text] for text in "🏃🐈"], images[:2]).mirrored().tolist() == [True, True]
+    pair = RealEmoji([by_text[text] for text in ("🏃", "🏃🏽‍➡️", "🐈", "🇳🇴")], images)
+    assert pair.mirrored().tolist() == [False, False, True, False]
+
+
 def test_a_training_image_is_counted_as_memorized(real):
     images, mirrored, errors = real.images, real.mirrored(), torch.full((len(real),), 0.01)
     others = images[:1].flip(-2)
