@@ -5,7 +5,8 @@
 One image is drawn for each held-out emoji that the font draws, and for a random subset of the training emoji, from
 the English name. Two judges name its concept and skin tone: the nearest real emoji, and a classifier that `DIR2`
 keeps. The real images, encoded and decoded by the pipeline's autoencoder, are judged in the same way: no flow on its
-latents can be expected to do better. With `--vae DIR` in place of a pipeline, they alone are judged.
+latents can be expected to do better. With `--vae DIR` in place of a pipeline, they alone are judged. `--parts seen`
+leaves the held-out emoji alone, while settings are chosen.
 
 "right" counts concepts and tones of the asked emoji, and those of emoji with the same image; "plain" counts the first
 alone. Tones count where the asked emoji has one.
@@ -39,6 +40,7 @@ from .distances import as_it_is, blurred, features, frechet, lossless_bits, near
 from .real import SHIFT, RealEmoji, ink, real_emoji
 
 PACKAGES = ("diffusers", "transformers", "Pillow", "emoji")
+PARTS_ASKED = ("seen", "held_out")
 BATCH = 32
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 LIKELIHOOD_DRAWS = 4
@@ -93,12 +95,11 @@ def shares(real: RealEmoji, rows: list[int], found: list[tuple[str, str]], plain
     """
     right: dict[str, list[bool]] = {"concept": [], "tone": [], "concept_with_tone": [], "both": []}
     for number, (concept, tone) in zip(rows, found):
-        asked: list[Emoji] = [real.emoji[number]] if plain else real.alike(number)
-        right["concept"].append(concept in {one.concept for one in asked})
-        both = (concept, tone) in {(one.concept, one.tone) for one in asked}
-        right["both"].append(both)
+        accepted: list[Emoji] = [real.emoji[number]] if plain else real.alike(number)
+        right["concept"].append(concept in {one.concept for one in accepted})
+        right["both"].append((concept, tone) in {(one.concept, one.tone) for one in accepted})
         if real.emoji[number].tone:
-            right["tone"].append(tone in {one.tone for one in asked})
+            right["tone"].append(tone in {one.tone for one in accepted})
             right["concept_with_tone"].append(right["concept"][-1])
     return {name: sum(values) / max(1, len(values)) for name, values in right.items()}
 
@@ -174,13 +175,20 @@ def likelihood(pipe: STARFlowPipeline, found: torch.Tensor, captions: list[str],
     return {"bits_per_dim": bits.mean().item(), "standard_error": (bits.std() / math.sqrt(len(bits))).item()}
 
 
+def asked(real: RealEmoji, seen: int, seed: int) -> dict[str, list[int]]:
+    """Return the numbers of a random subset of the training emoji, and of all held-out ones."""
+    training = real.numbers(held_out=False)
+    order = permutation(len(training), generator(seed))
+    return {"seen": sorted(training[i] for i in order[:seen]), "held_out": real.numbers(held_out=True)}
+
+
 def judge(
     real: RealEmoji,
     model: Classifier,
     vae: Any,
     pipe: STARFlowPipeline | None,
     *,
-    seen: int,
+    parts: dict[str, list[int]],
     guidance: list[float],
     seed: int,
 ) -> dict[str, Any]:
@@ -191,59 +199,52 @@ def judge(
         model: the classifier.
         vae: the autoencoder whose reconstructions are judged.
         pipe: the pipeline that draws, or None.
-        seen: number of training emoji to draw.
+        parts: names of parts and the numbers of their emoji, see `asked`.
         guidance: guidance weights to draw with.
-        seed: seed of the subset and of the noise.
+        seed: seed of the noise.
     """
-    training = real.numbers(held_out=False)
-    order = permutation(len(training), generator(seed))
-    parts = {"seen": sorted(training[i] for i in order[:seen]), "held_out": real.numbers(held_out=True)}
-    half = [training[i] for i in order[: len(training) // 2]]
     images, mirrored = real.images, real.mirrored()
     latents = moments(vae, images)
     # A decoder that was tuned to noisy latents is shown such latents.
     noise_std = pipe.transformer.config.noise_std if pipe and not pipe.config.denoise else 0.0
-    tuned = draw_latents(latents, noise_std, generator(seed, 1)) if noise_std else latents[:, 0]
-    rebuilt = reconstructed(vae, tuned)
+    rebuilt = reconstructed(vae, draw_latents(latents, noise_std, generator(seed, 1)) if noise_std else latents[:, 0])
     errors = (ink(images) - ink(rebuilt)).square().mean((1, 2, 3)).sqrt()
-
     sources = {
         "augmented": lambda rows: as_pixels(1 - augment(ink(images[rows]), mirrored[rows], generator(seed, 2))),
         "reconstruction": lambda rows: rebuilt[rows],
         **{f"guidance {weight:g}": partial(drawn, pipe, real, guidance=weight, seed=seed) for weight in guidance},
     }
-    held_out, scale = features(ink(images[parts["held_out"]])), features(ink(images[training])).std(0)
-    distances = {"training images, half": frechet(features(ink(images[half])), held_out, scale)}
-    rows, near = (
-        [],
-        {"held-out images": memory(images[parts["held_out"]], images[training], mirrored[training], errors[training])},
-    )
+
+    training, held_out = (real.numbers(held_out=value) for value in (False, True))
+    half = permutation(len(training), generator(seed, 3))[: len(training) // 2]
+    scale = features(ink(images[training])).std(0)
+    distance = partial(frechet, features(ink(images[held_out])), scale=scale)
+    distances = {"training images, half": distance(features(ink(images[training][half])))}
+    nearness = partial(memory, training=images[training], mirrored=mirrored[training], errors=errors[training])
+    rows, near = [], {"held-out images": nearness(images[held_out])}
     for source, make in sources.items():
         for part, numbers in parts.items():
             start = time.perf_counter()
             made = make(numbers)
-            seconds = time.perf_counter() - start
-            print(f"{source}, {part}: {len(made)} images in {seconds:.0f} s", flush=True)
+            print(f"{source}, {part}: {len(made)} images in {time.perf_counter() - start:.0f} s", flush=True)
             for name, found in judged(model, real, numbers, made).items():
                 rows.append({"images": source, "part": part, "judge": name, "count": len(made), **found})
                 print(f"  {name}: " + ", ".join(f"{key} {value:.1%}" for key, value in found["right"].items()))
-            if source != "augmented":
-                near[f"{source}, {part}"] = memory(made, images[training], mirrored[training], errors[training])
-                if part == "held_out":
-                    distances[source] = frechet(features(ink(made)), held_out, scale)
+            near[f"{source}, {part}"] = nearness(made)
+            if part == "held_out":
+                distances[source] = distance(features(ink(made)))
     found = {
         "shares": rows,
-        "frechet": distances,
+        "frechet_to_held_out_images": distances,
         "nearest_training_image": {"reconstruction_error": spread(errors[training]), **near},
-        "bits_per_pixel_value": lossless(images[parts["held_out"]]),
+        "bits_per_pixel_value": lossless(images[held_out]),
     }
     if pipe:
+        captions = {"caption": [one.caption for one in real.emoji], "empty prompt": [""] * len(real)}
         found["latent_bits_per_dim"] = {
-            f"{part}, {text}": likelihood(
-                pipe, latents[numbers], ["" if text == "empty prompt" else real.emoji[i].caption for i in numbers], seed
-            )
+            f"{part}, {name}": likelihood(pipe, latents[numbers], [texts[i] for i in numbers], seed)
             for part, numbers in parts.items()
-            for text in ("caption", "empty prompt")
+            for name, texts in captions.items()
         }
     return found
 
@@ -264,6 +265,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, required=True, help="folder that keeps the classifier, trained if absent")
     parser.add_argument("--out", type=Path, help="write the results and the machine here")
     parser.add_argument("--seen", type=int, default=400, help="training emoji to draw")
+    parser.add_argument("--parts", nargs="+", choices=PARTS_ASKED, default=PARTS_ASKED, help="emoji to draw")
     parser.add_argument("--guidance", type=float, nargs="+", help="guidance weights; by default the pipeline's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--font", default="", help="font file; by default the one that fontconfig finds")
@@ -277,7 +279,8 @@ def main() -> None:
     size = pipe.transformer.config.image_size * pipe.pixels_per_latent if pipe else vae.config.sample_size
     real = real_emoji(args.font, size, args.shift)
     model = load_or_train(args.judge, real)
-    results = judge(real, model, vae, pipe, seen=args.seen, guidance=weights, seed=args.seed)
+    parts = {part: rows for part, rows in asked(real, args.seen, args.seed).items() if part in args.parts}
+    results = judge(real, model, vae, pipe, parts=parts, guidance=weights, seed=args.seed)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     results = {
         "machine": {**description(), **versions},

@@ -45,7 +45,8 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def results(real, pipe):
-    return judge.judge(real, classifier.build(real).eval(), pipe.vae, pipe, seen=3, guidance=[0.0, 1.0], seed=0)
+    parts = judge.asked(real, seen=3, seed=0)
+    return judge.judge(real, classifier.build(real).eval(), pipe.vae, pipe, parts=parts, guidance=[0.0, 1.0], seed=0)
 
 
 def test_all_held_out_emoji_and_a_subset_of_the_others_are_judged(real, results):
