@@ -8,8 +8,8 @@ keeps. The real images, encoded and decoded by the pipeline's autoencoder, are j
 latents can be expected to do better. With `--vae DIR` in place of a pipeline, they alone are judged. `--parts seen`
 leaves the held-out emoji alone, while settings are chosen.
 
-"right" counts concepts and tones of the asked emoji, and those of emoji with the same image; "plain" counts the first
-alone. Tones count where the asked emoji has one.
+"right" counts concepts, tones and genders of the asked emoji, and those of emoji with the same image; "plain" counts
+the first alone. Tones and genders count where the asked emoji has one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL.features
 import torch
 
-from starflow.data.emoji import Emoji
 from starflow.data.latents import draw_latents
 from starflow.data.prompts import encode_prompts
 from starflow.models.autoencoder import decode, load_vae, posterior
@@ -45,6 +44,14 @@ BATCH = 32
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 LIKELIHOOD_DRAWS = 4
 SHOWN_MISTAKES = 20
+
+
+class Seen(NamedTuple):
+    """Concept, skin tone and gender that a judge sees in an image."""
+
+    concept: str
+    tone: str
+    gender: str
 
 
 def open_pipeline(folder: Path) -> STARFlowPipeline:
@@ -84,35 +91,35 @@ def reconstructed(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return as_pixels(torch.cat([decode(vae, part) for part in latents.split(BATCH)]) / 2 + 0.5)
 
 
-def shares(real: RealEmoji, rows: list[int], found: list[tuple[str, str]], plain: bool = False) -> dict[str, float]:
-    """Return the shares of right concepts, right tones and both, among the emoji where they count.
+def shares(real: RealEmoji, rows: list[int], found: list[Seen], plain: bool = False) -> dict[str, float]:
+    """Return the shares of right concepts, tones, genders, and concepts with their tones, where an emoji has them.
 
     Args:
         real: the emoji.
         rows: numbers of the asked emoji.
-        found: concept and tone that a judge sees in each image.
+        found: what a judge sees in each image.
         plain: whether the asked emoji alone is right, not one with the same image.
     """
-    right: dict[str, list[bool]] = {"concept": [], "tone": [], "concept_with_tone": [], "both": []}
-    for number, (concept, tone) in zip(rows, found):
-        accepted: list[Emoji] = [real.emoji[number]] if plain else real.alike(number)
-        right["concept"].append(concept in {one.concept for one in accepted})
-        right["both"].append((concept, tone) in {(one.concept, one.tone) for one in accepted})
-        if real.emoji[number].tone:
-            right["tone"].append(tone in {one.tone for one in accepted})
-            right["concept_with_tone"].append(right["concept"][-1])
+    right: dict[str, list[bool]] = {"concept": [], "tone": [], "gender": [], "concept_and_tone": []}
+    for number, seen in zip(rows, found):
+        one = real.emoji[number]
+        accepted = [Seen(*(getattr(each, part) for part in PARTS)) for each in ([one] if plain else real.alike(number))]
+        for part in PARTS:
+            if getattr(one, part):
+                right[part].append(getattr(seen, part) in {getattr(each, part) for each in accepted})
+        right["concept_and_tone"].append(seen[:2] in {each[:2] for each in accepted})
     return {name: sum(values) / max(1, len(values)) for name, values in right.items()}
 
 
-def verdicts(model: Classifier, real: RealEmoji, x: torch.Tensor) -> dict[str, list[tuple[str, str]]]:
-    """Return concept and tone of each image by each judge; white is 0 in `x`."""
-    by_part = names(real)
+def verdicts(model: Classifier, real: RealEmoji, x: torch.Tensor) -> dict[str, list[Seen]]:
+    """Return what each judge sees in each image; white is 0 in `x`."""
     numbers, squares = nearest(x, ink(real.images), real.mirrored(), blurred)
-    closest = numbers.gather(1, squares.argmin(1, keepdim=True)).squeeze(1)
-    found = {"nearest": [(real.emoji[i].concept, real.emoji[i].tone) for i in closest.tolist()]}
-    classes = classify(model, x).tolist()
-    found["classifier"] = [tuple(by_part[i][row[i]] for i in range(len(PARTS) - 1)) for row in classes]
-    return found
+    closest = numbers.gather(1, squares.argmin(1, keepdim=True)).squeeze(1).tolist()
+    classes, by_part = classify(model, x).tolist(), names(real)
+    return {
+        "nearest": [Seen(*(getattr(real.emoji[number], part) for part in PARTS)) for number in closest],
+        "classifier": [Seen(*(part[i] for part, i in zip(by_part, row))) for row in classes],
+    }
 
 
 def judged(model: Classifier, real: RealEmoji, rows: list[int], images: torch.Tensor) -> dict[str, Any]:
@@ -120,7 +127,7 @@ def judged(model: Classifier, real: RealEmoji, rows: list[int], images: torch.Te
     found = verdicts(model, real, ink(images))
     missed = [
         f"{real.emoji[number].name} -> {seen[0]}"
-        for number, *seen in zip(rows, *([answer[0] for answer in answers] for answers in found.values()))
+        for number, *seen in zip(rows, *([answer.concept for answer in answers] for answers in found.values()))
         if not {one.concept for one in real.alike(number)} & set(seen)
     ]
     print(f"  both judges miss {len(missed)} concepts: {'; '.join(missed[:SHOWN_MISTAKES])}")

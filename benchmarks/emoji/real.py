@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 
 import torch
 
 from starflow.data.emoji import Emoji, EmojiImages, catalogue, draw, find_font, may_flip
 
-# The largest shift in pixels at which the docs train; an emoji is drawn with a margin of that width.
+# Largest shift of an emoji in training, in pixels; it is drawn with a margin of that width.
 SHIFT = 2
 # End of the concept of an emoji that is the mirror image of the one without this end.
 FACING_RIGHT = "\u200d➡"
@@ -27,10 +28,11 @@ class RealEmoji:
     emoji: list[Emoji]
     images: torch.Tensor
 
-    def __post_init__(self):
+    @functools.cached_property
+    def same(self) -> list[int]:
+        """Return the number of the first emoji with the same image, for each emoji."""
         first: dict[bytes, int] = {}
-        same = [first.setdefault(image.numpy().tobytes(), i) for i, image in enumerate(self.images)]
-        object.__setattr__(self, "same", same)
+        return [first.setdefault(image.numpy().tobytes(), i) for i, image in enumerate(self.images)]
 
     def __len__(self) -> int:
         return len(self.emoji)

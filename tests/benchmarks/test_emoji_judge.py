@@ -71,22 +71,22 @@ def test_images_are_those_of_the_names_and_of_the_numbers(real, pipe):
 
 def test_the_nearest_of_a_real_image_is_the_image(real):
     found = judge.verdicts(classifier.build(real).eval(), real, ink(real.images))["nearest"]
-    assert judge.shares(real, list(range(len(real))), found) == dict.fromkeys(
-        ("concept", "tone", "concept_with_tone", "both"), 1
-    )
+    assert set(judge.shares(real, list(range(len(real))), found).values()) == {1}
 
 
 def test_an_emoji_with_the_same_image_is_right_but_not_plainly_right(real):
-    seen = [(real.emoji[TWINS[0]].concept, "")]
-    assert judge.shares(real, [TWINS[1]], seen)["both"] == 1
-    assert judge.shares(real, [TWINS[1]], seen, plain=True)["both"] == 0
+    seen = [judge.Seen(real.emoji[TWINS[0]].concept, "", "")]
+    assert judge.shares(real, [TWINS[1]], seen)["concept_and_tone"] == 1
+    assert judge.shares(real, [TWINS[1]], seen, plain=True)["concept_and_tone"] == 0
 
 
-def test_tones_count_where_the_asked_emoji_has_one(real):
-    rows = [TEXTS.index(text) for text in ("👍", "👍🏻", "👍🏾", "❤️")]
-    thumb = real.emoji[rows[0]].concept
-    found = judge.shares(real, rows, [(thumb, "dark"), (thumb, "light"), (thumb, "light"), (thumb, "")])
-    assert found == {"concept": 3 / 4, "tone": 1 / 2, "concept_with_tone": 1, "both": 1 / 4}
+def test_tones_and_genders_count_where_the_asked_emoji_has_one(real):
+    rows = [TEXTS.index(text) for text in ("👍", "👍🏻", "👍🏾", "❤️", "👨‍🚀", "👵🏽")]
+    thumb, astronaut, old = (real.emoji[rows[i]].concept for i in (0, 4, 5))
+    seen = [(thumb, "dark", ""), (thumb, "light", "male"), (thumb, "light", ""), (thumb, "", "")]
+    seen += [(astronaut, "", "female"), (old, "medium", "female")]
+    found = judge.shares(real, rows, [judge.Seen(*one) for one in seen])
+    assert found == {"concept": 5 / 6, "tone": 2 / 3, "gender": 1 / 2, "concept_and_tone": 3 / 6}
 
 
 def distances(images, real, mirrored):
