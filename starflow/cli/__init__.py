@@ -11,9 +11,10 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..errors import ConfigError, StarflowError
 from .packages import install_line
@@ -53,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         a pipe has closed it.
     """
     status = 0
-    with _escaped(sys.stdout), _escaped(sys.stderr):
+    with _escaped(sys.stdout), _escaped(sys.stderr), warnings.catch_warnings():
+        warnings.showwarning = _show_warning
         try:
             try:
                 status = _main(arguments)
@@ -101,6 +103,14 @@ def _report(name: str, message: str) -> int:
     with contextlib.suppress(OSError):
         print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """Print a warning in one line, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    with contextlib.suppress(OSError):
+        tqdm.write(f"starflow: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 @contextlib.contextmanager

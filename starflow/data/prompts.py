@@ -23,6 +23,8 @@ ASPECT_RATIOS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:2
 
 # Start of a prompt in a warning.
 SHOWN_CHARACTERS = 80
+# Unknown words in a warning.
+SHOWN_WORDS = 10
 
 
 def load_text(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Any, Any]:
@@ -80,7 +82,8 @@ def encode_prompts(
 ) -> torch.Tensor:
     """Return float32 (N, length, text_dim) text states on the device of the text encoder, zero at the padding.
 
-    A prompt of more than `length` tokens is cut, with a warning.
+    A warning names the words that the tokenizer does not know, and another one a prompt of more than `length` tokens,
+    which is cut.
 
     Args:
         prompts: at least one prompt.
@@ -99,6 +102,10 @@ def encode_prompts(
             warnings.warn(
                 f"a prompt of {len(ids)} tokens is cut to {length}: {prompt!r:.{SHOWN_CHARACTERS}}", stacklevel=2
             )
+    if words := unknown_words(different, tokenizer):
+        more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
+        shown = ", ".join(map(repr, words[:SHOWN_WORDS]))
+        warnings.warn(f"the text encoder does not know {shown}{more}", stacklevel=2)
     tokens = tokenize(different, tokenizer, length).to(execution_device(text_encoder))
     # One prompt at a time, so that its bits do not depend on the other prompts.
     states = torch.cat([text_states(row, tokenizer, text_encoder) for row in tokens.split(1)])
@@ -129,6 +136,24 @@ def text_states(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, text_e
     mask = tokens != tokenizer.pad_token_id
     states = text_encoder(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
     return states * mask.to(states.device).unsqueeze(-1)
+
+
+def unknown_words(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the words of prompts that a tokenizer replaces by its token for unknown words, each word once.
+
+    Args:
+        prompts: the prompts.
+        tokenizer: the tokenizer. One that knows all words, or no positions of tokens, gives none.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or not tokenizer.is_fast:
+        return []
+    found = []
+    for prompt, encoding in zip(prompts, tokenizer(prompts, verbose=False).encodings):
+        for token, word in zip(encoding.ids, encoding.word_ids):
+            if token == unknown and word is not None:
+                found.append(prompt[slice(*encoding.word_to_chars(word))])
+    return list(dict.fromkeys(found))
 
 
 def with_aspect_ratio(prompt: str, ratio: str) -> str:

@@ -1,6 +1,7 @@
 """Text states and aspect ratios."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from support.components import TEXT_DIM, TEXT_LEN, text_encoder, tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from scripts.tiny_text_encoder import make_text_encoder, make_tokenizer
 from starflow import ConfigError
 from starflow.data.prompts import ASPECT_RATIOS, encode_prompts, image_size, nearest_ratio, with_aspect_ratio
 
@@ -18,6 +22,12 @@ PROMPTS = ["a red cat", "", "the small dog and a piano", "a red cat"]
 @pytest.fixture(scope="module")
 def parts():
     return tokenizer(), text_encoder()
+
+
+@pytest.fixture(scope="module")
+def words():
+    known = make_tokenizer(["red", "blue", "heart"])
+    return known, make_text_encoder(len(known), TEXT_DIM, 0)
 
 
 def test_states_are_those_of_the_prompt_alone_and_zero_at_the_padding(parts):
@@ -36,6 +46,42 @@ def test_a_long_prompt_is_cut_with_a_warning(parts):
     with pytest.warns(UserWarning, match="of 21 tokens is cut to 12"):
         states = encode_prompts(["cat " * 20, "cat"], *parts, TEXT_LEN)
     assert states[0].any(dim=1).all()
+
+
+def unknown(prompts: list[str], *parts) -> list[str]:
+    """Return the warnings of prompts, each with the words that it names."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        encode_prompts(prompts, *parts, TEXT_LEN)
+    return [str(each.message).removeprefix("the text encoder does not know ") for each in caught]
+
+
+def test_unknown_words_of_all_prompts_are_named_in_one_warning(words):
+    assert unknown(["Red hearts", "a  café, blue", "red hearts"], *words) == ["'hearts', 'a', 'café', ','"]
+    assert unknown(["blue Heart", ""], *words) == []
+
+
+def test_a_prompt_of_unknown_words_alone_has_states(words):
+    with pytest.warns(UserWarning, match="does not know 'grün'"):
+        assert encode_prompts(["grün"], *words, TEXT_LEN)[0, :2].any(dim=1).all()
+
+
+def test_many_unknown_words_are_counted(words):
+    names = [f"w{i}" for i in range(11)]
+    assert unknown([" ".join(names)], *words) == [", ".join(map(repr, names[:10])) + " and 1 more"]
+
+
+def test_the_word_around_an_unknown_letter_is_named(parts):
+    assert unknown(["a café 猫"], *parts) == ["'café', '猫'"]
+
+
+def test_a_tokenizer_with_bytes_knows_every_word(parts):
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *((f"<0x{i:02X}>", -9.0) for i in range(256))]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    spelled = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    assert len(spelled("é猫")["input_ids"]) > 4
+    assert unknown(["猫"], spelled, make_text_encoder(len(spelled), TEXT_DIM, 0)) == []
 
 
 def test_a_narrow_encoder_gives_float32(parts):
