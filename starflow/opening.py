@@ -9,16 +9,11 @@ import torch
 
 from .devices import check_device, check_dtype
 from .errors import ConfigError
-from .models.checkpoint import PIPELINE_INDEX, locate
+from .models.checkpoint import PIPELINE_INDEX, is_pipeline
 from .models.flow import Flow
 
 if TYPE_CHECKING:
     from .pipelines import FlowPipeline
-
-
-def is_pipeline(path: str | Path) -> bool:
-    """Return whether a folder holds a pipeline."""
-    return (locate(path) / PIPELINE_INDEX).exists()
 
 
 def open_model(
@@ -32,7 +27,7 @@ def open_model(
     An autoencoder of the pipeline decodes one image at a time, so that an image does not depend on its batch.
 
     Args:
-        path: folder of a flow or a pipeline, or the name of a bundled flow such as "digits".
+        path: folder of a flow or a pipeline, or the name of a bundled one such as "digits".
         device: device of the weights.
         dtype: dtype of the weights.
         variant: variant of a pipeline's weight files such as "fp16".

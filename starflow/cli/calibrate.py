@@ -17,10 +17,10 @@ from ..inversion.measure import WINDOWS, WORTH
 from ..inversion.request import TOLERANCE, Inversion
 from ..io.files import check_writable, write_folder
 from ..models.calibration import SOLVERS, Measurement, save_calibration
-from ..models.checkpoint import BUNDLED, locate, resolve
+from ..models.checkpoint import BUNDLED, TRANSFORMER, is_pipeline, locate, resolve
 from ..models.flow import Flow
 from ..models.guidance import Guidance
-from ..opening import is_pipeline, open_model
+from ..opening import open_model
 from ..training.loop import METRICS, STATE
 from .common import (
     DTYPES,
@@ -34,7 +34,6 @@ from .common import (
 )
 from .options import guidance_arguments, read_guidance
 
-TRANSFORMER = "transformer"
 DEFAULT_PROMPTS = ["a photo"]
 
 EXAMPLE = "starflow calibrate --checkpoint runs/photos --batch-size 1 16"
@@ -48,7 +47,7 @@ def add_arguments(parser: Parser) -> None:
         type=non_empty,
         default="digits",
         metavar="FOLDER",
-        help="Folder of a flow or pipeline, or the name of a bundled flow. Default: digits, which is bundled and "
+        help="Folder of a flow or pipeline, or the name of a bundled one. Default: digits, which is bundled and "
         "needs --out.",
     )
     parser.add_argument(

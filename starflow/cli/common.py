@@ -20,6 +20,8 @@ from ..seeds import MAX_SEED
 MAX_INTEGER = 2**63 - 1
 # More threads than this exceed the limits of many systems, which ends the process.
 MAX_THREADS = 1024
+# Bundled checkpoints of commands that are given none: for classes, and for text where it is bundled.
+CHECKPOINT, TEXT_CHECKPOINT = "digits", "emoji"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -42,7 +44,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def checkpoint_arguments(parser: Parser, batch_size: str = "256", auto: bool = False) -> None:
+def default_checkpoint(text: bool) -> str:
+    """Return the name of the bundled checkpoint that a command takes by default.
+
+    Args:
+        text: whether to prefer the one that draws text.
+    """
+    # Needs safetensors, without which `starflow --help` works.
+    from ..models.checkpoint import bundled_names
+
+    return TEXT_CHECKPOINT if text and TEXT_CHECKPOINT in bundled_names() else CHECKPOINT
+
+
+def checkpoint_arguments(
+    parser: Parser, batch_size: str = "256", auto: bool = False, default: str | None = CHECKPOINT
+) -> None:
     """Add the arguments of a command that runs a checkpoint.
 
     Args:
@@ -50,13 +66,15 @@ def checkpoint_arguments(parser: Parser, batch_size: str = "256", auto: bool = F
         batch_size: default number of images per batch, or a text that describes the default. With a text, the parsed
             default is None.
         auto: whether the batch size may be "auto".
+        default: default checkpoint; None if it is `default_checkpoint` of the prompt.
     """
+    described = default or f"{default_checkpoint(text=True)} for a prompt, {CHECKPOINT} otherwise"
     parser.add_argument(
         "--checkpoint",
         type=non_empty,
-        default="digits",
+        default=default,
         metavar="FOLDER",
-        help="Folder of the checkpoint, or the name of a bundled one. Default: digits, which is bundled.",
+        help=f"Folder of the checkpoint, or the name of a bundled one. Default: {described}.",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="Data type of the weights in memory. Default: float32."
@@ -105,6 +123,13 @@ def non_empty(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a name")
     return text
+
+
+def prompt_text(text: str) -> str:
+    """Parse a prompt, without the spaces around it."""
+    if not (found := text.strip()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a prompt")
+    return found
 
 
 def positive(text: str) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import socket
 import threading
 from typing import Any
 
 from ..errors import ConfigError
-from .common import Parser, device, interrupted_by_sigterm, non_empty, non_negative
+from .common import Parser, default_checkpoint, device, interrupted_by_sigterm, non_empty, non_negative
 
-EXAMPLE = "starflow demo --checkpoint digits --open"
+EXAMPLE = "starflow demo --open"
 
 
 def add_arguments(parser: Parser) -> None:
@@ -19,9 +20,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--checkpoint",
         type=non_empty,
-        default="digits",
+        default=(default := default_checkpoint(text=all(map(importlib.util.find_spec, ("diffusers", "transformers"))))),
         metavar="FOLDER",
-        help="Folder of a flow or a pipeline, or the name of a bundled checkpoint. Default: digits, which is bundled.",
+        help=f"Folder of a flow or a pipeline, or the name of a bundled checkpoint. Default: {default}.",
     )
     parser.add_argument(
         "--host",

@@ -18,7 +18,7 @@ import starflow_kernels
 from starflow_kernels import __version__, backends
 
 from ..models.calibration import Measurement, duration
-from ..models.checkpoint import bundled_names, locate
+from ..models.checkpoint import TRANSFORMER, bundled_names, is_pipeline, locate, pipeline_class, read_config
 from ..models.flow import Flow
 from ..opening import open_model
 from ..settings import PRESETS, presets
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "versions": _versions(),
         "machine": _machine(),
         "backends": backends(),
-        "checkpoints": {name: repr(Flow.from_pretrained(name)) for name in bundled_names()},
+        "checkpoints": {name: _bundled(name) for name in bundled_names()},
         "presets": {command: _presets(kind) for command, kind in PRESET_KINDS.items()},
         **described,
     }
@@ -77,6 +77,16 @@ def _print(title: str, table: Table) -> None:
     if table:
         width = max(map(len, table))
         print(f"{title}\n" + "".join(f"  {name:<{width}}  {value}\n" for name, value in table.items()))
+
+
+def _bundled(name: str) -> str:
+    """Return the description of a bundled checkpoint. The packages that pipelines need may be missing."""
+    if not is_pipeline(name):
+        return repr(Flow.from_pretrained(name))
+    folder = locate(name)
+    with torch.device("meta"):
+        flow = Flow(read_config(folder / TRANSFORMER))
+    return f"{pipeline_class(folder)} with {flow}"
 
 
 def _versions() -> Table:

@@ -22,7 +22,7 @@ from ..models.guidance import Guidance
 from ..opening import open_model
 from ..sampling.budget import denoise_bytes, fitting_batch, image_bytes, weight_bytes
 from ..sampling.jobs import FORMATS, SAMPLES_PER_FILE, Job, Layout
-from ..sampling.many import GRID, DrawJobs, ProgressBar, draw_flow_jobs, generate
+from ..sampling.many import GRID, GRID_IMAGES, DrawJobs, ProgressBar, draw_flow_jobs, generate
 from ..sampling.processes import Processes
 from ..sampling.sample import SampleOptions, SampleReport, check_pixels, sample
 from .common import (
@@ -30,10 +30,12 @@ from .common import (
     Parser,
     byte_count,
     checkpoint_arguments,
+    default_checkpoint,
     device,
     interrupted_by_sigterm,
     non_empty,
     positive,
+    prompt_text,
     refuse,
 )
 from .options import guidance_arguments, read_guidance, read_inversion, solver_arguments
@@ -55,7 +57,10 @@ EXAMPLE = "starflow sample --num 100 --label all --out samples"
 def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
     checkpoint_arguments(
-        parser, batch_size=f"{FLOW_BATCH}, or {PIPELINE_BATCH} for a pipeline; auto takes what fits --memory", auto=True
+        parser,
+        batch_size=f"{FLOW_BATCH}, or {PIPELINE_BATCH} for a pipeline; auto takes what fits --memory",
+        auto=True,
+        default=None,
     )
     parser.add_argument(
         "--memory",
@@ -95,7 +100,10 @@ def add_arguments(parser: Parser) -> None:
         help="Class to draw; all draws each class in turn, none draws without a class. Default: all.",
     )
     condition.add_argument(
-        "--prompt", metavar="TEXT", help="Text to draw, with a text-to-image pipeline. It needs this or --prompt-file."
+        "--prompt",
+        type=prompt_text,
+        metavar="TEXT",
+        help="Text to draw, with a text-to-image pipeline. It needs this or --prompt-file.",
     )
     condition.add_argument(
         "--prompt-file",
@@ -104,9 +112,12 @@ def add_arguments(parser: Parser) -> None:
         help="File with one prompt per line; empty lines do not count.",
     )
     conditions.add_argument(
-        "--negative-prompt", metavar="TEXT", help="Prompt that guidance moves away from. Default: the empty prompt."
+        "--negative-prompt",
+        type=str.strip,
+        metavar="TEXT",
+        help="Prompt that guidance moves away from. Default: the empty prompt.",
     )
-    guidance_arguments(conditions, "0, or 3.6 for text")
+    guidance_arguments(conditions, "0, or the pipeline's own")
     conditions.add_argument(
         "--attention-temperature",
         "--attn_temp",
@@ -166,6 +177,8 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Draw images with a flow or a pipeline."""
     inversion = read_inversion(args)
+    if args.checkpoint is None:
+        args.checkpoint = default_checkpoint(text=args.prompt is not None or args.prompt_file is not None)
     check_writable(Path(args.out))
     # Joined before the model is loaded, which may take a different time in each process.
     Processes().join()
@@ -222,7 +235,7 @@ def _pipeline(args: argparse.Namespace, pipe: FlowPipeline, inversion: Inversion
         prompts, copies = _prompts(args), args.num or 1
         _check_count(len(prompts) * copies)
         jobs = [Job(i, copy, prompt) for i, prompt in enumerate(prompts) for copy in range(copies)]
-        columns = min(copies, 10) if copies > 1 else 10
+        columns = min(copies, 10) if min(copies, len(prompts)) > 1 else math.ceil(math.sqrt(len(jobs)))
         ratio = args.aspect or nearest_ratio(*size)
         condition_options = {"ratio": ratio, "negative_prompt": args.negative_prompt}
     else:
@@ -274,7 +287,8 @@ def _generate(
     if Processes().rank:
         args.json = None
         return {}
-    _print(report, Path(args.out), args.verbose)
+    has_grid = layout.format == "png" and len(jobs) <= GRID_IMAGES
+    _print(report, Path(args.out, GRID if has_grid else ""), args.verbose)
     return {"out": args.out, "options": options.to_json(), **report.to_json()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,15 @@ from typing import Any
 import torch
 import yaml
 
-from ..errors import CheckpointError
 from ..io.files import write_folder, write_text
 from ..io.weights import read_weights
-from ..models.checkpoint import CONFIG, NOTICE, check_tensors, locate, read_notice, resolve
+from ..models.checkpoint import CONFIG, NOTICE, TRANSFORMER, check_tensors, locate, read_config, read_notice, resolve
 from ..models.config import FlowConfig
 from .convert import check_target, dtype_names
 from .formats import write_arguments
 from .names import count, dead_buffers, family, make_buffer, upstream_names, upstream_shape, weight_shapes
 from .report import Report
 
-# Folder of the flow inside a pipeline of diffusers.
-TRANSFORMER = "transformer"
 # First part of the names of the weight files in that folder.
 STEM = "diffusion_pytorch_model"
 
@@ -88,11 +84,7 @@ def _read(source: str | Path) -> tuple[Path, FlowConfig, dict[str, torch.Tensor]
     folder = locate(source) / TRANSFORMER
     if not (folder / CONFIG).exists():
         folder = resolve(source)
-    try:
-        fields = json.loads((folder / CONFIG).read_bytes())
-        config = FlowConfig.from_dict({name: value for name, value in fields.items() if not name.startswith("_")})
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    config = read_config(folder)
     stems = [stem for stem in ("model", STEM) if list(folder.glob(f"{stem}*.safetensors"))]
     return folder, config, read_weights(folder, stems[0] if stems else "model", mmap=True)
 

@@ -115,11 +115,12 @@ class DemoModel:
     def defaults(self) -> Choices:
         """Return the choices that the page shows at first."""
         work = self.parameters * math.prod(self.config.grid)
+        guidance = self.pipe.default_guidance if self.pipe else Guidance()
         return Choices(
             condition="" if self.text else EACH if self.config.num_classes else NONE,
             count=min(MAX_IMAGES, max(4, int(FIRST_WORK / work))),
-            guidance=3.6 if self.text else 0.0,
-            rule="starflow" if self.text else "tarflow",
+            guidance=guidance.weight,
+            rule=guidance.rule,
             denoise=self.pipe.denoise_factor(None) if self.pipe else 0.0,
         )
 

@@ -21,6 +21,8 @@ WEIGHTS = "model.safetensors"
 NOTICE = "NOTICE"
 # File in the folder of a pipeline that names its parts.
 PIPELINE_INDEX = "model_index.json"
+# Folder of the flow inside a pipeline.
+TRANSFORMER = "transformer"
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 
 
@@ -106,8 +108,22 @@ def check_tensors(
 
 
 def bundled_names() -> list[str]:
-    """Return the names of the bundled checkpoints."""
-    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
+    """Return the names of the bundled flows and pipelines."""
+    return sorted(path.parent.name for file in (CONFIG, PIPELINE_INDEX) for path in BUNDLED.glob(f"*/{file}"))
+
+
+def is_pipeline(path: str | Path) -> bool:
+    """Return whether a folder, or the bundled checkpoint of that name, is a pipeline."""
+    return (locate(path) / PIPELINE_INDEX).exists()
+
+
+def pipeline_class(folder: str | Path) -> str:
+    """Name of the class in a folder's model_index.json. Raises CheckpointError if there is none."""
+    index = Path(folder) / PIPELINE_INDEX
+    try:
+        return str(json.loads(index.read_bytes())["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: {getattr(error, 'strerror', None) or 'not the index of a pipeline'}") from None
 
 
 def locate(folder: str | Path) -> Path:
@@ -126,9 +142,11 @@ def resolve(folder: str | Path) -> Path:
     """Return the folder of a checkpoint, given its path or the name of a bundled one, see `locate`.
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError: there is no checkpoint, or it is a pipeline.
     """
     path = locate(folder)
+    if is_pipeline(path):
+        raise CheckpointError(f"{folder} is a pipeline, not a flow: starflow.open_model and starflow sample open it")
     if not (path / CONFIG).exists():
         names = ", ".join(bundled_names()) or "none"
         raise CheckpointError(f"no checkpoint at {folder} ({CONFIG} is not there); bundled: {names}")

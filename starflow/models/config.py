@@ -188,7 +188,7 @@ class FlowConfig:
 
     @classmethod
     def load(cls, path: Path) -> FlowConfig:
-        """Read a JSON file.
+        """Read a JSON file. Names that begin with an underscore, which diffusers adds, are ignored.
 
         Args:
             path: the file.
@@ -202,4 +202,4 @@ class FlowConfig:
             raise ConfigError(f"{path}: {error}") from None
         if not isinstance(fields, dict):
             raise ConfigError(f"{path}: expected a JSON object of model settings")
-        return cls.from_dict(fields)
+        return cls.from_dict({name: value for name, value in fields.items() if not name.startswith("_")})

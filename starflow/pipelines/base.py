@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..data.prompts import image_size
 from ..errors import CheckpointError, ConfigError, StarflowError
 from ..io.files import permit_reading, write_text
 from ..io.tensors import SafetensorError, copy_weights
-from ..models.checkpoint import PIPELINE_INDEX
+from ..models.checkpoint import locate, pipeline_class
 from ..models.conditions import integers
 from ..models.flow import Flow
 from ..models.guidance import Guidance
@@ -87,14 +86,17 @@ class FlowPipeline(DiffusionPipeline):
         """Read a folder.
 
         Args:
-            folder: the folder.
+            folder: the folder, or the name of a bundled pipeline.
             options: see `diffusers.DiffusionPipeline.from_pretrained`. The weights are copied, so that the files may
-                change later; disable_mmap=False maps the files.
+                change later; disable_mmap=False maps the files. They are float32 in all parts unless dtype is given.
 
         Raises:
             CheckpointError: the folder holds no pipeline, another kind of pipeline, or damaged files.
         """
         options.setdefault("disable_mmap", True)
+        if "torch_dtype" not in options:
+            options.setdefault("dtype", torch.float32)
+        folder = str(locate(folder))
         if cls is not FlowPipeline:
             try:
                 # transformers refuses the meta device as the default.
@@ -127,7 +129,8 @@ class FlowPipeline(DiffusionPipeline):
         permit_reading(folder)
         if not (card := Path(folder) / "README.md").exists():
             side = self.transformer.config.image_size * self.pixels_per_latent
-            write_text(card, model_card(type(self).__name__, self.transformer, side, Path(folder).resolve().name))
+            name, weight = Path(folder).resolve().name, self.default_guidance.weight
+            write_text(card, model_card(type(self).__name__, self.transformer, side, name, weight))
 
     def size(self, height: int | None, width: int | None, aspect_ratio: str | None) -> tuple[int, int]:
         """Height and width in pixels of a request.
@@ -359,15 +362,6 @@ def as_step_end(callback: StepCallback | None, names: Sequence[str] | None) -> S
         return (callback(pipe, step, block, tensors) or {}).get("latents", x)
 
     return step_end
-
-
-def pipeline_class(folder: str | Path) -> str:
-    """Name of the class in a folder's model_index.json. Raises CheckpointError if there is none."""
-    index = Path(folder) / PIPELINE_INDEX
-    try:
-        return str(json.loads(index.read_bytes())["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index}: {getattr(error, 'strerror', None) or 'not the index of a pipeline'}") from None
 
 
 def denoise_rows(flow: Flow, tokens: int) -> int:

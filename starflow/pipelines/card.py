@@ -29,7 +29,7 @@ image.save("image.png")
 Guidance: `guidance_scale` is the weight w >= 0 added to the conditional prediction; 0 is sampling without guidance.
 """
 CALLS = {
-    "STARFlowPipeline": 'image = pipe("a cat playing piano", guidance_scale=3.6).images[0]',
+    "STARFlowPipeline": 'image = pipe("a cat playing piano", guidance_scale={guidance:g}).images[0]',
     "classes": "image = pipe(class_labels=0).images[0]",
     "unconditional": "image = pipe().images[0]",
 }
@@ -40,7 +40,7 @@ KINDS = {
 }
 
 
-def model_card(pipeline: str, flow: Flow, side: int, name: str) -> str:
+def model_card(pipeline: str, flow: Flow, side: int, name: str, guidance: float) -> str:
     """Return a model card in Markdown with front matter.
 
     Args:
@@ -48,6 +48,7 @@ def model_card(pipeline: str, flow: Flow, side: int, name: str) -> str:
         flow: the flow.
         side: side of an image in pixels.
         name: name of the model.
+        guidance: default guidance weight of the pipeline.
     """
     config = flow.config
     kind = pipeline if pipeline in KINDS else "classes" if config.num_classes else "unconditional"
@@ -57,7 +58,7 @@ def model_card(pipeline: str, flow: Flow, side: int, name: str) -> str:
         name=name,
         kind=description,
         pipeline=pipeline,
-        call=CALLS[kind],
+        call=CALLS[kind].format(guidance=guidance),
         blocks=len(config.layers),
         layers=", ".join(map(str, config.layers)),
         parameters=sum(parameter.numel() for parameter in flow.parameters()),

@@ -32,11 +32,11 @@ class STARFlowPipeline(FlowPipeline):
         mixed_aspect: the flow was trained on several aspect ratios, and every prompt names its own.
         denoise: factor of the score step that calls use by default; 0 for an autoencoder whose decoder was trained on
             noisy latents.
+        guidance: guidance weight that calls use by default.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012
-    default_guidance = Guidance(3.6, "starflow")
 
     def __init__(
         self,
@@ -46,11 +46,17 @@ class STARFlowPipeline(FlowPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
         mixed_aspect: bool = False,
         denoise: float = 1.0,
+        guidance: float = 3.6,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(mixed_aspect=mixed_aspect, denoise=denoise)
+        self.register_to_config(mixed_aspect=mixed_aspect, denoise=denoise, guidance=guidance)
         self.pixels_per_latent = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @property
+    def default_guidance(self) -> Guidance:
+        """Guidance of a call that does not give any."""
+        return Guidance(self.config.guidance, "starflow")
 
     @torch.no_grad()
     def __call__(
@@ -59,7 +65,7 @@ class STARFlowPipeline(FlowPipeline):
         height: int | None = None,
         width: int | None = None,
         aspect_ratio: str | None = None,
-        guidance_scale: float = default_guidance.weight,
+        guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -75,7 +81,7 @@ class STARFlowPipeline(FlowPipeline):
         window: int | None = None,
         tol: float | None = None,
         quantize: Quantize = "none",
-        guidance_rule: GuidanceRule = default_guidance.rule,
+        guidance_rule: GuidanceRule = "starflow",
         annealed: bool = False,
         attention_temperature: float = 1.0,
         denoise: float | None = None,
@@ -89,8 +95,8 @@ class STARFlowPipeline(FlowPipeline):
             height: height in pixels, by default the one of training. Another size scales the rotary positions.
             width: width in pixels, by default the one of training.
             aspect_ratio: shape at the area of training such as "3:2", in place of height and width.
-            guidance_scale: guidance weight >= 0; 0 samples without guidance. A scale that counts from 1 is this weight
-                plus 1. It acts on the blocks that the text reaches.
+            guidance_scale: guidance weight >= 0, the pipeline's own by default; 0 samples without guidance. A scale
+                that counts from 1 is this weight plus 1. It acts on the blocks that the text reaches.
             negative_prompt: prompt that guidance moves away from, or one per prompt; "" by default.
             num_images_per_prompt: images per prompt, next to each other in the result.
             generator: one generator, or one per image, which makes each image independent of the others.
@@ -120,8 +126,9 @@ class STARFlowPipeline(FlowPipeline):
         self._interrupt = False
         copies, denoise_rows = check_call(output_type, num_images_per_prompt, denoise_batch_size)
         step_end = as_step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        weight = self.default_guidance.weight if guidance_scale is None else guidance_scale
         options = SampleOptions(
-            Guidance(guidance_scale, guidance_rule, annealed, attention_temperature),
+            Guidance(weight, guidance_rule, annealed, attention_temperature),
             Inversion(method, window, tol, quantize),
             self.denoise_factor(denoise),
             certify,

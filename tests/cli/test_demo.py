@@ -31,7 +31,7 @@ def watched(self, address):
     return connect(self, address)
 socket.socket.connect = watched
 from starflow.cli import main
-sys.exit(main(["demo", "--port", "0", "--threads", "1", *sys.argv[1:]]))
+sys.exit(main(["demo", "--checkpoint", "digits", "--port", "0", "--threads", "1", *sys.argv[1:]]))
 """
 
 

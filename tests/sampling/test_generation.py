@@ -217,6 +217,7 @@ def test_classes(digits, tmp_path, capsys):
     [
         ([], "--prompt or --prompt-file"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt-file", "/dev/null"], "/dev/null: no prompts in it"),
         (["--prompt", "a cat", "--aspect", "wide"], "'wide'"),
         (["--prompt", "a cat", "--height", "9"], "height=9"),
         (["--prompt", "a cat", "--method", "magic"], "method='magic': expected auto or one of sequential"),
@@ -238,7 +239,7 @@ def test_a_mistake_does_not_bind_the_folder(folder, tmp_path, capsys):
 
 
 def test_a_plain_flow_takes_no_prompt(tmp_path, capsys):
-    arguments = ["--prompt", "a cat", "--out", str(tmp_path)]
+    arguments = ["--checkpoint", "digits", "--prompt", "a cat", "--out", str(tmp_path)]
     assert "--prompt: digits is not the folder of a pipeline" in fails(capsys, *arguments)
     assert "method='magic'" in fails(capsys, "--method", "magic", "--out", str(tmp_path))
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
+from scripts.tiny_text_encoder import make_text_encoder, make_tokenizer
 from starflow.pipelines import FlowModel, STARFlowPipeline
 
 SPOKEN = "a an the in of and aspect ratio. cat dog piano three seven red blue small large 1:1 2:3 3:2 16:9"
@@ -63,6 +64,17 @@ def pipeline(**changes) -> STARFlowPipeline:
     made = STARFlowPipeline(flow_model(), vae(), text_encoder(), tokenizer(), **changes)
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def save_bundled(folder: Path, words: str) -> Path:
+    """Save a pipeline as the package holds it: float16 weights, and a tokenizer of these words alone."""
+    words_only = make_tokenizer(words.split())
+    encoder = make_text_encoder(len(words_only), TEXT_DIM, 0)
+    made = STARFlowPipeline(flow_model(), vae(), encoder, words_only, guidance=2.0)
+    for part in (made.transformer, made.vae, made.text_encoder):
+        part.half()
+    made.save_pretrained(folder)
+    return folder
 
 
 def save(folder: Path, **options) -> Path:
