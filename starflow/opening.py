@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,10 +49,23 @@ def open_model(
         if variant is not None:
             raise ConfigError(f"variant={variant!r}: {path} is no folder of a pipeline, it has no {PIPELINE_INDEX}")
         return Flow.from_pretrained(path, device, dtype)
-    from .pipelines import FlowPipeline, without_loading_bars
+    with _without_collection():
+        from .pipelines import FlowPipeline, without_loading_bars
 
-    with without_loading_bars():
-        pipe = FlowPipeline.from_pretrained(path, dtype=dtype, variant=variant).to(device)
+        with without_loading_bars():
+            pipe = FlowPipeline.from_pretrained(path, dtype=dtype, variant=variant).to(device)
     if "vae" in pipe.components:
         pipe.vae.enable_slicing()
     return pipe
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Suspend the garbage collector, which takes a fifth of the time while diffusers and transformers are imported."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

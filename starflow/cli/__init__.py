@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -18,6 +20,9 @@ from typing import Any, TextIO
 
 from ..errors import ConfigError, StarflowError
 from .packages import install_line
+
+# A process that ends needs no collection of garbage, which takes a second once diffusers and transformers are imported.
+atexit.register(gc.freeze)
 
 # Messages of torch, which reports some failed allocations as a RuntimeError.
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|size calculation overflowed", re.IGNORECASE)
