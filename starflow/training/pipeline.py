@@ -123,13 +123,16 @@ class PipelineTrainer:
         Args:
             quiet: whether to hide the progress bars.
         """
+        from ..pipelines import without_loading_bars
+
         write_text(self.folder / SETTINGS, yaml.safe_dump(self.settings, sort_keys=False))
-        self._train(AutoencoderTrainer, self.autoencoder, "autoencoder", quiet)
-        self._make_text_encoder()
-        encode(self.latents, self.folder / "latents", self.device, quiet=quiet)
-        self._train(FlowTrainer, self.flow, "flow", quiet)
-        self._train(DecoderTrainer, self.decoder, "decoder", quiet)
-        self._save_pipeline()
+        with without_loading_bars():
+            self._train(AutoencoderTrainer, self.autoencoder, "autoencoder", quiet)
+            self._make_text_encoder()
+            encode(self.latents, self.folder / "latents", self.device, quiet=quiet)
+            self._train(FlowTrainer, self.flow, "flow", quiet)
+            self._train(DecoderTrainer, self.decoder, "decoder", quiet)
+            self._save_pipeline()
 
     def _train(self, trainer_class: type[Loop], config: RunConfig, name: str, quiet: bool) -> None:
         folder = self.folder / name
@@ -160,7 +163,7 @@ class PipelineTrainer:
         for module in (text_encoder, vae):
             # The methods of diffusers and transformers warn.
             torch.nn.Module.to(module, torch.float16)
-        pipe = STARFlowPipeline(flow, vae, text_encoder, tokenizer, denoise=self.saved.denoise)
+        pipe = STARFlowPipeline(flow, vae, text_encoder, tokenizer, **dataclasses.asdict(self.saved))
         with write_folder(self.folder / "pipeline", overwrite=True) as temporary:
             pipe.save_pretrained(temporary)
 

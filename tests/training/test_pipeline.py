@@ -64,8 +64,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_a_run_makes_a_pipeline_that_draws(run):
     pipe = STARFlowPipeline.from_pretrained(run / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(["seven", "the digit 7"], generator=torch.Generator().manual_seed(0)).images
+    images = pipe(["7", "the digit 7"], generator=torch.Generator().manual_seed(0)).images
     assert [image.size for image in images] == [(16, 16)] * 2
+
+
+def test_a_pipeline_has_its_own_guidance_and_no_denoising(run):
+    config = STARFlowPipeline.from_pretrained(run / "pipeline").config
+    assert (config.guidance, config.denoise) == (0.5, 0.0)
 
 
 def test_a_pipeline_is_stored_in_float16(run):
