@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ..errors import ConfigError, DataError
 from ..io.digests import digest
 from ..io.files import located
 from ..io.images import open_image
 from ..models.autoencoder import downsampling
-from ..seeds import check_seed, generator, normal, permutation
+from ..seeds import check_seed, normal
 from ..settings import check_types
 from .emoji import Emoji, EmojiImages, catalogue, check_backgrounds, concept_names, draw, emoji_state, find_font
 from .folders import METADATA, folder_state, image_files, is_held_out, read_captions, relative_name
@@ -138,55 +138,6 @@ class ImageSet(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.fetch(index), self.labels[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class ShuffledBatches(Sampler):
-    """Indices of the batches of the steps first .. last - 1, drawn without replacement within an epoch.
-
-    A batch depends only on the seed and its step. Images at the end of an epoch that do not fill a batch are left out.
-
-    Args:
-        count: images in the data set.
-        batch_size: images per batch.
-        seed: seed of the order.
-        first: first step.
-        last: step after the last one.
-    """
-
-    count: int
-    batch_size: int
-    seed: int
-    first: int
-    last: int
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = min(self.batch_size, self.count)
-        for step in range(self.first, self.last):
-            epoch, position = divmod(step, self.count // size)
-            if position == 0 or step == self.first:
-                order = permutation(self.count, generator(self.seed, epoch, 0))
-            yield order[position * size : (position + 1) * size]
-
-
-def batches(images: ImageSet | LatentSet, **options: Any) -> Iterator[list[torch.Tensor]]:
-    """Iterate over the batches of a DataLoader, on the CPU whatever the default device of torch.
-
-    Args:
-        images: the data set.
-        options: options of the DataLoader.
-    """
-    with torch.device("cpu"):
-        loaded = iter(DataLoader(images, **options))
-    while True:
-        with torch.device("cpu"):
-            batch = next(loaded, None)
-        if batch is None:
-            return
-        yield batch
 
 
 def load(config: DataConfig) -> tuple[ImageSet, ImageSet] | tuple[LatentSet, LatentSet]:

@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from ..data.datasets import ImageSet, batches, dequantize
+from ..data.batches import batches
+from ..data.datasets import ImageSet, dequantize
 from ..errors import DataError
 from ..models.flow import Flow
 from ..seeds import generator

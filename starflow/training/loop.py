@@ -23,7 +23,8 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from ..data.datasets import ShuffledBatches, batches, data_state, load
+from ..data.batches import ShuffledBatches, batches
+from ..data.datasets import data_state, load
 from ..errors import CheckpointError, ConfigError, DataError, StarflowError
 from ..io.files import check_writable, write_atomically, write_text
 from ..seeds import MAX_SEED, generator

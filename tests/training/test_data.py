@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from starflow import ConfigError, DataError
-from starflow.data.datasets import DataConfig, ShuffledBatches, data_state, dequantize, load, read_image, to_pixels
+from starflow.data.batches import ShuffledBatches
+from starflow.data.datasets import DataConfig, data_state, dequantize, load, read_image, to_pixels
 from starflow.data.folders import relative_name
 from starflow.seeds import generator
 

@@ -1,0 +1,65 @@
+"""Batches of a data set for training, in an order that the seed determines."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from ..seeds import generator, permutation
+
+if TYPE_CHECKING:
+    from .datasets import ImageSet
+    from .latents import LatentSet
+
+
+@dataclasses.dataclass(frozen=True)
+class ShuffledBatches(Sampler):
+    """Indices of the batches of the steps first .. last - 1, drawn without replacement within an epoch.
+
+    A batch depends only on the seed and its step. Images at the end of an epoch that do not fill a batch are left out.
+
+    Args:
+        count: images in the data set.
+        batch_size: images per batch.
+        seed: seed of the order.
+        first: first step.
+        last: step after the last one.
+    """
+
+    count: int
+    batch_size: int
+    seed: int
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = min(self.batch_size, self.count)
+        for step in range(self.first, self.last):
+            epoch, position = divmod(step, self.count // size)
+            if position == 0 or step == self.first:
+                order = permutation(self.count, generator(self.seed, epoch, 0))
+            yield order[position * size : (position + 1) * size]
+
+
+def batches(images: ImageSet | LatentSet, **options: Any) -> Iterator[list[torch.Tensor]]:
+    """Iterate over the batches of a DataLoader, on the CPU whatever the default device of torch.
+
+    Args:
+        images: the data set.
+        options: options of the DataLoader.
+    """
+    with torch.device("cpu"):
+        loaded = iter(DataLoader(images, **options))
+    while True:
+        with torch.device("cpu"):
+            batch = next(loaded, None)
+        if batch is None:
+            return
+        yield batch
