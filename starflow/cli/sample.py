@@ -48,6 +48,8 @@ PIPELINE_BATCH = 8
 MEMORY = 2_000_000_000
 # The list of the samples of a run is in memory.
 MOST_SAMPLES = 10_000_000
+DEFAULT_FOLDER = "samples"
+FOLDER_CHARACTERS = 80
 # Arguments that only pipelines take, by the name that the parser gives them.
 PIPELINE_ONLY = ("prompt", "prompt_file", "negative_prompt", "aspect", "height", "width")
 
@@ -147,7 +149,10 @@ def add_arguments(parser: Parser) -> None:
     solver_arguments(parser)
     files = parser.add_argument_group("files")
     files.add_argument(
-        "--out", type=non_empty, default="samples", metavar="FOLDER", help="Folder for the images. Default: samples."
+        "--out",
+        type=non_empty,
+        metavar="FOLDER",
+        help="Folder for the images. Default: samples, or samples/PROMPT-SEED with --prompt.",
     )
     files.add_argument(
         "--format",
@@ -179,11 +184,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     inversion = read_inversion(args)
     if args.checkpoint is None:
         args.checkpoint = default_checkpoint(text=args.prompt is not None or args.prompt_file is not None)
+    args.out = args.out or _default_folder(args.prompt, args.seed)
     check_writable(Path(args.out))
     # Joined before the model is loaded, which may take a different time in each process.
     Processes().join()
     model = open_model(args.checkpoint, _device(args.device), DTYPES[args.dtype], args.variant)
     return (_flow if isinstance(model, Flow) else _pipeline)(args, model, inversion)
+
+
+def _default_folder(prompt: str | None, seed: int) -> str:
+    """Return the folder of a command without --out; each prompt and seed has its own."""
+    if prompt is None:
+        return DEFAULT_FOLDER
+    words = re.findall(r"\w+", prompt.lower())
+    return f"{DEFAULT_FOLDER}/{'-'.join([*words, str(seed)])[-FOLDER_CHARACTERS:]}"
 
 
 def _flow(args: argparse.Namespace, flow: Flow, inversion: Inversion) -> dict[str, Any]:

@@ -185,3 +185,11 @@ def test_all_files_of_bundled_pipelines_are_packaged(bundled, tmp_path, monkeypa
     packaged = {f"{source}/{name}" for _, source, _, names in command.data_files for name in names}
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("checkpoints/**/*") if path.is_file()}
     assert files <= packaged and "starflow/checkpoints/emoji/vae/config.json" in files
+
+
+def test_two_prompts_and_two_seeds_are_drawn_into_folders_of_their_own(bundled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for prompt, seed in (("red cat", "0"), ("A dog!", "0"), ("red cat", "1")):
+        assert main(["sample", "--prompt", prompt, "--seed", seed]) == 0
+    folders = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert folders == {"red-cat-0", "a-dog-0", "red-cat-1"}
