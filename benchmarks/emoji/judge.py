@@ -39,7 +39,7 @@ from .distances import as_it_is, blurred, features, frechet, lossless_bits, near
 from .real import SHIFT, RealEmoji, ink, real_emoji
 
 PACKAGES = ("diffusers", "transformers", "Pillow", "emoji")
-PARTS_ASKED = ("seen", "held_out")
+PARTS_ASKED = ("seen", "held_out", "validation")
 BATCH = 32
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 LIKELIHOOD_DRAWS = 4
@@ -183,10 +183,13 @@ def likelihood(pipe: STARFlowPipeline, found: torch.Tensor, captions: list[str],
 
 
 def asked(real: RealEmoji, seen: int, seed: int) -> dict[str, list[int]]:
-    """Return the numbers of a random subset of the training emoji, and of all held-out ones."""
-    training = real.numbers(held_out=False)
+    """Return the numbers of emoji by part: a random subset of those for training, all held out, all for validation."""
+    validation = [i for i, one in enumerate(real.emoji) if one.for_validation]
+    # A model that was trained with data.validation=true has not seen those for validation.
+    training = [i for i in real.numbers(held_out=False) if i not in set(validation)]
     order = permutation(len(training), generator(seed))
-    return {"seen": sorted(training[i] for i in order[:seen]), "held_out": real.numbers(held_out=True)}
+    chosen = sorted(training[i] for i in order[:seen])
+    return {"seen": chosen, "held_out": real.numbers(held_out=True), "validation": validation}
 
 
 def judge(
@@ -272,7 +275,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, required=True, help="folder that keeps the classifier, trained if absent")
     parser.add_argument("--out", type=Path, help="write the results and the machine here")
     parser.add_argument("--seen", type=int, default=400, help="training emoji to draw")
-    parser.add_argument("--parts", nargs="+", choices=PARTS_ASKED, default=PARTS_ASKED, help="emoji to draw")
+    parser.add_argument("--parts", nargs="+", choices=PARTS_ASKED, default=PARTS_ASKED[:2], help="emoji to draw")
     parser.add_argument("--guidance", type=float, nargs="+", help="guidance weights; by default the pipeline's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--font", default="", help="font file; by default the one that fontconfig finds")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
 from starflow import CheckpointError, ConfigError
 from starflow.cli import main
 from starflow.data.encode import EncodeConfig, encode

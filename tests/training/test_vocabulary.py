@@ -1,6 +1,8 @@
 """The tokenizer of a small text encoder, and paraphrases of the names of emoji."""
 
 import pytest
+
+pytest.importorskip("transformers")
 from transformers import AutoTokenizer
 
 from starflow import ConfigError
