@@ -12,8 +12,6 @@ from starflow.data.emoji import Emoji, EmojiImages, catalogue, draw, find_font, 
 
 # Largest shift of an emoji in training, in pixels; it is drawn with a margin of that width.
 SHIFT = 2
-# End of the concept of an emoji that is the mirror image of the one without this end.
-FACING_RIGHT = "\u200d➡"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +44,8 @@ class RealEmoji:
         return [one for one, same in zip(self.emoji, self.same) if same == self.same[number]]
 
     def mirrored(self) -> torch.Tensor:
-        """Return bool (N,): whether the mirror image of an emoji has its meaning, and is not that of another emoji."""
-        concepts = {one.concept for one in self.emoji}
-        return torch.tensor([may_flip(one) and one.concept + FACING_RIGHT not in concepts for one in self.emoji])
+        """Return bool (N,): whether the mirror image of an emoji has its meaning."""
+        return torch.tensor([may_flip(one) for one in self.emoji])
 
     def digest(self) -> str:
         """Return a digest of names and images, and of which of them may be mirrored."""
@@ -67,7 +64,7 @@ def real_emoji(font: str, size: int, shift: int = SHIFT) -> RealEmoji:
     """
     drawn = draw(find_font(font), size - 2 * shift)
     emoji = [one for one in catalogue() if one.text in drawn]
-    fetch = EmojiImages(emoji, drawn, 1, ("white",), shift, False, ("{}",), 0)
+    fetch = EmojiImages(emoji, drawn, 1, ("white",), shift, False, ("{}",), 0, 0)
     return RealEmoji(emoji, torch.stack([fetch.image(number) for number in range(len(emoji))]))
 
 

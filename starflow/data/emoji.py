@@ -45,6 +45,8 @@ SEQUENCES = {
     "🤼": "🧑‍🫯‍🧑",
     "🤝": "🫱‍🫲",
 }
+# Concepts that face left, of which there are emoji that face right.
+FACING_LEFT = {"🏃", "🚶", "🧎", "🧑‍🦯", "🧑‍🦼", "🧑‍🦽"}
 # Words in names of emoji with text, digits or a direction. Flags and pairs of tones are recognized by their characters.
 DIRECTED = re.compile(
     r"\b(left|right|facing|clock|counterclock|thirty|\S*watch|\S*arrow|keycap|button|symbol|sign|mark\b|moon|calendar"
@@ -170,13 +172,14 @@ def parts(text: str) -> tuple[str, str, str]:
 def may_flip(one: Emoji) -> bool:
     """Return whether the mirror image of an emoji has the same meaning.
 
-    The meaning changes with text, digits, flags and directions, and where two people differ in tone: the name lists
-    their tones from left to right.
+    The meaning changes with text, digits, flags and directions, where the mirror image is another emoji, and where two
+    people differ in tone: the name lists their tones from left to right.
 
     Args:
         one: the emoji.
     """
-    return not one.is_flag and "," not in one.tone and not DIRECTED.search(one.name)
+    directed = one.is_flag or "," in one.tone or one.concept in FACING_LEFT
+    return not directed and not DIRECTED.search(one.name)
 
 
 def find_font(path: str = "") -> Path:

@@ -35,15 +35,17 @@ SEEDED = ("autoencoder.training", "text", "flow.training", "decoder.training")
 
 @dataclasses.dataclass(frozen=True)
 class SavedConfig:
-    """Defaults of the finished pipeline.
+    """Defaults and license notice of the finished pipeline.
 
     Args:
         guidance: guidance weight.
         denoise: factor of the score step, 0 for none, as the decoder is trained on noisy latents.
+        notice: license notice, for instance of the training images.
     """
 
     guidance: float = 1.0
     denoise: float = 0.0
+    notice: str = ""
 
     def __post_init__(self):
         check_types(self, "pipeline: ")
@@ -163,7 +165,8 @@ class PipelineTrainer:
         for module in (text_encoder, vae):
             # The methods of diffusers and transformers warn.
             torch.nn.Module.to(module, torch.float16)
-        pipe = STARFlowPipeline(flow, vae, text_encoder, tokenizer, **dataclasses.asdict(self.saved))
+        flow.notice, guidance, denoise = self.saved.notice, self.saved.guidance, self.saved.denoise
+        pipe = STARFlowPipeline(flow, vae, text_encoder, tokenizer, denoise=denoise, guidance=guidance)
         with write_folder(self.folder / "pipeline", overwrite=True) as temporary:
             pipe.save_pretrained(temporary)
 

@@ -241,3 +241,9 @@ def test_the_font_of_noto_draws_most_emoji(emoji):
     assert len({one.text[0] for one in drawn[0] if "\U0001f1e6" <= one.text[0] <= "\U0001f1ff"}) > 20
     for part in ("concept", "tone", "gender"):
         assert {getattr(one, part) for one in drawn[1]} <= {getattr(one, part) for one in drawn[0]}
+
+
+def test_an_emoji_whose_mirror_image_is_another_one_is_not_mirrored(emoji):
+    facing_right = {one.concept.removesuffix("\u200d➡") for one in emoji.values() if one.concept.endswith("\u200d➡")}
+    assert len(facing_right) == 6
+    assert not any(may_flip(one) for one in emoji.values() if one.concept in facing_right)

@@ -39,7 +39,7 @@ def settings() -> dict:
         "latents": {},
         "flow": {"model": model, "training": {**loop, "ema": 0.9}},
         "decoder": {"decoder": {"lpips_weight": 0.0, "gan_channels": 4, "gan_layers": 1}, "training": dict(loop)},
-        "pipeline": {"guidance": 0.5},
+        "pipeline": {"guidance": 0.5, "notice": "Digits of scikit-learn.\n"},
     }
 
 
@@ -73,6 +73,11 @@ def test_a_run_makes_a_pipeline_that_draws(run):
 def test_a_pipeline_has_its_own_guidance_and_no_denoising(run):
     config = STARFlowPipeline.from_pretrained(run / "pipeline").config
     assert (config.guidance, config.denoise) == (0.5, 0.0)
+
+
+def test_the_notice_is_in_the_pipeline_and_on_its_card(run):
+    notice = (run / "pipeline" / "transformer" / "NOTICE").read_text()
+    assert notice == "Digits of scikit-learn.\n" and notice in (run / "pipeline" / "README.md").read_text()
 
 
 def test_a_pipeline_is_stored_in_float16(run):
