@@ -27,7 +27,9 @@ from .latents import INDEX, LatentSet, load_latents
 
 Source = Literal["digits", "photos", "emoji", "folder", "latents"]
 # Settings of the source "emoji" alone.
-EMOJI_SETTINGS = ("language", "backgrounds", "variants", "shift", "flip", "paraphrases", "validation")
+EMOJI_SETTINGS = (
+    "language", "backgrounds", "variants", "shift", "flip", "plain_repeats", "paraphrases", "validation",
+)  # fmt: skip
 DIGITS_SIZE = 8
 DIGITS_HELD_OUT = 360
 PHOTO_HELD_OUT_COLUMNS = 128
@@ -65,6 +67,8 @@ class DataConfig:
             than the first one ("red heart on navy"). Held-out emoji have the first variant alone.
         shift: largest shift of an emoji in pixels. It is drawn with a margin of that width.
         flip: whether to mirror half of the emoji whose meaning a mirror does not change.
+        plain_repeats: times that an emoji without skin tone is in the training set, nearly half of which are the few
+            concepts with tones.
         paraphrases: further captions per emoji, in English: other names, words left out or in another order.
         validation: whether to leave emoji for validation out of training; they then take the place of those held out.
     """
@@ -82,6 +86,7 @@ class DataConfig:
     variants: int = 1
     shift: int = 0
     flip: bool = False
+    plain_repeats: int = 1
     paraphrases: int = 0
     validation: bool = False
 
@@ -102,11 +107,11 @@ class DataConfig:
         changed = [name for name in EMOJI_SETTINGS if getattr(self, name) != defaults[name]]
         if self.source != "emoji" and changed:
             raise ConfigError(f"data: {', '.join(changed)} goes with source 'emoji', not {self.source!r}")
-        if self.variants < 1 or not 0 <= 2 * self.shift < self.size:
-            raise ConfigError(
-                f"data: variants={self.variants}, shift={self.shift}: expected at least one variant, and a shift of "
-                f"less than half of size={self.size}"
-            )
+        for name in ("variants", "plain_repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data: {name}={getattr(self, name)}: expected at least 1")
+        if not 0 <= 2 * self.shift < self.size:
+            raise ConfigError(f"data: shift={self.shift}: expected less than half of size={self.size}")
         if self.paraphrases < 0 or (self.paraphrases and self.language != "en"):
             raise ConfigError(
                 f"data: paraphrases={self.paraphrases}, language={self.language!r}: expected at least 0, or 0 for a "
@@ -300,6 +305,7 @@ def _emoji(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 
     test = [one for one in emoji if (one.for_validation if config.validation else one.held_out)]
     train = [one for one in emoji if not (one.held_out or one in test)]
+    train = [one for one in train for _ in range(1 if one.tone else config.plain_repeats)]
     return image_set(train, config.variants), image_set(test, 1)
 
 

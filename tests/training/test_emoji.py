@@ -1,5 +1,6 @@
 """Emoji: their parts, their split, and their images."""
 
+import dataclasses
 import subprocess
 from pathlib import Path
 
@@ -247,3 +248,11 @@ def test_an_emoji_whose_mirror_image_is_another_one_is_not_mirrored(emoji):
     facing_right = {one.concept.removesuffix("\u200d➡") for one in emoji.values() if one.concept.endswith("\u200d➡")}
     assert len(facing_right) == 6
     assert not any(may_flip(one) for one in emoji.values() if one.concept in facing_right)
+
+
+def test_emoji_without_skin_tone_are_repeated_in_training(font):
+    config = DataConfig(source="emoji", path=font, size=16)
+    (once, test), (often, same) = load(config), load(dataclasses.replace(config, plain_repeats=3))
+    tones = [bool(one.tone) for one in once.fetch.__self__.emoji]
+    assert 0 < sum(tones) < len(once)
+    assert len(often) == sum(1 if tone else 3 for tone in tones) and len(same) == len(test)
