@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 HEAD_DIM = 16
 UNKNOWN = "<unk>"
+# Token of the ending of the plural.
+PLURAL = "s"
 # Words that change nothing in a prompt.
 FILLERS = r"\b(?:a|an|the|of|please|draw|show|me|emoji|icon|image|picture)\b"
 # The ending of the plural becomes a word, and singular and plural get the same stem ("cherry", "cherries": "cherri").
 STEMS = (
-    (r"(?<=s|x|z|o|ch|sh)es\b", " s"),
+    (r"(?<=s|x|z|o|ch|sh)es\b", f" {PLURAL}"),
     (r"(?<=s|x|z|o|ch|sh)e\b", ""),
-    (r"(?<=[^s\s])s\b", " s"),
+    (r"(?<=[^s\s])s\b", f" {PLURAL}"),
     (r"(?:ve|fe)\b", "f"),
     (r"(?<=\w\w)(?:ie|y)\b", "i"),
 )
@@ -100,7 +102,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     split = pre_tokenizers.WhitespaceSplit()
     words = {word for text in texts for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text))}
-    names = ["<pad>", "</s>", UNKNOWN, *sorted(words)]
+    names = ["<pad>", "</s>", UNKNOWN, *sorted(words | {PLURAL})]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = split

@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 import torch
 
-from ..data.prompts import ASPECT_RATIOS
+from ..data.prompts import ASPECT_RATIOS, unknown_words
 from ..errors import CheckpointError, ConfigError
 from ..inversion.request import Inversion
 from ..io.images import image_grid
@@ -74,12 +74,14 @@ class Drawing:
         columns: images per row of their grid.
         seed: seed of all random numbers.
         report: times, solvers and certificate.
+        unknown: words of the prompt that the text encoder does not know.
     """
 
     images: torch.Tensor
     columns: int
     seed: int
     report: SampleReport
+    unknown: tuple[str, ...] = ()
 
     def grid(self) -> PIL.Image.Image:
         """Return the images as one image."""
@@ -178,7 +180,8 @@ class DemoModel:
                     denoise=denoise, certify=True, progress=watch, output_type="pt", return_dict=False,
                 )  # fmt: skip
                 images = (found * 255).round().to("cpu", torch.uint8)
-        return Drawing(images, columns, seed, report)
+        unknown = unknown_words([condition], self.pipe.tokenizer) if self.text else []
+        return Drawing(images, columns, seed, report, tuple(unknown))
 
     def _prompt(self, choices: Choices) -> str:
         """Return the prompt without surrounding spaces."""

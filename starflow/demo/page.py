@@ -60,7 +60,7 @@ class Page:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 if model.text:
-                    condition = gr.Textbox("", label="Prompt", lines=3, placeholder="a cat playing piano")
+                    condition = gr.Textbox("", label="Prompt", lines=3, placeholder="a red heart")
                 else:
                     named = ([EACH] if config.num_classes else []) + [str(n) for n in range(config.num_classes)]
                     condition = gr.Dropdown(
@@ -124,10 +124,15 @@ class Page:
         try:
             drawing = self.model.draw(choices, steps, waiting, self._stops[request.session_hash])
         except StarflowError as error:
-            return gr.skip(), gr.skip(), f'<p class="problem" role="alert">{html.escape(str(error))}</p>'
+            return gr.skip(), gr.skip(), _problem(str(error))
         except Stopped:
             return gr.skip(), gr.skip(), "<p>Stopped.</p>"
-        return drawing.grid(), figures_html(drawing), ""
+        unknown = ", ".join(map(repr, drawing.unknown))
+        return (
+            drawing.grid(),
+            figures_html(drawing),
+            _problem(f"Words that the model does not know: {unknown}") if unknown else "",
+        )
 
     def end(self) -> tuple:
         """Return the state of the buttons between drawings."""
@@ -143,6 +148,11 @@ class Page:
         """End the drawing of a user who closed the page."""
         if event := self._stops.pop(request.session_hash, None):
             event.set()
+
+
+def _problem(text: str) -> str:
+    """Return a message as HTML."""
+    return f'<p class="problem" role="alert">{html.escape(text)}</p>'
 
 
 def figures_html(drawing: Drawing) -> str:

@@ -29,7 +29,7 @@ image.save("image.png")
 Guidance: `guidance_scale` is the weight w >= 0 added to the conditional prediction; 0 is sampling without guidance.
 """
 CALLS = {
-    "STARFlowPipeline": 'image = pipe("a cat playing piano", guidance_scale={guidance:g}).images[0]',
+    "STARFlowPipeline": 'image = pipe("a red heart", guidance_scale={guidance:g}).images[0]',
     "classes": "image = pipe(class_labels=0).images[0]",
     "unconditional": "image = pipe().images[0]",
 }

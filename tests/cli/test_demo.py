@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,21 @@ def test_denoising_of_a_model_with_noise(tmp_path):
     plain, denoised = (model.draw(Choices(NONE, 3, denoise=factor)).images for factor in (0, 1))
     assert plain.shape == (3, 3, 4, 4) and not torch.equal(plain, denoised)
     Page(model)
+
+
+def test_words_that_the_model_does_not_know_are_named(tmp_path):
+    pytest.importorskip("diffusers")
+    from support import components
+
+    components.save_bundled(tmp_path / "pipeline", "red heart")
+    page = Page(DemoModel(tmp_path / "pipeline"))
+    page._stops["session"] = threading.Event()
+    request = types.SimpleNamespace(session_hash="session")
+    arguments = (1, 0, 0.0, "starflow", "auto", 0.0, "1:1", request, lambda *_, **__: None)
+    with pytest.warns(UserWarning, match="does not know 'dragon'"):
+        message = page.draw("red dragon", *arguments)[2]
+    assert "dragon" in message and "red" not in message
+    assert page.draw("red heart", *arguments)[2] == ""
 
 
 def test_a_pipeline_has_a_prompt(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from scripts.tiny_text_encoder import make_text_encoder, make_tokenizer
+from starflow.data.vocabulary import TextConfig, make_tokenizer
 from starflow.pipelines import FlowModel, STARFlowPipeline
 
 SPOKEN = "a an the in of and aspect ratio. cat dog piano three seven red blue small large 1:1 2:3 3:2 16:9"
@@ -69,7 +69,7 @@ def pipeline(**changes) -> STARFlowPipeline:
 def save_bundled(folder: Path, words: str) -> Path:
     """Save a pipeline as the package holds it: float16 weights, and a tokenizer of these words alone."""
     words_only = make_tokenizer(words.split())
-    encoder = make_text_encoder(len(words_only), TEXT_DIM, 0)
+    encoder = TextConfig(width=TEXT_DIM).build(len(words_only))
     made = STARFlowPipeline(flow_model(), vae(), encoder, words_only, guidance=2.0)
     for part in (made.transformer, made.vae, made.text_encoder):
         part.half()
