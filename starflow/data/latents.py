@@ -173,11 +173,13 @@ class TextStates:
         files: cache files of text.
         shape: (length, text_dim) of the states of one caption.
         has_states: whether the cache holds states; if not, it holds tokens alone.
+        tokenizer: digest of the tokenizer.
     """
 
     files: CacheFiles
     shape: tuple[int, int]
     has_states: bool
+    tokenizer: str
 
     def states(self, rows: torch.Tensor) -> torch.Tensor:
         """Return float32 (B, length, text_dim) states.
@@ -243,7 +245,7 @@ def load_latents(folder: Path, size: int) -> tuple[LatentSet, LatentSet]:
     if index.text:
         texts = TextStates(
             CacheFiles(folder, "text", index.counts["text"], index.rows_per_file), index.text,
-            index.settings["text_dtype"] != "none",
+            index.settings["text_dtype"] != "none", index.settings["tokenizer"],
         )  # fmt: skip
 
     def split(kind: str) -> LatentSet:

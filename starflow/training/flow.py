@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ..data.datasets import DataConfig, dequantize
+from ..data.encode import folder_hash
 from ..data.latents import EMPTY_PROMPT, draw_latents
 from ..data.prompts import load_text, save_text, text_states
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..io.images import save_grid
 from ..models.checkpoint import check_state
 from ..models.config import FlowConfig
@@ -154,6 +155,8 @@ class FlowTrainer(Loop):
         check_state(self.flow, state["model"], source)
         super().load_state(state, source)
         self.average = state["average"]
+        if self.average is not None and self.average.keys() != self.trained.state_dict().keys():
+            raise CheckpointError(f"{source}: its average has other weights than the model: begin a new run")
 
     def save_samples(self, path: Path) -> None:
         """Write a grid of samples of the averaged weights; a flow on latents has none, for lack of an autoencoder."""
@@ -198,8 +201,11 @@ class FlowTrainer(Loop):
             )
         if model.text_dim and not (texts.has_states or self.config.training.text_encoder):
             raise ConfigError("training.text_encoder: needed, since the latents were encoded with text_dtype 'none'")
-        if self.config.training.text_encoder and not model.text_dim:
-            raise ConfigError("training.text_encoder: given, but model.text_dim is 0")
+        if folder := self.config.training.text_encoder:
+            if not model.text_dim:
+                raise ConfigError("training.text_encoder: given, but model.text_dim is 0")
+            if folder_hash(Path(folder) / "tokenizer") != texts.tokenizer:
+                raise ConfigError(f"training.text_encoder={folder}: the latents were encoded with another tokenizer")
         channels = images[0][0].shape[-3]
         if channels != model.image_channels:
             raise ConfigError(f"model.image_channels={model.image_channels}, the images have {channels}")

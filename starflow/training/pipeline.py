@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from ..data.datasets import DataConfig, load
-from ..data.encode import EncodeConfig, encode
+from ..data.encode import EncodeConfig, distinct_captions, encode
 from ..data.prompts import load_text, save_text
 from ..data.vocabulary import TextConfig, make_tokenizer
 from ..errors import CheckpointError, ConfigError
@@ -148,10 +148,7 @@ class PipelineTrainer:
         folder = self.folder / "text"
         if folder.exists():
             return
-        captions = {
-            text for images in load(self.latents.data) for i in range(len(images)) for text in images.captions(i)
-        }
-        tokenizer = make_tokenizer(sorted(captions))
+        tokenizer = make_tokenizer(distinct_captions(load(self.latents.data)))
         with write_folder(folder) as temporary, standard_defaults():
             save_text(tokenizer, self.text.build(len(tokenizer)), temporary)
 

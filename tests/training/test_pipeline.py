@@ -11,11 +11,12 @@ pytest.importorskip("transformers")
 from starflow import CheckpointError, ConfigError
 from starflow.cli import main
 from starflow.data.encode import EncodeConfig, encode
-from starflow.data.prompts import load_text
+from starflow.data.prompts import load_text, save_text
+from starflow.data.vocabulary import make_tokenizer
 from starflow.pipelines import STARFlowPipeline
 from starflow.settings import PRESETS, presets, read_settings
 from starflow.training.flow import FlowTrainer
-from starflow.training.loop import SETTINGS
+from starflow.training.loop import SETTINGS, STATE
 from starflow.training.pipeline import PipelineTrainer
 
 STAGES = ("autoencoder", "text", "latents", "flow", "decoder", "pipeline")
@@ -196,3 +197,21 @@ def test_tokens_and_text_states_in_a_cache_belong_together(run, tmp_path):
     assert torch.equal(with_states["tokens"], tokens["tokens"]) and tokens.keys() == {"tokens"}
     padding = with_states["tokens"] == 0
     assert torch.equal(padding, (with_states["states"] == 0).all(-1))
+
+
+def test_a_text_encoder_with_another_tokenizer_is_refused(run, tmp_path):
+    trainer = PipelineTrainer.resume(run)
+    config = trainer.flow.to_dict()
+    config["training"]["text_encoder"] = str(tmp_path / "text")
+    save_text(make_tokenizer(["other words"]), load_text(run / "text")[1], tmp_path / "text")
+    with pytest.raises(ConfigError, match="encoded with another tokenizer"):
+        FlowTrainer(type(trainer.flow).from_dict(config), tmp_path / "flow")
+
+
+def test_a_checkpoint_whose_average_has_other_weights_is_refused(run, tmp_path):
+    shutil.copytree(run / "flow", tmp_path / "flow")
+    state = torch.load(tmp_path / "flow" / STATE)
+    state["average"] = {name.removeprefix("model."): value for name, value in state["average"].items()}
+    torch.save(state, tmp_path / "flow" / STATE)
+    with pytest.raises(CheckpointError, match="its average has other weights"):
+        FlowTrainer.resume(tmp_path / "flow")
