@@ -123,6 +123,7 @@ class BlockSpec:
     # Set per instance. ClassVar keeps them out of the dataclass fields.
     _json: ClassVar[str]
     _weight_shapes: ClassVar[dict[str, tuple[int, ...]]]
+    _own_order: ClassVar[BlockSpec]
 
     def __post_init__(self) -> None:
         check_choice("mlp", self.mlp, Mlp)
@@ -142,11 +143,18 @@ class BlockSpec:
         # Computed here because torch.compile traces neither cached_property nor json.
         object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self)))
         object.__setattr__(self, "_weight_shapes", self._shapes())
+        plain = self if not (self.flip or self.positions) else dataclasses.replace(self, flip=False, positions=0)
+        object.__setattr__(self, "_own_order", plain)
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight by name, in the order of the block ops."""
         return self._weight_shapes
+
+    @property
+    def own_order(self) -> BlockSpec:
+        """The block in its own order, without its position table."""
+        return self._own_order
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         D, C = self.token_dim, self.channels

@@ -138,8 +138,9 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     stored = (*learned, "in_weight", "in_bias", "k_cache", "v_cache", "hidden")
     states = ("h", "h_next", "h_in", "residual", "cos", "sin", "scale", "q", "cond", "z", "x", "guidance")
     splits = ("split_out", "split_max", "split_sum")
-    types = dict.fromkeys(stored, f"*{dtype}") | dict.fromkeys((*states, *splits), "*fp32") | {"position": "*i32"}
-    sizes = ("rows", "n", "C", "D", "slots", "splits", "width", "samples", "stride", "T", "prefix")
+    types = dict.fromkeys(stored, f"*{dtype}") | dict.fromkeys((*states, *splits), "*fp32")
+    types |= dict.fromkeys(("position", "known_tokens"), "*i32")
+    sizes = ("rows", "n", "C", "D", "slots", "splits", "width", "samples", "stride", "cond_stride", "T", "prefix")
     types |= dict.fromkeys(sizes, "i32") | {"clip": "fp32"}
     if kernel == "down":
         types["x"] = f"*{dtype}"
@@ -157,7 +158,12 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     constants |= {"BRANCHES": 2, "RULE": "starflow", "SCALE": "softplus", "PAIRS": rotary.half_tile(d)}
     constants |= sequential.config(kernel, WIDTH[dtype], D, d, quantize != "none")
     module = head_kernels if kernel in ("head", "embed") else step_kernels
-    return Launch(getattr(module, f"block_{kernel}_kernel"), types, constants, ("C", "D", "slots", "width", "stride"))
+    return Launch(
+        getattr(module, f"block_{kernel}_kernel"),
+        types,
+        constants,
+        ("C", "D", "slots", "width", "stride", "cond_stride"),
+    )
 
 
 def quantization(dtype: str, kind: str) -> Launch:
@@ -222,7 +228,7 @@ def sweep(kernel: str, dtype: str, d: int, D: int, neighbours: int = 0) -> Launc
             types = {name: kind for name, kind in types.items() if name not in ("offsets", *sweeps.NEWTON)}
     shared = kernel in ("qkv", "project", "up", "down")
     function = like.kernel if shared else getattr(sweep_kernels, f"block_sweep_{kernel}_kernel")
-    return Launch(function, types, constants, ("C", "D", "slots", "width", "n"))
+    return Launch(function, types, constants, ("C", "D", "slots", "width", "n", "cond_stride"))
 
 
 def _sweep() -> Launches:

@@ -35,7 +35,8 @@ BlockCall call_of(const Model& model, const Tensor& tokens, const Optional& cond
     STD_TORCH_CHECK(spec.rotary == Rotary::none || (cos && sin), "native kernels: cos or sin is missing");
     STD_TORCH_CHECK(!spec.positions || call.T <= spec.positions, "native kernels: more tokens than positions");
     int64_t rows = call.copies * call.B, angles = (call.L + call.T) * (spec.head_dim / 2);
-    call.cond = data(cond, rows * spec.channels);
+    call.cond_slots = cond && cond->dim() == 3 ? call.T : 1;
+    call.cond = data(cond, rows * call.cond_slots * spec.channels);
     call.prefix = data(prefix, rows * call.L * spec.text_dim);
     call.cos = data(cos, angles);
     call.sin = data(sin, angles);
@@ -63,20 +64,22 @@ void run(const BlockCall& call, int64_t passed, const Tensor& cache, const Tenso
 // Runs the density direction on the data `tokens` if params is given, else sampling, where `tokens` is the state.
 void block_run(Tensor tokens, Optional params, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
                double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance, int64_t rule,
-               double temperature, Tensor cache, Tensor workspace, std::vector<int64_t> plan) {
+               double temperature, Optional known, Tensor cache, Tensor workspace, std::vector<int64_t> plan) {
     Model model(read_spec(spec, clip), data(packed), packed.numel(), offsets);
     BlockCall call = call_of(model, tokens, cond, prefix, cos, sin, guidance, rule, temperature, cache);
+    if (known) call.known = static_cast<const int64_t*>(values(*known, ScalarType::Long, call.B));
     call.params = data(params, call.B * call.T * model.block.spec.params_dim());
     (params ? const_cast<float*&>(call.input) : call.state) =
         data(tokens, call.B * call.T * model.block.spec.token_dim);
-    check_plan(plan.size() == 5);
+    check_plan(plan.size() == 6);
     call.first = plan[0];
     call.last = plan[1];
     call.group = plan[2];
     call.chunk = plan[3];
+    call.filled = plan[5];
     int64_t slots = params || model.block.spec.start ? call.T : call.T - 1;
-    check_plan(!(params && guidance) && call.first >= -call.L && call.last <= slots && call.group > 0 &&
-               call.chunk > 0);
+    check_plan(!(params && (guidance || known || call.filled)) && call.filled >= 0 && call.first >= -call.L &&
+               call.last <= slots && call.group > 0 && call.chunk > 0);
     run(call, call.group * call.copies * call.chunk, cache, workspace, plan[4]);
 }
 
@@ -131,7 +134,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
     m.def(
         "block_run(Tensor(a!) tokens, Tensor(b!)? params, Tensor packed, int[] offsets, int[] spec, float clip, "
         "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin, Tensor? guidance, int rule, float temperature, "
-        "Tensor(c!) cache, Tensor(d!) workspace, int[] plan) -> ()");
+        "Tensor? known, Tensor(c!) cache, Tensor(d!) workspace, int[] plan) -> ()");
     m.def(
         "block_jacobi(Tensor(a!) tokens, Tensor noise, Tensor packed, int[] offsets, int[] spec, float clip, "
         "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin, Tensor? guidance, int rule, float temperature, "

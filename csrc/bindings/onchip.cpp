@@ -23,7 +23,7 @@ std::vector<int64_t> onchip_plan(std::vector<int64_t> fields, int64_t T, int64_t
 // plan: thread blocks per cluster, samples per cluster, number of thread blocks, stream.
 void onchip_inverse(Tensor state, Tensor weights, std::vector<int64_t> fields, double clip, Optional cache,
                     Optional positions, Optional cond, Optional cos, Optional sin, Optional guidance, int64_t rule,
-                    double temperature, std::vector<int64_t> plan) {
+                    double temperature, Optional known, std::vector<int64_t> plan) {
     check_dims(state, 3);
     OnchipCall call{};
     call.spec = read_spec(fields, clip);
@@ -50,10 +50,12 @@ void onchip_inverse(Tensor state, Tensor weights, std::vector<int64_t> fields, d
     STD_TORCH_CHECK(spec.positions ? positions && T <= spec.positions : !positions,
                     "compiled kernels: positions do not fit the block");
     call.positions = data(positions, int64_t(spec.positions) * spec.channels);
-    call.cond = data(cond, copies * B * spec.channels);
+    call.cond_slots = cond && cond->dim() == 3 ? T : 1;
+    call.cond = data(cond, copies * B * call.cond_slots * spec.channels);
     call.cos = data(cos, T * (spec.head_dim / 2));
     call.sin = data(sin, T * (spec.head_dim / 2));
     call.guidance = data(guidance, B * T);
+    if (known) call.known = static_cast<const int64_t*>(values(*known, ScalarType::Long, B));
     call.rule = Rule(rule);
     call.temperature = float(temperature);
     call.blocks = int(plan[2]);
@@ -72,7 +74,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(STARFLOW_LIBRARY, m) {
     m.def(
         "onchip_inverse(Tensor(a!) state, Tensor weights, int[] spec, float clip, Tensor(b!)? cache, "
         "Tensor? positions, Tensor? cond, Tensor? cos, Tensor? sin, Tensor? guidance, int rule, "
-        "float temperature, int[] plan) -> ()");
+        "float temperature, Tensor? known, int[] plan) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(STARFLOW_LIBRARY, CompositeExplicitAutograd, m) {

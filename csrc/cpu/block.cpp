@@ -1,5 +1,7 @@
 // A flow block on groups of sequences. The density direction takes the tokens in chunks, sampling takes them one by
 // one. Both run the same code on the same kind of cache.
+#include <algorithm>
+
 #include "pass.h"
 
 namespace starflow::STARFLOW_ISA {
@@ -12,6 +14,10 @@ void transform(const Pass& pass) {
     int D = pass.spec.token_dim;
     int64_t P = padded(pass.spec.params_dim()), t = pass.target();
     for (int64_t b = 0; b < pass.sequences; ++b) {
+        if (call.known && t < call.known[pass.first_sequence + b]) {
+            memcpy(pass.ws.fresh + b * padded(D), pass.at(call.state, b, t), D * sizeof(float));
+            continue;
+        }
         const float* without = call.guidance ? pass.ws.params + (pass.sequences + b) * P : nullptr;
         float weight = call.guidance ? call.guidance[(pass.first_sequence + b) * call.T + t] : 0.0f;
         affine_inverse(pass.at(call.state, b, t), pass.ws.params + b * P, without, weight, D, call.rule,
@@ -34,17 +40,19 @@ void run_block(const BlockCall& call, int64_t group, float* cache, float* shared
     int64_t first = group * call.group, sequences = call.B - first < call.group ? call.B - first : call.group;
     Workspace ws(spec, call.group * call.copies * call.chunk, call.L + call.T, shared, own);
     for (int64_t slot = call.first; slot < call.last;) {
-        int64_t end = slot < 0 && call.last > 0 ? 0 : call.last;
-        int64_t n = slot >= 0 && call.state ? 1 : end - slot < call.chunk ? end - slot : call.chunk;
-        Pass pass{call, spec, team, ws, cache, first, sequences, slot, n};
-        pass.network();
-        if (slot >= 0) {
-            if (call.state && slot > call.first && slot > 0) write_token(pass, pass.target() - 1);
-            pass.head();
-            if (call.state) transform(pass);
+        Pass pass{call, spec, team, ws, cache, first, sequences, slot, 1};
+        if (pass.fills() || !call.state) {
+            int64_t stop = slot < 0 ? 0 : pass.fills() ? call.filled : call.last;
+            pass.n = std::min({call.chunk, stop - slot, call.last - slot});
         }
-        slot += n;
-        if (slot < call.last || !call.state || slot <= 0) continue;
+        pass.network();
+        slot += pass.n;
+        if (pass.fills()) continue;
+        if (call.state && pass.continues()) write_token(pass, pass.target() - 1);
+        pass.head();
+        if (!call.state) continue;
+        transform(pass);
+        if (slot < call.last) continue;
         team.wait();
         write_token(pass, pass.target());
     }

@@ -67,10 +67,11 @@ struct BlockCall {
     const Block* block;
     int64_t B, T, L;
     int copies;           // rows per sequence: 2 under guidance
+    int64_t cond_slots;   // T for a condition per token, 1 for one per row
     const float* input;   // density: (B, T, D) data
     float* state;         // sampling: (B, T, D), noise that becomes data
     float* params;        // density: (B, T, P) raw parameters
-    const float* cond;    // (copies B, C) or null
+    const float* cond;    // (copies B, cond_slots, C) or null
     const float* prefix;  // (copies B, L, text_dim) or null
     const float *cos, *sin;
     const float* guidance;  // (B, T) or null
@@ -78,9 +79,11 @@ struct BlockCall {
     float temperature;
     const Jacobi* jacobi;  // sampling by Jacobi, else null
     float* cache;  // cache_floats(spec, L + T) per row: (copies B) rows in sampling, else `group` rows per thread
-    int64_t first, last;  // slots to run, the prefix being slots -L .. -1
-    int64_t group;        // sequences per group
-    int64_t chunk;        // slots per pass where the inputs are known: in the density direction and for the prefix
+    const int64_t* known;  // sampling: (B,) numbers of first tokens that are data in the state; or null
+    int64_t filled;        // sampling: slots whose inputs are all known; they only fill the cache
+    int64_t first, last;   // slots to run, the prefix being slots -L .. -1
+    int64_t group;         // sequences per group
+    int64_t chunk;         // slots per pass where the inputs are known
 };
 
 // Largest number of values per token that the affine kernels take, see affine_flow/native.py.

@@ -22,6 +22,9 @@ struct Pass {
     int64_t global_row(int64_t r) const { return r / sequences * call.B + first_sequence + r % sequences; }
     int64_t order(int64_t token) const { return spec.flip ? call.T - 1 - token : token; }
     bool sampling() const { return call.state; }
+    bool fills() const { return slot < 0 || (sampling() && slot < call.filled); }
+    // Returns whether the input token of this step was computed by the step before.
+    bool continues() const { return slot > call.first && slot > call.filled && slot > 0; }
     // Returns token t, counted in the block's own order, of a tensor (B, T, D) in the order of the data.
     template <class T>
     T* at(T* tensor, int64_t sequence, int64_t t) const {
@@ -59,8 +62,12 @@ struct Pass {
     const float* token(int64_t sequence, int64_t s) const {
         int64_t t = spec.start ? s - 1 : s;
         if (t < 0) return call.block->start;
-        if (sampling() && !call.jacobi && s > call.first && s > 0) return ws.fresh + sequence * padded(spec.token_dim);
+        if (sampling() && !call.jacobi && continues()) return ws.fresh + sequence * padded(spec.token_dim);
         return at(sampling() ? call.state : call.input, sequence, t);
+    }
+
+    const float* cond(int64_t r, int64_t s) const {
+        return call.cond + (global_row(r) * call.cond_slots + (call.cond_slots > 1 ? s : 0)) * spec.channels;
     }
 
     void embed_tokens() const {
@@ -69,7 +76,7 @@ struct Pass {
             memcpy(ws.tokens + m * padded(D), token(m / n % sequences, slot + m % n), D * sizeof(float));
         multiply(call.block->proj_in, ws.tokens, [&](int64_t m, int64_t c, Vec v) {
             if (call.block->positions) v = v + load(call.block->positions + (slot + m % n) * C + c);
-            if (call.cond) v = v + load(call.cond + global_row(m / n) * spec.channels + c, spec.channels - int(c));
+            if (call.cond) v = v + load(cond(m / n, slot + m % n) + c, spec.channels - int(c));
             store(ws.h + m * C + c, v);
         });
     }

@@ -303,7 +303,8 @@ struct Onchip : Cluster<CLUSTERED> {
         multiply(plan().proj_in, 0, token(0), plan().token_row, [&](int row, int n, float value) {
             if (call.positions) value += call.positions[int64_t(slot) * C + n];
             int64_t global_row = row / samples * call.B + first + row % samples;
-            if (call.cond) value += call.cond[global_row * C + n];
+            int64_t place = global_row * call.cond_slots + (call.cond_slots > 1 ? slot : 0);
+            if (call.cond) value += call.cond[place * C + n];
             store(h(row) + n, value);
         });
         barrier();
@@ -343,7 +344,8 @@ struct Onchip : Cluster<CLUSTERED> {
             float weight = call.guidance ? call.guidance[(first + sample) * call.T + t] : 0.0f;
             Gaussian g = gaussian(wide(sample), without, weight, i, D, call.rule, spec().affine);
             float* to = at(sample, t) + i;
-            float x = fmaf(g.sigma, *to, g.mu);
+            bool given = call.known && t < call.known[first + sample];
+            float x = given ? *to : fmaf(g.sigma, *to, g.mu);
             *to = x;
             for (int row = sample; row < rows; row += samples) store(token(row) + i, x);
         }

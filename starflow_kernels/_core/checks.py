@@ -24,12 +24,12 @@ def check_tensor(name: str, value: object, shape: tuple[int | str, ...], like: t
         ValueError: another shape or device.
     """
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape {_format(shape)}, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a tensor of shape {format_shape(shape)}, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: dtype {value.dtype} is not one of {', '.join(map(str, FLOATS))}")
     fits = (s == "B" or n > 0 if isinstance(s, str) else s == n for s, n in zip(shape, value.shape))
     if value.shape != shape and (value.ndim != len(shape) or not all(fits)):
-        raise ValueError(f"{name}: expected shape {_format(shape)}, got {_format(tuple(value.shape))}")
+        raise ValueError(f"{name}: expected shape {format_shape(shape)}, got {format_shape(tuple(value.shape))}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: on {value.device}, expected {like.device}")
 
@@ -77,5 +77,6 @@ def check_guidance(value: object, rows: int, tokens: int, dtype: torch.dtype, de
         raise ValueError(f"guidance: shape {tuple(weight.shape)} does not broadcast to ({rows}, {tokens})") from None
 
 
-def _format(shape: tuple) -> str:
+def format_shape(shape: tuple) -> str:
+    """Return a shape as it stands in errors."""
     return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"

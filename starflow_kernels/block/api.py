@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from .._core import compiled
-from .._core.checks import FLOATS, check_guidance, check_range, check_tensor
+from .._core.checks import check_guidance, check_range, check_tensor
 from .._core.dispatch import register, wrap
-from .._core.numerics import NORM_EPS
 from .._core.registration import call, define, refuse_transforms
 from .._core.torch_private import is_intercepted, outside_graphs
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
 from ..solver import Solver, SolveReport, check_solver
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
-from . import cuda, jacobi, native, network, reference
-from .checks import checked_inverse, checked_jacobi
+from . import composed, cuda, jacobi, native, reference
+from .checks import check_block, checked_inverse, checked_jacobi
+from .layout import Layout, arrange
 from .progress import reporting_to
 
 INSTEAD = "differentiate block_forward at the result, whose Jacobian is the inverse matrix; pass a batch as rows"
@@ -50,7 +50,7 @@ define(
 define(
     "block_inverse",
     f"Tensor z, Tensor[] weights, {CONTEXT}, Tensor? guidance, str spec, str rule, float temperature, "
-    'str quantize="none"',
+    'str quantize="none", Tensor? known=None',
     "Tensor",
     fake=lambda z, *args: z.new_empty(z.shape),
     reference=reference.block_inverse,
@@ -60,7 +60,7 @@ define(
     "block_jacobi",
     f"Tensor z, Tensor guess, Tensor[] weights, {CONTEXT}, Tensor? guidance, int[] neighbours, "
     "str spec, str rule, float temperature, int window, bool slide, float tol, "
-    'str quantize="none"',
+    'str quantize="none", Tensor? known=None',
     "(Tensor, Tensor, Tensor, Tensor)",
     fake=lambda z, *args: (
         z.new_empty(z.shape),
@@ -90,6 +90,8 @@ def block_forward(
     prefix: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     logdet: Logdet = "sum",
     dropout: float = 0.0,
     backend: str | None = None,
@@ -106,16 +108,23 @@ def block_forward(
         x: (B, T, D) tokens in the order of the data, float32 or float64.
         weights: name -> tensor, as listed by `spec.weight_shapes`, all of one floating dtype and device.
         spec: the block.
-        cond: (B, C) vectors that are added to every token, such as class embeddings.
+        cond: (B, C) vectors that are added to the hidden states of every token, such as class embeddings; or
+            (B, T, C), a vector per token in the order of the data. The states to which the vector of token t is added
+            determine the parameters of t if spec.start, else of the token after t.
         prefix: (B, L, text_dim) text states that precede the tokens; attention over both is causal.
         cos: (L + T, head_dim / 2) cosines of the rotary angles, in the block's own order, float32 or wider.
         sin: (L + T, head_dim / 2) sines, as cos.
+        order: integers (T,) or (B, T), the numbers of the tokens in the block's own order, in place of spec.flip. The
+            position table moves along.
+        lengths: integers (B,). Only the first tokens of a sample, that many, belong to it. The others pass unchanged,
+            add nothing to the log-determinant and come last in the block's own order, also with spec.flip.
         logdet: "sum", "mean" or "none", as in `affine_flow`.
         dropout: probability of zeroing an element of the residual branches; it acts only if a gradient is needed.
         backend: name of a backend; None takes the first that can run.
 
     Returns:
-        z (B, T, D) in the dtype of x, and log|det dz/dx|, (B,) or (B, T, D), float32 (float64 for float64 x).
+        z (B, T, D) in the dtype of x, and log|det dz/dx|, (B,) or (B, T, D), float32 (float64 for float64 x). With
+        lengths, "mean" is the mean over the tokens of the sample.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -131,22 +140,21 @@ def block_forward(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: expected a probability of at least 0 and below 1")
     check_tensor("x", x, ("B", "T", spec.token_dim))
-    tensors = _check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
-    context = cond, prefix, cos, sin
-    if _needs_gradient(x, *tensors, cond, prefix):
-        return network.compose(
-            x,
-            tensors,
-            *context,
-            spec,
-            logdet,
-            attention=functools.partial(call, "causal_attention", backend=backend),
-            head=functools.partial(call, "flow_head", backend=backend),
-            linear=_linear(tensors[0], backend),
-            dropout=dropout,
-            fused=_fused_ops(x, backend),
+    tensors = check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
+    layout = arrange(x, tensors, spec, cond, order, lengths)
+    x_own, options = layout.enter(x), (layout.cond, prefix, layout.angles(cos), layout.angles(sin))
+    per_value = "none" if layout.moves else logdet
+    if composed.needs_gradient(x, *layout.weights, layout.cond, prefix):
+        z, values = composed.block_forward(
+            x_own, layout.weights, *options, layout.spec, per_value, dropout=dropout, backend=backend
         )
-    return call("block_forward", x, tensors, *context, spec.to_json(), logdet, backend=backend)
+    else:
+        given = x_own, layout.weights, *options, layout.spec.to_json(), per_value
+        z, values = call("block_forward", *given, backend=backend)
+    if not layout.moves:
+        return z, values
+    values = layout.leave(values, values.new_zeros(x.shape))
+    return layout.leave(z, x), values if logdet == "none" else layout.reduce(values, logdet)
 
 
 def block_params(
@@ -158,6 +166,8 @@ def block_params(
     prefix: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Compute the raw parameters of all tokens of data in one parallel pass of a block's network.
@@ -173,6 +183,8 @@ def block_params(
         prefix: as in `block_forward`.
         cos: as in `block_forward`.
         sin: as in `block_forward`.
+        order: as in `block_forward`.
+        lengths: as in `block_forward`.
         backend: name of a backend; None takes the first that can run.
 
     Returns:
@@ -191,9 +203,11 @@ def block_params(
         ```
     """
     check_tensor("x", x, ("B", "T", spec.token_dim))
-    tensors = _check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
-    context = cond, prefix, cos, sin
-    return call("block_params", x, tensors, *context, spec.to_json(), backend=backend)
+    tensors = check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
+    layout = arrange(x, tensors, spec, cond, order, lengths)
+    context = layout.cond, prefix, layout.angles(cos), layout.angles(sin)
+    params = call("block_params", layout.enter(x), layout.weights, *context, layout.spec.to_json(), backend=backend)
+    return layout.leave(params, params.new_zeros(*x.shape[:2], params.shape[-1])) if layout.moves else params
 
 
 def block_inverse(
@@ -205,11 +219,15 @@ def block_inverse(
     prefix: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     guidance: float | torch.Tensor | None = None,
     rule: GuidanceRule = "tarflow",
     temperature: float = 1.0,
     solver: Solver = Solver(),
     guess: torch.Tensor | None = None,
+    data: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
     quantize: Quantize = "none",
     return_report: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -229,12 +247,17 @@ def block_inverse(
         prefix: as in `block_forward`; with guidance, 2B rows, as cond.
         cos: as in `block_forward`.
         sin: as in `block_forward`.
+        order: as in `block_forward`.
+        lengths: as in `block_forward`. There are as many steps as the longest sample has tokens.
         guidance: weight, a number or a tensor that broadcasts to (B, T), with token t in the block's own order; None
             for no guidance.
         rule: "tarflow" or "starflow", as in `affine_flow_inverse`.
         temperature: attention temperature of the branch without a condition.
         solver: sequential, or Jacobi sweeps over windows of tokens; each sample then takes its own number of passes.
         guess: (B, T, D) finite initial values of Jacobi in the order of the data, in place of the solver's.
+        data: (B, T, D) tokens, of which the first ones, `known` in number, are finite and part of the result.
+        known: integers (B,), how many tokens of `data` are given, counted in the block's own order. Noise is not needed
+            for them. One pass over all of them fills the KV cache.
         quantize: "int8" or "fp8" (torch.float8_e4m3fn) rounds the matrices of the layers to one byte per value, with a
             float32 scale per output channel; all other weights are kept. The op's README lists the error.
         return_report: also return a SolveReport. torch.compile without fullgraph supports it, as it does `progress`.
@@ -272,8 +295,8 @@ def block_inverse(
         guidance = check_guidance(guidance, B, T, torch.float64, z.device)
     elif temperature != 1:
         raise ValueError(f"temperature={temperature} needs guidance: it acts on the branch without a condition")
-    rows = B if guidance is None else 2 * B
-    tensors = _check_block(z, weights, spec, cond, prefix, cos, sin, rows)
+    branches = 1 if guidance is None else 2
+    tensors = check_block(z, weights, spec, cond, prefix, cos, sin, branches * B)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if traced:
         # A graph may be called with gradients enabled, whatever the mode in which it was made.
@@ -282,37 +305,41 @@ def block_inverse(
             None if value is None else value.detach() for value in (cond, prefix, cos, sin, guidance, guess)
         )
         z = z.detach()
-    context = cond, prefix, cos, sin, guidance
+    # An error inside of a graph's torch.no_grad() would leave gradients disabled.
+    with contextlib.nullcontext() if traced else torch.no_grad():
+        layout = arrange(z, tensors, spec, cond, order, lengths, branches)
+        noise, known = layout.begin(layout.enter(z), data, known)
+    guidance = None if guidance is None else guidance[:, : layout.slots]
+    context = layout.weights, layout.cond, prefix, layout.angles(cos), layout.angles(sin), guidance
+    own = layout.spec.to_json()
     if solver.method == "jacobi":
-        guess = _first_guess(z, guess, solver)
-        window = min(solver.window or T, T)
+        if guess is None:
+            guess = noise if solver.guess == "noise" else torch.zeros_like(noise)
+        else:
+            check_tensor("guess", guess, tuple(z.shape), like=z)
+            guess = layout.enter(guess.to(z.dtype))
+        window = min(solver.window or layout.slots, layout.slots)
         run = functools.partial(
-            call, "block_jacobi", z, guess, tensors, *context, list(solver.neighbours), spec.to_json(), rule,
-            temperature, window, solver.slide, solver.tol, quantize, backend=backend,
+            call, "block_jacobi", noise, guess, *context, list(solver.neighbours), own, rule,
+            temperature, window, solver.slide, solver.tol, quantize, known, backend=backend,
         )  # fmt: skip
     elif guess is not None:
         raise ValueError("guess: given, but the sequential solver takes none")
     else:
-        options = spec.to_json(), rule, temperature, quantize
-        run = functools.partial(call, "block_inverse", z, tensors, *context, *options, backend=backend)
-    # An error inside of a graph's torch.no_grad() would leave gradients disabled.
+        options = own, rule, temperature, quantize, known
+        run = functools.partial(call, "block_inverse", noise, *context, *options, backend=backend)
     with contextlib.nullcontext() if traced else torch.no_grad():
         if progress or return_report:
-            x, report = _observed(run, spec, solver, progress)
+            x, report = _observed(run, layout, solver, progress)
+            x = layout.leave(x, z) if layout.moves else x
             return (x, report) if return_report else x
-        return run()[0] if solver.method == "jacobi" else run()
-
-
-def _first_guess(z: torch.Tensor, guess: torch.Tensor | None, solver: Solver) -> torch.Tensor:
-    if guess is None:
-        return z if solver.guess == "noise" else torch.zeros_like(z)
-    check_tensor("guess", guess, tuple(z.shape), like=z)
-    return guess.to(z.dtype)
+        x = run()[0] if solver.method == "jacobi" else run()
+        return layout.leave(x, z) if layout.moves else x
 
 
 @outside_graphs("`progress` and `return_report` of block_inverse need values outside of the graph")
 def _observed(
-    run: Callable, spec: BlockSpec, solver: Solver, progress: Callable[[int, int], None] | None
+    run: Callable, layout: Layout, solver: Solver, progress: Callable[[int, int], None] | None
 ) -> tuple[torch.Tensor, SolveReport]:
     start = time.perf_counter()
     with reporting_to(progress) if progress else contextlib.nullcontext():
@@ -323,96 +350,10 @@ def _observed(
         residual = residual.max().item() if len(x) else 0.0
         passes = int(passes.max()) if len(x) else 0
         seconds, fallbacks = time.perf_counter() - start, int((fallbacks > 0).sum())
+        sweeps = torch.nn.functional.pad(sweeps, (0, layout.tokens - layout.slots))
         return x, SolveReport("jacobi", passes, int(sweeps.sum()), seconds, sweeps, residual, fallbacks)
-    seconds, (B, T, _) = time.perf_counter() - start, result.shape
-    steps = T if spec.start else T - 1
-    sweeps = torch.ones(B, T, dtype=torch.int32, device="cpu")
-    sweeps[:, : T - steps] = 0
+    seconds, B = time.perf_counter() - start, len(result)
+    steps = layout.slots if layout.spec.start else layout.slots - 1
+    sweeps = torch.zeros(B, layout.tokens, dtype=torch.int32, device="cpu")
+    sweeps[:, layout.slots - steps : layout.slots] = 1
     return result, SolveReport("sequential", steps, B * steps, seconds, sweeps)
-
-
-def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
-    """Return the linear layer of training: the op `linear` where it is faster, else torch's, which autocast affects."""
-    plain = backend is not None or weight.device.type != "cpu" or weight.dtype != torch.float32
-    if plain or compiled.native_unavailable() or torch.is_autocast_enabled("cpu"):
-        return torch.nn.functional.linear
-    return functools.partial(call, "linear", backend=None)
-
-
-def _on_gpu(x: torch.Tensor) -> bool:
-    return x.is_cuda
-
-
-def _fused_ops(x: torch.Tensor, backend: str | None) -> network.FusedOps:
-    """Return the operations between the matrix products of a layer: fused ops on a GPU, else plain PyTorch."""
-    if not _on_gpu(x):
-        return network.FusedOps()
-
-    def add_norm(
-        h: torch.Tensor, residual: torch.Tensor | None, w: network.Weights, name: str, spec: BlockSpec
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if spec.norm == "none" or (residual is not None and torch.promote_types(h.dtype, residual.dtype) != h.dtype):
-            return network.add_norm(h, residual, w, name, spec)
-        options = w[f"{name}.weight"], w.get(f"{name}.bias"), spec.norm, NORM_EPS[spec.norm]
-        total, normed = call("residual_norm", h, residual, *options, backend=backend)
-        return h if residual is None else total, normed
-
-    def up_gelu(x: torch.Tensor, w: network.Weights, name: str, linear: Callable) -> torch.Tensor:
-        return call("bias_gelu", linear(x, w[f"{name}.weight"], None), w.get(f"{name}.bias"), backend=backend)
-
-    return network.FusedOps(add_norm, up_gelu)
-
-
-def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _check_block(
-    x: torch.Tensor,
-    weights: Mapping[str, torch.Tensor],
-    spec: BlockSpec,
-    cond: torch.Tensor | None,
-    prefix: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    rows: int,
-) -> list[torch.Tensor]:
-    if weights.keys() != spec.weight_shapes.keys():
-        missing, unknown = spec.weight_shapes.keys() - weights.keys(), weights.keys() - spec.weight_shapes.keys()
-        raise ValueError(f"weights: missing {sorted(missing)}, unknown {sorted(unknown)}")
-    tensors = [weights[name] for name in spec.weight_shapes]
-    if not _alike(tensors, spec, x):
-        for name, shape in spec.weight_shapes.items():
-            check_tensor(f"weights[{name!r}]", weights[name], shape, like=x)
-        raise TypeError(f"weights: expected one dtype, got {sorted({str(w.dtype) for w in tensors})}")
-    T = x.shape[1]
-    # Dynamo does not find a size without a fixed value in a tuple.
-    if spec.positions and spec.positions != T:
-        raise ValueError(f"x or z: {T} tokens, but the learned position table has {spec.positions}")
-    if cond is not None:
-        check_tensor("cond", cond, (rows, spec.channels), like=x)
-    if (prefix is not None) and not spec.text_dim:
-        raise ValueError("prefix: given, but the block has text_dim=0")
-    if prefix is not None:
-        check_tensor("prefix", prefix, (rows, "L", spec.text_dim), like=x)
-    if (spec.rotary != "none") != (cos is not None) or (cos is None) != (sin is None):
-        raise ValueError(f"cos, sin: needed with rotary other than 'none', and only then; rotary={spec.rotary!r}")
-    if cos is not None and sin is not None:
-        angles = (T + (0 if prefix is None else prefix.shape[1]), spec.head_dim // 2)
-        check_tensor("cos", cos, angles, like=x)
-        check_tensor("sin", sin, angles, like=x)
-        if cos.requires_grad or sin.requires_grad:
-            raise ValueError("cos, sin: the rotary angles carry no gradient")
-    return tensors
-
-
-def _alike(tensors: list, spec: BlockSpec, x: torch.Tensor) -> bool:
-    """Return whether all weights fit the spec. Full checks of each take longer than one token of a small block."""
-    if not all(isinstance(w, torch.Tensor) for w in tensors):
-        return False
-    dtype, device = tensors[0].dtype, x.device
-    return (
-        dtype in FLOATS
-        and all(w.dtype == dtype and w.device == device for w in tensors)
-        and [w.shape for w in tensors] == list(spec.weight_shapes.values())
-    )

@@ -1,10 +1,16 @@
-"""Checks of values in the inverse ops. They are part of the ops, and so of compiled and exported graphs."""
+"""Checks of the arguments of the public functions, and of values in the inverse ops.
+
+The latter are part of the ops, and so of compiled and exported graphs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from .._core.checks import NonFiniteError, check_finite
+import torch
+
+from .._core.checks import FLOATS, NonFiniteError, check_finite, check_tensor
+from ..spec import BlockSpec
 
 
 def checked_inverse(run: Callable, z, weights, cond, prefix, cos, sin, guidance, *options):
@@ -22,3 +28,67 @@ def checked_jacobi(run: Callable, z, guess, weights, cond, prefix, cos, sin, gui
         sample = int(failed.nonzero()[0])
         raise NonFiniteError(f"x, the result: values are not finite at token {failed[sample] - 1} of sample {sample}")
     return x, sweeps, counts, residual
+
+
+def check_block(
+    x: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    spec: BlockSpec,
+    cond: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rows: int,
+) -> list[torch.Tensor]:
+    """Check the arguments of a block op beside its tokens; return the weights in the order of the spec.
+
+    Args:
+        x: tokens.
+        weights: weights by name.
+        spec: the block.
+        cond: condition.
+        prefix: text states.
+        cos: cosines.
+        sin: sines.
+        rows: expected rows of cond and prefix.
+    """
+    if weights.keys() != spec.weight_shapes.keys():
+        missing, unknown = spec.weight_shapes.keys() - weights.keys(), weights.keys() - spec.weight_shapes.keys()
+        raise ValueError(f"weights: missing {sorted(missing)}, unknown {sorted(unknown)}")
+    tensors = [weights[name] for name in spec.weight_shapes]
+    if not _alike(tensors, spec, x):
+        for name, shape in spec.weight_shapes.items():
+            check_tensor(f"weights[{name!r}]", weights[name], shape, like=x)
+        raise TypeError(f"weights: expected one dtype, got {sorted({str(w.dtype) for w in tensors})}")
+    T = x.shape[1]
+    # Dynamo does not find a size without a fixed value in a tuple.
+    if spec.positions and spec.positions != T:
+        raise ValueError(f"x or z: {T} tokens, but the learned position table has {spec.positions}")
+    if cond is not None:
+        per_token = isinstance(cond, torch.Tensor) and cond.ndim == 3
+        check_tensor("cond", cond, (rows, T, spec.channels) if per_token else (rows, spec.channels), like=x)
+    if (prefix is not None) and not spec.text_dim:
+        raise ValueError("prefix: given, but the block has text_dim=0")
+    if prefix is not None:
+        check_tensor("prefix", prefix, (rows, "L", spec.text_dim), like=x)
+    if (spec.rotary != "none") != (cos is not None) or (cos is None) != (sin is None):
+        raise ValueError(f"cos, sin: needed with rotary other than 'none', and only then; rotary={spec.rotary!r}")
+    if cos is not None and sin is not None:
+        angles = (T + (0 if prefix is None else prefix.shape[1]), spec.head_dim // 2)
+        check_tensor("cos", cos, angles, like=x)
+        check_tensor("sin", sin, angles, like=x)
+        if cos.requires_grad or sin.requires_grad:
+            raise ValueError("cos, sin: the rotary angles carry no gradient")
+    return tensors
+
+
+def _alike(tensors: list, spec: BlockSpec, x: torch.Tensor) -> bool:
+    """Return whether all weights fit the spec. Full checks of each take longer than one token of a small block."""
+    if not all(isinstance(w, torch.Tensor) for w in tensors):
+        return False
+    dtype, device = tensors[0].dtype, x.device
+    return (
+        dtype in FLOATS
+        and all(w.dtype == dtype and w.device == device for w in tensors)
+        and [w.shape for w in tensors] == list(spec.weight_shapes.values())
+    )

@@ -171,8 +171,9 @@ def _float32(value: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def block_inverse(
-    z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float, quantize="none"
-):
+    z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float, quantize="none",
+    known=None,
+):  # fmt: skip
     """See reference.block_inverse."""
     spec, (B, T, _), device = BlockSpec.from_json(spec_json), z.shape, device_sizes(z.device)
     x, fields = z.clone(memory_format=torch.contiguous_format), tuple(spec_fields(spec, weights[0].dtype))
@@ -180,7 +181,7 @@ def block_inverse(
     if B and T:
         model = pack(spec, fake_quantize(spec, weights, quantize), launch.cluster)
         context = map(_float32, (cond, cos, sin, guidance))
-        options = choice_index(rule, GuidanceRule), temperature
+        options = choice_index(rule, GuidanceRule), temperature, known
         blocks = min(-(-B // launch.group), device.processors // launch.cluster) * launch.cluster
         cache = None
         if not launch.on_chip:

@@ -30,8 +30,11 @@ def block_jacobi(
     slide: bool,
     tol: float,
     quantize: str = "none",
+    known: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Solve for the data, sample by sample; return it with counters of the work.
+
+    Of each row, z holds the data of the first `known` tokens.
 
     Returns:
         x (B, T, D). sweeps (B, T) int32: number of passes in which each token took part. counts (B, 3) int64: passes;
@@ -48,7 +51,8 @@ def block_jacobi(
         context = (None if c is None else c.unflatten(0, (branches, B))[:, b] for c in (cond, prefix))
         weight = None if guidance is None else guidance[b : b + 1]
         network = CachedNetwork(z[b : b + 1], weights, *context, cos, sin, weight, spec_json, temperature)
-        sample = Sample(network, z[b], x[b], weight, rule, neighbours, tol)
+        final = 0 if known is None else int(known[b])
+        sample = Sample(network, z[b], x[b], weight, rule, neighbours, tol, final)
         while sample.done < T and not sample.failed:
             sample.sweep(window, slide)
             report(b * T + sample.done, B * T)
@@ -62,15 +66,15 @@ def block_jacobi(
 class Sample:
     """State of one sample in the block's own order; its first `done` tokens are final."""
 
-    def __init__(self, network: CachedNetwork, z, x, weight, rule, neighbours, tol):
+    def __init__(self, network: CachedNetwork, z, x, weight, rule, neighbours, tol, known: int):
         spec = network.spec
         self.network, self.rule, self.tol = network, rule, tol
         self.z, self.x = (t.flip(0) if spec.flip else t.clone() for t in (z, x))
         self.weight = weight
         self.model = QuasiNewton(tuple(neighbours), self.z[None]) if neighbours else None
-        self.done = self.single = 0
-        if not spec.start:
-            self.x[0], self.done = self.z[0], 1
+        self.done, self.single = max(known, 0 if spec.start else 1), 0
+        self.x[: self.done] = self.z[: self.done]
+        network.fill(self.x[None], self.done)
         self.passes = self.fallbacks = self.failed = 0
         self.sweeps = torch.zeros(len(z), dtype=torch.int32, device="cpu")
         self.residual = 0.0

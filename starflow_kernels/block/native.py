@@ -165,9 +165,10 @@ def network_outputs(x, weights, cond, prefix, cos, sin, spec_json: str, tokens: 
             None,
             0,
             1.0,
+            None,
             cache,
             workspace,
-            [-L, T, group, chunk, threads],
+            [-L, T, group, chunk, threads, 0],
         )
     return params
 
@@ -226,15 +227,26 @@ def plan_sampling(
 class _Parts:
     """Batch of the sampling direction, in parts whose KV cache fits into `cache_bytes`."""
 
-    def __init__(self, z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize):
+    def __init__(self, z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize, known):
         self.spec, self.model = BlockSpec.from_json(spec_json), packed(spec_json, weights, quantize)
         (self.B, self.T, _), self.L = z.shape, 0 if prefix is None else prefix.shape[1]
         self.branches = 1 if guidance is None else 2
         self.threads = torch.get_num_threads()
+        self.first = 0 if self.spec.start else 1
+        counts = [] if known is None else known.tolist()
+        # Numbers of slots whose inputs are known: of all samples, and of the one with the most.
+        self.filled, self.most_filled = (max(0, bound(counts, default=0) - self.first) for bound in (min, max))
         cached = self.L + self.T
         floats = self.model.buffer.numel()
         self.plan = plan_sampling(
-            self.model.fields, floats, self.B, self.branches, cached, self.L, self.threads, cache_bytes()
+            self.model.fields,
+            floats,
+            self.B,
+            self.branches,
+            cached,
+            max(self.L, self.most_filled),
+            self.threads,
+            cache_bytes(),
         )
         self.cache = empty(self.plan.cache)
         self._context = tuple(map(_float32, (cond, prefix, cos, sin, guidance)))
@@ -259,18 +271,19 @@ class _Parts:
 
 
 def block_inverse(
-    z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float, quantize="none"
-):
+    z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature: float, quantize="none",
+    known=None,
+):  # fmt: skip
     """See reference.block_inverse."""
-    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize)
+    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize, known)
     plan, B, T = parts.plan, parts.B, parts.T
     x, workspace = z.clone(memory_format=torch.contiguous_format), empty(plan.workspace)
-    last = T if parts.spec.start else T - 1
+    last = T - parts.first
     for rows in parts:
-        arguments = parts.arguments(rows)
+        arguments = *parts.arguments(rows), None if known is None else known[rows]
         for first in range(-parts.L, last, plan.step):
             end = min(first + plan.step, last)
-            steps = [first, end, plan.group, plan.chunk, plan.threads]
+            steps = [first, end, plan.group, plan.chunk, plan.threads, parts.filled]
             torch.ops.starflow_native.block_run(x[rows], None, *arguments, parts.cache, workspace, steps)
             report(rows.start * T + max(0, end + T - last) * len(x[rows]), B * T)
     return x
@@ -293,26 +306,27 @@ def block_jacobi(
     slide: bool,
     tol: float,
     quantize: str = "none",
+    known=None,
 ):
     """Solve by Jacobi sweeps, see jacobi.block_jacobi; every sequence takes its own number of sweeps."""
-    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize)
+    parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize, known)
     plan, model, (B, T, D) = parts.plan, parts.model, z.shape
-    z, x = z.contiguous(), guess.clone(memory_format=torch.contiguous_format)
     places, sweeps = z.new_zeros(B, 7, dtype=torch.int64), z.new_zeros(B, T, dtype=torch.int32)
     residual = z.new_zeros(B)
     memory = z.new_zeros(B, torch.ops.starflow_native.jacobi_floats(T, D, len(neighbours)))
-    if not parts.spec.start:
-        first = T - 1 if parts.spec.flip else 0
-        x[:, first], places[:, 0] = z[:, first], 1
+    places[:, 0] = parts.first if known is None else known.clamp(min=parts.first)
+    final = torch.arange(T, dtype=torch.int64, device="cpu") < places[:, :1]
+    z, x = z.contiguous(), torch.where((final.flip(1) if parts.spec.flip else final)[:, :, None], z, guess).contiguous()
+    filled = min(parts.most_filled, T - parts.first)
     evaluated = parts.branches * window
     threads = _useful_threads(parts.threads, plan.part, model.buffer.numel(), evaluated)
     floats = threads * torch.ops.starflow_native.block_sizes(model.fields, evaluated, parts.L + T)[1]
     workspace = empty(max(floats, plan.workspace))
     for rows in parts:
         arguments, done, failed = parts.arguments(rows), places[rows, 0], places[rows, 4]
-        if parts.L:
-            chunks = [-parts.L, 0, plan.group, plan.chunk, plan.threads]
-            torch.ops.starflow_native.block_run(x[rows], None, *arguments, parts.cache, workspace, chunks)
+        if parts.L or filled:
+            chunks = [-parts.L, filled, plan.group, plan.chunk, plan.threads, filled]
+            torch.ops.starflow_native.block_run(x[rows], None, *arguments, None, parts.cache, workspace, chunks)
         passes = _call_tokens(model.buffer.numel(), evaluated * -(-len(done) // threads))
         while ((done < T) & (failed == 0)).any():
             torch.ops.starflow_native.block_jacobi(

@@ -72,11 +72,13 @@ def embed(
     position: torch.Tensor | None,
     linear: Callable = F.linear,
 ) -> torch.Tensor:
-    """Map tokens (B, n, D) to hidden states (B, n, C), adding learned positions and the condition (B, C)."""
+    """Map tokens (B, n, D) to hidden states (B, n, C), adding positions and the condition (B, C) or (B, n, C)."""
     h = project(tokens.to(w["proj_in.weight"].dtype), w, "proj_in", linear)
     if position is not None:
         h = h + position
-    return h if cond is None else h + cond.to(h.dtype).unsqueeze(1)
+    if cond is None:
+        return h
+    return h + (cond if cond.ndim == 3 else cond.unsqueeze(1)).to(h.dtype)
 
 
 def embed_text(prefix: torch.Tensor, w: Weights, linear: Callable = F.linear) -> torch.Tensor:
@@ -231,10 +233,22 @@ class CachedNetwork:
 
         x (B, T, D) holds the tokens known so far. The cache must hold all tokens before the ones that this call reads.
         """
+        return raw_params(self._read(x, first, count), self.w, self.spec)
+
+    def fill(self, x: torch.Tensor, count: int) -> None:
+        """Fill the cache so that `params` can begin with the token `count`; x (B, T, D) holds those before it."""
+        first = 0 if self.spec.start else 1
+        if count > first:
+            self._read(x, first, count - first)
+
+    def _read(self, x: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """Return the states (branches B, count, C) that determine the tokens from `first` on."""
         slot = first if self.spec.start else first - 1
         tokens = x[:, max(first - 1, 0) : first + count - 1]
         if first == 0:
             tokens = torch.cat([self.w["start"].to(x.dtype).expand(self.B, 1, -1), tokens], dim=1)
         position = None if self.positions is None else self.positions[slot : slot + count]
-        h = embed(tokens.repeat(self.branches, 1, 1), self.w, self.cond, position)
-        return raw_params(self._step(h, self.L + slot), self.w, self.spec)
+        per_token = self.cond is not None and self.cond.ndim == 3
+        cond = self.cond[:, slot : slot + count] if per_token else self.cond
+        h = embed(tokens.repeat(self.branches, 1, 1), self.w, cond, position)
+        return self._step(h, self.L + slot)

@@ -37,14 +37,17 @@ def block_inverse(
     rule: str,
     temperature: float,
     quantize: str = "none",
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Map noise to data, token by token."""
+    """Map noise to data, token by token; of each row, z holds the data of the first `known` tokens."""
     weights = fake_quantize(BlockSpec.from_json(spec_json), weights, quantize)
     network = CachedNetwork(z, weights, cond, prefix, cos, sin, guidance, spec_json, temperature)
     spec, (B, T, _) = network.spec, z.shape
     x = z.flip(1) if spec.flip else z.clone()
-    for t in range(0 if spec.start else 1, T):
-        x[:, t : t + 1] = affine_flow_inverse(
+    first = max(0 if spec.start else 1, 0 if known is None or not B else int(known.min()))
+    network.fill(x, first)
+    for t in range(first, T):
+        value = affine_flow_inverse(
             x[:, t : t + 1],
             network.params(x, t),
             None if guidance is None else guidance[:, t : t + 1],
@@ -52,5 +55,6 @@ def block_inverse(
             spec.affine.soft_clip,
             rule,
         )
+        x[:, t : t + 1] = value if known is None else torch.where((known > t)[:, None, None], x[:, t : t + 1], value)
         report(B * (t + 1), B * T)
     return x.flip(1) if spec.flip else x

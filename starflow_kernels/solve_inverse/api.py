@@ -9,6 +9,7 @@ import torch
 
 from .._core.checks import check_finite, check_tensor
 from .._core.registration import refuse_transforms
+from .._core.token_order import check_counts, own_order, with_given
 from .._core.torch_private import outside_graphs
 from ..affine_flow.reference import affine_flow
 from ..solver import Solver, SolveReport, check_solver
@@ -27,9 +28,12 @@ def solve_inverse(
     spec: AffineSpec = AffineSpec(),
     *,
     order: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
     solver: Solver = Solver(),
     context: tuple[torch.Tensor, ...] = (),
     guess: torch.Tensor | None = None,
+    data: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
     certify: bool = False,
 ) -> tuple[torch.Tensor, SolveReport]:
     """Solve x_t = mu_t(x) + sigma_t(x) z_t for x, where the parameters of token t depend only on earlier tokens.
@@ -43,10 +47,16 @@ def solve_inverse(
             A MADE over n scalars has T = n and D = 1.
         z: (B, T, D) finite noise, any floating dtype.
         spec: map from a and b to sigma and mu, as in `affine_flow`.
-        order: permutation of 0 .. T - 1, the order in which tokens are generated; None: ascending.
+        order: integers (T,) or (B, T), permutations of 0 .. T - 1, the order in which tokens are generated; None:
+            ascending.
+        lengths: integers (B,). Only the first tokens of a sample, that many, belong to it. The others come last in its
+            order and pass unchanged; the conditioner sees zeros in their place.
         solver: sequential or Jacobi, see `Solver`. Every pass evaluates all tokens, so its window must be 0.
         context: tensors of B rows, passed as conditioner(x, *context) without the rows of finished samples.
         guess: (B, T, D) finite initial values of Jacobi, in place of solver.guess.
+        data: (B, T, D) tokens, of which the first ones, `known` in number, are finite and part of the result.
+        known: integers (B,), how many tokens of `data` are given, counted in `order`. Noise is not needed for them, nor
+            a pass.
         certify: run one density pass over the result and report its largest error.
 
     Returns:
@@ -66,14 +76,18 @@ def solve_inverse(
     """
     refuse_transforms("solve_inverse", INSTEAD, z, guess, context)
     check_tensor("z", z, ("B", "T", "D"))
-    check_finite(z=z)
     B, T, D = z.shape
+    unchanged, tokens = z, _tokens(z, order, lengths, known)
+    z = z.masked_fill((tokens.rank >= tokens.last[:, None])[..., None], 0)
+    if data is not None:
+        check_tensor("data", data, (B, T, D), like=z)
+    z = with_given(z, data, None if known is None else tokens.rank < tokens.first[:, None])
+    check_finite(z=z)
     _check_solver(solver)
     if guess is not None:
         check_tensor("guess", guess, (B, T, D), like=z)
         check_finite(guess=guess)
     _check_context(context, B)
-    order = _checked_order(order, T)
 
     def checked(x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         params = conditioner(x, *(c if rows is None else c[rows] for c in context))
@@ -85,21 +99,36 @@ def solve_inverse(
     if solver.method == "jacobi":
         if guess is None:
             guess = z if solver.guess == "noise" else torch.zeros_like(z)
-        solved = jacobi(checked, z, guess.to(z.dtype), order, spec.scale, spec.soft_clip, solver.tol, solver.neighbours)
+        guess = torch.where(tokens.solved[..., None], guess.to(z.dtype), z)
+        solved = jacobi(checked, z, guess, tokens, spec.scale, spec.soft_clip, solver.tol, solver.neighbours)
         x, passes, sweeps = solved.x, solved.passes, solved.sweeps
         residual, fallbacks = solved.residual, solved.fallbacks
     else:
-        x = reference.sequential(checked, z, order, spec.scale, spec.soft_clip)
-        passes, sweeps = T, torch.ones(B, dtype=torch.int32, device="cpu")
+        start_values = z.masked_fill(tokens.solved[..., None], 0)
+        x, passes = reference.sequential(checked, z, start_values, tokens, spec.scale, spec.soft_clip)
+        sweeps = torch.ones(B, dtype=torch.int32, device="cpu")
         residual, fallbacks = 0.0, 0
     seconds = time.perf_counter() - start
-    tokens = T * (B * T if solver.method == "sequential" else int(sweeps.sum()))
+    evaluations = T * (B * passes if solver.method == "sequential" else int(sweeps.sum()))
     certificate = None
     if certify:
         noise, _ = affine_flow(x, checked(x), spec.scale, spec.soft_clip, False, False, "sum")
-        certificate = (noise - z).abs().max().item() if B else 0.0
+        certificate = (noise - z)[tokens.solved].abs().max().item() if tokens.solved.any() else 0.0
     sweeps = sweeps[:, None].repeat(1, T)
-    return x, SolveReport(solver.method, passes, tokens, seconds, sweeps, residual, fallbacks, certificate)
+    report = SolveReport(solver.method, passes, evaluations, seconds, sweeps, residual, fallbacks, certificate)
+    return torch.where((tokens.rank < tokens.last[:, None])[..., None], x, unchanged), report
+
+
+def _tokens(
+    z: torch.Tensor, order: torch.Tensor | None, lengths: torch.Tensor | None, known: torch.Tensor | None
+) -> reference.Tokens:
+    B, T, _ = z.shape
+    index, counts = own_order(order, lengths, B, T, z.device)
+    if index is None:
+        index = torch.arange(T, dtype=torch.int64, device=z.device).expand(B, T)
+    last = torch.full((B,), T, dtype=torch.int64, device=z.device) if counts is None else counts[:, 0]
+    first = torch.zeros_like(last) if known is None else check_counts("known", known, B, T).to(z.device)
+    return reference.Tokens(index, index.argsort(1), torch.minimum(first, last), last)
 
 
 def _check_solver(solver: Solver) -> None:
@@ -116,15 +145,3 @@ def _check_context(context: tuple[torch.Tensor, ...], B: int) -> None:
             raise TypeError(f"context[{i}]: expected a tensor, got {type(tensor).__name__}")
         if tensor.shape[:1] != (B,):
             raise ValueError(f"context[{i}]: shape {tuple(tensor.shape)}, expected {B} rows")
-
-
-def _checked_order(order: torch.Tensor | None, T: int) -> torch.Tensor:
-    if order is None:
-        return torch.arange(T, dtype=torch.int64, device="cpu")
-    if not isinstance(order, torch.Tensor) or order.is_floating_point():
-        given = order.dtype if isinstance(order, torch.Tensor) else type(order).__name__
-        raise TypeError(f"order: expected an integer tensor, got {given}")
-    order = order.cpu().long()
-    if not torch.equal(order.sort().values, torch.arange(T, dtype=torch.int64, device="cpu")):
-        raise ValueError(f"order: expected a permutation of 0 .. {T - 1}, got {order.tolist()}")
-    return order

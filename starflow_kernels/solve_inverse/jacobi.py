@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 
 from .._core.numerics import DIVERGED
+from .._core.token_order import take
 from ..affine_flow_inverse.reference import affine_flow_inverse, gaussian
 from .quasi_newton import QuasiNewton
-from .reference import check_solution
+from .reference import Tokens, check_solution
 
 
 class Sweeps(NamedTuple):
@@ -31,7 +32,7 @@ def jacobi(
     conditioner: Callable,
     z: torch.Tensor,
     guess: torch.Tensor,
-    order: torch.Tensor,
+    tokens: Tokens,
     scale: str,
     soft_clip: float,
     tol: float,
@@ -39,42 +40,46 @@ def jacobi(
 ) -> Sweeps:
     """Iterate x <- mu(x) + sigma(x) z until no value changes by more than tol, each sample on its own.
 
-    conditioner(x, rows) is called with the rows that are not done, or None for all rows. neighbours: see `Solver`.
+    conditioner(x, rows) is called with the rows that are not done, or None for all rows. guess holds the given tokens.
+    neighbours: see `Solver`.
 
-    After k sweeps the first k tokens of `order` are exact and are kept, so T sweeps end every sample. A sample that
+    Each sweep makes at least one more token exact, which is kept, so that T sweeps end every sample. A sample that
     diverges keeps its exact tokens, sets the others to zero, and goes on with one token per pass.
     """
     B, T, _ = z.shape
-    order = order.to(z.device)
-    rank = order.argsort()
+    order, rank, first, last = tokens
+    unsolved = ~tokens.solved
     # NaN and infinity exceed every limit.
     limit = DIVERGED * z.abs().flatten(1).amax(1).clamp(min=1)
     x, params, passes = guess, None, 0
     model = QuasiNewton(neighbours, z) if neighbours else None
     # Number of exact tokens per sample.
-    front, sweeps = torch.zeros(2, B, dtype=torch.int32, device=z.device)
-    residual, live = torch.zeros_like(limit), torch.ones_like(limit, dtype=torch.bool)
-    single = ~live
+    front, sweeps = first, torch.zeros(B, dtype=torch.int32, device=z.device)
+    residual, live = torch.zeros_like(limit), front < last
+    single = torch.zeros_like(live)
     while live.any():
         if live.all():
             params = conditioner(x, None)
         else:
             rows = live.nonzero().squeeze(1)
-            params = params.index_copy(0, rows, conditioner(x[rows], rows))
+            found = conditioner(x[rows], rows)
+            params = found.new_zeros(B, *found.shape[1:]) if params is None else params
+            params = params.index_copy(0, rows, found)
         passes, sweeps = passes + 1, sweeps + live.int()
         # Transform all rows, as `sequential` does: the bits of torch's exp and tanh depend on the position in a tensor.
         new = affine_flow_inverse(z, params, None, scale, soft_clip, "tarflow")
-        done, ahead = rank < front[:, None], rank > front[:, None]
+        new = torch.where(unsolved[..., None], x, new)
+        done, ahead = unsolved | (rank < front[:, None]), rank > front[:, None]
         # Compare only tokens on which others depend: not the last token, nor tokens that were exact before.
         change = (new - x).abs() / new.abs().clamp(min=1)
-        change = torch.where((done | (rank == T - 1))[..., None], 0, change).flatten(1).amax(1)
+        change = torch.where((done | (rank == last[:, None] - 1))[..., None], 0, change).flatten(1).amax(1)
         if model is not None:
             rows = (live & ~single).nonzero().squeeze(1)
             sigma = gaussian(params[rows], None, scale, soft_clip, "tarflow")[1].to(z.dtype)
             spread, terms = sigma * z[rows], (x[rows], new[rows], sigma.log())
-            terms = [term[:, order] for term in (*terms, spread)]
+            terms = [take(term, order[rows]) for term in (*terms, spread)]
             stepped = model.step(rows, slice(0, T), *terms)
-            new = new.index_copy(0, rows, stepped[:, rank])
+            new = new.index_copy(0, rows, take(stepped, rank[rows]))
         new = torch.where((done | (single[:, None] & ahead) | ~live[:, None])[..., None], x, new)
         sound = (new.abs().flatten(1).amax(1) <= limit) | ~live
         if not sound.all():
@@ -84,5 +89,5 @@ def jacobi(
             single = single | ~sound
             limit = torch.where(single, torch.finfo(z.dtype).max, limit)
         x, front, residual = new, front + sound.int(), torch.where(live, change, residual)
-        live = live & ~((change <= tol) & ~single) & (front < T)
+        live = live & ~((change <= tol) & ~single) & (front < last)
     return Sweeps(x, passes, sweeps.cpu(), residual.max().item() if B else 0.0, int(single.sum()))

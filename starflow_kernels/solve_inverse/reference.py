@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from ..affine_flow_inverse.reference import affine_flow_inverse
 
 
+class Tokens(NamedTuple):
+    """Tokens to solve for.
+
+    order: (B, T) int64 numbers of the tokens in the order in which they depend on each other. rank: (B, T) place of
+    each token in it. first: (B,) number of tokens in it that are given. last: (B,) number of tokens that belong to the
+    sample. Those between are solved.
+    """
+
+    order: torch.Tensor
+    rank: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+
+    @property
+    def solved(self) -> torch.Tensor:
+        """(B, T) whether a token is solved."""
+        return (self.rank >= self.first[:, None]) & (self.rank < self.last[:, None])
+
+
 def sequential(
-    conditioner: Callable, z: torch.Tensor, order: torch.Tensor, scale: str, soft_clip: float
-) -> torch.Tensor:
-    """Solve token by token, one pass each: x_t = mu_t(x_<t) + sigma_t(x_<t) z_t."""
-    x = torch.zeros_like(z)
-    for t in order.tolist():
-        x[:, t] = affine_flow_inverse(z, conditioner(x), None, scale, soft_clip, "tarflow")[:, t]
-    check_solution(x, order)
-    return x
+    conditioner: Callable, z: torch.Tensor, x: torch.Tensor, tokens: Tokens, scale: str, soft_clip: float
+) -> tuple[torch.Tensor, int]:
+    """Solve token by token, one pass each: x_t = mu_t(x_<t) + sigma_t(x_<t) z_t; return x and the number of passes.
+
+    x (B, T, D) holds the given tokens.
+    """
+    if not len(z):
+        return x, 0
+    steps = range(int(tokens.first.min()), max(int(tokens.first.min()), int(tokens.last.max())))
+    for step in steps:
+        value = affine_flow_inverse(z, conditioner(x, None), None, scale, soft_clip, "tarflow")
+        solved = (tokens.first <= step) & (step < tokens.last)
+        rows, t = solved.nonzero().squeeze(1), tokens.order[solved, step]
+        x[rows, t] = value[rows, t]
+    check_solution(x, tokens.order)
+    return x, len(steps)
 
 
 def check_solution(x: torch.Tensor, order: torch.Tensor) -> None:
-    """Raise ValueError if x is not finite, naming the first such token of `order` and a sample."""
-    bad = ~x.isfinite().all(-1)[:, order]
+    """Raise ValueError if x is not finite, naming the first such token in `order` (B, T) and a sample."""
+    bad = ~x.isfinite().all(-1).gather(1, order)
     if bad.any():
-        token, sample = bad.T.nonzero()[0].tolist()
-        raise ValueError(f"x, the result: values are not finite at token {order[token]} of sample {sample}")
+        place, sample = bad.T.nonzero()[0].tolist()
+        raise ValueError(f"x, the result: values are not finite at token {order[sample, place]} of sample {sample}")

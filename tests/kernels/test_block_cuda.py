@@ -89,16 +89,17 @@ def fields(spec, dtype=torch.float32):
     return tuple(spec_fields(spec, dtype))
 
 
-def run(z, w, spec, context, guidance=None, rule="tarflow", temperature=1.0, quantize="none"):
+def run(z, w, spec, context, guidance=None, rule="tarflow", temperature=1.0, quantize="none", known=None):
     """Run the kernel on the CPU."""
     given = [context.get(name) for name in ("cond", "prefix", "cos", "sin")]
     assert cuda.refuse_block(z, list(w.values()), None, guidance, spec.to_json(), cuda.device_sizes(z.device)) is None
-    return cuda.block_inverse(z, list(w.values()), *given, guidance, spec.to_json(), rule, temperature, quantize)
+    return cuda.block_inverse(z, list(w.values()), *given, guidance, spec.to_json(), rule, temperature, quantize, known)
 
 
 def assert_contract(x, z, w, spec, context, **options):
     w64, context64 = ({n: t.double() for n, t in given.items()} for given in (w, context))
-    exact = block_inverse(z.double(), w64, spec, **context64, **options, backend="reference")
+    wide = {**options, "data": options["data"].double()} if "data" in options else options
+    exact = block_inverse(z.double(), w64, spec, **context64, **wide, backend="reference")
     assert_within_contract(x, block_inverse(z, w, spec, **context, **options, backend="reference"), exact)
 
 
@@ -114,6 +115,20 @@ def test_error_contract(spec, dtype, T, positions, emulated):
     assert_contract(x, z, w, spec, context)
     emulated(reverse=True)
     assert torch.equal(run(z, w, spec, context), x)
+
+
+@pytest.mark.parametrize("name", ["starflow", "unit", "wide"])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_condition_per_token_and_given_tokens(name, copies, emulated):
+    spec, T = SPECS[name], 9
+    z, w, context = tame_block(spec, 3, T, copies=copies)
+    context["cond"] = torch.randn(copies * 3, T, spec.channels)
+    guidance = torch.rand(3, T) if copies == 2 else None
+    known = torch.tensor([0, 4, 9])
+    x = run(z, w, spec, context, guidance, known=known)
+    assert_contract(x, z, w, spec, context, guidance=guidance, data=z, known=known)
+    given = torch.arange(T) < known[:, None]
+    assert torch.equal(x[given], z[given])
 
 
 @pytest.mark.parametrize("D", [1, 2, 3, 4, 7, 12])

@@ -139,7 +139,7 @@ def test_parts_of_a_batch_are_the_whole(name, guided, budget):
     expected = block_inverse(z, w, spec, **context, **options, backend="reference")
     given = *(context.get(of) for of in ("cond", "prefix", "cos", "sin")), guidance
     prefix = 0 if given[1] is None else given[1].shape[1]
-    shape = Shape(B, T, prefix, 1 + guided, given[0] is not None, "starflow")
+    shape = Shape(B, T, prefix, 1 + guided, 0 if given[0] is None else 1, "starflow")
     steps, seen = T if spec.start else T - 1, []
 
     def size(of):

@@ -10,13 +10,13 @@ from support.naive_block import naive_forward
 
 from starflow_kernels import block_forward
 from starflow_kernels._core import dispatch
-from starflow_kernels.block import api
+from starflow_kernels.block import composed
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Compose the block of the ops that it uses on a GPU."""
-    monkeypatch.setattr(api, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(composed, "_on_gpu", lambda x: True)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def naive_network(x, w, spec, cond=None, prefix=None, cos=None, sin=None, temper
     if spec.positions:
         h = h + (w["pos_embed"].flip(0) if spec.flip else w["pos_embed"])
     if cond is not None:
-        h = h + cond[:, None]
+        h = h + (cond if cond.ndim == 3 else cond[:, None])
     if prefix is not None:
         h = torch.cat([linear(prefix, "proj_text"), h], 1)
     d, q_end, k_end = spec.head_dim, spec.heads * spec.head_dim, (spec.heads + spec.kv_heads) * spec.head_dim
@@ -74,8 +74,11 @@ def naive_params(x, w, spec, **context):
     return torch.stack([raw[:, slot] if slot >= 0 else torch.zeros_like(raw[:, 0]) for slot in slots], 1)
 
 
-def naive_inverse(z, w, spec, context, guidance=None, rule="tarflow", temperature=1.0):
-    """Sample token by token; each token takes one pass of the whole network, two with guidance."""
+def naive_inverse(z, w, spec, context, guidance=None, rule="tarflow", temperature=1.0, known=0):
+    """Sample token by token; each token takes one pass of the whole network, two with guidance.
+
+    The first `known` tokens of z in the block's own order are data.
+    """
     x, B = (z.flip(1) if spec.flip else z).clone(), len(z)
     branch = [
         {n: c if n in ("cos", "sin") else c[half] for n, c in context.items()} for half in (slice(B), slice(B, None))
@@ -87,7 +90,7 @@ def naive_inverse(z, w, spec, context, guidance=None, rule="tarflow", temperatur
             x.dtype
         )
 
-    for t in range(0 if spec.start else 1, x.shape[1]):
+    for t in range(max(known, 0 if spec.start else 1), x.shape[1]):
         c = parameters(t, 0)
         mu, sigma = naive_raw(c, spec.affine)
         if guidance is not None:

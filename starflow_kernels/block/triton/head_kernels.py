@@ -17,7 +17,7 @@ from .tiles import (
 
 @triton.jit
 def _embed(
-    tokens, weight, bias, table, cond, table_offset, h, row, channel, samples, C, D,
+    tokens, weight, bias, table, cond, table_offset, cond_offset, cond_stride, h, row, channel, samples, C, D,
     BRANCHES: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -31,16 +31,17 @@ def _embed(
         total += load_vector(table + table_offset, channel, channel < C)[None, :]
     inside = (row < samples)[:, None] & (channel < C)[None, :]
     for branch in tl.static_range(BRANCHES):
-        offsets = (row + branch * samples)[:, None] * C + channel[None, :]
+        branch_row = (row + branch * samples)[:, None]
         value = total
         if COND:
-            value += tl.load(cond + offsets, inside, 0)  # (BLOCK_M, BLOCK_N)
-        tl.store(h + offsets, value, inside)
+            # (BLOCK_M, BLOCK_N)
+            value += tl.load(cond + cond_offset + branch_row * cond_stride + channel[None, :], inside, 0)
+        tl.store(h + branch_row * C + channel[None, :], value, inside)
 
 
 @triton.jit
 def block_embed_kernel(
-    x, weight, bias, table, cond, h, samples, stride, C, D,
+    x, weight, bias, table, cond, cond_stride, h, samples, stride, C, D,
     BRANCHES: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
@@ -51,7 +52,7 @@ def block_embed_kernel(
     channel, d = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     # (BLOCK_M, BLOCK_D)
     tokens = tl.load(x + row[:, None] * stride + d[None, :], (row < samples)[:, None] & (d < D)[None, :], 0)
-    _embed(tokens.to(tl.float32), weight, bias, table, cond, 0, h, row, channel, samples, C, D,
+    _embed(tokens.to(tl.float32), weight, bias, table, cond, 0, 0, cond_stride, h, row, channel, samples, C, D,
            BRANCHES, TABLE, COND, BLOCK_N, BLOCK_D)  # fmt: skip
 
 
@@ -117,8 +118,8 @@ def mean_and_scale(
 
 @triton.jit
 def block_head_kernel(
-    h, residual, post, norm_weight, weight, bias, z, guidance, x, h_in, in_weight, in_bias, table, cond, position,
-    samples, T, prefix, C, D, clip,
+    h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, h_in, in_weight, in_bias, table, cond,
+    cond_stride, position, samples, T, prefix, C, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
     RULE: tl.constexpr, START: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -145,13 +146,15 @@ def block_head_kernel(
     )  # fmt: skip
     offsets = (row * T + token)[:, None] * D + d[None, :]
     noise = tl.load(z + offsets, inside, 0)  # (BLOCK_M, BLOCK_D)
-    value = tl.where(inside, mu + sigma * noise, 0.0)
+    given = token < tl.load(known_tokens + row, known, 0)
+    value = tl.where(inside, tl.where(given[:, None], noise, mu + sigma * noise), 0.0)
     # Only the programs of the first column store the token.
     stored = row < tl.where((column == 0) & (token < T), samples, 0)
     tl.store(x + offsets, value, stored[:, None] & (d < D)[None, :])
     channel = column * BLOCK_N + tl.arange(0, BLOCK_N)
     table_offset = tl.minimum(slot + 1, T - 1).to(tl.int64) * C
-    _embed(value, in_weight, in_bias, table, cond, table_offset, h_in, row, channel, samples, C, D,
-           BRANCHES, TABLE, COND, BLOCK_N, BLOCK_D)  # fmt: skip
+    cond_offset = tl.where(cond_stride == C, 0, table_offset)
+    _embed(value, in_weight, in_bias, table, cond, table_offset, cond_offset, cond_stride, h_in, row, channel, samples,
+           C, D, BRANCHES, TABLE, COND, BLOCK_N, BLOCK_D)  # fmt: skip
     if tl.program_id(0) == 0:
         tl.store(position + 1, base + 1)

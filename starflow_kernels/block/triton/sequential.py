@@ -105,7 +105,8 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int = 1) -> Bu
         "q": ((tokens, spec.heads, spec.head_dim), wide),
         "hidden": ((tokens, spec.mlp_dim), dtype),
         "guidance": ((shape.samples, shape.tokens), wide),
-        "cond": ((rows, spec.channels), wide),
+        "known": ((shape.samples,), torch.int32),
+        "cond": ((rows, shape.cond, spec.channels), wide),
         "scale": ((rows,), wide),
         "position": ((max(2, rows),), torch.int32),
     }  # fmt: skip
@@ -213,10 +214,11 @@ class TritonSession:
 
     def _embed_weights(self, w: dict) -> tuple:
         """Return the weights that the projection of a token reads."""
-        return *self._pair(w, "proj_in"), w.get("pos_embed"), self.cond if self.shape.cond else None
+        cond = self.cond if self.shape.cond else None
+        return *self._pair(w, "proj_in"), w.get("pos_embed"), cond, self.shape.cond * self.spec.channels
 
     def _embed_options(self) -> dict:
-        options = {"BRANCHES": self.shape.branches, "TABLE": self.spec.positions > 0, "COND": self.shape.cond}
+        options = {"BRANCHES": self.shape.branches, "TABLE": self.spec.positions > 0, "COND": self.shape.cond > 0}
         return {**options, "BLOCK_D": tile(self.spec.token_dim)}
 
     def launch(self, w: dict) -> None:
@@ -224,7 +226,7 @@ class TritonSession:
         spec, shape, h, tiles = self.spec, self.shape, self.layers(w), self._tiles("head")
         head_kernels.block_head_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, tiles["BLOCK_N"]))](
             h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
-            *self._pair(w, "proj_out"), self.z, self.guidance, self.x, self.h_in, *self._embed_weights(w),
+            *self._pair(w, "proj_out"), self.z, self.guidance, self.known, self.x, self.h_in, *self._embed_weights(w),
             self.position, shape.samples, shape.tokens, shape.prefix, spec.channels, spec.token_dim,
             spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm,
             RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
@@ -236,18 +238,22 @@ class TritonSession:
 
         Args:
             z: (samples, T, D), noise.
-            context: cond, prefix, cos, sin and guidance of the part.
+            context: cond, prefix, cos, sin, guidance and known of the part.
             temperature: divides the scores of the unconditional branch.
         """
-        (cond, _, cos, sin, guidance), n = context, len(z)
+        (cond, _, cos, sin, guidance, known), n = context, len(z)
         self.z[:n] = z
         self.x[:n] = z
+        self.known.zero_()
+        if known is not None:
+            self.known[:n] = known
         self.scale.fill_(self.spec.head_dim**-0.5)
         if guidance is not None:
             self.guidance[:n] = guidance
             self.scale[self.shape.samples :] /= temperature
         if cond is not None:
-            self.cond.view(self.shape.branches, -1, self.spec.channels)[:, :n] = cond
+            slots = self.shape.branches, -1, self.shape.cond, self.spec.channels
+            self.cond.view(slots)[:, :n] = cond.reshape(slots)
         if cos is not None:
             self.cos.copy_(cos)
             self.sin.copy_(sin)
@@ -345,15 +351,16 @@ def loaded_sessions(
         model: model of the weights.
         weights: tensors in the order of spec.weight_shapes.
         z: (B, T, D), noise.
-        context: cond, prefix, cos, sin and guidance.
+        context: cond, prefix, cos, sin, guidance and known.
         rule: rule of guidance, "tarflow" or "starflow".
         temperature: divides the scores of the unconditional branch.
         kind: class of the sessions.
         n: tokens of each sequence per step.
         options: further arguments of the class; each combination of them has its own sessions.
     """
-    spec, (cond, prefix, *_, guidance), (B, T, _) = model.spec, context, z.shape
-    shape = Shape(B, T, 0 if prefix is None else prefix.shape[1], 1 if guidance is None else 2, cond is not None, rule)
+    spec, (cond, prefix, _, _, guidance, _), (B, T, _) = model.spec, context, z.shape
+    slots = 0 if cond is None else T if cond.ndim == 3 else 1
+    shape = Shape(B, T, 0 if prefix is None else prefix.shape[1], 1 if guidance is None else 2, slots, rule)
     budget, w = _budget(z.device), model.read(weights)
 
     def needed(part: Shape) -> Buffers:
@@ -374,7 +381,7 @@ def loaded_sessions(
 
 
 def block_inverse(
-    z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature, quantize="none"
+    z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature, quantize="none", known=None
 ):
     """Map noise to data token by token over the cache; a batch that is too large for the memory budget is split."""
     model = models(spec_json, weights, quantize, quantize != "none")
@@ -382,7 +389,8 @@ def block_inverse(
     if not len(z):
         return z.clone()
     with exclusive(z.device):
-        parts = loaded_sessions(model, weights, z, (cond, prefix, cos, sin, guidance), rule, temperature, TritonSession)
+        context = cond, prefix, cos, sin, guidance, known
+        parts = loaded_sessions(model, weights, z, context, rule, temperature, TritonSession)
         x = sample(z, T if spec.start else T - 1, functools.partial(wait, z.device), parts)
     return x.flip(1) if spec.flip else x
 

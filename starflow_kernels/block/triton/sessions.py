@@ -23,13 +23,16 @@ REPORTS = 16
 
 
 class Shape(NamedTuple):
-    """Sizes of the part of a batch that a session takes. Together with the model they identify its graph."""
+    """Sizes of the part of a batch that a session takes. Together with the model they identify its graph.
+
+    cond: conditions per row: 0, 1, or one per token.
+    """
 
     samples: int
     tokens: int
     prefix: int
     branches: int
-    cond: bool
+    cond: int
     rule: str
 
 
@@ -172,7 +175,7 @@ def loaded(
 
     Args:
         z: (B, T, D), noise in the block's own order.
-        context: cond, prefix, cos, sin and guidance of all rows.
+        context: cond, prefix, cos, sin, guidance and known of all rows.
         shape: sizes of the whole batch.
         temperature: divides the scores of the unconditional branch.
         size: size(shape) returns the bytes of a session.
@@ -181,13 +184,14 @@ def loaded(
     """
     B = len(z)
     most = largest(B, lambda samples: size(shape._replace(samples=samples)), budget)
-    cond, prefix, cos, sin, guidance = context
+    cond, prefix, cos, sin, *per_sample = context
     for rows in parts(B, most):
 
         def branch_rows(value, rows=rows):
             return None if value is None else value.unflatten(0, (shape.branches, B))[:, rows]
 
-        part = branch_rows(cond), branch_rows(prefix), cos, sin, None if guidance is None else guidance[rows]
+        given = (None if value is None else value[rows] for value in per_sample)
+        part = branch_rows(cond), branch_rows(prefix), cos, sin, *given
         opened = session(shape._replace(samples=bucket(rows.stop - rows.start)))
         opened.load(z[rows], part, temperature)
         yield rows, opened

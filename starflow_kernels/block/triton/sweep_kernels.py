@@ -16,7 +16,7 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def block_sweep_embed_kernel(
-    x, start, weight, bias, table, cond, h, position, stop, samples, rows, n, T, prefix, C, D,
+    x, start, weight, bias, table, cond, cond_stride, h, position, stop, samples, rows, n, T, prefix, C, D,
     START: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Project the input tokens of the slots in the windows; both branches of a sample take the same tokens."""
@@ -41,7 +41,9 @@ def block_sweep_embed_kernel(
     if table is not None:
         total += tl.load(table + index[:, None] * C + channel[None, :], known, 0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
     if cond is not None:
-        total += tl.load(cond + (row // n)[:, None] * C + channel[None, :], known, 0)  # (BLOCK_M, BLOCK_N)
+        cond_offset = tl.where(cond_stride == C, 0, index * C)
+        # (BLOCK_M, BLOCK_N)
+        total += tl.load(cond + (row // n * cond_stride + cond_offset)[:, None] + channel[None, :], known, 0)
     tl.store(h + row[:, None] * C + channel[None, :], total, known)
 
 
@@ -92,8 +94,8 @@ def block_sweep_attend_kernel(
 
 @triton.jit
 def block_sweep_head_kernel(
-    h, residual, post, norm_weight, weight, bias, z, guidance, x, y, spread, log_sigma, change, move, size,
-    position, stop, samples, n, T, prefix, C, D, clip,
+    h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, y, spread, log_sigma, change, move,
+    size, position, stop, samples, n, T, prefix, C, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
     RULE: tl.constexpr, START: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -108,6 +110,7 @@ def block_sweep_head_kernel(
     if none_inside(inside):
         return
     token_offsets = row // n * T + slot - prefix + (0 if START else 1)
+    given = slot - prefix + (0 if START else 1) < tl.load(known_tokens + row // n, inside, 0)
     changed = tl.zeros([BLOCK_M], tl.float32)
     moved = tl.zeros([BLOCK_M], tl.float32)
     largest = tl.zeros([BLOCK_M], tl.float32)
@@ -119,8 +122,9 @@ def block_sweep_head_kernel(
             clip, SCALE, CLIPPED, NORM, POST, BRANCHES, RULE, BLOCK_M, BLOCK_K,
         )  # fmt: skip
         known = inside[:, None] & (d < D)[None, :]
-        noise = sigma * tl.load(z + token_offsets[:, None] * D + d[None, :], known, 0)  # (BLOCK_M, BLOCK_D)
-        value, y_offsets = mu + noise, row[:, None] * D + d[None, :]
+        z_values = tl.load(z + token_offsets[:, None] * D + d[None, :], known, 0)  # (BLOCK_M, BLOCK_D)
+        noise, y_offsets = sigma * z_values, row[:, None] * D + d[None, :]
+        value = tl.where(given[:, None], z_values, mu + noise)
         tl.store(y + y_offsets, value, known)
         if spread is not None:
             tl.store(spread + y_offsets, noise, known)

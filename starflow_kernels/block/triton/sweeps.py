@@ -96,11 +96,11 @@ class JacobiSession(sequential.TritonSession):
         spread, log_sigma, *learned = (getattr(self, name, None) for name in NEWTON)
         sweep_kernels.block_sweep_head_kernel[(triton.cdiv(shape.samples * n, sequential.BLOCK_M),)](
             h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
-            *self._pair(w, "proj_out"), self.z, self.guidance, self.x, self.y, spread, log_sigma, self.change,
-            self.move, self.size, self.position, self.stop, shape.samples, n, shape.tokens, shape.prefix, C, D,
-            spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm,
-            RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start, BRANCHES=shape.branches,
-            **self._own("head"),
+            *self._pair(w, "proj_out"), self.z, self.guidance, self.known, self.x, self.y, spread, log_sigma,
+            self.change, self.move, self.size, self.position, self.stop, shape.samples, n, shape.tokens, shape.prefix,
+            C, D, spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0,
+            POST=spec.post_norm, RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
+            BRANCHES=shape.branches, **self._own("head"),
         )  # fmt: skip
         sweep_kernels.block_sweep_settle_kernel[(shape.samples,)](
             self.x, self.y, spread, log_sigma, self.change, self.move, self.size, self.bound, self.tol, self.done,
@@ -170,8 +170,13 @@ def settle_warps(inputs: int, D: int) -> int:
     return 4 if max(inputs, D) <= 32 else 16
 
 
-def refuse(z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, spec_json, *others) -> str | None:
+def refuse(
+    z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, spec_json, rule, temperature, window, slide, tol,
+    quantize="none", known=None,
+) -> str | None:  # fmt: skip
     """Return why the kernels cannot sweep over a block, or None."""
+    if known is not None and neighbours:
+        return "it takes given tokens with plain Jacobi alone, not with neighbours"
     inputs = len(neighbours) * BlockSpec.from_json(spec_json).token_dim
     if inputs > MOST_INPUTS:
         return f"the linear model of neighbours={tuple(neighbours)} takes {inputs} values, it takes up to {MOST_INPUTS}"
@@ -180,7 +185,7 @@ def refuse(z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, spec
 
 def block_jacobi(
     z, guess, weights, cond, prefix, cos, sin, guidance, neighbours, spec_json, rule, temperature, window, slide, tol,
-    quantize="none",
+    quantize="none", known=None,
 ):  # fmt: skip
     """Map noise to data by sweeps over windows; return it with the counters of jacobi.py. Large batches are split."""
     # No kernel of a sweep reads one-byte weights.
@@ -193,7 +198,7 @@ def block_jacobi(
     n, options = -(-window // sequential.BLOCK_M) * sequential.BLOCK_M, (window, slide, tuple(neighbours))
     guess = guess.flip(1) if spec.flip else guess
     with sequential.exclusive(z.device):
-        context = cond, prefix, cos, sin, guidance
+        context = cond, prefix, cos, sin, guidance, known
         for rows, running in sequential.loaded_sessions(
             model, weights, z, context, rule, temperature, JacobiSession, n, options
         ):
