@@ -238,7 +238,7 @@ def _flow(args: argparse.Namespace, flow: Flow, inversion: Inversion) -> dict[st
 
 
 def _pipeline(args: argparse.Namespace, pipe: FlowPipeline, inversion: Inversion) -> dict[str, Any]:
-    from ..data.prompts import nearest_ratio
+    from ..data.prompts import nearest_ratio, warn_of_unknown_words
 
     guidance = read_guidance(args, pipe.default_guidance, args.attention_temperature)
     options = SampleOptions(guidance, inversion, pipe.denoise_factor(args.denoise), args.certify)
@@ -252,6 +252,8 @@ def _pipeline(args: argparse.Namespace, pipe: FlowPipeline, inversion: Inversion
         columns = min(copies, 10) if min(copies, len(prompts)) > 1 else math.ceil(math.sqrt(len(jobs)))
         ratio = args.aspect or nearest_ratio(*size)
         condition_options = {"ratio": ratio, "negative_prompt": args.negative_prompt}
+        if pipe.tokenizer is not None and Processes().rank == 0:
+            warn_of_unknown_words([*prompts, args.negative_prompt or ""], pipe.tokenizer)
     else:
         refuse(_flags(args, "prompt", "prompt_file", "negative_prompt"), "this pipeline takes no text, see --label")
         labels, columns = _labels(args.label, args.num or 100, flow.config.num_classes)

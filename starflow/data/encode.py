@@ -19,7 +19,7 @@ from ..settings import check_types
 from . import datasets
 from .folders import is_ignored
 from .latents import INDEX, SPLITS, CacheIndex, cache_path
-from .prompts import encode_prompts, load_text, tokenize
+from .prompts import encode_prompts, load_text, tokenize, warn_of_unknown_words
 
 MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".txt"}
 TextDtype = Literal["float32", "bfloat16", "none"]
@@ -128,6 +128,7 @@ def encode(
         complete=False,
     )
     _check_folder(folder, index)
+    warn_of_unknown_words(prompts, tokenizer)
     rows = {prompt: row for row, prompt in enumerate(prompts)}
     written = found = 0
     bar = tqdm(total=sum(index.counts.values()), disable=quiet or None, unit="row")

@@ -25,6 +25,8 @@ ASPECT_RATIOS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:2
 SHOWN_CHARACTERS = 80
 # Unknown words in a warning.
 SHOWN_WORDS = 10
+# Prompts that are searched for unknown words at once.
+ENCODED_PROMPTS = 1000
 
 
 def load_text(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Any, Any]:
@@ -82,8 +84,7 @@ def encode_prompts(
 ) -> torch.Tensor:
     """Return float32 (N, length, text_dim) text states on the device of the text encoder, zero at the padding.
 
-    A warning names the words that the tokenizer does not know, and another one a prompt of more than `length` tokens,
-    which is cut.
+    A warning names a prompt of more than `length` tokens, which is cut.
 
     Args:
         prompts: at least one prompt.
@@ -102,10 +103,6 @@ def encode_prompts(
             warnings.warn(
                 f"a prompt of {len(ids)} tokens is cut to {length}: {prompt!r:.{SHOWN_CHARACTERS}}", stacklevel=2
             )
-    if words := unknown_words(different, tokenizer):
-        more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
-        shown = ", ".join(map(repr, words[:SHOWN_WORDS]))
-        warnings.warn(f"the text encoder does not know {shown}{more}", stacklevel=2)
     tokens = tokenize(different, tokenizer, length).to(execution_device(text_encoder))
     # One prompt at a time, so that its bits do not depend on the other prompts.
     states = torch.cat([text_states(row, tokenizer, text_encoder) for row in tokens.split(1)])
@@ -148,12 +145,28 @@ def unknown_words(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> lis
     unknown = tokenizer.unk_token_id
     if unknown is None or not tokenizer.is_fast:
         return []
-    found = []
-    for prompt, encoding in zip(prompts, tokenizer(prompts, verbose=False).encodings):
-        for token, word in zip(encoding.ids, encoding.word_ids):
-            if token == unknown and word is not None:
-                found.append(prompt[slice(*encoding.word_to_chars(word))])
-    return list(dict.fromkeys(found))
+    found: dict[str, None] = {}
+    # Encodings of a million prompts would take gigabytes.
+    for first in range(0, len(prompts), ENCODED_PROMPTS):
+        part = prompts[first : first + ENCODED_PROMPTS]
+        for prompt, encoding in zip(part, tokenizer(part, verbose=False).encodings):
+            for token, word in zip(encoding.ids, encoding.word_ids):
+                if token == unknown and word is not None:
+                    found[prompt[slice(*encoding.word_to_chars(word))]] = None
+    return list(found)
+
+
+def warn_of_unknown_words(prompts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Name the words of prompts that a tokenizer does not know, in one warning.
+
+    Args:
+        prompts: the prompts.
+        tokenizer: the tokenizer; None if there are no prompts.
+    """
+    if prompts and (words := unknown_words(prompts, tokenizer)):
+        more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
+        shown = ", ".join(map(repr, words[:SHOWN_WORDS]))
+        warnings.warn(f"the text encoder does not know {shown}{more}", stacklevel=2)
 
 
 def with_aspect_ratio(prompt: str, ratio: str) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from starflow_kernels.spec import GuidanceRule, Quantize
 
-from ..data.prompts import encode_prompts, nearest_ratio, with_aspect_ratio
+from ..data.prompts import encode_prompts, nearest_ratio, warn_of_unknown_words, with_aspect_ratio
 from ..errors import ConfigError
 from ..inversion.request import Inversion
 from ..models.guidance import Guidance
@@ -140,6 +140,8 @@ class STARFlowPipeline(FlowPipeline):
             prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, ratio, copies,
             options.guidance, recorder,
         )  # fmt: skip
+        texts = [*_listed(prompt), *(_listed(negative_prompt) if options.guidance.weight else ())]
+        warn_of_unknown_words(texts, self.tokenizer)
         z = self.noise(len(condition.text), size, generator, latents)
         return self._call(
             z, condition, options, recorder, output_type, denoise_rows, progress, step_end, return_dict,
@@ -207,8 +209,15 @@ class STARFlowPipeline(FlowPipeline):
             return states.to(self._execution_device, torch.float32)
         if self.text_encoder is None or self.tokenizer is None:
             raise ConfigError(f"{name}: the pipeline has no text encoder, give {name}_embeds")
-        prompts = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, tuple) else prompts
+        prompts = _listed(prompts)
         if self.config.mixed_aspect and isinstance(prompts, list):
             prompts = [with_aspect_ratio(prompt, ratio) if isinstance(prompt, str) else prompt for prompt in prompts]
         return encode_prompts(prompts, self.tokenizer, self.text_encoder, config.text_len).to(self._execution_device)
+
+
+def _listed(prompts: str | Sequence[str] | np.ndarray | None) -> list[str]:
+    """Return prompts in a list, an empty one for None. What is no prompt stays as it is."""
+    if prompts is None:
+        return []
+    prompts = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
+    return [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, tuple) else prompts

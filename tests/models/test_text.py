@@ -13,7 +13,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from starflow import ConfigError
-from starflow.data.prompts import ASPECT_RATIOS, encode_prompts, image_size, nearest_ratio, with_aspect_ratio
+from starflow.data.prompts import (
+    ASPECT_RATIOS,
+    encode_prompts,
+    image_size,
+    nearest_ratio,
+    warn_of_unknown_words,
+    with_aspect_ratio,
+)
 from starflow.data.vocabulary import TextConfig, make_tokenizer
 
 PROMPTS = ["a red cat", "", "the small dog and a piano", "a red cat"]
@@ -48,40 +55,40 @@ def test_a_long_prompt_is_cut_with_a_warning(parts):
     assert states[0].any(dim=1).all()
 
 
-def unknown(prompts: list[str], *parts) -> list[str]:
+def unknown(prompts: list[str], tokenizer) -> list[str]:
     """Return the warnings of prompts, each with the words that it names."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        encode_prompts(prompts, *parts, TEXT_LEN)
+        warn_of_unknown_words(prompts, tokenizer)
     return [str(each.message).removeprefix("the text encoder does not know ") for each in caught]
 
 
-def test_unknown_words_of_all_prompts_are_named_in_one_warning(words):
-    assert unknown(["Red cars", "a  Café, blue hearts", "red cars"], *words) == ["'car', 'Café'"]
-    assert unknown(["blue Heart", ""], *words) == []
+def test_unknown_words_of_all_prompts_are_named_in_one_warning(words, monkeypatch):
+    monkeypatch.setattr("starflow.data.prompts.ENCODED_PROMPTS", 1)
+    assert unknown(["Red cars", "a  Café, blue hearts", "red cars"], words[0]) == ["'car', 'Café'"]
+    assert unknown(["blue Heart", ""], words[0]) == []
 
 
 def test_a_prompt_of_unknown_words_alone_has_states(words):
-    with pytest.warns(UserWarning, match="does not know 'grün'"):
-        assert encode_prompts(["grün"], *words, TEXT_LEN)[0, :2].any(dim=1).all()
+    assert encode_prompts(["grün"], *words, TEXT_LEN)[0, :2].any(dim=1).all()
 
 
 def test_many_unknown_words_are_counted(words):
     names = [f"w{i}" for i in range(11)]
-    assert unknown([" ".join(names)], *words) == [", ".join(map(repr, names[:10])) + " and 1 more"]
+    assert unknown([" ".join(names)], words[0]) == [", ".join(map(repr, names[:10])) + " and 1 more"]
 
 
 def test_the_word_around_an_unknown_letter_is_named(parts):
-    assert unknown(["a café 猫"], *parts) == ["'café', '猫'"]
+    assert unknown(["a café 猫"], parts[0]) == ["'café', '猫'"]
 
 
-def test_a_tokenizer_with_bytes_knows_every_word(parts):
+def test_a_tokenizer_with_bytes_knows_every_word():
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *((f"<0x{i:02X}>", -9.0) for i in range(256))]
     backend = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     spelled = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     assert len(spelled("é猫")["input_ids"]) > 4
-    assert unknown(["猫"], spelled, TextConfig(width=TEXT_DIM).build(len(spelled))) == []
+    assert unknown(["猫"], spelled) == []
 
 
 def test_a_narrow_encoder_gives_float32(parts):

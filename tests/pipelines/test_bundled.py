@@ -113,11 +113,20 @@ def test_a_folder_without_guidance_has_the_weight_of_the_released_models(bundled
 
 
 def test_the_command_warns_of_unknown_words_in_one_line(tmp_path, capsys):
-    arguments = ["--prompt", "green heart", "--negative-prompt", "dog", "--num", "2", "--out", str(tmp_path)]
-    assert main(["sample", *arguments]) == 0
-    warned = capsys.readouterr().err.splitlines()
-    assert warned == [f"starflow: warning: the text encoder does not know '{word}'" for word in ("green", "dog")]
-    assert len(images(tmp_path)) == 2
+    (tmp_path / "prompts").write_text("green heart\nred cat\nblue dog\n")
+    arguments = ["--prompt-file", str(tmp_path / "prompts"), "--negative-prompt", "a fish", "--batch-size", "1"]
+    assert main(["sample", *arguments, "--out", str(tmp_path / "out")]) == 0
+    words = "'green', 'dog', 'fish'"
+    assert capsys.readouterr().err == f"starflow: warning: the text encoder does not know {words}\n"
+    assert len(images(tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize(("guidance", "words"), [(2.0, "'green', 'dog', 'fish'"), (0.0, "'green', 'dog'")])
+def test_a_call_warns_of_unknown_words_of_its_prompts_once(guidance, words):
+    with pytest.warns(UserWarning, match="know") as caught:
+        open_model("emoji")(("green heart", "blue dog"), negative_prompt="a fish", guidance_scale=guidance)
+    warned = [str(each.message) for each in caught if each.category is UserWarning]
+    assert warned == [f"the text encoder does not know {words}"]
 
 
 def test_spaces_around_a_prompt_do_not_count(tmp_path):

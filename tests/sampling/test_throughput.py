@@ -67,6 +67,12 @@ def test_two_processes_draw_the_bits_of_one(pipeline, tmp_path):
     assert not list((tmp_path / "two").glob("samples.[0-9]*"))
 
 
+def test_one_process_of_two_names_unknown_words(pipeline, tmp_path):
+    arguments = ["--checkpoint", pipeline, "--prompt", "a café", "--count", "2", "--out", str(tmp_path / "out")]
+    codes, texts = workers.run(tmp_path, 2, "sample", *arguments, *ONE_THREAD)
+    assert codes == [0, 0] and "does not know 'café'" in texts[0] and texts[1] == ""
+
+
 def test_torchrun(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     base = ["--count", "40", "--format", "npz", "--samples-per-file", "7"]

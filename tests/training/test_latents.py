@@ -317,6 +317,14 @@ def test_the_command_fills_a_cache_once(parts, tmp_path, capsys):
     assert "data.seed=0, not 3" in capsys.readouterr().err
 
 
+def test_unknown_words_of_all_captions_are_named_once(parts, tmp_path):
+    config = encode_config(parts, data=data_config(parts, class_names=("a café", "the 犬")))
+    with pytest.warns(UserWarning) as caught:
+        encode(config, tmp_path, batch_size=1, quiet=True)
+    warned = [str(each.message) for each in caught if each.category is UserWarning]
+    assert warned == ["the text encoder does not know 'café', '犬'"]
+
+
 def test_pixel_commands_refuse_a_flow_on_latents(cache, tmp_path, capsys):
     train(run_config(cache), tmp_path / "run")
     for command in (["sample", "--out", str(tmp_path / "drawn")], ["eval"]):
