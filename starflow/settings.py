@@ -110,14 +110,13 @@ def section(kind: type) -> Callable[[dict[str, Any]], Any]:
     return read
 
 
-def check_types(config: Any, where: str = "") -> None:
+def check_types(config: Any) -> None:
     """Check that each setting has a value of its declared type; a list becomes a tuple.
 
     An integer is a number too, and so is a number of numpy or torch. True and false are neither, and text is no number.
 
     Args:
         config: instance of a dataclass.
-        where: start of the message.
 
     Raises:
         ConfigError: a value has another type. The message names the setting, the value and the type.
@@ -128,7 +127,7 @@ def check_types(config: Any, where: str = "") -> None:
         value = scalar(given)
         if not _fits(value, kind):
             shown = reprlib.repr(value) if isinstance(value, int) else repr(value)
-            raise ConfigError(f"{where}{field.name}={shown}: expected {_described(kind)}")
+            raise ConfigError(f"{field.name}={shown}: expected {_described(kind)}")
         if isinstance(value, list):
             value = tuple(value)
         if value is not given:
@@ -185,6 +184,23 @@ def _described(kind: Any) -> str:
     return "none" if kind is type(None) else TYPES.get(kind, kind.__name__)
 
 
+def read_section(name: str, read: Callable[[dict[str, Any]], Any], fields: dict[str, Any]) -> Any:
+    """Read a section.
+
+    Args:
+        name: name of the section.
+        read: reader of the section.
+        fields: settings of the section.
+
+    Raises:
+        ConfigError: the reader refuses it. The message begins with the name.
+    """
+    try:
+        return read(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
 def read_sections(settings: dict[str, Any], readers: dict[str, Callable[[dict[str, Any]], Any]]) -> dict[str, Any]:
     """Read each section.
 
@@ -200,4 +216,4 @@ def read_sections(settings: dict[str, Any], readers: dict[str, Callable[[dict[st
     for name, fields in settings.items():
         if not isinstance(fields, dict):
             raise ConfigError(f"settings: {name} is not a mapping")
-    return {name: read(settings[name]) for name, read in readers.items()}
+    return {name: read_section(name, read, settings[name]) for name, read in readers.items()}

@@ -10,7 +10,7 @@ from typing import Any
 from ..data.datasets import DataConfig
 from ..data.encode import EncodeConfig, TextDtype, encode
 from ..errors import ConfigError
-from ..settings import override, read_settings, section
+from ..settings import override, read_section, read_settings, section
 from ..training.loop import SETTINGS
 from .common import Parser, device, non_empty, positive, refuse
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not isinstance(settings.get("data"), dict):
         raise ConfigError(f"{path}: no section data")
     override(settings, args.set)
-    images = section(DataConfig)(settings["data"])
+    images = read_section("data", section(DataConfig), settings["data"])
     config = EncodeConfig(
         images,
         args.vae,

@@ -91,30 +91,28 @@ class DataConfig:
     validation: bool = False
 
     def __post_init__(self):
-        check_types(self, "data: ")
+        check_types(self)
         if self.source != "emoji" and (self.source in ("folder", "latents")) != bool(self.path):
-            raise ConfigError(f"data: path={self.path!r} goes with source 'folder' or 'latents', and only with them")
+            raise ConfigError(f"path={self.path!r} goes with source 'folder' or 'latents', and only with them")
         if self.size < 1:
-            raise ConfigError(f"data: size={self.size} is not a number of pixels")
+            raise ConfigError(f"size={self.size} is not a number of pixels")
         if not self.templates or any(template.count("{}") != 1 for template in self.templates):
-            raise ConfigError(
-                f"data: templates={list(self.templates)}: expected texts with one {{}} for the class name"
-            )
+            raise ConfigError(f"templates={list(self.templates)}: expected texts with one {{}} for the class name")
         if not 0 <= self.held_out < 1:
-            raise ConfigError(f"data: held_out={self.held_out} is not a fraction of at least 0 and below 1")
-        check_seed(self.seed, "data: seed")
+            raise ConfigError(f"held_out={self.held_out} is not a fraction of at least 0 and below 1")
+        check_seed(self.seed)
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         changed = [name for name in EMOJI_SETTINGS if getattr(self, name) != defaults[name]]
         if self.source != "emoji" and changed:
-            raise ConfigError(f"data: {', '.join(changed)} goes with source 'emoji', not {self.source!r}")
+            raise ConfigError(f"{', '.join(changed)} goes with source 'emoji', not {self.source!r}")
         for name in ("variants", "plain_repeats"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"data: {name}={getattr(self, name)}: expected at least 1")
+                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
         if not 0 <= 2 * self.shift < self.size:
-            raise ConfigError(f"data: shift={self.shift}: expected less than half of size={self.size}")
+            raise ConfigError(f"shift={self.shift}: expected less than half of size={self.size}")
         if self.paraphrases < 0 or (self.paraphrases and self.language != "en"):
             raise ConfigError(
-                f"data: paraphrases={self.paraphrases}, language={self.language!r}: expected at least 0, or 0 for a "
+                f"paraphrases={self.paraphrases}, language={self.language!r}: expected at least 0, or 0 for a "
                 "language other than 'en'"
             )
         check_backgrounds(self.backgrounds)

@@ -350,12 +350,12 @@ def check_backgrounds(names: tuple[str, ...]) -> None:
         ConfigError: there is no color, or an unknown one.
     """
     if not names:
-        raise ConfigError("data: backgrounds=(): expected at least one color")
+        raise ConfigError("backgrounds=(): expected at least one color")
     for name in names:
         try:
             _color(name)
         except ValueError:
-            raise ConfigError(f"data: backgrounds: {name!r} is no color that Pillow knows") from None
+            raise ConfigError(f"backgrounds: {name!r} is no color that Pillow knows") from None
 
 
 @functools.cache

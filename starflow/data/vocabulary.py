@@ -48,14 +48,14 @@ class TextConfig:
     seed: int = 0
 
     def __post_init__(self):
-        check_types(self, "text: ")
+        check_types(self)
         if self.width < 1 or self.width % HEAD_DIM or self.layers < 0 or self.length < 1:
             raise ConfigError(
-                f"text: width={self.width}, layers={self.layers}, length={self.length}: expected a multiple of "
+                f"width={self.width}, layers={self.layers}, length={self.length}: expected a multiple of "
                 f"{HEAD_DIM} and positive integers"
             )
         if not 0 < self.init_scale < float("inf"):
-            raise ConfigError(f"text: init_scale={self.init_scale}: expected a positive number")
+            raise ConfigError(f"init_scale={self.init_scale}: expected a positive number")
 
     def build(self, vocabulary: int) -> T5EncoderModel:
         """Return a T5EncoderModel in eval mode.

@@ -49,14 +49,14 @@ class AutoencoderConfig:
     kl_weight: float = 1e-4
 
     def __post_init__(self):
-        check_types(self, "autoencoder: ")
+        check_types(self)
         numbers = [self.channels, self.latent_channels, self.layers, self.groups, *self.block_channels]
         if min(numbers) < 1 or not self.block_channels:
-            raise ConfigError("autoencoder: channels, layers and groups are positive integers")
+            raise ConfigError("channels, layers and groups are positive integers")
         if any(n % self.groups for n in self.block_channels):
-            raise ConfigError(f"autoencoder: groups={self.groups} does not divide each of {list(self.block_channels)}")
+            raise ConfigError(f"groups={self.groups} does not divide each of {list(self.block_channels)}")
         if not 0 <= self.kl_weight < math.inf:
-            raise ConfigError(f"autoencoder: kl_weight={self.kl_weight} is not a finite number of at least 0")
+            raise ConfigError(f"kl_weight={self.kl_weight} is not a finite number of at least 0")
 
     def build(self, size: int):
         """Return an AutoencoderKL with random weights.

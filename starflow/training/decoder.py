@@ -46,11 +46,11 @@ class DecoderConfig:
     gan_layers: int = 3
 
     def __post_init__(self):
-        check_types(self, "decoder: ")
+        check_types(self)
         for field in dataclasses.fields(self)[1:]:
             value, low = getattr(self, field.name), 1 if field.name in ("gan_channels", "gan_layers") else 0
             if not low <= value < math.inf:
-                raise ConfigError(f"decoder: {field.name}={value}: expected a number of at least {low}")
+                raise ConfigError(f"{field.name}={value}: expected a number of at least {low}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,11 +84,11 @@ class LoopConfig:
     }
 
     def __post_init__(self):
-        check_types(self, "training: ")
+        check_types(self)
         for field in dataclasses.fields(self):
             value, (low, high) = getattr(self, field.name), self.RANGES.get(field.name, (0, math.inf))
             if not isinstance(value, str) and not low <= value < high:
-                raise ConfigError(f"training: {field.name}={value} is not in [{low}, {high})")
+                raise ConfigError(f"{field.name}={value} is not in [{low}, {high})")
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

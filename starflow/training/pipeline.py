@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,12 @@ from ..errors import CheckpointError, ConfigError
 from ..io.files import write_folder, write_text
 from ..models.autoencoder import load_vae
 from ..models.flow import Flow
-from ..settings import check_types, read_sections, read_settings, section
+from ..settings import check_types, read_section, read_sections, read_settings, section
 from .autoencoder import AutoencoderRunConfig, AutoencoderTrainer
 from .decoder import DecoderRunConfig, DecoderTrainer
 from .flow import FlowRunConfig, FlowTrainer
 from .loop import SETTINGS, STATE, Loop, RunConfig, standard_defaults
 
-SECTIONS = ("data", "autoencoder", "text", "latents", "flow", "decoder", "pipeline")
 # Sections with a seed of their own.
 SEEDED = ("autoencoder.training", "text", "flow.training", "decoder.training")
 
@@ -48,9 +48,21 @@ class SavedConfig:
     notice: str = ""
 
     def __post_init__(self):
-        check_types(self, "pipeline: ")
+        check_types(self)
         if not (0 <= self.guidance < math.inf and 0 <= self.denoise < math.inf):
-            raise ConfigError(f"pipeline: guidance={self.guidance}, denoise={self.denoise}: expected numbers >= 0")
+            raise ConfigError(f"guidance={self.guidance}, denoise={self.denoise}: expected numbers >= 0")
+
+
+# Sections and their readers; a section that dict reads is completed from others.
+SECTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "data": section(DataConfig),
+    "autoencoder": dict,
+    "text": section(TextConfig),
+    "latents": dict,
+    "flow": dict,
+    "decoder": dict,
+    "pipeline": section(SavedConfig),
+}
 
 
 class PipelineTrainer:
@@ -72,13 +84,12 @@ class PipelineTrainer:
 
     def __init__(self, settings: dict[str, Any], folder: Path, device: str = "cpu", tensorboard: bool = False):
         self.settings, self.folder, self.device, self.tensorboard = settings, Path(folder), device, tensorboard
-        parts = read_sections(settings, dict.fromkeys(SECTIONS, dict))
+        parts = read_sections(settings, SECTIONS)
+        parts["data"] = dataclasses.asdict(parts["data"])
         paths = {name: str(self.folder / name) for name in ("autoencoder", "text", "latents")}
-        images = section(DataConfig)
-        self.text, self.saved = section(TextConfig)(parts["text"]), section(SavedConfig)(parts["pipeline"])
-        self.latents = EncodeConfig(
-            images({**parts["data"], **parts["latents"]}), paths["autoencoder"], paths["text"], self.text.length, "none"
-        )
+        self.text, self.saved = parts["text"], parts["pipeline"]
+        images = read_section("latents", section(DataConfig), {**parts["data"], **parts["latents"]})
+        self.latents = EncodeConfig(images, paths["autoencoder"], paths["text"], self.text.length, "none")
         self.autoencoder = _stage(AutoencoderRunConfig, parts, "autoencoder")
         autoencoder = self.autoencoder.autoencoder
         side = self.autoencoder.data.size // 2 ** (len(autoencoder.block_channels) - 1)
@@ -190,7 +201,4 @@ def _stage(kind: type[RunConfig], parts: dict[str, Any], name: str, **derived: d
         if both := sorted(given.get(key, {}).keys() & values.keys()):
             raise ConfigError(f"{name}.{key}: {', '.join(both)} follows from other stages, leave it out")
         given[key] = {**given.get(key, {}), **values}
-    try:
-        return kind.from_dict(given)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
+    return read_section(name, kind.from_dict, given)

@@ -146,11 +146,15 @@ def test_an_interrupted_command_says_how_to_continue(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("text"), "exactly the sections"),
+        (lambda s: s.pop("text"), "settings need exactly the sections"),
+        (lambda s: s["data"].update(size=0), "data: size=0"),
         (lambda s: s["text"].update(width=20), "text: width=20"),
+        (lambda s: s["text"].update(size=20), "text: unknown TextConfig settings size"),
+        (lambda s: s["latents"].update(size=0), "latents: size=0"),
         (lambda s: s["pipeline"].update(guidance=-1.0), "pipeline: guidance=-1"),
         (lambda s: s["flow"]["model"].update(image_size=4), "flow.model: image_size follows from other stages"),
-        (lambda s: s["decoder"]["training"].update(stepz=1), "decoder: unknown LoopConfig settings stepz"),
+        (lambda s: s["decoder"]["training"].update(stepz=1), "decoder: training: unknown LoopConfig settings stepz"),
+        (lambda s: s["autoencoder"]["data"].update(size=0), "autoencoder: data: size=0"),
         (lambda s: s["autoencoder"].update(data=3), "autoencoder: data is not a mapping"),
         (lambda s: s["flow"].update(training=3), "flow: training is not a mapping"),
     ],
@@ -158,7 +162,7 @@ def test_an_interrupted_command_says_how_to_continue(tmp_path, monkeypatch, caps
 def test_wrong_settings_are_refused_before_the_first_stage(change, message, tmp_path):
     wrong = settings()
     change(wrong)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
         PipelineTrainer(wrong, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
