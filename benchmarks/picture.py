@@ -24,8 +24,6 @@ INK, GRAY, BLUE = "#1f2933", "#7b8794", "#2563eb"
 # Numbers of blocks after which the samples are shown: the first ones do most of the work.
 SHOWN_AFTER = (0, 1, 2, 3, 5, 8, 12)
 SHOWN_DIGITS = (0, 2, 3, 5, 6, 8)
-PROMPTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CELL = 65  # pixels per drawing in digits-text.png, with its border
 
 
 def states(flow: Flow, labels: torch.Tensor, seed: int) -> dict[int, torch.Tensor]:
@@ -50,15 +48,6 @@ def tile(images: np.ndarray, rows: int, scale: int, gap: int = 6) -> np.ndarray:
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         canvas[top : top + height, left : left + width] = image.repeat(scale, 0).repeat(scale, 1)
     return canvas
-
-
-def text_drawings(rows: int) -> np.ndarray:
-    """(rows * 10, 64, 64) drawings of digits-text.png, a column per prompt."""
-    grid = np.asarray(Image.open(IMAGES / "digits-text.png").convert("L")) / 255
-    side = CELL - 1
-    return np.stack(
-        [grid[r * CELL : r * CELL + side, c * CELL : c * CELL + side] for r in range(rows) for c in range(10)]
-    )
 
 
 def show(axes, image: np.ndarray, title: str) -> None:
@@ -89,7 +78,7 @@ def draw_speed(axes) -> None:
     for side in axes.spines.values():
         side.set_visible(False)
     axes.set_title(
-        "Sampling: times faster than plain PyTorch with a KV cache, two CPU threads",
+        "Sampling: times faster than plain PyTorch\nwith a KV cache, two CPU threads",
         loc="left",
         fontsize=12,
         color=INK,
@@ -109,16 +98,12 @@ def main() -> None:
     path = tile(
         np.stack([shown[after][digit] for digit in SHOWN_DIGITS for after in SHOWN_AFTER]), len(SHOWN_DIGITS), 8
     )
-    prompts = tile(text_drawings(len(SHOWN_DIGITS)), len(SHOWN_DIGITS), 1, 2)
 
-    figure = plt.figure(figsize=(10.6, 7), dpi=120)
-    axes = figure.add_axes((0, 0.4, 0.4, 0.51), anchor="SW")
+    figure = plt.figure(figsize=(11.6, 4), dpi=120)
+    axes = figure.add_axes((0, 0, 0.4, 0.88), anchor="SW")
     show(axes, path, "Noise becomes a digit, block by block")
     head_columns(axes, ("noise", *(f"{after}" for after in SHOWN_AFTER[1:-1]), f"{count} blocks"), path.shape[1])
-    axes = figure.add_axes((0.42, 0.4, 0.58, 0.51), anchor="SE")
-    show(axes, prompts, "The same from text: a prompt per column, 64x64 pixels")
-    head_columns(axes, PROMPTS, prompts.shape[1])
-    draw_speed(figure.add_axes((0.29, 0, 0.71, 0.31)))
+    draw_speed(figure.add_axes((0.68, 0, 0.32, 0.84)))
     figure.savefig(IMAGES / "overview.png", bbox_inches="tight", facecolor="white")
 
     drawn = states(flow, labels.repeat(8), seed=0)[0]

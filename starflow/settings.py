@@ -46,7 +46,7 @@ def presets(kind: str = "") -> list[str]:
     """Return the names of the presets of a kind of run.
 
     Args:
-        kind: folder of the presets: "autoencoder", "decoder", or "" for flows.
+        kind: folder of the presets: "pipeline", or "" for flows.
     """
     return sorted(path.stem for path in (PRESETS / kind).glob("*.yaml"))
 

@@ -27,12 +27,7 @@ from .packages import PACKAGES, install_command
 
 EXAMPLE = "starflow info --checkpoint runs/digits"
 # Command that trains from presets -> folder of these presets.
-PRESET_KINDS = {
-    "train": "",
-    "train-autoencoder": "autoencoder",
-    "train-decoder": "decoder",
-    "train-pipeline": "pipeline",
-}
+PRESET_KINDS = {"train": "", "train-pipeline": "pipeline"}
 
 Table = dict[str, str]
 

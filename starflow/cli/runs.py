@@ -5,31 +5,34 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import PRESETS, override, presets, read_settings
+from ..settings import PRESETS, override, read_settings
 from ..training.loop import STATE, Loop
 from .common import Parser, device, interrupted_by_sigterm, non_empty, seed_argument
 
 RESUMED = "--resume continues with the settings of the run: drop --set, --out, --seed and --dtype"
 
 
-def run_arguments(parser: Parser, sections: str, kind: str = "") -> None:
+def run_arguments(parser: Parser, sections: str, presets: Collection[str] = ()) -> None:
     """Add the arguments of a command that trains from settings.
 
     Args:
         parser: the command's parser.
         sections: names of the sections of the settings, for the help text.
-        kind: folder of the command's presets inside the folder of all presets.
+        presets: names of the command's presets.
     """
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--preset",
-        choices=presets(kind),
-        help="Train with settings that come with the package; `starflow info` describes them.",
-    )
+    parser.set_defaults(preset=None)
+    if presets:
+        source.add_argument(
+            "--preset",
+            choices=presets,
+            help="Train with settings that come with the package; `starflow info` describes them.",
+        )
     source.add_argument(
         "--config", type=non_empty, metavar="FILE", help=f"Train with a YAML file with the sections {sections}."
     )
@@ -59,13 +62,13 @@ def run_arguments(parser: Parser, sections: str, kind: str = "") -> None:
     )
 
 
-def new_run(args: argparse.Namespace, kind: str, mark: str) -> tuple[dict[str, Any], Path]:
+def new_run(args: argparse.Namespace, mark: str, kind: str = "") -> tuple[dict[str, Any], Path]:
     """Return the settings of a new run, with the changes by --set, and its folder.
 
     Args:
         args: the parsed arguments.
-        kind: folder of the command's presets inside the folder of all presets.
         mark: file that a folder with a run holds.
+        kind: folder of the command's presets inside the folder of all presets.
 
     Raises:
         ConfigError: the settings are unreadable, or the folder holds a run.
@@ -79,7 +82,7 @@ def new_run(args: argparse.Namespace, kind: str, mark: str) -> tuple[dict[str, A
 
 
 def run_loop(
-    args: argparse.Namespace, trainer_class: type[Loop], changes: dict[tuple[str, str], Any], kind: str = ""
+    args: argparse.Namespace, trainer_class: type[Loop], changes: dict[tuple[str, str], Any]
 ) -> dict[str, Any]:
     """Train a new or a resumed run; on an interrupt, print the command that continues it.
 
@@ -87,7 +90,6 @@ def run_loop(
         args: the parsed arguments.
         trainer_class: the loop to run.
         changes: values of settings, by section and name, that result from other arguments; None changes nothing.
-        kind: folder of the command's presets inside the folder of all presets.
 
     Returns:
         Folder, number of steps, seconds and last metrics of the run.
@@ -101,7 +103,7 @@ def run_loop(
             raise ConfigError(RESUMED)
         trainer = trainer_class.resume(Path(args.resume), device(args.device), args.tensorboard)
     else:
-        settings, folder = new_run(args, kind, STATE)
+        settings, folder = new_run(args, STATE)
         for (section, name), value in changes.items():
             if isinstance(settings.get(section), dict):
                 settings[section][name] = value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..settings import presets
 from ..training.flow import FlowTrainer
 from .common import Parser
 from .runs import run_arguments, run_loop
@@ -14,7 +15,7 @@ EXAMPLE = "starflow train --preset digits --out runs/digits"
 
 def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
-    run_arguments(parser, "model, data and training")
+    run_arguments(parser, "model, data and training", presets())
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

@@ -9,15 +9,14 @@ from ..training.autoencoder import AutoencoderTrainer
 from .common import Parser
 from .runs import run_arguments, run_loop
 
-KIND = "autoencoder"
-EXAMPLE = "starflow train-autoencoder --preset digits --out runs/autoencoder"
+EXAMPLE = "starflow train-autoencoder --config autoencoder.yaml --out runs/autoencoder"
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
-    run_arguments(parser, "autoencoder, data and training", KIND)
+    run_arguments(parser, "autoencoder, data and training")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train an autoencoder; return the report of the run."""
-    return run_loop(args, AutoencoderTrainer, {}, KIND)
+    return run_loop(args, AutoencoderTrainer, {})

@@ -9,13 +9,12 @@ from ..training.decoder import DecoderTrainer
 from .common import Parser, non_empty
 from .runs import run_arguments, run_loop
 
-KIND = "decoder"
-EXAMPLE = "starflow train-decoder --preset digits --vae runs/autoencoder --out runs/decoder"
+EXAMPLE = "starflow train-decoder --config decoder.yaml --vae runs/autoencoder --out runs/decoder"
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
-    run_arguments(parser, "decoder, data and training", KIND)
+    run_arguments(parser, "decoder, data and training")
     parser.add_argument(
         "--vae",
         type=non_empty,
@@ -26,4 +25,4 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune a decoder; return the report of the run."""
-    return run_loop(args, DecoderTrainer, {("decoder", "vae"): args.vae}, KIND)
+    return run_loop(args, DecoderTrainer, {("decoder", "vae"): args.vae})

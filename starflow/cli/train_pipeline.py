@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import override
+from ..settings import override, presets
 from ..training.loop import SETTINGS
 from ..training.pipeline import SEEDED, PipelineTrainer
 from .common import Parser, device, interrupted_by_sigterm
@@ -21,7 +21,7 @@ EXAMPLE = "starflow train-pipeline --preset emoji --out runs/emoji"
 
 def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
-    run_arguments(parser, "data, autoencoder, text, latents, flow, decoder and pipeline", KIND)
+    run_arguments(parser, "data, autoencoder, text, latents, flow, decoder and pipeline", presets(KIND))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(RESUMED)
         trainer = PipelineTrainer.resume(Path(args.resume), device(args.device), args.tensorboard)
     else:
-        settings, folder = new_run(args, KIND, SETTINGS)
+        settings, folder = new_run(args, SETTINGS, KIND)
         if args.seed is not None:
             override(settings, [f"{section}.seed={args.seed}" for section in SEEDED])
         trainer = PipelineTrainer(settings, folder, device(args.device), args.tensorboard)

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +58,6 @@ TRAIN = ["train", "--preset", "digits", "--quiet"]
         (["sample", "--checkpoint", "a\0b"], "--checkpoint"),
         (["sample", "--checkpoint", "a" * 5000], "File name too long"),
         (["sample", "--checkpoint", "a\nb"], "no checkpoint at a b "),
-        (["train-decoder", "--preset", "digits", "--vae", "5"], "no autoencoder at 5"),
         (["calibrate", "--out", "x", "--batch-size", "1000000000000"], "not enough memory: "),
         (["calibrate", "--out", "x", "--batch-size", str(2**62)], "not enough memory: "),
     ],
@@ -149,8 +149,8 @@ def test_training_leaves_handlers_as_before():
     [
         ["sample", "--checkpoint", "nowhere"],
         ["train", "--preset", "photos", "--set", "data.source=folder", "--set", "data.path=nowhere"],
-        ["train-autoencoder", "--preset", "digits", "--set", "data.source=folder", "--set", "data.path=nowhere"],
-        ["train-decoder", "--preset", "digits", "--vae", "nowhere"],
+        ["train-autoencoder", "--config", "autoencoder.yaml"],
+        ["train-decoder", "--config", "decoder.yaml", "--vae", "nowhere"],
         ["encode", "--vae", "nowhere"],
         ["calibrate"],
         ["convert", "nowhere.pth"],
@@ -158,6 +158,9 @@ def test_training_leaves_handlers_as_before():
     ],
 )
 def test_out_is_checked_before_work(command, tmp_path, capsys):
+    rest = "data: {source: folder, path: nowhere}\ntraining: {steps: 1, batch_size: 1}\n"
+    for kind in ("autoencoder", "decoder"):
+        Path(f"{kind}.yaml").write_text(f"{kind}: {{}}\n{rest}")
     (tmp_path / "file").touch()
     assert f"cannot write {tmp_path}/file" in fails(capsys, *command, "--out", str(tmp_path / "file" / "x"))
 

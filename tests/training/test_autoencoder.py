@@ -1,13 +1,15 @@
 """Training an autoencoder: it learns, its folder is one of diffusers, a resumed run repeats an uninterrupted one."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from support.commands import fails
 
 from starflow import CheckpointError, ConfigError
 from starflow.cli import main
 from starflow.data.datasets import DataConfig, load
 from starflow.models.autoencoder import decode, load_vae, posterior, scale_images
-from starflow.settings import PRESETS, presets, read_settings
 from starflow.training.autoencoder import AutoencoderRunConfig, AutoencoderTrainer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -97,19 +99,14 @@ def test_a_folder_without_an_autoencoder_is_refused(tmp_path):
         load_vae(tmp_path)
 
 
-def test_the_command_writes_an_autoencoder_and_keeps_a_run(tmp_path, capsys):
-    small = ["--set", "autoencoder.block_channels=[8, 8]", "--set", "data.size=16", "--set", "training.steps=2"]
-    arguments = ["train-autoencoder", "--out", str(tmp_path), "--quiet"]
-    assert main([*arguments, "--preset", "digits", *small, "--json", str(tmp_path / "report.json")]) == 0
-    assert load_vae(tmp_path).config.latent_channels == 4
-    assert main([*arguments, "--preset", "digits"]) == 2
-    assert "holds a run" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", presets("autoencoder"))
-def test_presets_are_complete(name):
-    config = AutoencoderRunConfig.from_dict(read_settings(PRESETS / "autoencoder" / f"{name}.yaml"))
-    config.autoencoder.build(config.data.size)
+def test_the_command_writes_an_autoencoder_and_keeps_a_run(capsys):
+    Path("tiny.yaml").write_text(
+        "autoencoder: {block_channels: [8, 8]}\ndata: {size: 16}\ntraining: {steps: 2, batch_size: 8}\n"
+    )
+    arguments = ["train-autoencoder", "--config", "tiny.yaml", "--out", "run", "--quiet"]
+    assert main([*arguments, "--json", "report.json"]) == 0
+    assert load_vae("run").config.latent_channels == 4
+    assert "holds a run" in fails(capsys, *arguments)
 
 
 def test_defaults_of_torch_do_not_change_a_run(hostile, tmp_path):

@@ -7,14 +7,15 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from support.commands import fails
 
 from starflow import ConfigError
 from starflow.cli import main
 from starflow.models.autoencoder import load_vae, save_vae
-from starflow.settings import PRESETS, presets, read_settings
 from starflow.training.autoencoder import AutoencoderConfig
 from starflow.training.decoder import DecoderRunConfig, DecoderTrainer, load_lpips
 from starflow.training.discriminator import PatchDiscriminator, hinge_loss
@@ -130,18 +131,15 @@ def test_wrong_settings_are_named(change, vae):
         settings(vae, change)
 
 
-def test_the_command_fine_tunes_the_given_autoencoder(vae, tmp_path, capsys):
-    small = ["--set", "data.size=16", "--set", "training.steps=2", "--set", "decoder.gan_layers=1"]
-    arguments = ["train-decoder", "--preset", "digits", "--out", str(tmp_path / "run"), "--quiet", *small]
-    assert main([*arguments, "--vae", vae]) == 0
-    assert load_vae(tmp_path / "run").config.scaling_factor == 0.5
-    assert main(["train-decoder", "--preset", "digits", "--out", str(tmp_path / "other"), "--vae", "nowhere"]) == 2
-    assert "nowhere" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", presets("decoder"))
-def test_presets_are_complete(name):
-    DecoderRunConfig.from_dict(read_settings(PRESETS / "decoder" / f"{name}.yaml"))
+def test_the_command_fine_tunes_the_given_autoencoder(vae, capsys):
+    Path("tiny.yaml").write_text(
+        "decoder: {lpips_weight: 0, gan_channels: 4, gan_layers: 1}\n"
+        "data: {size: 16}\ntraining: {steps: 2, batch_size: 8}\n"
+    )
+    arguments = ["train-decoder", "--config", "tiny.yaml", "--quiet", "--out"]
+    assert main([*arguments, "run", "--vae", vae]) == 0
+    assert load_vae("run").config.scaling_factor == 0.5
+    assert "no autoencoder at 5" in fails(capsys, *arguments, "other", "--vae", "5")
 
 
 def test_defaults_of_torch_do_not_change_a_run(vae, hostile, tmp_path):

@@ -1,6 +1,7 @@
 """Training a whole pipeline: stages, resuming, what is derived, and a text encoder that is trained along."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-from starflow import CheckpointError, ConfigError
+from starflow import CheckpointError, ConfigError, Flow
 from starflow.cli import main
 from starflow.data.encode import EncodeConfig, encode
 from starflow.data.prompts import load_text, save_text
@@ -133,6 +134,20 @@ def test_the_command_trains_resumes_and_refuses_a_folder_with_a_run(run, tmp_pat
     assert "holds a run" in capsys.readouterr().err
 
 
+def test_the_commands_of_the_stages_take_their_settings_and_give_the_same_bits(run):
+    text = ["--text", f"{run}/text", "--text-dtype", "none", "--length", "4"]
+    commands = {
+        "autoencoder": ["train-autoencoder", "--config", f"{run}/autoencoder/settings.yaml"],
+        "latents": ["encode", "--config", f"{run}/settings.yaml", "--vae", "autoencoder", *text],
+        "flow": ["train", "--config", f"{run}/flow/settings.yaml", "--set", "data.path=latents"],
+        "decoder": ["train-decoder", "--config", f"{run}/decoder/settings.yaml", "--vae", "autoencoder"],
+    }
+    for stage, command in commands.items():
+        assert main([*command, "--out", stage, "--quiet"]) == 0
+        files = list(Path(stage).rglob("*.safetensors"))
+        assert files and all(file.read_bytes() == (run / file).read_bytes() for file in files)
+
+
 def test_an_interrupted_command_says_how_to_continue(tmp_path, monkeypatch, capsys):
     def interrupt(self, quiet):
         raise KeyboardInterrupt
@@ -174,7 +189,9 @@ def test_a_folder_without_a_run_is_not_resumed(tmp_path):
 
 @pytest.mark.parametrize("name", presets("pipeline"))
 def test_presets_are_valid(name, tmp_path):
-    PipelineTrainer(read_settings(PRESETS / "pipeline" / f"{name}.yaml"), tmp_path)
+    trainer = PipelineTrainer(read_settings(PRESETS / "pipeline" / f"{name}.yaml"), tmp_path)
+    trainer.autoencoder.autoencoder.build(trainer.autoencoder.data.size)
+    Flow(trainer.flow.model)
 
 
 def test_latents_without_text_states_need_the_text_encoder(run, tmp_path):
