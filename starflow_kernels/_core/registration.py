@@ -111,7 +111,7 @@ def refuse_transforms(op: str, instead: str, *args) -> None:
 
 def _refusal(op: str, instead: str) -> NotImplementedError:
     where = "call it under torch.no_grad() and outside of torch.func"
-    return NotImplementedError(f"{op} has no derivative: {where}, or {instead}")
+    return NotImplementedError(f"{op} has no derivative of this kind: {where}, or {instead}")
 
 
 def _tensors(args: tuple) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 from .._core import compiled
 from .._core.checks import check_guidance, check_range, check_tensor
 from .._core.dispatch import register, wrap
+from .._core.implicit import Equation, with_gradient
 from .._core.registration import call, define, refuse_transforms
 from .._core.torch_private import is_intercepted, outside_graphs
 from .._triton import runtime
@@ -24,7 +25,10 @@ from .checks import check_block, checked_inverse, checked_jacobi
 from .layout import Layout, arrange
 from .progress import reporting_to
 
-INSTEAD = "differentiate block_forward at the result, whose Jacobian is the inverse matrix; pass a batch as rows"
+INSTEAD = (
+    "use the gradient that the public function has outside of torch.func, or differentiate block_forward at the "
+    "result, whose Jacobian is the inverse matrix; pass a batch as rows"
+)
 CONTEXT = "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin"
 
 
@@ -266,12 +270,15 @@ def block_inverse(
         backend: name of a backend; None takes the first that can run.
 
     Returns:
-        x (B, T, D) in the dtype of z, with block_forward(x) = z. Not differentiable.
+        x (B, T, D) in the dtype of z, with block_forward(x) = z. Without guidance and quantization, it has a gradient
+        with respect to z, weights, cond, prefix and data, by the implicit function theorem: the backward pass runs
+        block_forward at x and solves a triangular system by sweeps of vector-Jacobian products. The inverse stores
+        nothing for it. A compiled graph has no such gradient.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape, device or value; z, cond or prefix not finite; with Jacobi, a result
-            that is not finite, with its sample and token.
+            that is not finite, with its sample and token; a gradient is needed and cannot be computed.
 
     Equivalent to:
         ```python
@@ -298,7 +305,13 @@ def block_inverse(
     branches = 1 if guidance is None else 2
     tensors = check_block(z, weights, spec, cond, prefix, cos, sin, branches * B)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    inputs = (cond, prefix, *tensors)
+    needed = composed.needs_gradient(z, data, *inputs)
+    if needed and (guidance is not None or quantize != "none"):
+        raise ValueError("guidance, quantize: the inverse has no gradient with them; call it under torch.no_grad()")
     if traced:
+        if composed.needs_gradient(z, data, cond, prefix):
+            raise ValueError("z, data, cond, prefix: the inverse has no gradient in a graph; detach them")
         # A graph may be called with gradients enabled, whatever the mode in which it was made.
         tensors = [weight.detach() for weight in tensors]
         cond, prefix, cos, sin, guidance, guess = (
@@ -328,13 +341,24 @@ def block_inverse(
     else:
         options = own, rule, temperature, quantize, known
         run = functools.partial(call, "block_inverse", noise, *context, *options, backend=backend)
+    report = None
     with contextlib.nullcontext() if traced else torch.no_grad():
         if progress or return_report:
             x, report = _observed(run, layout, solver, progress)
-            x = layout.leave(x, z) if layout.moves else x
-            return (x, report) if return_report else x
-        x = run()[0] if solver.method == "jacobi" else run()
-        return layout.leave(x, z) if layout.moves else x
+        else:
+            x = run()[0] if solver.method == "jacobi" else run()
+        x = layout.leave(x, z) if layout.moves else x
+    if needed and not traced:
+
+        def density(x, cond, prefix, *tensors):
+            context = {"cond": cond, "prefix": prefix, "cos": cos, "sin": sin, "order": order, "lengths": lengths}
+            own = backend if backend == "reference" else None
+            return block_forward(x, dict(zip(spec.weight_shapes, tensors)), spec, **context, logdet="none", backend=own)
+
+        dtype = max(z.dtype, tensors[0].dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        equation = Equation(density, layout.rank, layout.given(known), dtype)
+        x = with_gradient(x, equation, z, data, inputs)
+    return (x, report) if report else x
 
 
 @outside_graphs("`progress` and `return_report` of block_inverse need values outside of the graph")

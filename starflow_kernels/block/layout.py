@@ -80,6 +80,20 @@ class Layout:
             data = self.enter(data)
         return with_given(noise, data, given), counts
 
+    def rank(self) -> torch.Tensor:
+        """Return the slot of each token, (T,) or (B, T)."""
+        if self.index is not None:
+            return self.index.argsort(1)
+        numbers = torch.arange(self.tokens, dtype=torch.int64, device=self.weights[0].device)
+        return numbers.flip(0) if self.spec.flip else numbers
+
+    def given(self, known: torch.Tensor | None) -> torch.Tensor | None:
+        """Return whether each token (B, T) is one of the first `known` (B,) of its sample; None where none is."""
+        if known is None:
+            return None
+        given = self.rank() < known[:, None]
+        return given if self.inside is None else given & self.inside
+
     def reduce(self, values: torch.Tensor, logdet: str) -> torch.Tensor:
         """Return the sum or mean of values (B, T, D), which are zero beyond the lengths, over the tokens of a sample.
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 
 from .._core.checks import check_finite, check_tensor
-from .._core.registration import refuse_transforms
+from .._core.implicit import Equation, with_gradient
+from .._core.registration import call, refuse_transforms
 from .._core.token_order import check_counts, own_order, with_given
 from .._core.torch_private import outside_graphs
 from ..affine_flow.reference import affine_flow
@@ -21,7 +22,6 @@ INSTEAD = "differentiate affine_flow at the result, whose Jacobian is the invers
 
 
 @outside_graphs("the values of each pass decide whether solve_inverse is done")
-@torch.no_grad()
 def solve_inverse(
     conditioner: Callable[..., torch.Tensor],
     z: torch.Tensor,
@@ -60,7 +60,9 @@ def solve_inverse(
         certify: run one density pass over the result and report its largest error.
 
     Returns:
-        x (B, T, D) in the dtype of z, and a SolveReport. Not differentiable.
+        x (B, T, D) in the dtype of z, and a SolveReport. x has a gradient with respect to z, data, context and, if the
+        conditioner is an nn.Module, its parameters, by the implicit function theorem: the backward pass runs the
+        conditioner at x and solves a triangular system by sweeps of vector-Jacobian products.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -78,7 +80,7 @@ def solve_inverse(
     check_tensor("z", z, ("B", "T", "D"))
     B, T, D = z.shape
     unchanged, tokens = z, _tokens(z, order, lengths, known)
-    z = z.masked_fill((tokens.rank >= tokens.last[:, None])[..., None], 0)
+    z = z.detach().masked_fill((tokens.rank >= tokens.last[:, None])[..., None], 0)
     if data is not None:
         check_tensor("data", data, (B, T, D), like=z)
     z = with_given(z, data, None if known is None else tokens.rank < tokens.first[:, None])
@@ -95,7 +97,49 @@ def solve_inverse(
         check_tensor("output of the conditioner", params, (len(x), T, spec.params_dim(D)), like=z)
         return params
 
-    start = time.perf_counter()
+    with torch.no_grad():
+        x, report = _solve(checked, z, tokens, spec, solver, guess, certify)
+        x = torch.where((tokens.rank < tokens.last[:, None])[..., None], x, unchanged)
+    learned = dict(conditioner.named_parameters()) if isinstance(conditioner, torch.nn.Module) else {}
+    inputs = (*context, *learned.values())
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (unchanged, data, *inputs)):
+        x = with_gradient(
+            x, _equation(conditioner, learned, len(context), tokens, spec, z.dtype), unchanged, data, inputs
+        )
+    return x, report
+
+
+def _equation(
+    conditioner: Callable, learned: dict, contexts: int, tokens: reference.Tokens, spec: AffineSpec, dtype: torch.dtype
+) -> Equation:
+    """Return the equation that the result solves; its inputs are `contexts` tensors and the parameters `learned`."""
+    inside = (tokens.rank < tokens.last[:, None])[..., None]
+
+    def density(x: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        own = x.masked_fill(~inside, 0)
+        if learned:
+            named = dict(zip(learned, inputs[contexts:]))
+            params = torch.func.functional_call(conditioner, named, (own, *inputs[:contexts]))
+        else:
+            params = conditioner(own, *inputs)
+        z, minus_log_sigma = call(
+            "affine_flow", own, params, spec.scale, spec.soft_clip, False, False, "none", backend=None
+        )
+        return torch.where(inside, z, x), minus_log_sigma.masked_fill(~inside, 0)
+
+    return Equation(density, lambda: tokens.rank, tokens.rank < tokens.first[:, None], dtype)
+
+
+def _solve(
+    checked: Callable,
+    z: torch.Tensor,
+    tokens: reference.Tokens,
+    spec: AffineSpec,
+    solver: Solver,
+    guess: torch.Tensor | None,
+    certify: bool,
+) -> tuple[torch.Tensor, SolveReport]:
+    start, (B, T, _) = time.perf_counter(), z.shape
     if solver.method == "jacobi":
         if guess is None:
             guess = z if solver.guess == "noise" else torch.zeros_like(z)
@@ -116,7 +160,7 @@ def solve_inverse(
         certificate = (noise - z)[tokens.solved].abs().max().item() if tokens.solved.any() else 0.0
     sweeps = sweeps[:, None].repeat(1, T)
     report = SolveReport(solver.method, passes, evaluations, seconds, sweeps, residual, fallbacks, certificate)
-    return torch.where((tokens.rank < tokens.last[:, None])[..., None], x, unchanged), report
+    return x, report
 
 
 def _tokens(

@@ -315,9 +315,3 @@ def test_compiles_with_gradients(name):
     seeds = torch.randn_like(x), torch.randn(2)
     eager, graph = (with_gradients(f, tensors, seeds) for f in (flow, compiled(flow)))
     torch.testing.assert_close(graph, eager, rtol=1e-10, atol=1e-10)
-
-
-def test_inverse_is_not_differentiable(inverse):
-    z, w, spec, context = block(BLOCKS["tarflow"])
-    w = {n: t.requires_grad_() for n, t in w.items()}
-    assert not block_inverse(z.requires_grad_(), w, spec, **context, backend=inverse).requires_grad

@@ -1,0 +1,134 @@
+"""Gradient of an inverse x(z, inputs), f(x, inputs) = z, by the implicit function theorem.
+
+With J = df/dx at the result, dx = J^-1 (dz - df/dinputs dinputs). So the backward pass solves J^T u = dL/dx once. Then
+dL/dz = u, and the gradients of the inputs are those of -u . f(x, inputs). Nothing of the inverse itself is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .numerics import DIVERGED
+
+# The solution of J^T u = g is accepted where the largest residual is at most this multiple of eps max(|g|, |J^T u|).
+TOLERANCE = 16
+# It is also accepted up to this multiple of that, once STALLED sweeps have not halved it: rounding errors are left.
+LOOSER, STALLED = 32, 4
+
+
+class Equation(NamedTuple):
+    """Equation f(x, inputs) = z of an inverse.
+
+    density: density(x, *inputs) returns f(x, inputs) and -log sigma, (B, T, D) each, with gradients. rank: rank()
+    returns (T,) or (B, T), the place of each token in the order in which they depend on each other. given: (B, T)
+    whether a token of x is data, so that z does not determine it; or None. dtype: the least precise one that `density`
+    computes in.
+    """
+
+    density: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    rank: Callable[[], torch.Tensor]
+    given: torch.Tensor | None
+    dtype: torch.dtype
+
+
+def with_gradient(
+    x: torch.Tensor,
+    equation: Equation,
+    z: torch.Tensor,
+    data: torch.Tensor | None,
+    inputs: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
+    """Return x, with its gradient with respect to z, data and inputs.
+
+    Args:
+        x: (B, T, D) solution, computed without a gradient.
+        equation: the equation that it solves.
+        z: (B, T, D) noise.
+        data: (B, T, D) data of the given tokens, or None.
+        inputs: further arguments of `equation.density`.
+    """
+    return _Solution.apply(x, equation, z, data, *inputs)
+
+
+class _Solution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, equation, z, data, *inputs):
+        ctx.equation = equation
+        ctx.save_for_backward(x, *inputs)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x, *inputs), equation, needed = ctx.saved_tensors, ctx.equation, ctx.needs_input_grad
+        u = solve_transposed(equation, x, [None if t is None else t.detach() for t in inputs], grad)
+        given = None if equation.given is None else equation.given[..., None]
+        grad_z = u if given is None else u.masked_fill(given, 0)
+        grad_data = u - grad_z if needed[3] else None
+        return (
+            None,
+            None,
+            grad_z if needed[2] else None,
+            grad_data,
+            *_of_inputs(equation, x, inputs, needed[4:], grad_z),
+        )
+
+
+def _of_inputs(equation: Equation, x: torch.Tensor, inputs, needed, u: torch.Tensor) -> list[torch.Tensor | None]:
+    """Return the gradients of -u . f(x, inputs) with respect to the inputs that need one."""
+    if not any(needed):
+        return [None] * len(inputs)
+    with torch.enable_grad():
+        leaves = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needed)]
+        z, _ = equation.density(x.detach(), *leaves)
+    wanted = [leaf for leaf, need in zip(leaves, needed) if need]
+    found = iter(torch.autograd.grad(z, wanted, -u.to(z.dtype), allow_unused=True))
+    return [next(found) if need else None for need in needed]
+
+
+def solve_transposed(equation: Equation, x: torch.Tensor, inputs, g: torch.Tensor) -> torch.Tensor:
+    """Solve J^T u = g for u (B, T, D), by sweeps u <- u + sigma (g - J^T u) over all tokens.
+
+    J is triangular with 1 / sigma on its diagonal, so after k sweeps the last k tokens are exact. A sample that
+    diverges keeps its exact tokens, sets the others to zero, and goes on with one token per sweep.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        z, minus_log_sigma = equation.density(x, *inputs)
+    B, T, _ = x.shape
+    given = None if equation.given is None else equation.given[..., None]
+    sigma = minus_log_sigma.detach().neg().exp().to(g.dtype)
+    sigma = sigma if given is None else sigma.masked_fill(given, 1)
+    # Place of a token from the end, where the solution begins.
+    rank = T - 1 - equation.rank().to(x.device).expand(B, T)[..., None]
+    tolerance = TOLERANCE * torch.finfo(equation.dtype).eps
+    limit = DIVERGED * _largest(sigma) * _largest(g).clamp(min=1)
+    u, exact = torch.zeros_like(g), torch.zeros_like(limit, dtype=torch.int64)
+    single, sizes = torch.zeros_like(limit, dtype=torch.bool), []
+    while True:
+        # A given token is its own equation, x = data.
+        own = u if given is None else u.masked_fill(given, 0)
+        (pulled,) = torch.autograd.grad(z, x, own.to(z.dtype), retain_graph=True)
+        pulled = pulled.to(g.dtype) + (u - own)
+        residual = g - pulled
+        terms = torch.maximum(_largest(g), _largest(pulled)).clamp(min=torch.finfo(g.dtype).tiny)
+        sizes.append(_largest(residual) / terms)
+        converged = sizes[-1] <= tolerance
+        if len(sizes) > STALLED:
+            converged |= (sizes[-1] <= LOOSER * tolerance) & (2 * sizes[-1] >= sizes[-1 - STALLED])
+        if (converged | (exact >= T)).all():
+            return u
+        step = sigma * residual
+        new = u + step.masked_fill((rank < exact) | (single & (rank > exact)), 0)
+        sound = single | (_largest(new) <= limit)
+        u = torch.where(sound | (rank < exact), new, 0)
+        exact, single = exact + sound, ~sound | single
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """Return the largest absolute value of each sample, (B, 1, 1)."""
+    return values.abs().amax((1, 2), keepdim=True)
