@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from .inversion.request import Inversion
     from .io.images import save_grid
     from .models.config import FlowConfig
-    from .models.flow import Flow, FlowOutput
+    from .models.flow import Flow
     from .models.guidance import Guidance
+    from .models.results import FlowInverse, FlowOutput
     from .opening import open_model
     from .pipelines import FlowModel, FlowPipeline, STARFlowPipeline, TarFlowPipeline
     from .sampling.sample import SampleOptions, SampleReport
@@ -23,6 +24,7 @@ __all__ = [
     "DataError",
     "Flow",
     "FlowConfig",
+    "FlowInverse",
     "FlowModel",
     "FlowOutput",
     "FlowPipeline",
@@ -46,8 +48,9 @@ MODULES = {
     ".inversion.request": ("Inversion",),
     ".io.images": ("save_grid",),
     ".models.config": ("FlowConfig",),
-    ".models.flow": ("Flow", "FlowOutput"),
+    ".models.flow": ("Flow",),
     ".models.guidance": ("Guidance",),
+    ".models.results": ("FlowInverse", "FlowOutput"),
     ".opening": ("open_model",),
     ".pipelines": ("FlowModel", "FlowPipeline", "STARFlowPipeline", "TarFlowPipeline"),
     ".sampling.sample": ("SampleOptions", "SampleReport"),

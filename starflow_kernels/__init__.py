@@ -13,7 +13,7 @@ from .flow_head.api import flow_head
 from .linear.api import linear
 from .residual_norm.api import residual_norm
 from .solve_inverse.api import solve_inverse
-from .solver import Solver, SolveReport
+from .solver import Inverse, Solver, SolveReport
 from .spec import AffineSpec, BlockSpec
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AffineSpec",
     "BlockSpec",
+    "Inverse",
     "SolveReport",
     "Solver",
     "__version__",

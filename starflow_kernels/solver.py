@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,3 +93,46 @@ class SolveReport:
     residual: float = 0.0
     fallbacks: int = 0
     certificate: float | None = None
+
+
+class Inverse:
+    """Result of an inverse of a flow.
+
+    `logdet` and `report` are computed when they are read first.
+
+    Args:
+        x: (B, T, D) data.
+        log_sigma: log_sigma() returns log sigma of every value, (B, T, D), zero where x does not depend on z, or the
+            negative log-determinant of the density at x, (B,), where that has a gradient.
+        report: report() returns the work and accuracy of the solve.
+    """
+
+    def __init__(
+        self, x: torch.Tensor, log_sigma: Callable[[], torch.Tensor], report: Callable[[], SolveReport]
+    ) -> None:
+        self.x = x
+        self._log_sigma, self._report = log_sigma, report
+        self._kept: dict[str, Any] = {}
+
+    def to(self, *arguments: Any, **options: Any) -> Inverse:
+        """Return the result with tensors converted as by `torch.Tensor.to`, which hooks of accelerate call."""
+        return Inverse(
+            self.x.to(*arguments, **options), lambda: self._log_sigma().to(*arguments, **options), self._report
+        )
+
+    @property
+    def logdet(self) -> torch.Tensor:
+        """(B,) log|det dx/dz|, float32 or wider, with a gradient if x has one."""
+        if "logdet" not in self._kept:
+            values = self._log_sigma()
+            if values.ndim == 3:
+                values = values.sum((1, 2), dtype=torch.float64).to(values.dtype)
+            self._kept["logdet"] = values
+        return self._kept["logdet"]
+
+    @property
+    def report(self) -> SolveReport:
+        """Work and accuracy of the solve."""
+        if "report" not in self._kept:
+            self._kept["report"] = self._report()
+        return self._kept["report"]

@@ -77,7 +77,7 @@ def conditioner(transform: zuko.flows.MaskedAutoregressiveTransform) -> Callable
 def inverse(flow, z: torch.Tensor, solver: Solver) -> torch.Tensor:
     """Return x (N, D) for the noise z."""
     for transform in reversed(flow.transform.transforms):
-        z = solve_inverse(conditioner(transform), z[..., None], order=transform.order.argsort(), solver=solver)[0]
+        z = solve_inverse(conditioner(transform), z[..., None], order=transform.order.argsort(), solver=solver).x
         z = z.squeeze(-1)
     return z
 

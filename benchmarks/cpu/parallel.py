@@ -89,7 +89,8 @@ def own(case: Case, solvers: Solver | list[Solver]) -> Method:
     def run(i: int, z: torch.Tensor) -> Work:
         weights, spec, context = case.blocks[i]
         solver = solvers if isinstance(solvers, Solver) else solvers[i]
-        x, report = block_inverse(z, weights, spec, **context, solver=solver, return_report=True)
+        found = block_inverse(z, weights, spec, **context, solver=solver)
+        x, report = found.x, found.report
         return Work(x, report.passes, report.tokens)
 
     return run

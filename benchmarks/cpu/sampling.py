@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from starflow_kernels import block_inverse
+from starflow_kernels import Inverse, block_inverse
 
 from ..machine import description, peak_flops, read_bandwidth
 from ..peers.released import convert, load_peer, median_seconds, timed
@@ -94,7 +94,8 @@ def ours(
     def run() -> torch.Tensor:
         x = z
         for weights, spec, options in reversed(blocks):
-            x = inverse(x, weights, spec, **options)
+            found = inverse(x, weights, spec, **options)
+            x = found.x if isinstance(found, Inverse) else found
         return x
 
     return run

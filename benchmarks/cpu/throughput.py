@@ -70,7 +70,7 @@ def growth(
         if denoise:
             flow.denoise(z, labels, noise_std=0.1)
             return
-        x = flow.inverse(z, labels, guidance=guidance, solvers=inversion.solvers(flow, z, guidance))
+        x = flow.inverse(z, labels, guidance=guidance, solvers=inversion.solvers(flow, z, guidance)).x
         if certify:
             certificate(flow, x, z, labels, guidance=guidance)
 
@@ -117,7 +117,7 @@ def floor(flow: Flow, count: int, batch_size: int) -> tuple[float, torch.Tensor]
     start, parts = time.perf_counter(), []
     for first in range(0, count, batch_size):
         rows = slice(first, first + batch_size)
-        parts.append(flow.inverse(z[rows], labels[rows] if classes else None))
+        parts.append(flow.inverse(z[rows], labels[rows] if classes else None).x)
     return count / (time.perf_counter() - start), pixels(flow, torch.cat(parts))
 
 

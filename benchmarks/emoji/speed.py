@@ -30,7 +30,7 @@ from starflow.models.block import FlowBlock
 from starflow.models.flow import Flow
 from starflow.pipelines import STARFlowPipeline
 from starflow.seeds import generator
-from starflow_kernels import SolveReport
+from starflow_kernels import Inverse, SolveReport
 
 from ..machine import description
 from ..peers.static_cache import PlainDecoder
@@ -69,8 +69,9 @@ class Plain:
                 block.weights(), block.spec, rows, tokens, prefix=prefix, copies=copies, rule=rule
             )
         x = self.decoders[key](z, **inputs, guidance=guidance)
-        sweeps = torch.ones(rows, tokens, dtype=torch.int32)
-        return x, SolveReport("sequential", tokens, rows * tokens, time.perf_counter() - start, sweeps)
+        seconds, sweeps = time.perf_counter() - start, torch.ones(rows, tokens, dtype=torch.int32)
+        report = SolveReport("sequential", tokens, rows * tokens, seconds, sweeps)
+        return Inverse(x, lambda: torch.zeros_like(x), lambda: report)
 
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     """
     learned = ("weight", "bias", "norm_weight", "norm_bias", "post", "head_norms", "gate", "gate_bias", "table")
     stored = (*learned, "in_weight", "in_bias", "k_cache", "v_cache", "hidden")
-    states = ("h", "h_next", "h_in", "residual", "cos", "sin", "scale", "q", "cond", "z", "x", "guidance")
+    states = ("h", "h_next", "h_in", "residual", "cos", "sin", "scale", "q", "cond", "z", "x", "guidance", "log_scales")
     splits = ("split_out", "split_max", "split_sum")
     types = dict.fromkeys(stored, f"*{dtype}") | dict.fromkeys((*states, *splits), "*fp32")
     types |= dict.fromkeys(("position", "known_tokens"), "*i32")

@@ -99,11 +99,10 @@ class Ours:
 
     def invert(self, block: Block, z: torch.Tensor) -> torch.Tensor:
         """Return the data of one block and count passes."""
-        if "solver" not in self.options:
-            return inverse(block, z, self.backend, **self.options)
-        x, report = inverse(block, z, self.backend, **self.options, return_report=True)
-        self.passes += report.passes
-        return x
+        found = inverse(block, z, self.backend, **self.options)
+        if "solver" in self.options:
+            self.passes += found.report.passes
+        return found.x
 
 
 def ours(backend: str, weights: Weights, most: Callable[[int], float] | None, **options) -> Code:

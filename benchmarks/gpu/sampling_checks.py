@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from starflow_kernels import Solver, backends, block_forward, block_inverse
+from starflow_kernels import Inverse, Solver, backends, block_forward, block_inverse
 
 from .bench import Bench, Clock, Skip, attempt
 from .sampling_cases import WEIGHTS, Block, Checked, Problem, Weights, checked, make
@@ -18,7 +18,7 @@ SOLVERS = {
 }
 
 
-def inverse(block: Block, z: torch.Tensor, backend: str | None, **options) -> torch.Tensor:
+def inverse(block: Block, z: torch.Tensor, backend: str | None, **options) -> Inverse:
     """Run block_inverse on a backend; raise Skip if the backend cannot run it."""
     try:
         return block_inverse(z, block.weights, block.spec, **block.context, **options, backend=backend)
@@ -62,7 +62,7 @@ class Subject:
 
     def run_problem(self, problem: Problem) -> Callable:
         """Return a function that solves another problem in the same way."""
-        return lambda: inverse(problem.blocks[0], problem.z, self.backend, **self.weights.options)
+        return lambda: inverse(problem.blocks[0], problem.z, self.backend, **self.weights.options).x
 
     @functools.cached_property
     def first(self) -> torch.Tensor:
@@ -72,13 +72,13 @@ class Subject:
     @functools.cached_property
     def usual(self) -> torch.Tensor:
         """Data by the specification in these weights."""
-        return inverse(self.block, self.z, "reference", **self.weights.options)
+        return inverse(self.block, self.z, "reference", **self.weights.options).x
 
     @functools.cached_property
     def exact(self) -> torch.Tensor:
         """Data by the specification in float64, from the same rounded weights."""
         wide = self.problem.to(torch.float64)
-        return inverse(wide.blocks[0], wide.z, "reference", **self.weights.options)
+        return inverse(wide.blocks[0], wide.z, "reference", **self.weights.options).x
 
     def compare(self, found: torch.Tensor, slack: float = 0.0) -> str:
         """Check the error contract, with some slack for a solver; return the share of the allowed error."""
@@ -239,9 +239,8 @@ def check_jacobi(name: str, block: Checked, bench: Bench, clock: Clock) -> Itera
         for check, solver in SOLVERS.items():
 
             def solved(backend=backend, solver=solver):
-                options = {"solver": solver, "return_report": True}
-                x, report = inverse(subject.block, subject.z, backend, **options)
-                return f"{subject.compare(x, slack=1e-5)}, {report.passes} passes for {block.tokens} tokens"
+                found = inverse(subject.block, subject.z, backend, solver=solver)
+                return f"{subject.compare(found.x, slack=1e-5)}, {found.report.passes} passes for {block.tokens} tokens"
 
             row = {
                 "op": f"block_jacobi, {backend}",

@@ -62,15 +62,16 @@ void run(const BlockCall& call, int64_t passed, const Tensor& cache, const Tenso
 }
 
 // Runs the density direction on the data `tokens` if params is given, else sampling, where `tokens` is the state.
-void block_run(Tensor tokens, Optional params, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
-               double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance, int64_t rule,
+void block_run(Tensor tokens, Optional params, Optional log_sigma, Tensor packed, std::vector<int64_t> offsets,
+               std::vector<int64_t> spec, double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance, int64_t rule,
                double temperature, Optional known, Tensor cache, Tensor workspace, std::vector<int64_t> plan) {
     Model model(read_spec(spec, clip), data(packed), packed.numel(), offsets);
     BlockCall call = call_of(model, tokens, cond, prefix, cos, sin, guidance, rule, temperature, cache);
     if (known) call.known = static_cast<const int64_t*>(values(*known, ScalarType::Long, call.B));
     call.params = data(params, call.B * call.T * model.block.spec.params_dim());
-    (params ? const_cast<float*&>(call.input) : call.state) =
-        data(tokens, call.B * call.T * model.block.spec.token_dim);
+    int64_t values = call.B * call.T * model.block.spec.token_dim;
+    (params ? const_cast<float*&>(call.input) : call.state) = data(tokens, values);
+    call.log_sigma = data(log_sigma, values);
     check_plan(plan.size() == 6);
     call.first = plan[0];
     call.last = plan[1];
@@ -78,7 +79,7 @@ void block_run(Tensor tokens, Optional params, Tensor packed, std::vector<int64_
     call.chunk = plan[3];
     call.filled = plan[5];
     int64_t slots = params || model.block.spec.start ? call.T : call.T - 1;
-    check_plan(!(params && (guidance || known || call.filled)) && call.filled >= 0 && call.first >= -call.L &&
+    check_plan(bool(params) != bool(log_sigma) && !(params && (guidance || known || call.filled)) && call.filled >= 0 && call.first >= -call.L &&
                call.last <= slots && call.group > 0 && call.chunk > 0);
     run(call, call.group * call.copies * call.chunk, cache, workspace, plan[4]);
 }
@@ -94,7 +95,7 @@ int64_t jacobi_floats(int64_t tokens, int64_t token_dim, int64_t neighbours) {
 
 // Continues the Jacobi iteration for `noise`. `tokens` holds its current values, and places, sweeps and residual hold
 // its progress.
-void block_jacobi(Tensor tokens, Tensor noise, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
+void block_jacobi(Tensor tokens, Tensor log_sigma, Tensor noise, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
                   double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance,
                   int64_t rule, double temperature, std::vector<int64_t> neighbours, double tol, Tensor places,
                   Tensor sweeps, Tensor residual, Tensor memory, Tensor cache, Tensor workspace,
@@ -116,6 +117,7 @@ void block_jacobi(Tensor tokens, Tensor noise, Tensor packed, std::vector<int64_
     solver.passes = plan[2];
     call.jacobi = &solver;
     call.state = data(tokens, call.B * call.T * model.block.spec.token_dim);
+    call.log_sigma = data(log_sigma, tokens.numel());
     call.group = 1;
     for (int64_t distance : neighbours) check_plan(distance > 0);
     for (int64_t row = 0; row < call.B; ++row) {
@@ -132,11 +134,13 @@ void block_jacobi(Tensor tokens, Tensor noise, Tensor packed, std::vector<int64_
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
     m.def("block_sizes(int[] spec, int passed, int cached) -> int[]");
     m.def(
-        "block_run(Tensor(a!) tokens, Tensor(b!)? params, Tensor packed, int[] offsets, int[] spec, float clip, "
+        "block_run(Tensor(a!) tokens, Tensor(b!)? params, Tensor(e!)? log_sigma, Tensor packed, int[] offsets, "
+        "int[] spec, float clip, "
         "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin, Tensor? guidance, int rule, float temperature, "
         "Tensor? known, Tensor(c!) cache, Tensor(d!) workspace, int[] plan) -> ()");
     m.def(
-        "block_jacobi(Tensor(a!) tokens, Tensor noise, Tensor packed, int[] offsets, int[] spec, float clip, "
+        "block_jacobi(Tensor(a!) tokens, Tensor(h!) log_sigma, Tensor noise, Tensor packed, int[] offsets, int[] spec, "
+        "float clip, "
         "Tensor? cond, Tensor? prefix, Tensor? cos, Tensor? sin, Tensor? guidance, int rule, float temperature, "
         "int[] neighbours, float tol, Tensor(b!) places, Tensor(c!) sweeps, Tensor(d!) residual, Tensor(e!) memory, "
         "Tensor(f!) cache, Tensor(g!) workspace, int[] plan) -> ()");

@@ -21,7 +21,7 @@ std::vector<int64_t> onchip_plan(std::vector<int64_t> fields, int64_t T, int64_t
 
 // cache: in device memory; none if the cache is on chip.
 // plan: thread blocks per cluster, samples per cluster, number of thread blocks, stream.
-void onchip_inverse(Tensor state, Tensor weights, std::vector<int64_t> fields, double clip, Optional cache,
+void onchip_inverse(Tensor state, Tensor log_sigma, Tensor weights, std::vector<int64_t> fields, double clip, Optional cache,
                     Optional positions, Optional cond, Optional cos, Optional sin, Optional guidance, int64_t rule,
                     double temperature, Optional known, std::vector<int64_t> plan) {
     check_dims(state, 3);
@@ -41,6 +41,7 @@ void onchip_inverse(Tensor state, Tensor weights, std::vector<int64_t> fields, d
         return tensor ? static_cast<float*>(values(*tensor, ScalarType::Float, count)) : nullptr;
     };
     call.state = data(state, B * T * spec.token_dim);
+    call.log_sigma = data(log_sigma, B * T * spec.token_dim);
     call.weights = data(weights, plan[0] * call.plan.weight_bytes / int64_t(sizeof(float)));
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(call.weights) % 16 == 0, "compiled kernels: weights are not aligned");
     if (cache)
@@ -72,7 +73,7 @@ void onchip_inverse(Tensor state, Tensor weights, std::vector<int64_t> fields, d
 STABLE_TORCH_LIBRARY_FRAGMENT(STARFLOW_LIBRARY, m) {
     m.def("onchip_plan(int[] spec, int T, int copies, int B, int limit, int processors, int cluster) -> int[]");
     m.def(
-        "onchip_inverse(Tensor(a!) state, Tensor weights, int[] spec, float clip, Tensor(b!)? cache, "
+        "onchip_inverse(Tensor(a!) state, Tensor(c!) log_sigma, Tensor weights, int[] spec, float clip, Tensor(b!)? cache, "
         "Tensor? positions, Tensor? cond, Tensor? cos, Tensor? sin, Tensor? guidance, int rule, "
         "float temperature, Tensor? known, int[] plan) -> ()");
 }

@@ -63,12 +63,13 @@ INLINE Gaussian gaussian_at(const float* params, const float* without, float wei
                    : Gaussian{raw.b, sigma_of(raw.a, affine.scale)};
 }
 
-// Computes x = mu + sigma z for one token; x may be z.
+// Computes x = mu + sigma z and log sigma for one token; x may be z, and log_sigma may be null.
 inline void affine_inverse(const float* z, const float* params, const float* without, float weight, int D, Rule rule,
-                           const Affine& affine, float* x) {
+                           const Affine& affine, float* x, float* log_sigma) {
     for (int i = 0; i < D; i += LANES) {
         Gaussian g = gaussian_at(params, without, weight, i, D, rule, affine);
         store(x + i, fma(g.sigma, load(z + i, D - i), g.mu), D - i);
+        if (log_sigma) store(log_sigma + i, log(g.sigma), D - i);
     }
 }
 

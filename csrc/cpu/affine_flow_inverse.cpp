@@ -21,7 +21,7 @@ void affine_flow_inverse(const InverseCall& call, int64_t first_token, int64_t l
         if (call.guidance) others = floats(call.params, call.params_format, (call.B * call.n + token) * P, P, without);
         float* x = call.format == Format::float32 ? static_cast<float*>(call.x) + to : noise;
         float weight = call.guidance ? call.guidance[token] : 0;
-        affine_inverse(z, params, others, weight, call.D, call.rule, call.affine, x);
+        affine_inverse(z, params, others, weight, call.D, call.rule, call.affine, x, nullptr);
         if (x == noise) write(call.x, call.format, to, D, x);
     }
 }

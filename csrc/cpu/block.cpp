@@ -8,7 +8,7 @@ namespace starflow::STARFLOW_ISA {
 
 namespace {
 
-// Transforms the token. Every thread repeats this, which saves a barrier.
+// Transforms the token. Every thread repeats this, which saves a barrier; the first one stores the log scales.
 void transform(const Pass& pass) {
     const BlockCall& call = pass.call;
     int D = pass.spec.token_dim;
@@ -21,7 +21,8 @@ void transform(const Pass& pass) {
         const float* without = call.guidance ? pass.ws.params + (pass.sequences + b) * P : nullptr;
         float weight = call.guidance ? call.guidance[(pass.first_sequence + b) * call.T + t] : 0.0f;
         affine_inverse(pass.at(call.state, b, t), pass.ws.params + b * P, without, weight, D, call.rule,
-                       pass.spec.affine, pass.ws.fresh + b * padded(D));
+                       pass.spec.affine, pass.ws.fresh + b * padded(D),
+                       pass.team.rank ? nullptr : pass.at(call.log_sigma, b, t));
     }
 }
 

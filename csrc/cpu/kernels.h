@@ -70,6 +70,7 @@ struct BlockCall {
     int64_t cond_slots;   // T for a condition per token, 1 for one per row
     const float* input;   // density: (B, T, D) data
     float* state;         // sampling: (B, T, D), noise that becomes data
+    float* log_sigma;     // sampling: (B, T, D) log scales of the tokens that are computed
     float* params;        // density: (B, T, P) raw parameters
     const float* cond;    // (copies B, cond_slots, C) or null
     const float* prefix;  // (copies B, L, text_dim) or null

@@ -13,6 +13,7 @@ struct OnchipCall {
     int64_t B, T;
     int64_t cond_slots;      // T for a condition per token, 1 for one per row
     float* state;            // (B, T, D) noise that becomes data
+    float* log_sigma;        // (B, T, D) log scales of the tokens that are computed
     const void* weights;     // plan.weight_bytes per rank of a cluster, as in shared memory; 16-byte aligned
     void* cache;             // blocks x plan.group x copies rows, of the dtype of the weights, or null if on chip
     const float* positions;  // (T, C) in the block's own order, or null

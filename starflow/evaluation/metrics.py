@@ -129,8 +129,8 @@ def round_trips(flow: Flow, images: ImageSet, count: int = 64, seed: int = 0) ->
     x = dequantize(x, images.levels, flow.config.noise_std, generator(seed)).to(flow.device, _dtype(flow))
     z = flow.noise(len(x), generator(seed, 1)).to(x.dtype)
     return {
-        "inverse_of_forward": _round_trip(flow.inverse(flow(x, labels).z, labels), x),
-        "forward_of_inverse": _round_trip(flow(flow.inverse(z, labels), labels).z, z),
+        "inverse_of_forward": _round_trip(flow.inverse(flow(x, labels).z, labels).x, x),
+        "forward_of_inverse": _round_trip(flow(flow.inverse(z, labels).x, labels).z, z),
     }
 
 

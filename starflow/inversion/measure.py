@@ -134,7 +134,7 @@ class _Race:
             z, (context, guided) = draw.inputs[block], draw.contexts[block]
             options = guidance.options(z.shape[1], self.block.spec.start, z.device) if guided else {}
             rotary = flow.rotary(block, flow.config.grid, z)
-            self.draws.append((z, (*context, rotary), {**options, "return_report": True}))
+            self.draws.append((z, (*context, rotary), options))
         self.eps = torch.finfo(next(flow.parameters()).dtype).eps
 
     def run(self, sequential: Solver, rivals: list[list[Solver]]) -> tuple[tuple[Trial, ...], int]:
@@ -205,8 +205,8 @@ class _Race:
         if limit < math.inf:
             options = {**options, "progress": watch}
         start = device_time(self.device)
-        x, report = self.block.inverse(z, *context, solver=solver, **options)
-        return device_time(self.device) - start, x, report
+        found = self.block.inverse(z, *context, solver=solver, **options)
+        return device_time(self.device) - start, found.x, found.report
 
 
 def _trial(solver: Solver, seconds=None, report: SolveReport | None = None, error=None) -> Trial:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from starflow_kernels import BlockSpec, block_forward, block_inverse, block_params
+from starflow_kernels import BlockSpec, Inverse, block_forward, block_inverse, block_params
 
 from .hooks import has_replaced_forward, runs_methods, views, with_forward_hooks
 
@@ -137,7 +137,7 @@ class FlowBlock(nn.Module):
         text: torch.Tensor | None = None,
         rotary: Rotary = (None, None),
         **options: Any,
-    ) -> Any:
+    ) -> Inverse:
         """Map noise to data, see `starflow_kernels.block_inverse`. Under guidance, classes and text have 2B rows.
 
         Args:

@@ -6,14 +6,14 @@ import math
 import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from starflow_kernels._core.checks import NonFiniteError
 from starflow_kernels._core.torch_private import is_intercepted
-from starflow_kernels.solver import Solver, SolveReport
+from starflow_kernels.solver import Inverse, Solver
 from starflow_kernels.spec import Quantize
 
 from ..devices import check_device, check_dtype
@@ -26,6 +26,7 @@ from .conditions import BlockCondition, block_conditions, check_conditions
 from .config import FlowConfig
 from .guidance import Guidance
 from .hooks import execution_device, runs_methods, with_forward_hooks
+from .results import FlowInverse, FlowOutput
 from .tokens import patchify, rotary_table, unpatchify
 
 # `Flow.sample` and `Flow.calibrate` are implemented in these modules, which use flows.
@@ -34,20 +35,6 @@ if TYPE_CHECKING:
 
 PRIOR_RATE = 0.1
 LOG_TWO_PI = math.log(2 * math.pi)
-
-
-class FlowOutput(NamedTuple):
-    """Result of the density direction.
-
-    Attributes:
-        z: (B, C, H, W) noise in the layout of the images.
-        logdet: (B,) log|det dz/dx| in nats.
-        latents: (B, T, D) tokens after each block; the last of them are the tokens of z.
-    """
-
-    z: torch.Tensor
-    logdet: torch.Tensor
-    latents: list[torch.Tensor]
 
 
 class Flow(nn.Module):
@@ -310,8 +297,7 @@ class Flow(nn.Module):
         after_block: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
         solvers: Solver | Sequence[Solver] = Solver(),
         quantize: Quantize = "none",
-        return_reports: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, list[SolveReport]]:
+    ) -> FlowInverse:
         """Map noise to data.
 
         Args:
@@ -326,10 +312,9 @@ class Flow(nn.Module):
                 replacement.
             solvers: one solver for all blocks, or one per block in the order of `blocks`.
             quantize: "int8" or "fp8" rounds weights to one byte per value, see `starflow_kernels.block_inverse`.
-            return_reports: return (data, reports) with one `SolveReport` per block in the order of `blocks`.
 
         Returns:
-            (B, C, H, W) data.
+            A `FlowInverse`: x (B, C, H, W), its log-determinant and the reports of the blocks.
 
         Raises:
             ConfigError: guidance has no condition, no text to move away from, and no temperature.
@@ -348,25 +333,22 @@ class Flow(nn.Module):
             raise TypeError(f"solvers: expected a Solver, or one per block, got {reprlib.repr(solvers)}")
         if len(solvers) != count:
             raise ValueError(f"solvers: {len(solvers)} of them for {count} blocks")
-        reports: list[SolveReport] = []
+        solved: list[Inverse] = []
         for i in reversed(range(count)):
             block, (context, guided) = self.blocks[i], contexts[i]
             options = guidance.options(tokens.shape[1], block.spec.start, z.device) if guided else {}
             if progress:
                 before = (count - 1 - i) * each
                 options["progress"] = lambda done, _, before=before: progress(before + done, count * each)
-            options.update(solver=solvers[i], quantize=quantize, return_report=return_reports, backend=backend)
+            options.update(solver=solvers[i], quantize=quantize, backend=backend)
             try:
                 result = block.inverse(tokens, *context, self.rotary(i, grid, tokens), **options)
             except NonFiniteError as error:
                 if i + 1 < count:
                     self._check_finite(i + 1, tokens)
                 raise InverseError(f"block {i}: {error}") from error
-            if return_reports:
-                tokens, report = result
-                reports.insert(0, report)
-            else:
-                tokens = result
+            tokens = result.x
+            solved.insert(0, result)
             if progress:
                 progress((count - i) * each, count * each)
             if after_block:
@@ -375,8 +357,7 @@ class Flow(nn.Module):
                     raise TypeError(f"after_block: expected it to return images, got {type(x).__name__}")
                 tokens = self.tokens(x)
         self._check_finite(0, tokens)
-        x = self.images(tokens, grid)
-        return (x, reports) if return_reports else x
+        return FlowInverse(self.images(tokens, grid), solved)
 
     def _check_finite(self, block: int, tokens: torch.Tensor) -> None:
         """Raise InverseError if the result of a block is not finite; a graph has no values yet."""

@@ -208,10 +208,12 @@ def draw(
     guidance, clock = options.guidance, recorder.clock
     with clock("flow"):
         solvers = options.inversion.solvers(flow, z, guidance)
-        x, reports = flow.inverse(
+        found = flow.inverse(
             z, labels, text, guidance, empty_text, progress=progress, after_block=after_block, solvers=solvers,
-            quantize=options.inversion.quantize, return_reports=True,
+            quantize=options.inversion.quantize,
         )  # fmt: skip
+    x, reports = found.x, found.reports
+    del found  # it holds the results of all blocks
     exact = None
     if options.certify:
         with clock("certify"):

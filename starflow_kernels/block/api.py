@@ -18,7 +18,7 @@ from .._core.registration import call, define, refuse_transforms
 from .._core.torch_private import is_intercepted, outside_graphs
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
-from ..solver import Solver, SolveReport, check_solver
+from ..solver import Inverse, Solver, SolveReport, check_solver
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
 from . import composed, cuda, jacobi, native, reference
 from .checks import check_block, checked_inverse, checked_jacobi
@@ -55,8 +55,8 @@ define(
     "block_inverse",
     f"Tensor z, Tensor[] weights, {CONTEXT}, Tensor? guidance, str spec, str rule, float temperature, "
     'str quantize="none", Tensor? known=None',
-    "Tensor",
-    fake=lambda z, *args: z.new_empty(z.shape),
+    "(Tensor, Tensor)",
+    fake=lambda z, *args: (z.new_empty(z.shape), z.new_empty(z.shape)),
     reference=reference.block_inverse,
     instead=INSTEAD,
 )
@@ -65,8 +65,9 @@ define(
     f"Tensor z, Tensor guess, Tensor[] weights, {CONTEXT}, Tensor? guidance, int[] neighbours, "
     "str spec, str rule, float temperature, int window, bool slide, float tol, "
     'str quantize="none", Tensor? known=None',
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=lambda z, *args: (
+        z.new_empty(z.shape),
         z.new_empty(z.shape),
         z.new_empty(z.shape[:2], dtype=torch.int32),
         z.new_empty(z.shape[0], 3, dtype=torch.int64),
@@ -233,10 +234,9 @@ def block_inverse(
     data: torch.Tensor | None = None,
     known: torch.Tensor | None = None,
     quantize: Quantize = "none",
-    return_report: bool = False,
     progress: Callable[[int, int], None] | None = None,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, SolveReport]:
+) -> Inverse:
     """Transform noise to data through one flow block, by T steps over a KV cache or by fewer passes over many tokens.
 
     This inverts TarFlow (arXiv 2412.06329), eq. 3. Guidance follows section 2.6 there, or STARFlow (arXiv 2506.06276),
@@ -264,21 +264,21 @@ def block_inverse(
             for them. One pass over all of them fills the KV cache.
         quantize: "int8" or "fp8" (torch.float8_e4m3fn) rounds the matrices of the layers to one byte per value, with a
             float32 scale per output channel; all other weights are kept. The op's README lists the error.
-        return_report: also return a SolveReport. torch.compile without fullgraph supports it, as it does `progress`.
         progress: called from time to time as progress(done, B T) with the number of finished tokens. An exception from
-            it ends the call.
+            it ends the call. torch.compile without fullgraph supports it.
         backend: name of a backend; None takes the first that can run.
 
     Returns:
-        x (B, T, D) in the dtype of z, with block_forward(x) = z. Without guidance and quantization, it has a gradient
+        An `Inverse`: x (B, T, D) in the dtype of z, with block_forward(x) = z; logdet (B,), log|det dx/dz| of the
+        tokens that are neither given nor beyond the lengths; and the report of the solve. x and logdet have gradients
         with respect to z, weights, cond, prefix and data, by the implicit function theorem: the backward pass runs
         block_forward at x and solves a triangular system by sweeps of vector-Jacobian products. The inverse stores
-        nothing for it. A compiled graph has no such gradient.
+        nothing for it. Under guidance, with quantization and in a compiled graph there are no gradients.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape, device or value; z, cond or prefix not finite; with Jacobi, a result
-            that is not finite, with its sample and token; a gradient is needed and cannot be computed.
+            that is not finite, with its sample and token; z, data, cond or prefix needs a gradient that there is none.
 
     Equivalent to:
         ```python
@@ -306,12 +306,12 @@ def block_inverse(
     tensors = check_block(z, weights, spec, cond, prefix, cos, sin, branches * B)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     inputs = (cond, prefix, *tensors)
-    needed = composed.needs_gradient(z, data, *inputs)
-    if needed and (guidance is not None or quantize != "none"):
-        raise ValueError("guidance, quantize: the inverse has no gradient with them; call it under torch.no_grad()")
+    # Samplers are called with weights that have gradients, and do not ask for them.
+    plain = guidance is None and quantize == "none" and not traced
+    if not plain and composed.needs_gradient(z, data, cond, prefix):
+        where = "in a graph" if traced else "under guidance" if quantize == "none" else "with one-byte weights"
+        raise ValueError(f"z, data, cond, prefix: the inverse has no gradient {where}; detach them")
     if traced:
-        if composed.needs_gradient(z, data, cond, prefix):
-            raise ValueError("z, data, cond, prefix: the inverse has no gradient in a graph; detach them")
         # A graph may be called with gradients enabled, whatever the mode in which it was made.
         tensors = [weight.detach() for weight in tensors]
         cond, prefix, cos, sin, guidance, guess = (
@@ -322,7 +322,8 @@ def block_inverse(
     with contextlib.nullcontext() if traced else torch.no_grad():
         layout = arrange(z, tensors, spec, cond, order, lengths, branches)
         noise, known = layout.begin(layout.enter(z), data, known)
-    guidance = None if guidance is None else guidance[:, : layout.slots]
+    if guidance is not None and layout.slots < T:
+        guidance = guidance[:, : layout.slots]
     context = layout.weights, layout.cond, prefix, layout.angles(cos), layout.angles(sin), guidance
     own = layout.spec.to_json()
     if solver.method == "jacobi":
@@ -341,43 +342,51 @@ def block_inverse(
     else:
         options = own, rule, temperature, quantize, known
         run = functools.partial(call, "block_inverse", noise, *context, *options, backend=backend)
-    report = None
+    start = 0.0 if traced else time.perf_counter()
     with contextlib.nullcontext() if traced else torch.no_grad():
-        if progress or return_report:
-            x, report = _observed(run, layout, solver, progress)
-        else:
-            x = run()[0] if solver.method == "jacobi" else run()
-        x = layout.leave(x, z) if layout.moves else x
-    if needed and not traced:
+        x, log_sigma, *counters = _observed(run, progress) if progress else run()
+        seconds = 0.0 if traced else time.perf_counter() - start
+        if layout.moves:
+            x, log_sigma = layout.leave(x, z), layout.leave(log_sigma, torch.zeros_like(z))
+    report = functools.partial(_report, layout, seconds, B, *counters)
+    if not (plain and composed.needs_gradient(z, data, *inputs)):
+        return Inverse(x, lambda: log_sigma, report)
 
-        def density(x, cond, prefix, *tensors):
-            context = {"cond": cond, "prefix": prefix, "cos": cos, "sin": sin, "order": order, "lengths": lengths}
-            own = backend if backend == "reference" else None
-            return block_forward(x, dict(zip(spec.weight_shapes, tensors)), spec, **context, logdet="none", backend=own)
+    def density(
+        x: torch.Tensor, cond: torch.Tensor | None, prefix: torch.Tensor | None, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        context = {"cond": cond, "prefix": prefix, "cos": cos, "sin": sin, "order": order, "lengths": lengths}
+        named, own = dict(zip(spec.weight_shapes, tensors)), backend if backend == "reference" else None
+        return block_forward(x, named, spec, logdet="none", backend=own, **context)  # type: ignore[arg-type]
 
-        dtype = max(z.dtype, tensors[0].dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        equation = Equation(density, layout.rank, layout.given(known), dtype)
-        x = with_gradient(x, equation, z, data, inputs)
-    return (x, report) if report else x
+    dtype = max(z.dtype, tensors[0].dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    given = layout.given(known)
+    x = with_gradient(x, Equation(density, layout.rank, given, dtype), z, data, inputs)
+
+    def log_scales() -> torch.Tensor:
+        values = -density(x, cond, prefix, *tensors)[1]
+        return values if given is None else values.masked_fill(given[..., None], 0)
+
+    return Inverse(x, log_scales, report)
 
 
-@outside_graphs("`progress` and `return_report` of block_inverse need values outside of the graph")
-def _observed(
-    run: Callable, layout: Layout, solver: Solver, progress: Callable[[int, int], None] | None
-) -> tuple[torch.Tensor, SolveReport]:
-    start = time.perf_counter()
-    with reporting_to(progress) if progress else contextlib.nullcontext():
-        result = run()
-    if solver.method == "jacobi":
-        x, sweeps, counts, residual = result
+@outside_graphs("`progress` of block_inverse needs values outside of the graph")
+def _observed(run: Callable, progress: Callable[[int, int], None]) -> tuple[torch.Tensor, ...]:
+    with reporting_to(progress):
+        return run()
+
+
+def _report(layout: Layout, seconds: float, B: int, *counters: torch.Tensor) -> SolveReport:
+    """Return the report of a sequential solve without counters, of Jacobi with sweeps, counts and residual."""
+    first = 0 if layout.spec.start else 1
+    if counters:
+        sweeps, counts, residuals = counters
         passes, fallbacks, _ = counts.cpu().unbind(1)
-        residual = residual.max().item() if len(x) else 0.0
-        passes = int(passes.max()) if len(x) else 0
-        seconds, fallbacks = time.perf_counter() - start, int((fallbacks > 0).sum())
         sweeps = torch.nn.functional.pad(sweeps, (0, layout.tokens - layout.slots))
-        return x, SolveReport("jacobi", passes, int(sweeps.sum()), seconds, sweeps, residual, fallbacks)
-    seconds, B = time.perf_counter() - start, len(result)
-    steps = layout.slots if layout.spec.start else layout.slots - 1
+        most = int(passes.max()) if B else 0
+        residual = float(residuals.max()) if B else 0.0
+        return SolveReport("jacobi", most, int(sweeps.sum()), seconds, sweeps, residual, int((fallbacks > 0).sum()))
     sweeps = torch.zeros(B, layout.tokens, dtype=torch.int32, device="cpu")
-    sweeps[:, layout.slots - steps : layout.slots] = 1
-    return result, SolveReport("sequential", steps, B * steps, seconds, sweeps)
+    sweeps[:, first : layout.slots] = 1
+    steps = layout.slots - first
+    return SolveReport("sequential", steps, B * steps, seconds, sweeps)

@@ -22,12 +22,12 @@ def checked_inverse(run: Callable, z, weights, cond, prefix, cos, sin, guidance,
 def checked_jacobi(run: Callable, z, guess, weights, cond, prefix, cos, sin, guidance, *options):
     """Return run(*arguments of block_jacobi) of finite inputs; its result is finite."""
     check_finite(z=z, guess=guess, cond=cond, prefix=prefix, guidance=guidance)
-    x, sweeps, counts, residual = run(z, guess, weights, cond, prefix, cos, sin, guidance, *options)
+    x, log_sigma, sweeps, counts, residual = run(z, guess, weights, cond, prefix, cos, sin, guidance, *options)
     failed = counts[:, 2]
     if failed.any():
         sample = int(failed.nonzero()[0])
         raise NonFiniteError(f"x, the result: values are not finite at token {failed[sample] - 1} of sample {sample}")
-    return x, sweeps, counts, residual
+    return x, log_sigma, sweeps, counts, residual
 
 
 def check_block(

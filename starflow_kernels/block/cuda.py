@@ -177,7 +177,7 @@ def block_inverse(
     """See reference.block_inverse."""
     spec, (B, T, _), device = BlockSpec.from_json(spec_json), z.shape, device_sizes(z.device)
     x, fields = z.clone(memory_format=torch.contiguous_format), tuple(spec_fields(spec, weights[0].dtype))
-    launch = plan(fields, T, 1 if guidance is None else 2, B, *device)
+    log_sigma, launch = torch.zeros_like(x), plan(fields, T, 1 if guidance is None else 2, B, *device)
     if B and T:
         model = pack(spec, fake_quantize(spec, weights, quantize), launch.cluster)
         context = map(_float32, (cond, cos, sin, guidance))
@@ -188,6 +188,6 @@ def block_inverse(
             cache = weights[0].new_empty(blocks * launch.group * launch.cache)
         given = model.buffer, fields, spec.affine.soft_clip, cache, model.positions
         with _stream(z.device) as stream:
-            OPS.onchip_inverse(x, *given, *context, *options, [launch.cluster, launch.group, blocks, stream])
+            OPS.onchip_inverse(x, log_sigma, *given, *context, *options, [launch.cluster, launch.group, blocks, stream])
     report(B * T, B * T)
-    return x
+    return x, log_sigma

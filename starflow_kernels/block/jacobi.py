@@ -31,19 +31,20 @@ def block_jacobi(
     tol: float,
     quantize: str = "none",
     known: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Solve for the data, sample by sample; return it with counters of the work.
 
     Of each row, z holds the data of the first `known` tokens.
 
     Returns:
-        x (B, T, D). sweeps (B, T) int32: number of passes in which each token took part. counts (B, 3) int64: passes;
-        windows that fell back to single tokens; 1 + the first token without a finite value, or 0. residual (B,):
-        largest relative change of a token in the pass that accepted it.
+        x (B, T, D). log_sigma (B, T, D): log sigma of every value that was computed, zero for the others. sweeps (B, T)
+        int32: number of passes in which each token took part. counts (B, 3) int64: passes; windows that fell back to
+        single tokens; 1 + the first token without a finite value, or 0. residual (B,): largest relative change of a
+        token in the pass that accepted it.
     """
     (B, T, _), branches = z.shape, 1 if guidance is None else 2
     weights = fake_quantize(BlockSpec.from_json(spec_json), weights, quantize)
-    x = guess.clone()
+    x, log_sigma = guess.clone(), torch.zeros_like(z)
     sweeps = torch.zeros(B, T, dtype=torch.int32, device=z.device)
     counts = torch.zeros(B, 3, dtype=torch.int64, device=z.device)
     residual = z.new_zeros(B)
@@ -56,11 +57,12 @@ def block_jacobi(
         while sample.done < T and not sample.failed:
             sample.sweep(window, slide)
             report(b * T + sample.done, B * T)
-        x[b] = sample.x.flip(0) if network.spec.flip else sample.x
+        found = sample.x, sample.log_sigma
+        x[b], log_sigma[b] = (value.flip(0) for value in found) if network.spec.flip else found
         sweeps[b], residual[b] = sample.sweeps, sample.residual
         found = [sample.passes, sample.fallbacks, sample.failed]
         counts[b] = torch.tensor(found, dtype=torch.int64, device="cpu")
-    return x, sweeps, counts, residual
+    return x, log_sigma, sweeps, counts, residual
 
 
 class Sample:
@@ -72,6 +74,7 @@ class Sample:
         self.z, self.x = (t.flip(0) if spec.flip else t.clone() for t in (z, x))
         self.weight = weight
         self.model = QuasiNewton(tuple(neighbours), self.z[None]) if neighbours else None
+        self.log_sigma = torch.zeros_like(self.x)
         self.done, self.single = max(known, 0 if spec.start else 1), 0
         self.x[: self.done] = self.z[: self.done]
         network.fill(self.x[None], self.done)
@@ -91,6 +94,7 @@ class Sample:
         weight = None if self.weight is None else self.weight[:, tokens]
         mu, sigma = gaussian(params, weight, spec.scale, spec.soft_clip, self.rule)
         y = (mu + sigma * self.z[tokens])[0].to(self.x.dtype)
+        self.log_sigma[tokens] = sigma[0].log()
         self.passes += 1
         self.sweeps[tokens] += 1
         if not (y.abs() <= self.bound).all():

@@ -6,7 +6,7 @@ of a condition per token. Tokens beyond the length of a sample are the last of i
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +17,7 @@ from .._core.torch_private import is_intercepted
 from ..spec import BlockSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Arguments of a call of the ops, and the way of tokens to its slots and back.
 
     Attributes:
@@ -27,7 +26,7 @@ class Layout:
         cond: condition in the order of the slots: (rows, C), (rows, slots, C), or None.
         tokens: number of tokens T.
         slots: number of slots T' <= T; the tokens of no sample need more.
-        index: (B, T) number of the token in each slot, or None where token t is in slot t.
+        order: (B, T) number of the token in each slot, or None where token t is in slot t.
         inside: (B, T) whether token t belongs to its sample, and also slot t; None where all do.
     """
 
@@ -36,21 +35,25 @@ class Layout:
     cond: torch.Tensor | None
     tokens: int
     slots: int
-    index: torch.Tensor | None = None
+    order: torch.Tensor | None = None
     inside: torch.Tensor | None = None
 
     @property
     def moves(self) -> bool:
         """Whether `enter` changes anything."""
-        return self.index is not None or self.inside is not None
+        return self.order is not None or self.inside is not None
 
     def angles(self, table: torch.Tensor | None) -> torch.Tensor | None:
         """Return the rows of a table of rotary angles for the prefix and the slots."""
-        return None if table is None else table[: len(table) - self.tokens + self.slots]
+        if table is None or self.slots == self.tokens:
+            return table
+        return table[: len(table) - self.tokens + self.slots]
 
     def enter(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return tokens (B, T, D) in the order of the slots (B, T', D), zero beyond the lengths."""
-        tokens = take(tokens, self.index)[:, : self.slots]
+        if not self.moves:
+            return tokens
+        tokens = take(tokens, self.order)[:, : self.slots]
         if self.inside is None:
             return tokens
         return tokens.masked_fill(~self.inside[:, : self.slots, None], 0)
@@ -69,6 +72,8 @@ class Layout:
             TypeError: data or known of the wrong kind or dtype.
             ValueError: data or known of the wrong shape or value, or one without the other.
         """
+        if known is None and data is None:
+            return noise, None
         given, counts = None, None
         if known is not None:
             counts = check_counts("known", known, len(noise), self.tokens).to(noise.device).clamp(max=self.slots)
@@ -82,8 +87,8 @@ class Layout:
 
     def rank(self) -> torch.Tensor:
         """Return the slot of each token, (T,) or (B, T)."""
-        if self.index is not None:
-            return self.index.argsort(1)
+        if self.order is not None:
+            return self.order.argsort(1)
         numbers = torch.arange(self.tokens, dtype=torch.int64, device=self.weights[0].device)
         return numbers.flip(0) if self.spec.flip else numbers
 
@@ -107,8 +112,8 @@ class Layout:
 
     def leave(self, values: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
         """Return values of slots (B, T', D) in the order of the tokens, and `outside` (B, T, D) beyond the lengths."""
-        if self.index is not None:
-            places = self.index[:, : self.slots, None].expand(values.shape)
+        if self.order is not None:
+            places = self.order[:, : self.slots, None].expand(values.shape)
             values = outside.scatter(1, places, values)
         elif self.slots < outside.shape[1]:
             values = torch.cat([values, outside[:, self.slots :]], 1)

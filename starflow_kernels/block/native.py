@@ -154,6 +154,7 @@ def network_outputs(x, weights, cond, prefix, cos, sin, spec_json: str, tokens: 
         torch.ops.starflow_native.block_run(
             x[rows],
             params[rows],
+            None,
             model.buffer,
             model.offsets,
             model.fields,
@@ -233,9 +234,10 @@ class _Parts:
         self.branches = 1 if guidance is None else 2
         self.threads = torch.get_num_threads()
         self.first = 0 if self.spec.start else 1
-        counts = [] if known is None else known.tolist()
         # Numbers of slots whose inputs are known: of all samples, and of the one with the most.
-        self.filled, self.most_filled = (max(0, bound(counts, default=0) - self.first) for bound in (min, max))
+        self.filled = self.most_filled = 0
+        if known is not None and self.B:
+            self.filled, self.most_filled = (max(0, int(n) - self.first) for n in known.aminmax())
         cached = self.L + self.T
         floats = self.model.buffer.numel()
         self.plan = plan_sampling(
@@ -278,15 +280,18 @@ def block_inverse(
     parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize, known)
     plan, B, T = parts.plan, parts.B, parts.T
     x, workspace = z.clone(memory_format=torch.contiguous_format), empty(plan.workspace)
+    log_sigma = torch.zeros_like(x)
     last = T - parts.first
     for rows in parts:
         arguments = *parts.arguments(rows), None if known is None else known[rows]
         for first in range(-parts.L, last, plan.step):
             end = min(first + plan.step, last)
             steps = [first, end, plan.group, plan.chunk, plan.threads, parts.filled]
-            torch.ops.starflow_native.block_run(x[rows], None, *arguments, parts.cache, workspace, steps)
+            torch.ops.starflow_native.block_run(
+                x[rows], None, log_sigma[rows], *arguments, parts.cache, workspace, steps
+            )
             report(rows.start * T + max(0, end + T - last) * len(x[rows]), B * T)
-    return x
+    return x, log_sigma
 
 
 def block_jacobi(
@@ -317,7 +322,7 @@ def block_jacobi(
     places[:, 0] = parts.first if known is None else known.clamp(min=parts.first)
     final = torch.arange(T, dtype=torch.int64, device="cpu") < places[:, :1]
     z, x = z.contiguous(), torch.where((final.flip(1) if parts.spec.flip else final)[:, :, None], z, guess).contiguous()
-    filled = min(parts.most_filled, T - parts.first)
+    log_sigma, filled = torch.zeros_like(x), min(parts.most_filled, T - parts.first)
     evaluated = parts.branches * window
     threads = _useful_threads(parts.threads, plan.part, model.buffer.numel(), evaluated)
     floats = threads * torch.ops.starflow_native.block_sizes(model.fields, evaluated, parts.L + T)[1]
@@ -326,12 +331,14 @@ def block_jacobi(
         arguments, done, failed = parts.arguments(rows), places[rows, 0], places[rows, 4]
         if parts.L or filled:
             chunks = [-parts.L, filled, plan.group, plan.chunk, plan.threads, filled]
-            torch.ops.starflow_native.block_run(x[rows], None, *arguments, None, parts.cache, workspace, chunks)
+            torch.ops.starflow_native.block_run(
+                x[rows], None, log_sigma[rows], *arguments, None, parts.cache, workspace, chunks
+            )
         passes = _call_tokens(model.buffer.numel(), evaluated * -(-len(done) // threads))
         while ((done < T) & (failed == 0)).any():
             torch.ops.starflow_native.block_jacobi(
-                x[rows], z[rows], *arguments, neighbours, tol, places[rows], sweeps[rows], residual[rows], memory[rows],
-                parts.cache, workspace, [window, slide, passes, threads],
+                x[rows], log_sigma[rows], z[rows], *arguments, neighbours, tol, places[rows], sweeps[rows],
+                residual[rows], memory[rows], parts.cache, workspace, [window, slide, passes, threads],
             )  # fmt: skip
             report(int(places[:, 0].sum()), B * T)
-    return x, sweeps, places[:, 2:5].clone(), residual
+    return x, log_sigma, sweeps, places[:, 2:5].clone(), residual

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..affine_flow.reference import by_token
-from ..affine_flow_inverse.reference import affine_flow_inverse
+from ..affine_flow_inverse.reference import gaussian
 from ..spec import BlockSpec
 from .network import CachedNetwork, compose, hidden_states, raw_params
 from .progress import report
@@ -38,23 +38,26 @@ def block_inverse(
     temperature: float,
     quantize: str = "none",
     known: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Map noise to data, token by token; of each row, z holds the data of the first `known` tokens."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Map noise to data, token by token; of each row, z holds the data of the first `known` tokens.
+
+    Returns:
+        x (B, T, D), and log sigma of every value that was computed, zero for the others.
+    """
     weights = fake_quantize(BlockSpec.from_json(spec_json), weights, quantize)
     network = CachedNetwork(z, weights, cond, prefix, cos, sin, guidance, spec_json, temperature)
     spec, (B, T, _) = network.spec, z.shape
     x = z.flip(1) if spec.flip else z.clone()
     first = max(0 if spec.start else 1, 0 if known is None or not B else int(known.min()))
     network.fill(x, first)
+    log_sigma = torch.zeros_like(x)
     for t in range(first, T):
-        value = affine_flow_inverse(
-            x[:, t : t + 1],
-            network.params(x, t),
-            None if guidance is None else guidance[:, t : t + 1],
-            spec.affine.scale,
-            spec.affine.soft_clip,
-            rule,
-        )
-        x[:, t : t + 1] = value if known is None else torch.where((known > t)[:, None, None], x[:, t : t + 1], value)
+        at = slice(t, t + 1)
+        weight = None if guidance is None else guidance[:, at]
+        mu, sigma = gaussian(network.params(x, t), weight, spec.affine.scale, spec.affine.soft_clip, rule)
+        value, log_scale = (mu + sigma * x[:, at]).to(x.dtype), sigma.log().to(x.dtype)
+        given = torch.zeros(B, dtype=torch.bool, device=x.device) if known is None else known > t
+        x[:, at] = torch.where(given[:, None, None], x[:, at], value)
+        log_sigma[:, at] = log_scale.masked_fill(given[:, None, None], 0)
         report(B * (t + 1), B * T)
-    return x.flip(1) if spec.flip else x
+    return (x.flip(1), log_sigma.flip(1)) if spec.flip else (x, log_sigma)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
@@ -13,7 +14,7 @@ from .._core.registration import call, refuse_transforms
 from .._core.token_order import check_counts, own_order, with_given
 from .._core.torch_private import outside_graphs
 from ..affine_flow.reference import affine_flow
-from ..solver import Solver, SolveReport, check_solver
+from ..solver import Inverse, Solver, SolveReport, check_solver
 from ..spec import AffineSpec
 from . import reference
 from .jacobi import jacobi
@@ -35,7 +36,7 @@ def solve_inverse(
     data: torch.Tensor | None = None,
     known: torch.Tensor | None = None,
     certify: bool = False,
-) -> tuple[torch.Tensor, SolveReport]:
+) -> Inverse:
     """Solve x_t = mu_t(x) + sigma_t(x) z_t for x, where the parameters of token t depend only on earlier tokens.
 
     This inverts TarFlow (arXiv 2412.06329), eq. 3, for any network. Jacobi iteration follows arXiv 2505.12849 and
@@ -60,9 +61,11 @@ def solve_inverse(
         certify: run one density pass over the result and report its largest error.
 
     Returns:
-        x (B, T, D) in the dtype of z, and a SolveReport. x has a gradient with respect to z, data, context and, if the
-        conditioner is an nn.Module, its parameters, by the implicit function theorem: the backward pass runs the
-        conditioner at x and solves a triangular system by sweeps of vector-Jacobian products.
+        An `Inverse`: x (B, T, D) in the dtype of z; logdet (B,), log|det dx/dz| of the solved tokens, by one more pass
+        of the conditioner when it is read first; and the report of the solve. x and logdet have gradients with respect
+        to z, data, context and, if the conditioner is an nn.Module, its parameters, by the implicit function theorem:
+        the backward pass runs the conditioner at x and solves a triangular system by sweeps of vector-Jacobian
+        products.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -101,12 +104,19 @@ def solve_inverse(
         x, report = _solve(checked, z, tokens, spec, solver, guess, certify)
         x = torch.where((tokens.rank < tokens.last[:, None])[..., None], x, unchanged)
     learned = dict(conditioner.named_parameters()) if isinstance(conditioner, torch.nn.Module) else {}
-    inputs = (*context, *learned.values())
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (unchanged, data, *inputs)):
-        x = with_gradient(
-            x, _equation(conditioner, learned, len(context), tokens, spec, z.dtype), unchanged, data, inputs
-        )
-    return x, report
+    inputs, equation = (
+        (*context, *learned.values()),
+        _equation(conditioner, learned, len(context), tokens, spec, z.dtype),
+    )
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (unchanged, data, *inputs))
+    if needed:
+        x = with_gradient(x, equation, unchanged, data, inputs)
+
+    def log_sigma() -> torch.Tensor:
+        with torch.set_grad_enabled(needed):
+            return -equation.density(x, *inputs)[1].masked_fill(~tokens.solved[..., None], 0)
+
+    return Inverse(x, log_sigma, lambda: report)
 
 
 def _equation(
@@ -119,7 +129,7 @@ def _equation(
         own = x.masked_fill(~inside, 0)
         if learned:
             named = dict(zip(learned, inputs[contexts:]))
-            params = torch.func.functional_call(conditioner, named, (own, *inputs[:contexts]))
+            params = torch.func.functional_call(cast("torch.nn.Module", conditioner), named, (own, *inputs[:contexts]))
         else:
             params = conditioner(own, *inputs)
         z, minus_log_sigma = call(

@@ -27,7 +27,7 @@ def bench():
 
 
 def solve(problem: Problem) -> torch.Tensor:
-    return problem.solve(lambda block, z: block_inverse(z, block.weights, block.spec, **block.context))
+    return problem.solve(lambda block, z: block_inverse(z, block.weights, block.spec, **block.context).x)
 
 
 def test_blocks_are_those_of_the_models():

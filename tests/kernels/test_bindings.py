@@ -95,6 +95,11 @@ def test_every_op_with_tensors_is_called_here(recorded):
     assert taking - recorded.calls.keys() == {"use_huge_pages"}
 
 
+def place_of(name, op) -> int:
+    """Return the number of an argument."""
+    return [argument.name for argument in op._schema.arguments].index(name)
+
+
 @pytest.mark.parametrize(
     "index, value",
     [(0, 0), (1, 0), (2, 0), (3, 3), (4, 0), (5, 3), (6, 0), (7, 7), (8, -1), (16, 2), (17, 3), (18, 3), (19, 3)],
@@ -102,19 +107,24 @@ def test_every_op_with_tensors_is_called_here(recorded):
 def test_a_spec_that_no_block_has_is_refused(index, value, recorded):
     run_sampling()
     op, args = recorded.calls["block_run"]
-    spec = list(args[4])
-    spec[index] = value
+    args = list(args)
+    place = place_of("spec", op)
+    args[place] = [*args[place][:index], value, *args[place][index + 1 :]]
     with pytest.raises((RuntimeError, ValueError)):
-        op(*args[:4], spec, *args[5:])
+        op(*args)
 
 
 @pytest.mark.parametrize("offset", [-1, 2**62])
 def test_an_offset_outside_of_the_weights_is_refused(offset, recorded):
     run_sampling()
     op, args = recorded.calls["block_run"]
-    for i in range(len(args[3])):
+    args = list(args)
+    place = place_of("offsets", op)
+    offsets = args[place]
+    for i in range(len(offsets)):
+        args[place] = [*offsets[:i], offset, *offsets[i + 1 :]]
         with pytest.raises((RuntimeError, ValueError), match="packed weights"):
-            op(*args[:3], [*args[3][:i], offset, *args[3][i + 1 :]], *args[4:])
+            op(*args)
 
 
 @pytest.mark.parametrize("index, value", [(0, -6), (1, 9), (2, 0), (2, 1000), (3, 0), (3, 1000), (4, 0), (4, 100)])
@@ -131,7 +141,6 @@ def test_a_plan_that_exceeds_the_tensors_is_refused(index, value, recorded):
 def test_progress_outside_of_the_sequence_is_refused(column, value, recorded):
     run_jacobi()
     op, args = recorded.calls["block_jacobi"]
-    places = [argument.name for argument in op._schema.arguments].index("places")
-    args[places][1, column] = value
+    args[place_of("places", op)][1, column] = value
     with pytest.raises(RuntimeError, match="the progress of a sequence is out of range"):
         op(*args)

@@ -90,9 +90,9 @@ def test_logdet_is_that_of_the_jacobian(case, forward):
 def test_round_trip(case, forward, inverse):
     x, w, spec, context = block(case)
     z, _ = block_forward(x, w, spec, **context, backend=forward)
-    back = block_inverse(z, w, spec, **context, backend=inverse)
+    back = block_inverse(z, w, spec, **context, backend=inverse).x
     torch.testing.assert_close(back, x, rtol=0, atol=1e-9)
-    other = block_inverse(x, w, spec, **context, backend=inverse)
+    other = block_inverse(x, w, spec, **context, backend=inverse).x
     torch.testing.assert_close(block_forward(other, w, spec, **context, backend=forward)[0], x, rtol=0, atol=1e-9)
 
 
@@ -102,7 +102,7 @@ def test_round_trip_of_sizes(name, tokens, forward, inverse):
     x, w, spec, context = block(BLOCKS[name], tokens=tokens, layers=1)
     z, _ = block_forward(x, w, spec, **context, backend=forward)
     torch.testing.assert_close(z, naive_forward(x, w, spec, **context)[0], rtol=1e-10, atol=1e-10)
-    back = block_inverse(z, w, spec, **context, backend=inverse)
+    back = block_inverse(z, w, spec, **context, backend=inverse).x
     torch.testing.assert_close(back, x, rtol=0, atol=1e-9)
 
 
@@ -111,7 +111,7 @@ def test_round_trip_of_widths(D, head_dim, forward, inverse):
     x, w, spec, context = block(BLOCKS["starflow-grouped"], token_dim=D, head_dim=head_dim)
     z, _ = block_forward(x, w, spec, **context, backend=forward)
     torch.testing.assert_close(z, naive_forward(x, w, spec, **context)[0], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(block_inverse(z, w, spec, **context, backend=inverse), x, rtol=0, atol=1e-9)
+    torch.testing.assert_close(block_inverse(z, w, spec, **context, backend=inverse).x, x, rtol=0, atol=1e-9)
 
 
 @every_block
@@ -120,7 +120,7 @@ def test_round_trip_of_widths(D, head_dim, forward, inverse):
 def test_guided_inverse_matches_two_passes(case, rule, temperature, inverse):
     z, w, spec, context = block(case, copies=2)
     g = torch.rand(2, T, dtype=F64) * 2
-    x = block_inverse(z, w, spec, **context, guidance=g, rule=rule, temperature=temperature, backend=inverse)
+    x = block_inverse(z, w, spec, **context, guidance=g, rule=rule, temperature=temperature, backend=inverse).x
     expected = naive_inverse(z, w, spec, context, g, rule, temperature)
     torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
 
@@ -130,18 +130,18 @@ def test_guidance_is_by_token_of_the_blocks_own_order(rule, inverse):
     z, w, spec, context = block(BLOCKS["tarflow-flip"], copies=2)
     g = torch.tensor([0.0, 0.0, 0.0, 1.5, 0.0], dtype=F64)
     unguided = {"cond": context["cond"][:2]}
-    plain = block_inverse(z, w, spec, **unguided, backend=inverse).flip(1)
-    guided = block_inverse(z, w, spec, **context, guidance=g, rule=rule, backend=inverse).flip(1)
+    plain = block_inverse(z, w, spec, **unguided, backend=inverse).x.flip(1)
+    guided = block_inverse(z, w, spec, **context, guidance=g, rule=rule, backend=inverse).x.flip(1)
     torch.testing.assert_close(guided[:, :3], plain[:, :3], rtol=1e-10, atol=1e-10)
     assert (guided[:, 3] - plain[:, 3]).abs().min() > 1e-6
 
 
 def test_temperature_tells_the_branches_apart_without_a_condition(inverse):
     z, w, spec, context = block(BLOCKS["starflow"])
-    plain = block_inverse(z, w, spec, **context, backend=inverse)
-    same = block_inverse(z, w, spec, **context, guidance=1.0, backend=inverse)
+    plain = block_inverse(z, w, spec, **context, backend=inverse).x
+    same = block_inverse(z, w, spec, **context, guidance=1.0, backend=inverse).x
     torch.testing.assert_close(same, plain, rtol=1e-10, atol=1e-10)
-    tempered = block_inverse(z, w, spec, **context, guidance=1.0, temperature=0.5, backend=inverse)
+    tempered = block_inverse(z, w, spec, **context, guidance=1.0, temperature=0.5, backend=inverse).x
     expected = naive_inverse(z, w, spec, context, torch.ones(2, T, dtype=F64), "tarflow", 0.5)
     torch.testing.assert_close(tempered, expected, rtol=1e-10, atol=1e-10)
     assert (tempered - plain).abs().max() > 1e-3
@@ -173,7 +173,7 @@ def test_forward_error_contract(dtype, name, backend):
 def test_inverse_error_contract(dtype, name, backend):
     z, w, spec, context = block(BLOCKS[name], B=8, tokens=17, dtype=dtype, **WIDE)
     z64, w64, context64 = in_double(z, w, context)
-    x = block_inverse(z, w, spec, **context, backend=backend)
+    x = block_inverse(z, w, spec, **context, backend=backend).x
     assert x.dtype == F32
     assert_within_contract(x, naive_inverse(z, w, spec, context), naive_inverse(z64, w64, spec, context64))
 
@@ -184,7 +184,7 @@ def test_guided_error_contract(dtype, rule, backend):
     z, w, spec, context = block(BLOCKS["starflow-text"], B=8, tokens=17, copies=2, dtype=dtype, **WIDE)
     z64, w64, context64 = in_double(z, w, context)
     g = torch.full((8, 17), 1.5)
-    x = block_inverse(z, w, spec, **context, guidance=g, rule=rule, temperature=0.7, backend=backend)
+    x = block_inverse(z, w, spec, **context, guidance=g, rule=rule, temperature=0.7, backend=backend).x
     plain = naive_inverse(z, w, spec, context, g, rule, 0.7)
     exact = naive_inverse(z64, w64, spec, context64, g.double(), rule, 0.7)
     assert_within_contract(x, plain, exact)
@@ -248,8 +248,8 @@ def test_strided_inputs_are_read_and_left(name, forward, inverse):
         atol=1e-12,
     )
     torch.testing.assert_close(
-        block_inverse(*copies, **context_copies, backend=inverse),
-        block_inverse(x, w, spec, **context, backend=inverse),
+        block_inverse(*copies, **context_copies, backend=inverse).x,
+        block_inverse(x, w, spec, **context, backend=inverse).x,
         rtol=1e-11,
         atol=1e-11,
     )
@@ -270,10 +270,10 @@ def test_forward_batch_invariance(dtype, backend):
 @on_backends("block_inverse", takes, dtype=[F32, F64])
 def test_inverse_batch_invariance(dtype, backend):
     z, w, spec, context = block(BLOCKS["tarflow-flip"], B=4, copies=2, dtype=dtype)
-    batch = block_inverse(z, w, spec, **context, guidance=0.5, backend=backend)
+    batch = block_inverse(z, w, spec, **context, guidance=0.5, backend=backend).x
     for i in range(4):
         cond = context["cond"][[i, i + 4]]
-        alone = block_inverse(z[i : i + 1], w, spec, cond=cond, guidance=0.5, backend=backend)
+        alone = block_inverse(z[i : i + 1], w, spec, cond=cond, guidance=0.5, backend=backend).x
         assert_same_row(backend, alone, batch[i : i + 1])
 
 
@@ -303,7 +303,7 @@ def test_compiles_as_one_graph(compiler):
     one = {n: t if n in ("cos", "sin") else t[:2] for n, t in context.items()}
 
     def both(x):
-        return *block_forward(x, w, spec, **one), block_inverse(x, w, spec, **context, guidance=1.0, temperature=0.7)
+        return *block_forward(x, w, spec, **one), block_inverse(x, w, spec, **context, guidance=1.0, temperature=0.7).x
 
     torch.testing.assert_close(compiled(both, compiler)(x), both(x), rtol=1e-11, atol=1e-11)
 

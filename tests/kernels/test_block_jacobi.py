@@ -47,8 +47,9 @@ def coupled(B, T, D=3, seed=0, **changes):
 def test_matches_sequential(spec, solver, guidance, inverse):
     z, w, context = tame_block(spec, 3, 23, 4, copies=1 if guidance is None else 2)
     options = {} if guidance is None else {"guidance": guidance, "rule": "starflow", "temperature": 0.8}
-    expected = inverse(z, w, spec, **context, **options)
-    x, report = inverse(z, w, spec, **context, **options, solver=solver, return_report=True)
+    expected = inverse(z, w, spec, **context, **options).x
+    found = inverse(z, w, spec, **context, **options, solver=solver)
+    x, report = found.x, found.report
     torch.testing.assert_close(x, expected, rtol=0, atol=2e-5)
     assert report.method == "jacobi" and report.residual <= solver.tol and report.fallbacks == 0
     assert report.tokens == report.sweeps.sum() and report.passes <= 23 and report.seconds > 0
@@ -60,9 +61,9 @@ def test_matches_sequential(spec, solver, guidance, inverse):
 def test_matches_sequential_in_float64(spec, solver):
     z, w, context = tame_block(spec, 2, 23, 4)
     z, w, context = z.double(), {n: t.double() for n, t in w.items()}, {n: t.double() for n, t in context.items()}
-    expected = block_inverse(z, w, spec, **context)
+    expected = block_inverse(z, w, spec, **context).x
     solver = dataclasses.replace(solver, tol=1e-12)
-    x, _ = block_inverse(z, w, spec, **context, solver=solver, return_report=True)
+    x = block_inverse(z, w, spec, **context, solver=solver).x
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-10)
 
 
@@ -74,30 +75,29 @@ def test_matches_sequential_in_float64(spec, solver):
 def test_without_a_tolerance_has_the_bits_of_sequential(spec, solver, dtype, T):
     z, w, context = tame_block(spec, 3, T, 5, dtype, copies=2)
     options = {**context, "guidance": 0.5}
-    expected = block_inverse(z, w, spec, **options, backend="native")
+    expected = block_inverse(z, w, spec, **options, backend="native").x
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        x = block_inverse(z, w, spec, **options, backend="native", solver=dataclasses.replace(solver, tol=0))
+        x = block_inverse(z, w, spec, **options, backend="native", solver=dataclasses.replace(solver, tol=0)).x
         assert torch.equal(x, expected)
 
 
 @every_solver
 def test_a_sample_alone_has_the_same_bits_and_sweeps(solver, inverse):
     z, w, spec, context = coupled(5, 40)
-    x, report = inverse(z, w, spec, **context, solver=solver, return_report=True)
+    found = inverse(z, w, spec, **context, solver=solver)
+    x, report = found.x, found.report
     for i in range(5):
         one = slice(i, i + 1)
-        alone, own = inverse(z[one], w, spec, **rows(context, one), solver=solver, return_report=True)
+        found = inverse(z[one], w, spec, **rows(context, one), solver=solver)
+        alone, own = found.x, found.report
         assert torch.equal(alone[0], x[i])
         assert torch.equal(own.sweeps[0], report.sweeps[i])
 
 
 def test_a_window_slides_and_modules_do_not(inverse):
     z, w, spec, context = coupled(1, 40)
-    slide, modules = (
-        inverse(z, w, spec, **context, solver=Solver("jacobi", 8, slide=s), return_report=True)[1]
-        for s in (True, False)
-    )
+    slide, modules = (inverse(z, w, spec, **context, solver=Solver("jacobi", 8, slide=s)).report for s in (True, False))
     assert slide.passes < modules.passes < 40
     # Modules begin at multiples of their size: their last tokens take part in all passes of the module.
     ends = modules.sweeps[0].view(5, 8)[:, -1]
@@ -113,16 +113,16 @@ def test_quasi_newton_takes_fewer_passes(inverse):
     w = {name: torch.zeros_like(t) if name == "pos_embed" else t for name, t in w.items()}
     tol = 1e-6
     plain, newton = (
-        inverse(z, w, spec, **context, solver=Solver("jacobi", tol=tol, neighbours=k), return_report=True)[1]
-        for k in ((), (1,))
+        inverse(z, w, spec, **context, solver=Solver("jacobi", tol=tol, neighbours=k)).report for k in ((), (1,))
     )
     assert newton.passes <= 0.6 * plain.passes
 
 
 def test_the_callers_guess_is_the_start(inverse):
     z, w, spec, context = coupled(2, 30)
-    x = inverse(z, w, spec, **context)
-    again, report = inverse(z, w, spec, **context, solver=Solver("jacobi", tol=1e-5), guess=x, return_report=True)
+    x = inverse(z, w, spec, **context).x
+    found = inverse(z, w, spec, **context, solver=Solver("jacobi", tol=1e-5), guess=x)
+    again, report = found.x, found.report
     torch.testing.assert_close(again, x, rtol=0, atol=1e-5)
     assert report.passes <= 2
     assert (
@@ -135,8 +135,9 @@ def test_a_window_that_overflows_is_solved_token_by_token(solver, inverse):
     z, w, spec, context = coupled(2, 20)
     guess = z.clone()
     guess[1] = 1e38
-    x, report = inverse(z, w, spec, **context, solver=solver, guess=guess, return_report=True)
-    torch.testing.assert_close(x, inverse(z, w, spec, **context), rtol=0, atol=2e-5)
+    found = inverse(z, w, spec, **context, solver=solver, guess=guess)
+    x, report = found.x, found.report
+    torch.testing.assert_close(x, inverse(z, w, spec, **context).x, rtol=0, atol=2e-5)
     assert report.fallbacks >= 1
 
 
@@ -146,8 +147,9 @@ def test_diverged_values_are_not_waited_for(inverse):
     w["proj_in.weight"] = w["proj_in.weight"] * 0
     w["proj_out.weight"] = w["proj_out.weight"] * 0
     w["proj_out.bias"] = torch.cat([torch.full((3,), 16.0), torch.zeros(3)])
-    x, report = inverse(z, w, spec, **context, solver=Solver("jacobi"), return_report=True)
-    torch.testing.assert_close(x, inverse(z, w, spec, **context))
+    found = inverse(z, w, spec, **context, solver=Solver("jacobi"))
+    x, report = found.x, found.report
+    torch.testing.assert_close(x, inverse(z, w, spec, **context).x)
     assert report.fallbacks == 2 and report.passes == 20
 
 
@@ -185,25 +187,28 @@ def test_parts_of_a_batch_have_the_same_bits(solver, monkeypatch):
     spec = WIDE_SPECS["starflow-text"]
     z, w, context = tame_block(spec, 5, 30, 6, copies=2)
     options = {**context, "guidance": 1.0, "solver": solver, "backend": "native"}
-    whole = block_inverse(z, w, spec, **options)
+    whole = block_inverse(z, w, spec, **options).x
     monkeypatch.setenv("STARFLOW_CACHE_GB", "0.00005")
-    assert torch.equal(block_inverse(z, w, spec, **options), whole)
+    assert torch.equal(block_inverse(z, w, spec, **options).x, whole)
 
 
 @pytest.mark.parametrize("start", [True, False])
 def test_one_token_and_no_rows(start, inverse):
     z, w, spec, context = coupled(2, 1, start=start)
-    x, report = inverse(z, w, spec, **context, solver=Solver("jacobi"), return_report=True)
-    torch.testing.assert_close(x, inverse(z, w, spec, **context))
+    found = inverse(z, w, spec, **context, solver=Solver("jacobi"))
+    x, report = found.x, found.report
+    torch.testing.assert_close(x, inverse(z, w, spec, **context).x)
     assert report.passes == int(start)
-    x, report = inverse(z[:0], w, spec, **rows(context, slice(0)), solver=Solver("jacobi"), return_report=True)
+    found = inverse(z[:0], w, spec, **rows(context, slice(0)), solver=Solver("jacobi"))
+    x, report = found.x, found.report
     assert x.shape == (0, 1, 3) and (report.passes, report.tokens, report.residual) == (0, 0, 0)
 
 
 def test_sequential_has_a_report_too(inverse):
     z, w, spec, context = coupled(2, 9)
-    x, report = inverse(z, w, spec, **context, return_report=True)
-    assert torch.equal(x, inverse(z, w, spec, **context))
+    found = inverse(z, w, spec, **context)
+    x, report = found.x, found.report
+    assert torch.equal(x, inverse(z, w, spec, **context).x)
     assert (report.method, report.passes, report.tokens) == ("sequential", 8, 16)
     assert report.sweeps.tolist() == [[0, *[1] * 8]] * 2
 
@@ -266,7 +271,7 @@ def test_strided_inputs_are_read_and_left():
     z, w, spec, context = coupled(2, 21, flip=True)
     wide = torch.stack([z, torch.full_like(z, float("nan"))], dim=-1)[..., 0]
     before = wide.clone()
-    x = block_inverse(wide, w, spec, **context, solver=Solver("jacobi", 5), backend="native")
+    x = block_inverse(wide, w, spec, **context, solver=Solver("jacobi", 5), backend="native").x
     assert torch.equal(wide, before)
     again, _ = block_forward(x, w, spec, **context)
     torch.testing.assert_close(again, z, rtol=0, atol=1e-4)

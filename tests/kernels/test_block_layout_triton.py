@@ -20,7 +20,7 @@ def test_drawn_calls(part):
         data = None if inverse["data"] is None else inverse["data"].double()
         expected = expected_inverse(z.double(), wide_w, spec, wide, **layout, **{**inverse, "data": data}).float()
         for solver in (Solver(), Solver("jacobi", window=3, tol=1e-6)):
-            x = block_inverse(z, w, spec, **context, **layout, **inverse, solver=solver, backend="triton")
+            x = block_inverse(z, w, spec, **context, **layout, **inverse, solver=solver, backend="triton").x
             torch.testing.assert_close(x, expected, rtol=2e-3, atol=2e-3)
 
 

@@ -48,14 +48,14 @@ def test_rows_have_the_same_bits_at_any_batch_and_thread_count(spec, dtype):
     x, w, context = tame_block(spec, 37, 11, 3, dtype)
     torch.set_num_threads(1)
     z = block_forward(x, w, spec, **context, backend="native")[0]
-    back = block_inverse(z, w, spec, **context, backend="native")
+    back = block_inverse(z, w, spec, **context, backend="native").x
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        assert torch.equal(block_inverse(z, w, spec, **context, backend="native"), back)
+        assert torch.equal(block_inverse(z, w, spec, **context, backend="native").x, back)
         for which in (slice(None), slice(4, 5), slice(20, 33)):
             part = rows(context, which)
             assert torch.equal(block_forward(x[which], w, spec, **part, backend="native")[0], z[which])
-            assert torch.equal(block_inverse(z[which], w, spec, **part, backend="native"), back[which])
+            assert torch.equal(block_inverse(z[which], w, spec, **part, backend="native").x, back[which])
 
 
 @every_wide_spec
@@ -64,7 +64,7 @@ def test_sampling_ends_where_the_density_pass_says(spec, dtype):
     """The sample equals mu + sigma z of the parallel parameters, but for the rounding of this formula."""
     z, w, context = tame_block(spec, 2, 150, 3, dtype)
     torch.set_num_threads(2)
-    x = block_inverse(z, w, spec, **context, backend="native")
+    x = block_inverse(z, w, spec, **context, backend="native").x
     found = params(x, w, spec, context)
     if not spec.start:
         found = torch.cat([torch.zeros_like(found[:, :1]), found[:, :-1]], dim=1)
@@ -92,9 +92,9 @@ def test_error_contract_over_sizes(D, heads, head_dim, T, dtype):
     ]
     for actual, plain, exact in zip(*outputs):
         assert_within_contract(actual, plain, exact)
-    back = block_inverse(x, w, spec, **context, backend="native")
-    plain = block_inverse(x, w, spec, **context, backend="reference")
-    assert_within_contract(back, plain, block_inverse(x64, w64, spec, **context64, backend="reference"))
+    back = block_inverse(x, w, spec, **context, backend="native").x
+    plain = block_inverse(x, w, spec, **context, backend="reference").x
+    assert_within_contract(back, plain, block_inverse(x64, w64, spec, **context64, backend="reference").x)
 
 
 @pytest.mark.parametrize("rule", ["tarflow", "starflow"])
@@ -105,21 +105,21 @@ def test_guided_inverse(rule, temperature):
     z, w, context = tame_block(spec, 5, 21, 4, copies=2)
     options = {"guidance": torch.rand(5, 21) * 2, "rule": rule, "temperature": temperature}
     w64, context64 = ({n: t.double() for n, t in given.items()} for given in (w, context))
-    exact = block_inverse(z.double(), w64, spec, **context64, **options, backend="reference")
-    plain = block_inverse(z, w, spec, **context, **options, backend="reference")
+    exact = block_inverse(z.double(), w64, spec, **context64, **options, backend="reference").x
+    plain = block_inverse(z, w, spec, **context, **options, backend="reference").x
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        assert_within_contract(block_inverse(z, w, spec, **context, **options, backend="native"), plain, exact)
+        assert_within_contract(block_inverse(z, w, spec, **context, **options, backend="native").x, plain, exact)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_strided_inputs_are_read_and_left():
     spec = WIDE_SPECS["starflow-text"]
     z, w, context = tame_block(spec, 2, 7, 3)
-    expected = block_inverse(z, w, spec, **context, backend="native")
+    expected = block_inverse(z, w, spec, **context, backend="native").x
     copies = strided(z), {n: strided(t) for n, t in w.items()}
     given = {n: strided(t) for n, t in context.items()}
-    assert torch.equal(block_inverse(*copies, spec, **given, backend="native"), expected)
+    assert torch.equal(block_inverse(*copies, spec, **given, backend="native").x, expected)
     assert torch.equal(copies[0], z) and all(torch.equal(copies[1][n], w[n]) for n in w)
 
 
@@ -138,11 +138,11 @@ def test_batches_larger_than_the_memory_bound_are_split(guidance, monkeypatch):
     z, w, context = tame_block(spec, 7, 9, 3, copies=1 if guidance is None else 2)
     calls = []
     options = {"guidance": guidance, "progress": lambda done, total: calls.append((done, total))}
-    whole = block_inverse(z, w, spec, **context, **options, backend="native")
+    whole = block_inverse(z, w, spec, **context, **options, backend="native").x
     assert calls == [(63, 63)]
     row = 4 * sum(torch.ops.starflow_native.block_sizes(spec_fields(spec, torch.float32), 1, 12)[:1])
     monkeypatch.setenv("STARFLOW_CACHE_GB", str((2 if guidance is None else 4) * row / 2**30 + 1e-9))
-    assert torch.equal(block_inverse(z, w, spec, **context, **options, backend="native"), whole)
+    assert torch.equal(block_inverse(z, w, spec, **context, **options, backend="native").x, whole)
     assert calls[1:] == [(18, 63), (36, 63), (54, 63), (63, 63)]
 
 
@@ -194,7 +194,7 @@ def test_an_interrupt_stops_it_within_a_second():
 
 def sample_by_jacobi(*args, **options):
     """Call block_inverse with the Jacobi solver."""
-    return block_inverse(*args, **options, solver=Solver("jacobi"))
+    return block_inverse(*args, **options, solver=Solver("jacobi")).x
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ def assert_inverse(case, guided=False, rule="tarflow", quantize="none", **sizes)
     z, w, spec, context = block(case, copies=2 if guided else 1, **sizes)
     options = {"guidance": torch.rand(z.shape[:2]) * 2, "rule": rule, "temperature": 0.7} if guided else {}
     options["quantize"] = quantize
-    found, plain = (block_inverse(z, w, spec, **context, **options, backend=b) for b in ("triton", "reference"))
+    found, plain = (block_inverse(z, w, spec, **context, **options, backend=b).x for b in ("triton", "reference"))
     z, w, context = doubled(z, w, context)
-    assert_within_contract(found, plain, block_inverse(z, w, spec, **context, **options, backend="reference"))
+    assert_within_contract(found, plain, block_inverse(z, w, spec, **context, **options, backend="reference").x)
 
 
 @pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
@@ -117,7 +117,7 @@ def test_rows_have_the_same_bits_in_any_batch(name, guided, T, monkeypatch):
             n: t if n in ("cos", "sin") else t.unflatten(0, (-1, B))[:, rows].flatten(0, 1) for n, t in context.items()
         }
         weight = {"guidance": guidance[rows]} if guided else {}
-        return block_inverse(z[rows], w, spec, **given, **weight, backend="triton")
+        return block_inverse(z[rows], w, spec, **given, **weight, backend="triton").x
 
     whole = run(slice(None))
     for rows in (slice(0, 1), slice(14, 17)):
@@ -132,14 +132,14 @@ def test_sessions_are_reused_and_end_with_their_model():
     gc.collect()
     before = len(sequential.kept_sessions)
     z, w, spec, context = block(BLOCKS["tarflow-flip"], dtype=F32, B=4, tokens=3, layers=1)
-    first = block_inverse(z, w, spec, **context, backend="triton")
+    first = block_inverse(z, w, spec, **context, backend="triton").x
     cond = {"cond": context["cond"][:3]}
-    assert torch.equal(block_inverse(z[:3], w, spec, **cond, backend="triton"), first[:3])
+    assert torch.equal(block_inverse(z[:3], w, spec, **cond, backend="triton").x, first[:3])
     assert len(sequential.kept_sessions) == before + 1
-    rounded = block_inverse(z, w, spec, **context, quantize="int8", backend="triton")
+    rounded = block_inverse(z, w, spec, **context, quantize="int8", backend="triton").x
     assert not torch.equal(rounded, first) and len(sequential.kept_sessions) == before + 2
     w["proj_in.weight"].mul_(2)
-    assert not torch.equal(block_inverse(z, w, spec, **context, backend="triton"), first)
+    assert not torch.equal(block_inverse(z, w, spec, **context, backend="triton").x, first)
     assert len(sequential.kept_sessions) == before + 2
     del w
     gc.collect()

@@ -36,7 +36,7 @@ def with_leaves(values):
 
 @pytest.mark.parametrize("part", range(20))
 def test_gradients_are_those_of_a_plain_loop(part):
-    """Also those of a loss that holds the log-determinant of the density at the result."""
+    """Also those of a loss that holds the log-determinant."""
     for seed in range(part, 100, 20):
         z, w, spec, context, layout, inverse = drawn_call(seed)
         z, w, context = z.requires_grad_(), with_leaves(w), with_leaves(of_first_branch(context))
@@ -44,12 +44,15 @@ def test_gradients_are_those_of_a_plain_loop(part):
         given = {"data": data, "known": inverse["known"]}
         leaves = [t for t in (z, data, *w.values(), *context.values()) if t is not None and t.requires_grad]
         seeds, gradients = torch.randn_like(z), []
-        for x in (
+        found, x = (
             block_inverse(z, w, spec, **context, **layout, **given),
             plain_loop(z, w, spec, context, **layout, **given),
-        ):
-            _, logdet = block_forward(x, w, spec, **context, **layout)
-            loss = (x * seeds).sum() + 0.3 * logdet.square().sum()
+        )
+        _, values = block_forward(x, w, spec, **context, **layout, logdet="none")
+        if inverse["known"] is not None:
+            values = torch.where(found.x == data, 0, values)
+        for data_found, logdet in ((found.x, found.logdet), (x, -values.sum((1, 2)))):
+            loss = (data_found * seeds).sum() + 0.3 * logdet.square().sum()
             gradients.append(torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True))
         torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
 
@@ -62,7 +65,7 @@ def test_gradcheck(name):
 
     def inverse(z, *values):
         weights, given = dict(zip(w, values)), dict(zip(names, values[len(w) :]))
-        return block_inverse(z, weights, spec, **given, **fixed)
+        return block_inverse(z, weights, spec, **given, **fixed).x
 
     tensors = [t.requires_grad_() for t in (z, *w.values(), *(context[n] for n in names))]
     assert torch.autograd.gradcheck(inverse, tensors, fast_mode=True)
@@ -70,7 +73,7 @@ def test_gradcheck(name):
 
 def test_a_second_derivative_is_refused():
     z, w, spec, context = block(BLOCKS["tarflow"])
-    x = block_inverse(z.requires_grad_(), w, spec, **context)
+    x = block_inverse(z.requires_grad_(), w, spec, **context).x
     (grad,) = torch.autograd.grad(x.square().sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -83,7 +86,7 @@ def test_a_solution_that_diverges_on_the_way_is_exact(scale):
     mix = torch.randn(30, 30, dtype=F64).tril(-1) * scale
     z = torch.randn(2, 30, 1, dtype=F64, requires_grad=True)
     conditioner = lambda x: torch.einsum("ts,bsd->btd", mix, x)  # noqa: E731
-    x, _ = solve_inverse(conditioner, z, spec)
+    x = solve_inverse(conditioner, z, spec).x
     g = torch.randn_like(x)
     (grad,) = torch.autograd.grad(x, z, g)
     jacobian = torch.eye(30, dtype=F64) - mix
@@ -114,7 +117,7 @@ def test_gradients_of_any_conditioner(solver):
         so_far = torch.stack([*rows, *[torch.zeros_like(z[:, 0])] * (6 - t)], 1)
         mu, sigma = naive_raw(conditioner(so_far, cond)[:, t], spec)
         rows.append(mu + sigma * z[:, t])
-    for x in (solve_inverse(conditioner, z, spec, context=(cond,), solver=solver)[0], torch.stack(rows, 1)):
+    for x in (solve_inverse(conditioner, z, spec, context=(cond,), solver=solver).x, torch.stack(rows, 1)):
         z_again, logdet = affine_flow(x, conditioner(x, cond), spec)
         loss = (x * seeds).sum() + logdet.square().sum()
         gradients.append(torch.autograd.grad(loss, leaves))
@@ -130,45 +133,47 @@ def test_float32_gradients_are_close_to_float64():
             z.to(dtype).requires_grad_(),
             *({n: v.to(dtype) for n, v in d.items()} for d in (w, context)),
         )
-        gradients.append(torch.autograd.grad(block_inverse(leaf, weights, spec, **given).square().sum(), leaf)[0])
+        gradients.append(torch.autograd.grad(block_inverse(leaf, weights, spec, **given).x.square().sum(), leaf)[0])
     torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_has_the_gradient_that_it_has_alone():
     z, w, spec, context = block(BLOCKS["tarflow-flip"], B=4)
     z = z.requires_grad_()
-    (whole,) = torch.autograd.grad(block_inverse(z, w, spec, **context).square().sum(), z)
+    (whole,) = torch.autograd.grad(block_inverse(z, w, spec, **context).x.square().sum(), z)
     for i in range(4):
-        x = block_inverse(z[i : i + 1], w, spec, cond=context["cond"][i : i + 1])
+        x = block_inverse(z[i : i + 1], w, spec, cond=context["cond"][i : i + 1]).x
         torch.testing.assert_close(torch.autograd.grad(x.square().sum(), z)[0][i], whole[i], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("tokens, rows", [(1, 2), (T, 0)])
 def test_one_token_and_no_rows(tokens, rows):
     z, w, spec, context = block(BLOCKS["starflow"], B=rows, tokens=tokens)
-    x = block_inverse(z.requires_grad_(), w, spec, **context)
+    x = block_inverse(z.requires_grad_(), w, spec, **context).x
     (grad,) = torch.autograd.grad(x.sum(), z)
     assert grad.shape == z.shape and grad.isfinite().all()
 
 
 def test_no_gradient_where_none_is_asked_for():
     z, w, spec, context = block(BLOCKS["tarflow"])
-    assert not block_inverse(z, w, spec, **context).requires_grad
+    assert not block_inverse(z, w, spec, **context).x.requires_grad
     with torch.no_grad():
-        assert not block_inverse(z.requires_grad_(), w, spec, **context).requires_grad
-    x = block_inverse(z, w, spec, **context)
+        assert not block_inverse(z.requires_grad_(), w, spec, **context).x.requires_grad
+    x = block_inverse(z, w, spec, **context).x
     torch.testing.assert_close(naive_affine(x, naive_network(x, w, spec, **context), spec.affine, shift=True)[0], z)
 
 
-@pytest.mark.parametrize("options", [{"guidance": 1.0}, {"quantize": "int8"}])
-def test_a_gradient_that_does_not_exist_is_refused(options):
+@pytest.mark.parametrize("options, where", [({"guidance": 1.0}, "under guidance"), ({"quantize": "int8"}, "with one")])
+def test_a_gradient_that_does_not_exist_is_refused(options, where):
     z, w, spec, context = block(BLOCKS["starflow"])
-    with pytest.raises(ValueError, match="the inverse has no gradient with them; call it"):
+    with pytest.raises(ValueError, match=f"z, data, cond, prefix: the inverse has no gradient {where}"):
         block_inverse(z.requires_grad_(), w, spec, **context, **options)
+    w = {name: weight.requires_grad_() for name, weight in w.items()}
+    assert not block_inverse(z.detach(), w, spec, **context, **options).x.requires_grad
 
 
 def test_a_graph_has_no_gradient_of_the_noise():
     z, w, spec, context = block(BLOCKS["starflow"])
-    inverse = torch.compile(lambda z: block_inverse(z, w, spec, **context), backend="aot_eager", fullgraph=True)
+    inverse = torch.compile(lambda z: block_inverse(z, w, spec, **context).x, backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="the inverse has no gradient in a graph; detach them"):
         inverse(z.requires_grad_())

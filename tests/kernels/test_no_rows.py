@@ -47,7 +47,7 @@ def results(rows: int, dtype: torch.dtype, backend: str | None) -> list[torch.Te
     found.append(cached_attention(q.detach(), q.detach(), q.detach(), *cache, lengths, **options))
     found.append(affine_flow_inverse(z, params.detach(), **options))
     for solver in (Solver(), Solver("jacobi")):
-        found.append(solve_inverse(lambda x: torch.zeros(len(x), T, 2 * D), z.float(), solver=solver)[0])
+        found.append(solve_inverse(lambda x: torch.zeros(len(x), T, 2 * D), z.float(), solver=solver).x)
     return [*found, *gradients]
 
 

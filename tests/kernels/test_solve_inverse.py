@@ -48,7 +48,8 @@ def test_density_of_the_result_is_the_noise(spec, order, T, D):
     order = permutation(order, T)
     conditioner = Conditioner(T, D, spec.params_dim(D), order)
     z = torch.randn(4, T, D, dtype=F64)
-    x, report = solve_inverse(conditioner, z, spec, order=order)
+    found = solve_inverse(conditioner, z, spec, order=order)
+    x, report = found.x, found.report
     torch.testing.assert_close(naive_affine(x, conditioner(x), spec)[0], z, rtol=0, atol=1e-9)
     assert (report.method, report.passes, report.tokens) == ("sequential", T, 4 * T * T)
     assert torch.equal(report.sweeps, torch.ones(4, T, dtype=torch.int32))
@@ -65,7 +66,7 @@ def test_matches_a_loop_over_single_tokens(spec):
         for t in order.tolist():
             mu, sigma = naive_raw(conditioner(expected[i : i + 1])[0, t], spec)
             expected[i, t] = mu + sigma * z[i, t]
-    x, _ = solve_inverse(conditioner, z, spec, order=order)
+    x = solve_inverse(conditioner, z, spec, order=order).x
     torch.testing.assert_close(x, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -74,7 +75,7 @@ def test_round_trip(order):
     spec, order = AffineSpec("softplus", 4.0), permutation(order, 6)
     conditioner, x = Conditioner(6, 3, 6, order), torch.randn(2, 6, 3, dtype=F64)
     z, _ = affine_flow(x, conditioner(x), spec)
-    torch.testing.assert_close(solve_inverse(conditioner, z, spec, order=order)[0], x, rtol=0, atol=1e-9)
+    torch.testing.assert_close(solve_inverse(conditioner, z, spec, order=order).x, x, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("T", [1, 2, 63, 111])
@@ -82,7 +83,8 @@ def test_sizes(T):
     spec = AffineSpec("softplus", 4.0)
     conditioner, z = Conditioner(T, 2, 4), torch.randn(2, T, 2, dtype=F64)
     conditioner.mix = [mix / T**0.5 for mix in conditioner.mix]
-    x, report = solve_inverse(conditioner, z, spec, certify=True)
+    found = solve_inverse(conditioner, z, spec, certify=True)
+    x, report = found.x, found.report
     assert report.passes == T and conditioner.calls == T + 1
     torch.testing.assert_close(naive_affine(x, conditioner(x), spec)[0], z, rtol=0, atol=1e-9)
 
@@ -90,7 +92,8 @@ def test_sizes(T):
 @every_dtype
 def test_certificate_is_the_residual(dtype):
     conditioner, z = Conditioner(6, 3, 6, dtype=dtype), torch.randn(2, 6, 3, dtype=dtype)
-    x, report = solve_inverse(conditioner, z, certify=True)
+    found = solve_inverse(conditioner, z, certify=True)
+    x, report = found.x, found.report
     residual = (naive_affine(x, conditioner(x), AffineSpec())[0] - z).abs().max().item()
     eps = torch.finfo(dtype).eps
     assert report.certificate == pytest.approx(residual, abs=64 * eps)
@@ -100,7 +103,7 @@ def test_certificate_is_the_residual(dtype):
 def test_certificate_exposes_a_conditioner_that_is_not_causal():
     order = torch.arange(6)
     conditioner, z = Conditioner(6, 3, 6, order), torch.randn(2, 6, 3, dtype=F64)
-    _, report = solve_inverse(conditioner, z, order=order.flip(0), certify=True)
+    report = solve_inverse(conditioner, z, order=order.flip(0), certify=True).report
     assert report.certificate > 1e-3
 
 
@@ -108,8 +111,9 @@ def test_module_with_gradients_and_inputs_are_left_alone():
     layer = torch.nn.Linear(3, 6, dtype=F64)
     z = strided(torch.randn(2, 4, 3, dtype=F64)).requires_grad_()
     before = z.detach().clone()
-    x, report = solve_inverse(lambda x: layer(torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]), z, certify=True)
-    assert not x.requires_grad and torch.equal(z, before)
+    found = solve_inverse(lambda x: layer(torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]), z, certify=True)
+    x, report = found.x, found.report
+    assert x.requires_grad and torch.equal(z, before)
     assert report.certificate < 1e-12 and isinstance(report, SolveReport)
 
 
@@ -192,8 +196,9 @@ def test_the_fixed_point_has_the_bits_of_sequential(order, dtype, offsets, T, D,
     z = strided(torch.randn(5, T, D, dtype=dtype))
     solver = Solver("jacobi", guess="zero" if guess == "zero" else "noise", tol=0, neighbours=offsets)
     first = torch.randn(5, T, D, dtype=dtype) if guess == "tensor" else None
-    x, report = solve_inverse(conditioner, z, spec, order=order, solver=solver, guess=first)
-    assert torch.equal(x, solve_inverse(conditioner, z, spec, order=order)[0])
+    found = solve_inverse(conditioner, z, spec, order=order, solver=solver, guess=first)
+    x, report = found.x, found.report
+    assert torch.equal(x, solve_inverse(conditioner, z, spec, order=order).x)
     assert report.method == "jacobi" and report.residual == report.fallbacks == 0
     assert report.sweeps.shape == (5, T) and report.sweeps.dtype == torch.int32
     assert report.passes == report.sweeps.max() <= T and report.tokens == report.sweeps.sum()
@@ -207,7 +212,8 @@ def test_a_sweep_changed_no_value_of_the_result_by_more_than_the_tolerance(tol, 
     conditioner, z = Conditioner(32, 3, 6), torch.randn(6, 32, 3, dtype=F64)
     conditioner.mix = [mix / 3 for mix in conditioner.mix]
     spec = AffineSpec("softplus", 4.0)
-    x, report = solve_inverse(conditioner, z, spec, solver=Solver("jacobi", tol=tol, neighbours=offsets))
+    found = solve_inverse(conditioner, z, spec, solver=Solver("jacobi", tol=tol, neighbours=offsets))
+    x, report = found.x, found.report
     assert 0 < report.residual <= tol and report.passes < 32
     mu, sigma = naive_raw(conditioner(x), spec)
     assert (mu + sigma * z - x).abs().max() < 4 * tol
@@ -216,9 +222,10 @@ def test_a_sweep_changed_no_value_of_the_result_by_more_than_the_tolerance(tol, 
 def test_no_residual_after_as_many_sweeps_as_tokens():
     """The changes of this chain stay large until every token is computed from exact ones."""
     chain, z = sheared(torch.full((1, 1, 1), -1.0, dtype=F64)), torch.randn(2, 9, 1, dtype=F64)
-    x, report = solve_inverse(chain, z, solver=Solver("jacobi", tol=1e-9))
+    found = solve_inverse(chain, z, solver=Solver("jacobi", tol=1e-9))
+    x, report = found.x, found.report
     assert report.passes == 9 and report.residual == 0
-    torch.testing.assert_close(x, solve_inverse(chain, z)[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(x, solve_inverse(chain, z).x, rtol=0, atol=1e-12)
 
 
 def test_context_leaves_the_batch_with_its_samples():
@@ -228,10 +235,12 @@ def test_context_leaves_the_batch_with_its_samples():
     def scaled(x, c):
         return conditioner(x) * c[:, None, None]
 
-    x, report = solve_inverse(scaled, z, context=(scale,), **arguments)
+    found = solve_inverse(scaled, z, context=(scale,), **arguments)
+    x, report = found.x, found.report
     assert report.sweeps[0, 0] < report.sweeps[3, 0]
     for i in range(4):
-        one, alone = solve_inverse(scaled, z[i : i + 1], context=(scale[i : i + 1],), **arguments)
+        found = solve_inverse(scaled, z[i : i + 1], context=(scale[i : i + 1],), **arguments)
+        one, alone = found.x, found.report
         assert torch.equal(alone.sweeps, report.sweeps[i : i + 1])
         torch.testing.assert_close(one[0], x[i], rtol=0, atol=1e-12)
 
@@ -264,17 +273,20 @@ def test_samples_that_diverge_fall_back_alone(order, dtype, start, most, neighbo
     conditioner, arguments = squares(order, most), {"order": order, "solver": Solver("jacobi", tol=0)}
     if neighbours:
         arguments["solver"] = Solver("jacobi", tol=0, neighbours=(1,))
-    x, report = solve_inverse(conditioner, z, **arguments)
-    assert torch.equal(x, solve_inverse(conditioner, z, order=order)[0]) and x.abs().max() < 1
+    found = solve_inverse(conditioner, z, **arguments)
+    x, report = found.x, found.report
+    assert torch.equal(x, solve_inverse(conditioner, z, order=order).x) and x.abs().max() < 1
     assert report.fallbacks == 1 and report.residual == 0 and report.passes == report.sweeps[1, 0] == 7
-    others, calm = solve_inverse(conditioner, z[::2], **arguments)
+    found = solve_inverse(conditioner, z[::2], **arguments)
+    others, calm = found.x, found.report
     assert torch.equal(others, x[::2]) and torch.equal(calm.sweeps, report.sweeps[::2]) and calm.fallbacks == 0
 
 
 def test_a_guess_that_overflows_falls_back():
     z, guess = torch.full((2, 4, 1), 0.1, dtype=F64), torch.tensor([300.0, 1.0], dtype=F64)[:, None, None]
-    x, report = solve_inverse(squares(torch.arange(4)), z, guess=guess.expand(2, 4, 1), solver=Solver("jacobi", tol=0))
-    assert torch.equal(x, solve_inverse(squares(torch.arange(4)), z)[0]) and report.fallbacks == 1
+    found = solve_inverse(squares(torch.arange(4)), z, guess=guess.expand(2, 4, 1), solver=Solver("jacobi", tol=0))
+    x, report = found.x, found.report
+    assert torch.equal(x, solve_inverse(squares(torch.arange(4)), z).x) and report.fallbacks == 1
 
 
 @pytest.mark.parametrize("solver", [Solver(), Solver("jacobi"), Solver("jacobi", tol=0)], ids=str)
@@ -292,7 +304,8 @@ def test_error_names_token_and_sample(order, solver):
 def test_an_empty_batch(dtype):
     conditioner = Conditioner(4, 2, 4, dtype=dtype)
     for solver in (Solver(), Solver("jacobi", neighbours=(1,))):
-        x, report = solve_inverse(conditioner, torch.zeros(0, 4, 2, dtype=dtype), solver=solver, certify=True)
+        found = solve_inverse(conditioner, torch.zeros(0, 4, 2, dtype=dtype), solver=solver, certify=True)
+        x, report = found.x, found.report
         assert x.shape == (0, 4, 2) and report.tokens == 0 and report.sweeps.shape == (0, 4)
 
 
@@ -303,11 +316,12 @@ def test_the_model_of_a_linear_conditioner_is_found(order, dtype, D):
     """Two sweeps determine the model, but for its ridge."""
     order, z = permutation(order, 48), torch.randn(4, 48, D, dtype=dtype)
     conditioner = sheared(random_maps(2, D, dtype), (1, 5), order)
-    expected, _ = solve_inverse(conditioner, z, order=order)
+    expected = solve_inverse(conditioner, z, order=order).x
     tol = 2e-5 if dtype == torch.float32 else 1e-9
-    x, report = solve_inverse(conditioner, z, order=order, solver=Solver("jacobi", tol=tol, neighbours=(1, 5)))
+    found = solve_inverse(conditioner, z, order=order, solver=Solver("jacobi", tol=tol, neighbours=(1, 5)))
+    x, report = found.x, found.report
     assert (x - expected).abs().max() < 5 * tol * max(1, expected.abs().max())
-    _, plain = solve_inverse(conditioner, z, order=order, solver=Solver("jacobi", tol=tol))
+    plain = solve_inverse(conditioner, z, order=order, solver=Solver("jacobi", tol=tol)).report
     assert report.passes <= plain.passes / 2
 
 
@@ -320,11 +334,11 @@ def test_the_model_lowers_the_passes_of_a_nonlinear_chain():
         return torch.cat([0.2 * (before @ by_log_sigma.T).tanh(), before @ by_mu.T + 0.2 * before.sin()], -1)
 
     z = torch.randn(8, 80, 2, dtype=F64)
-    exact, _ = solve_inverse(conditioner, z)
+    exact = solve_inverse(conditioner, z).x
     plain, newton = (solve_inverse(conditioner, z, solver=Solver("jacobi", tol=1e-8, neighbours=k)) for k in ((), (1,)))
-    assert newton[1].passes <= 0.6 * plain[1].passes
-    for x, _ in (plain, newton):
-        torch.testing.assert_close(x, exact, rtol=0, atol=1e-6)
+    assert newton.report.passes <= 0.6 * plain.report.passes
+    for found in (plain, newton):
+        torch.testing.assert_close(found.x, exact, rtol=0, atol=1e-6)
 
 
 def test_an_unstable_model_does_not_lead_away():
@@ -336,9 +350,10 @@ def test_an_unstable_model_does_not_lead_away():
         return chain(x.tanh())
 
     solver = Solver("jacobi", tol=1e-9, neighbours=(1,))
-    x, report = solve_inverse(conditioner, z, solver=solver)
+    found = solve_inverse(conditioner, z, solver=solver)
+    x, report = found.x, found.report
     assert report.fallbacks == 0 and report.passes < 200
-    torch.testing.assert_close(x, solve_inverse(conditioner, z)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(x, solve_inverse(conditioner, z).x, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("neighbours", [None, (), (1,)])
@@ -356,13 +371,14 @@ def test_orders_lengths_and_given_tokens_are_those_of_a_block(part, neighbours):
 
         order = torch.arange(T - 1, -1, -1) if spec.flip else layout["order"]
         options = {"order": order, "lengths": layout["lengths"], "context": (torch.arange(B),), "solver": solver}
-        x, _ = solve_inverse(conditioner, z, spec.affine, **given, **options)
-        torch.testing.assert_close(x, block_inverse(z, w, spec, **whole, **given), rtol=1e-8, atol=1e-8)
+        x = solve_inverse(conditioner, z, spec.affine, **given, **options).x
+        torch.testing.assert_close(x, block_inverse(z, w, spec, **whole, **given).x, rtol=1e-8, atol=1e-8)
 
 
 def test_only_tokens_that_are_not_given_are_solved():
     conditioner, z = Conditioner(6, 3, 6), torch.randn(3, 6, 3, dtype=F64)
     given = {"data": torch.randn(3, 6, 3, dtype=F64), "known": torch.tensor([4, 5, 6])}
-    x, report = solve_inverse(conditioner, z, **given, lengths=torch.tensor([6, 5, 6]), certify=True)
+    found = solve_inverse(conditioner, z, **given, lengths=torch.tensor([6, 5, 6]), certify=True)
+    x, report = found.x, found.report
     assert report.passes == 2 and report.certificate < 1e-12
     assert torch.equal(x[2], given["data"][2]) and torch.equal(x[1, 5], z[1, 5])

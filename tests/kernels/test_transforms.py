@@ -213,16 +213,16 @@ def into(params):
 def inverse(solver, op=False):
     _, w, spec, _ = block(BLOCKS["tarflow"], tokens=T, token_dim=D)
     if not op:
-        return lambda z: kernels.block_inverse(z, w, spec, solver=solver, quantize="int8")
+        return lambda z: kernels.block_inverse(z, w, spec, solver=solver, quantize="int8").x
     weights, context = list(w.values()), [None] * 5
     if solver.method == "jacobi":
         options = [], spec.to_json(), "tarflow", 1.0, T, False, 0.0
         return lambda z: OPS.block_jacobi(z, z, weights, *context, *options)[0]
-    return lambda z: OPS.block_inverse(z, weights, *context, spec.to_json(), "tarflow", 1.0)
+    return lambda z: OPS.block_inverse(z, weights, *context, spec.to_json(), "tarflow", 1.0)[0]
 
 
 def inverse_by_weights(z, w, spec):
-    return lambda t: kernels.block_inverse(z, {**w, "pos_embed": t.flatten(1).repeat(2, 2)[:T, :8]}, spec)
+    return lambda t: kernels.block_inverse(z, {**w, "pos_embed": t.flatten(1).repeat(2, 2)[:T, :8]}, spec).x
 
 
 JACOBI = Solver("jacobi")
@@ -236,11 +236,9 @@ REFUSED = {
     "block_inverse-jacobi": inverse(JACOBI),
     "block_jacobi-op": inverse(JACOBI, op=True),
     "block_inverse-weights": inverse_by_weights(*block(BLOCKS["tarflow"], tokens=T)[:3]),
-    "solve_inverse": lambda z: solve_inverse(lambda x: x.new_zeros(B, T, 2 * D), z)[0],
-    "solve_inverse-conditioner": lambda p: solve_inverse(lambda x: p, torch.zeros(B, T, 1, dtype=F64))[0],
-    "solve_inverse-guess": lambda g: solve_inverse(lambda x: x.new_zeros(B, T, 2 * D), g.new_zeros(B, T, D), guess=g)[
-        0
-    ],
+    "solve_inverse": lambda z: solve_inverse(lambda x: x.new_zeros(B, T, 2 * D), z).x,
+    "solve_inverse-conditioner": lambda p: solve_inverse(lambda x: p, torch.zeros(B, T, 1, dtype=F64)).x,
+    "solve_inverse-guess": lambda g: solve_inverse(lambda x: x.new_zeros(B, T, 2 * D), g.new_zeros(B, T, D), guess=g).x,
 }
 
 

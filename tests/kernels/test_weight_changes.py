@@ -10,18 +10,18 @@ import torch
 from support.backends import cpu_backends, needs_native
 from support.blocks import WIDE_SPECS, tame_block
 from support.contract import strided
-from support.writes import WAYS, assert_new_results
+from support.writes import WAYS, assert_new_results, inverse
 
-from starflow_kernels import Solver, block_forward, block_inverse, block_params
+from starflow_kernels import Solver, block_forward, block_params
 from starflow_kernels.block import native
 
 SPEC = WIDE_SPECS["starflow-text"]
 CALLS = {
     "forward": lambda *of, **context: block_forward(*of, **context)[0],
     "params": block_params,
-    "inverse": block_inverse,
-    "one byte": functools.partial(block_inverse, quantize="int8"),
-    "jacobi": functools.partial(block_inverse, solver=Solver("jacobi"), quantize="fp8"),
+    "inverse": inverse,
+    "one byte": functools.partial(inverse, quantize="int8"),
+    "jacobi": functools.partial(inverse, solver=Solver("jacobi"), quantize="fp8"),
 }
 
 

@@ -9,15 +9,15 @@ import torch
 from support.backends import require_interpreter
 from support.blocks import BLOCKS, block
 from support.contract import strided
-from support.writes import WAYS, assert_new_results
+from support.writes import WAYS, assert_new_results, inverse
 
 from starflow_kernels import Solver, block_inverse
 from starflow_kernels.block.quantize import quantize_matrix
 
 require_interpreter()
 ROUNDED = {
-    "one byte": functools.partial(block_inverse, quantize="int8"),
-    "jacobi": functools.partial(block_inverse, solver=Solver("jacobi"), quantize="fp8"),
+    "one byte": functools.partial(inverse, quantize="int8"),
+    "jacobi": functools.partial(inverse, solver=Solver("jacobi"), quantize="fp8"),
 }
 
 
@@ -29,7 +29,7 @@ def small(name):
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_a_changed_weight_gives_the_new_result(way):
-    assert_new_results(way, *small("starflow-all-norms"), "triton", {"inverse": block_inverse})
+    assert_new_results(way, *small("starflow-all-norms"), "triton", {"inverse": inverse})
 
 
 @pytest.mark.parametrize("way", ["one value of data", "other data", "fused adamw"])
@@ -50,17 +50,17 @@ def test_every_rearranged_weight_is_read_anew(name, weight):
     def way(weights):
         weights[list(spec.weight_shapes).index(weight)].data.mul_(2)
 
-    assert_new_results(way, block, spec, "triton", {"inverse": block_inverse})
+    assert_new_results(way, block, spec, "triton", {"inverse": inverse})
 
 
 def test_strided_weights_are_read_anew():
     (z, w, context), spec = small("tarflow-flip")
     w = {name: strided(weight) for name, weight in w.items()}
-    before = block_inverse(z, w, spec, **context, backend="triton")
+    before = block_inverse(z, w, spec, **context, backend="triton").x
     w["layers.0.up.weight"].data[3, 4] += 1
     copies = {name: weight.clone() for name, weight in w.items()}
-    found = block_inverse(z, w, spec, **context, backend="triton")
-    assert torch.equal(found, block_inverse(z, copies, spec, **context, backend="triton"))
+    found = block_inverse(z, w, spec, **context, backend="triton").x
+    assert torch.equal(found, block_inverse(z, copies, spec, **context, backend="triton").x)
     assert not torch.equal(found, before)
 
 

@@ -67,7 +67,8 @@ class Stopwatch:
 
     def time(self, race, solver: Solver, draw: int, limit: float = float("inf")):
         z, context, options = race.draws[draw]
-        x, report = race.block.inverse(z, *context, solver=solver, **options)
+        found = race.block.inverse(z, *context, solver=solver, **options)
+        x, report = found.x, found.report
         key = solver.method, solver.window, bool(solver.neighbours)
         self.calls.append(key)
         seconds = self.seconds.get(key, 9.0)
@@ -214,11 +215,11 @@ def test_samples_of_every_method_agree(guidance):
     conditions = dataclasses.replace(Conditions.of(flow, 4, guidance), tol=0.0)
     flow = calibrated(dataclasses.replace(measured(flow), conditions=conditions))
     z, labels = flow.noise(4), torch.tensor([0, 1, 2, -1])
-    expected = flow.inverse(z, labels, guidance=guidance)
+    expected = flow.inverse(z, labels, guidance=guidance).x
     for inversion in (Inversion(), Inversion("jacobi"), Inversion("jacobi", 3, 0.0)):
         solvers = inversion.solvers(flow, z, guidance)
         assert solvers[0].method == "jacobi" and solvers[0].neighbours[0] == 1
-        x = flow.inverse(z, labels, guidance=guidance, solvers=solvers)
+        x = flow.inverse(z, labels, guidance=guidance, solvers=solvers).x
         assert (x - expected).abs().max() <= 1e-4
     seen = []
     labels = torch.arange(10) % 3

@@ -31,7 +31,8 @@ def test_density_of_no_images(rotary, labels):
 def test_inverse_of_no_noise(rotary, guidance, solver):
     flow = make(rotary=rotary)
     z = flow.noise(0, [])
-    x, reports = flow.inverse(z, [], guidance=guidance, solvers=solver, return_reports=True)
+    found = flow.inverse(z, [], guidance=guidance, solvers=solver)
+    x, reports = found.x, found.reports
     assert x.shape == z.shape == X.shape and x.dtype == torch.float32
     assert [report.sweeps.shape for report in reports] == [(0, 16)] * 2
     assert certificate(flow, x, z, LABELS[-1], guidance=guidance) == (0, 0)

@@ -70,9 +70,9 @@ def test_inverse_and_log_determinant(name):
     before = x.clone()
     with torch.no_grad():
         z, logdet, latents = flow(x, labels, text)
-        assert (flow.inverse(z, labels, text) - x).abs().max() < 1e-9
+        assert (flow.inverse(z, labels, text).x - x).abs().max() < 1e-9
         noise = torch.randn_like(x)
-        assert (flow(flow.inverse(noise, labels, text), labels, text).z - noise).abs().max() < 1e-9
+        assert (flow(flow.inverse(noise, labels, text).x, labels, text).z - noise).abs().max() < 1e-9
     assert torch.equal(x, before) and len(latents) == len(flow.blocks)
     jacobian = torch.autograd.functional.jacobian(lambda v: flow(v, labels, text).z, x)
     for i in range(len(x)):
@@ -144,16 +144,16 @@ def test_guidance(name, rule):
     z, labels, text = inputs(flow)
     labels = None if labels is None else labels.clamp(min=0)
     empty = None if text is None else torch.zeros_like(text[:1])
-    plain = flow.inverse(z, labels, text)
-    weak = flow.inverse(z, labels, text, Guidance(1e-9, rule), empty)
+    plain = flow.inverse(z, labels, text).x
+    weak = flow.inverse(z, labels, text, Guidance(1e-9, rule), empty).x
     torch.testing.assert_close(weak, plain, atol=1e-6, rtol=0)
-    strong = flow.inverse(z, labels, text, Guidance(2.0, rule), empty)
-    annealed = flow.inverse(z, labels, text, Guidance(2.0, rule, annealed=True), empty)
+    strong = flow.inverse(z, labels, text, Guidance(2.0, rule), empty).x
+    annealed = flow.inverse(z, labels, text, Guidance(2.0, rule, annealed=True), empty).x
     assert (strong - plain).abs().max() > 1e-2 and (strong - annealed).abs().max() > 1e-3
     if labels is not None:
-        no_class = flow.inverse(z, torch.full_like(labels, -1), None)
+        no_class = flow.inverse(z, torch.full_like(labels, -1), None).x
         torch.testing.assert_close(
-            flow.inverse(z, torch.full_like(labels, -1), None, Guidance(2.0, rule)), no_class, atol=1e-9, rtol=0
+            flow.inverse(z, torch.full_like(labels, -1), None, Guidance(2.0, rule)).x, no_class, atol=1e-9, rtol=0
         )
 
 
@@ -165,7 +165,7 @@ def test_certificate_of_guided_samples(name, rule, annealed):
     z, labels, text = inputs(flow)
     empty = None if text is None else torch.zeros_like(text[:1])
     for guidance in (Guidance(), Guidance(1.5, rule, annealed)):
-        x = flow.inverse(z, labels, text, guidance, empty)
+        x = flow.inverse(z, labels, text, guidance, empty).x
         assert certificate(flow, x, z, labels, text, guidance, empty).max < 1e-9
         moved = x + 1e-3 * torch.eye(4, dtype=x.dtype)
         error = certificate(flow, moved, z, labels, text, guidance, empty)
@@ -183,9 +183,19 @@ def test_progress_and_what_a_block_made():
         blocks.append(block)
         return x if block else torch.zeros_like(x)
 
-    x = flow.inverse(z, labels, progress=lambda *counts: seen.append(counts), after_block=watch)
+    x = flow.inverse(z, labels, progress=lambda *counts: seen.append(counts), after_block=watch).x
     assert blocks == [2, 1, 0] and not x.any()
     assert seen == sorted(seen) and seen[-1] == (3 * 3 * 4, 3 * 3 * 4)
+
+
+@pytest.mark.parametrize("name", ["tarflow", "volume-preserving", "starflow-text"])
+def test_the_logdet_of_samples_is_that_of_their_density(name):
+    flow = make(name)
+    z, labels, text = inputs(flow)
+    found = flow.inverse(z, labels, text)
+    torch.testing.assert_close(found.logdet, -flow(found.x, labels, text).logdet, atol=1e-8, rtol=0)
+    moved = found.to(torch.float32)
+    assert moved.x.dtype == moved.logdet.dtype == torch.float32 and len(moved.reports) == len(flow.blocks)
 
 
 @pytest.mark.parametrize("rule", ["none", "tarflow", "starflow"])
@@ -196,13 +206,13 @@ def test_every_solver_gives_the_same_data(name, rule):
     empty, tokens = None if text is None else torch.zeros_like(text[:1]), 4
     guidance = Guidance() if rule == "none" or name == "tarflow" else Guidance(1.5, rule, annealed=True)
     given = labels, text, guidance, empty
-    expected, plain = flow.inverse(z, *given, return_reports=True)
+    found = flow.inverse(z, *given)
+    expected, plain = found.x, found.reports
     mixed = [Solver(), Solver("jacobi", window=2, tol=1e-12), Solver("jacobi", tol=1e-12, neighbours=(1, 2))]
     for solvers in (Solver("jacobi", tol=0), Solver("jacobi", window=3, slide=False, guess="zero", tol=1e-12), mixed):
         seen = []
-        x, reports = flow.inverse(
-            z, *given, solvers=solvers, return_reports=True, progress=lambda *counts, seen=seen: seen.append(counts)
-        )
+        found = flow.inverse(z, *given, solvers=solvers, progress=lambda *counts, seen=seen: seen.append(counts))
+        x, reports = found.x, found.reports
         torch.testing.assert_close(x, expected, atol=1e-9, rtol=0)
         wanted = [solver.method for solver in mixed] if solvers is mixed else ["jacobi"] * 3
         assert [report.method for report in reports] == wanted
@@ -264,8 +274,8 @@ def test_guidance_without_a_condition_needs_a_temperature():
     z, _, _ = inputs(flow)
     with pytest.raises(ValueError, match="attention temperature"):
         flow.inverse(z, guidance=Guidance(1.0))
-    guided = flow.inverse(z, guidance=Guidance(1.0, temperature=1.5))
-    assert (guided - flow.inverse(z)).abs().max() > 1e-4
+    guided = flow.inverse(z, guidance=Guidance(1.0, temperature=1.5)).x
+    assert (guided - flow.inverse(z).x).abs().max() > 1e-4
 
 
 def test_denoise_is_a_step_along_the_score():
@@ -282,15 +292,15 @@ def test_rotary_models_take_other_sizes():
     flow = make("starflow-text")
     x = torch.randn(2, 2, 6, 8, dtype=torch.float64)
     text = torch.randn(2, 3, 5, dtype=torch.float64)
-    assert (flow.inverse(flow(x, text=text).z, text=text) - x).abs().max() < 1e-9
+    assert (flow.inverse(flow(x, text=text).z, text=text).x - x).abs().max() < 1e-9
 
 
 def test_bfloat16_weights_keep_a_float32_state():
     flow = make("starflow-classes").float()
     z = torch.randn(2, 2, 4, 4)
     labels = torch.tensor([0, 2])
-    exact = flow.inverse(z, labels)
-    x = flow.bfloat16().inverse(z, labels)
+    exact = flow.inverse(z, labels).x
+    x = flow.bfloat16().inverse(z, labels).x
     assert x.dtype == torch.float32
     assert (x - exact).abs().max() < 0.1
     assert flow(z, labels).logdet.dtype == torch.float32

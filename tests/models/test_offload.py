@@ -44,7 +44,7 @@ def results(flow) -> list:
     """Return results of the public methods of a flow."""
     labels = LABELS if flow.config.num_classes else None
     z = flow.noise(4, torch.Generator().manual_seed(0))
-    x = flow.inverse(z, labels)
+    x = flow.inverse(z, labels).x
     exact = certificate(flow, x, z, labels)
     images = flow.sample(4, labels, guidance=Guidance(float(labels is not None)), denoise=1.0, certify=True).images
     return [x, flow.log_prob(x, labels), flow.denoise(x, labels), images, torch.tensor(exact)]

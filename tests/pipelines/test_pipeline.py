@@ -116,7 +116,7 @@ def test_the_stages_are_those_of_the_parts(pipe):
     text = encode_prompts(PROMPTS, pipe.tokenizer, pipe.text_encoder, TEXT_LEN)
     empty = encode_prompts([""], pipe.tokenizer, pipe.text_encoder, TEXT_LEN)
     z = torch.cat([flow.noise(1, generator) for generator in seeds(3, 4)])
-    x = flow.inverse(z, None, text, Guidance(2.0, "starflow"), empty)
+    x = flow.inverse(z, None, text, Guidance(2.0, "starflow"), empty).x
     options = {"guidance_scale": 2.0, "generator": seeds(3, 4)}
     torch.testing.assert_close(pipe(PROMPTS, denoise=0, output_type="latent", **options).images, x)
     x = flow.denoise(x, None, text, factor=0.7)
@@ -389,7 +389,7 @@ def test_classes_in_pixels(tarflow, tmp_path):
     labels = torch.tensor([0, 0, 2, 2])
     z = torch.cat([tarflow.transformer.noise(1, generator) for generator in seeds(0, 1, 2, 3)])
     x = tarflow([0, 2], generator=seeds(0, 1, 2, 3), output_type="latent", **options).images
-    torch.testing.assert_close(x, tarflow.transformer.inverse(z, labels, guidance=Guidance(1.5)))
+    torch.testing.assert_close(x, tarflow.transformer.inverse(z, labels, guidance=Guidance(1.5)).x)
     assert tarflow(num_images_per_prompt=3, output_type="np").images.shape == (3, 8, 8, 1)
     assert tarflow(1, output_type="pt").images.shape == (1, 1, 8, 8)
 

@@ -48,20 +48,20 @@ def compare(units: str) -> None:
     trained = [(model, torch.optim.AdamW(model.parameters(), 1e-3)) for model in (flow, whole)]
     labels, z = torch.arange(4), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     for _ in range(3):
-        x = whole.inverse(z, labels)
-        close(flow.inverse(z, labels), x)
+        x = whole.inverse(z, labels).x
+        close(flow.inverse(z, labels).x, x)
         close(flow.log_prob(x, labels), whole.log_prob(x, labels))
         close(flow.denoise(x, labels), whole.denoise(x, labels))
         with torch.inference_mode():
-            close(flow.inverse(z, labels, guidance=Guidance(1.0)), whole.inverse(z, labels, guidance=Guidance(1.0)))
+            close(flow.inverse(z, labels, guidance=Guidance(1.0)).x, whole.inverse(z, labels, guidance=Guidance(1.0)).x)
         assert certificate(flow, x, z, labels).max < 1e-4
         assert flow.sample(4, labels, certify=True).report.certificate < 1e-4
-        assert flow.inverse(z[:0], []).shape == (0, 3, 8, 8)
+        assert flow.inverse(z[:0], []).x.shape == (0, 3, 8, 8)
         for model, optimizer in trained:
             model.loss(model(x, labels)).backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert (whole.inverse(z, labels) - x).abs().max() > 1e-2
+        assert (whole.inverse(z, labels).x - x).abs().max() > 1e-2
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:

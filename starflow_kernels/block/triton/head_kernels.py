@@ -118,8 +118,8 @@ def mean_and_scale(
 
 @triton.jit
 def block_head_kernel(
-    h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, h_in, in_weight, in_bias, table, cond,
-    cond_stride, position, samples, T, prefix, C, D, clip,
+    h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, log_scales, h_in, in_weight, in_bias,
+    table, cond, cond_stride, position, samples, T, prefix, C, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
     RULE: tl.constexpr, START: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -150,7 +150,9 @@ def block_head_kernel(
     value = tl.where(inside, tl.where(given[:, None], noise, mu + sigma * noise), 0.0)
     # Only the programs of the first column store the token.
     stored = row < tl.where((column == 0) & (token < T), samples, 0)
-    tl.store(x + offsets, value, stored[:, None] & (d < D)[None, :])
+    computed = stored[:, None] & (d < D)[None, :]
+    tl.store(x + offsets, value, computed)
+    tl.store(log_scales + offsets, tl.where(given[:, None], 0.0, tl.log(sigma)), computed)
     channel = column * BLOCK_N + tl.arange(0, BLOCK_N)
     table_offset = tl.minimum(slot + 1, T - 1).to(tl.int64) * C
     cond_offset = tl.where(cond_stride == C, 0, table_offset)

@@ -96,7 +96,7 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int = 1) -> Bu
     tokens, splits = rows * max(n, _text_tokens(spec, shape)), -(-slots // SPLIT)
     cache = ((spec.layers, rows, spec.kv_heads, slots, spec.head_dim), dtype)
     states = dict.fromkeys(("h_in", "h", "h_next", "residual"), ((tokens, spec.channels), wide))
-    noise = dict.fromkeys(("z", "x"), ((shape.samples, shape.tokens, spec.token_dim), wide))
+    noise = dict.fromkeys(("z", "x", "log_scales"), ((shape.samples, shape.tokens, spec.token_dim), wide))
     angles = dict.fromkeys(("cos", "sin"), ((slots, spec.head_dim // 2), wide))
     scores = dict.fromkeys(("split_max", "split_sum"), ((tokens, spec.heads, splits), wide))
     return {
@@ -226,10 +226,10 @@ class TritonSession:
         spec, shape, h, tiles = self.spec, self.shape, self.layers(w), self._tiles("head")
         head_kernels.block_head_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, tiles["BLOCK_N"]))](
             h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
-            *self._pair(w, "proj_out"), self.z, self.guidance, self.known, self.x, self.h_in, *self._embed_weights(w),
-            self.position, shape.samples, shape.tokens, shape.prefix, spec.channels, spec.token_dim,
-            spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm,
-            RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
+            *self._pair(w, "proj_out"), self.z, self.guidance, self.known, self.x, self.log_scales, self.h_in,
+            *self._embed_weights(w), self.position, shape.samples, shape.tokens, shape.prefix, spec.channels,
+            spec.token_dim, spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0,
+            POST=spec.post_norm, RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
             **self._embed_options(), **tiles,
         )  # fmt: skip
 
@@ -245,6 +245,7 @@ class TritonSession:
         self.z[:n] = z
         self.x[:n] = z
         self.known.zero_()
+        self.log_scales.zero_()
         if known is not None:
             self.known[:n] = known
         self.scale.fill_(self.spec.head_dim**-0.5)
@@ -317,9 +318,9 @@ class Running:
             self.step = session.graph.replay
         session.begin(self.w, context[1])
 
-    def result(self) -> torch.Tensor:
-        """Return x (samples, T, D) of all rows of the session."""
-        return self.session.x
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x and log sigma (samples, T, D) of all rows of the session."""
+        return self.session.x, self.session.log_scales
 
 
 def refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json, *others) -> str | None:
@@ -387,12 +388,12 @@ def block_inverse(
     model = models(spec_json, weights, quantize, quantize != "none")
     spec, T = model.spec, z.shape[1]
     if not len(z):
-        return z.clone()
+        return z.clone(), torch.zeros_like(z)
     with exclusive(z.device):
         context = cond, prefix, cos, sin, guidance, known
         parts = loaded_sessions(model, weights, z, context, rule, temperature, TritonSession)
-        x = sample(z, T if spec.start else T - 1, functools.partial(wait, z.device), parts)
-    return x.flip(1) if spec.flip else x
+        found = sample(z, T if spec.start else T - 1, functools.partial(wait, z.device), parts)
+    return tuple(value.flip(1) for value in found) if spec.flip else found
 
 
 def wait(device: torch.device) -> None:

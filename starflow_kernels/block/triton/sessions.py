@@ -47,8 +47,8 @@ class Session(Protocol):
         """Compute one token of every sample."""
         ...
 
-    def result(self) -> torch.Tensor:
-        """Return data x (samples, T, D)."""
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return data x and log sigma (samples, T, D)."""
         ...
 
 
@@ -199,8 +199,8 @@ def loaded(
 
 def sample(
     z: torch.Tensor, steps: int, wait: Callable[[], None], running: Iterator[tuple[slice, Session]]
-) -> torch.Tensor:
-    """Map noise z (B, T, D) to data x, by running `steps` steps of the session of each part.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Map noise z (B, T, D) to data x and log sigma, by running `steps` steps of the session of each part.
 
     Args:
         z: (B, T, D), in the block's own order.
@@ -208,7 +208,7 @@ def sample(
         wait: waits for the device.
         running: rows and loaded session of each part.
     """
-    (B, T, _), x = z.shape, torch.empty_like(z)
+    (B, T, _), x, log_sigma = z.shape, torch.empty_like(z), torch.empty_like(z)
     for rows, opened in running:
         n = rows.stop - rows.start
 
@@ -216,5 +216,5 @@ def sample(
             report(rows.start * T + n * (step + T - steps), B * T)
 
         replay(opened.step, steps, wait, done)
-        x[rows] = opened.result()[:n]
-    return x
+        x[rows], log_sigma[rows] = (value[:n] for value in opened.result())
+    return x, log_sigma

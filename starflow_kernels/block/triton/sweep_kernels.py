@@ -94,8 +94,8 @@ def block_sweep_attend_kernel(
 
 @triton.jit
 def block_sweep_head_kernel(
-    h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, y, spread, log_sigma, change, move,
-    size, position, stop, samples, n, T, prefix, C, D, clip,
+    h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, y, log_scales, spread, log_sigma,
+    change, move, size, position, stop, samples, n, T, prefix, C, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
     RULE: tl.constexpr, START: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -126,9 +126,11 @@ def block_sweep_head_kernel(
         noise, y_offsets = sigma * z_values, row[:, None] * D + d[None, :]
         value = tl.where(given[:, None], z_values, mu + noise)
         tl.store(y + y_offsets, value, known)
+        log_scale = tl.log(sigma)
+        tl.store(log_scales + token_offsets[:, None] * D + d[None, :], tl.where(given[:, None], 0.0, log_scale), known)
         if spread is not None:
             tl.store(spread + y_offsets, noise, known)
-            tl.store(log_sigma + y_offsets, tl.log(sigma), known)
+            tl.store(log_sigma + y_offsets, log_scale, known)
         old = tl.load(x + token_offsets[:, None] * D + d[None, :], known, 0)  # (BLOCK_M, BLOCK_D)
         absolute = tl.where(known, tl.abs(value - old), 0.0)
         absolute = tl.where(absolute == absolute, absolute, INFINITY)

@@ -96,9 +96,9 @@ class JacobiSession(sequential.TritonSession):
         spread, log_sigma, *learned = (getattr(self, name, None) for name in NEWTON)
         sweep_kernels.block_sweep_head_kernel[(triton.cdiv(shape.samples * n, sequential.BLOCK_M),)](
             h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
-            *self._pair(w, "proj_out"), self.z, self.guidance, self.known, self.x, self.y, spread, log_sigma,
-            self.change, self.move, self.size, self.position, self.stop, shape.samples, n, shape.tokens, shape.prefix,
-            C, D, spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0,
+            *self._pair(w, "proj_out"), self.z, self.guidance, self.known, self.x, self.y, self.log_scales, spread,
+            log_sigma, self.change, self.move, self.size, self.position, self.stop, shape.samples, n, shape.tokens,
+            shape.prefix, C, D, spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0,
             POST=spec.post_norm, RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
             BRANCHES=shape.branches, **self._own("head"),
         )  # fmt: skip
@@ -190,10 +190,10 @@ def block_jacobi(
     """Map noise to data by sweeps over windows; return it with the counters of jacobi.py. Large batches are split."""
     # No kernel of a sweep reads one-byte weights.
     (B, T, _), model = z.shape, models(spec_json, weights, quantize, False)
-    spec, x, residual = model.spec, guess.clone(), z.new_zeros(B)
+    spec, x, log_sigma, residual = model.spec, guess.clone(), torch.zeros_like(z), z.new_zeros(B)
     sweeps, counts = z.new_zeros(B, T, dtype=torch.int32), z.new_zeros(B, 3, dtype=torch.int64)
     if not B:
-        return x, sweeps, counts, residual
+        return x, log_sigma, sweeps, counts, residual
     # Pad the window to whole tiles, since a tile holds tokens of one sample only.
     n, options = -(-window // sequential.BLOCK_M) * sequential.BLOCK_M, (window, slide, tuple(neighbours))
     guess = guess.flip(1) if spec.flip else guess
@@ -210,7 +210,10 @@ def block_jacobi(
                 report(rows.start * T + tokens - padding, B * T)
 
             replay_until_done(running.step, session.ask, session.shape.samples * T, done)
-            x[rows], sweeps[rows] = session.x[:count], session.sweeps[:count]
+            x[rows], log_sigma[rows] = session.x[:count], session.log_scales[:count]
+            sweeps[rows] = session.sweeps[:count]
             residual[rows] = session.solve_residual[:count]
             counts[rows] = torch.stack([session.passes, session.fallbacks, session.failed], 1)[:count].long()
-    return x.flip(1) if spec.flip else x, sweeps, counts, residual
+    if spec.flip:
+        x, log_sigma = x.flip(1), log_sigma.flip(1)
+    return x, log_sigma, sweeps, counts, residual

@@ -1,0 +1,53 @@
+"""Results of both directions of a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from starflow_kernels import Inverse, SolveReport
+
+
+class FlowOutput(NamedTuple):
+    """Result of the density direction.
+
+    Attributes:
+        z: (B, C, H, W) noise in the layout of the images.
+        logdet: (B,) log|det dz/dx| in nats.
+        latents: (B, T, D) tokens after each block; the last of them are the tokens of z.
+    """
+
+    z: torch.Tensor
+    logdet: torch.Tensor
+    latents: list[torch.Tensor]
+
+
+class FlowInverse:
+    """Result of the sampling direction.
+
+    `logdet` is computed when it is read.
+
+    Args:
+        x: (B, C, H, W) data.
+        solved: result of each block, in the order of `blocks`.
+    """
+
+    def __init__(self, x: torch.Tensor, solved: Sequence[Inverse]) -> None:
+        self.x, self.solved = x, tuple(solved)
+
+    @property
+    def logdet(self) -> torch.Tensor:
+        """(B,) log|det dx/dz| in nats, float32 or wider."""
+        return torch.stack([block.logdet for block in self.solved]).sum(0)
+
+    @property
+    def reports(self) -> list[SolveReport]:
+        """Work and accuracy of the solve of each block, in the order of `blocks`."""
+        return [block.report for block in self.solved]
+
+    def to(self, *arguments: Any, **options: Any) -> FlowInverse:
+        """Return the result with tensors converted as by `torch.Tensor.to`, which hooks of accelerate call."""
+        solved = [block.to(*arguments, **options) for block in self.solved]
+        return FlowInverse(self.x.to(*arguments, **options), solved)
