@@ -63,8 +63,9 @@ void run(const BlockCall& call, int64_t passed, const Tensor& cache, const Tenso
 
 // Runs the density direction on the data `tokens` if params is given, else sampling, where `tokens` is the state.
 void block_run(Tensor tokens, Optional params, Optional log_sigma, Tensor packed, std::vector<int64_t> offsets,
-               std::vector<int64_t> spec, double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance, int64_t rule,
-               double temperature, Optional known, Tensor cache, Tensor workspace, std::vector<int64_t> plan) {
+               std::vector<int64_t> spec, double clip, Optional cond, Optional prefix, Optional cos, Optional sin,
+               Optional guidance, int64_t rule, double temperature, Optional known, Tensor cache, Tensor workspace,
+               std::vector<int64_t> plan) {
     Model model(read_spec(spec, clip), data(packed), packed.numel(), offsets);
     BlockCall call = call_of(model, tokens, cond, prefix, cos, sin, guidance, rule, temperature, cache);
     if (known) call.known = static_cast<const int64_t*>(values(*known, ScalarType::Long, call.B));
@@ -79,8 +80,8 @@ void block_run(Tensor tokens, Optional params, Optional log_sigma, Tensor packed
     call.chunk = plan[3];
     call.filled = plan[5];
     int64_t slots = params || model.block.spec.start ? call.T : call.T - 1;
-    check_plan(bool(params) != bool(log_sigma) && !(params && (guidance || known || call.filled)) && call.filled >= 0 && call.first >= -call.L &&
-               call.last <= slots && call.group > 0 && call.chunk > 0);
+    check_plan(bool(params) != bool(log_sigma) && !(params && (guidance || known || call.filled)) && call.filled >= 0 &&
+               call.first >= -call.L && call.last <= slots && call.group > 0 && call.chunk > 0);
     run(call, call.group * call.copies * call.chunk, cache, workspace, plan[4]);
 }
 
@@ -95,10 +96,10 @@ int64_t jacobi_floats(int64_t tokens, int64_t token_dim, int64_t neighbours) {
 
 // Continues the Jacobi iteration for `noise`. `tokens` holds its current values, and places, sweeps and residual hold
 // its progress.
-void block_jacobi(Tensor tokens, Tensor log_sigma, Tensor noise, Tensor packed, std::vector<int64_t> offsets, std::vector<int64_t> spec,
-                  double clip, Optional cond, Optional prefix, Optional cos, Optional sin, Optional guidance,
-                  int64_t rule, double temperature, std::vector<int64_t> neighbours, double tol, Tensor places,
-                  Tensor sweeps, Tensor residual, Tensor memory, Tensor cache, Tensor workspace,
+void block_jacobi(Tensor tokens, Tensor log_sigma, Tensor noise, Tensor packed, std::vector<int64_t> offsets,
+                  std::vector<int64_t> spec, double clip, Optional cond, Optional prefix, Optional cos, Optional sin,
+                  Optional guidance, int64_t rule, double temperature, std::vector<int64_t> neighbours, double tol,
+                  Tensor places, Tensor sweeps, Tensor residual, Tensor memory, Tensor cache, Tensor workspace,
                   std::vector<int64_t> plan) {
     Model model(read_spec(spec, clip), data(packed), packed.numel(), offsets);
     BlockCall call = call_of(model, tokens, cond, prefix, cos, sin, guidance, rule, temperature, cache);

@@ -21,9 +21,9 @@ std::vector<int64_t> onchip_plan(std::vector<int64_t> fields, int64_t T, int64_t
 
 // cache: in device memory; none if the cache is on chip.
 // plan: thread blocks per cluster, samples per cluster, number of thread blocks, stream.
-void onchip_inverse(Tensor state, Tensor log_sigma, Tensor weights, std::vector<int64_t> fields, double clip, Optional cache,
-                    Optional positions, Optional cond, Optional cos, Optional sin, Optional guidance, int64_t rule,
-                    double temperature, Optional known, std::vector<int64_t> plan) {
+void onchip_inverse(Tensor state, Tensor log_sigma, Tensor weights, std::vector<int64_t> fields, double clip,
+                    Optional cache, Optional positions, Optional cond, Optional cos, Optional sin, Optional guidance,
+                    int64_t rule, double temperature, Optional known, std::vector<int64_t> plan) {
     check_dims(state, 3);
     OnchipCall call{};
     call.spec = read_spec(fields, clip);
@@ -73,7 +73,8 @@ void onchip_inverse(Tensor state, Tensor log_sigma, Tensor weights, std::vector<
 STABLE_TORCH_LIBRARY_FRAGMENT(STARFLOW_LIBRARY, m) {
     m.def("onchip_plan(int[] spec, int T, int copies, int B, int limit, int processors, int cluster) -> int[]");
     m.def(
-        "onchip_inverse(Tensor(a!) state, Tensor(c!) log_sigma, Tensor weights, int[] spec, float clip, Tensor(b!)? cache, "
+        "onchip_inverse(Tensor(a!) state, Tensor(c!) log_sigma, Tensor weights, int[] spec, float clip, Tensor(b!)? "
+        "cache, "
         "Tensor? positions, Tensor? cond, Tensor? cos, Tensor? sin, Tensor? guidance, int rule, "
         "float temperature, Tensor? known, int[] plan) -> ()");
 }
