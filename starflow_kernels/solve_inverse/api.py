@@ -104,10 +104,8 @@ def solve_inverse(
         x, report = _solve(checked, z, tokens, spec, solver, guess, certify)
         x = torch.where((tokens.rank < tokens.last[:, None])[..., None], x, unchanged)
     learned = dict(conditioner.named_parameters()) if isinstance(conditioner, torch.nn.Module) else {}
-    inputs, equation = (
-        (*context, *learned.values()),
-        _equation(conditioner, learned, len(context), tokens, spec, z.dtype),
-    )
+    inputs = (*context, *learned.values())
+    equation = _equation(conditioner, learned, len(context), tokens, spec, z.dtype)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (unchanged, data, *inputs))
     if needed:
         x = with_gradient(x, equation, unchanged, data, inputs)
