@@ -102,32 +102,26 @@ class Inverse:
 
     Args:
         x: (B, T, D) data.
-        log_sigma: log_sigma() returns log sigma of every value, (B, T, D), zero where x does not depend on z, or the
-            negative log-determinant of the density at x, (B,), where that has a gradient.
+        logdet: logdet() returns log|det dx/dz|, (B,).
         report: report() returns the work and accuracy of the solve.
     """
 
-    def __init__(
-        self, x: torch.Tensor, log_sigma: Callable[[], torch.Tensor], report: Callable[[], SolveReport]
-    ) -> None:
+    def __init__(self, x: torch.Tensor, logdet: Callable[[], torch.Tensor], report: Callable[[], SolveReport]) -> None:
         self.x = x
-        self._log_sigma, self._report = log_sigma, report
+        self._logdet, self._report = logdet, report
         self._kept: dict[str, Any] = {}
 
     def to(self, *arguments: Any, **options: Any) -> Inverse:
         """Return the result with tensors converted as by `torch.Tensor.to`, which hooks of accelerate call."""
         return Inverse(
-            self.x.to(*arguments, **options), lambda: self._log_sigma().to(*arguments, **options), self._report
+            self.x.to(*arguments, **options), lambda: self.logdet.to(*arguments, **options), lambda: self.report
         )
 
     @property
     def logdet(self) -> torch.Tensor:
         """(B,) log|det dx/dz|, float32 or wider, with a gradient if x has one."""
         if "logdet" not in self._kept:
-            values = self._log_sigma()
-            if values.ndim == 3:
-                values = values.sum((1, 2), dtype=torch.float64).to(values.dtype)
-            self._kept["logdet"] = values
+            self._kept["logdet"] = self._logdet()
         return self._kept["logdet"]
 
     @property
@@ -136,3 +130,8 @@ class Inverse:
         if "report" not in self._kept:
             self._kept["report"] = self._report()
         return self._kept["report"]
+
+
+def sum_log_sigma(log_sigma: torch.Tensor) -> torch.Tensor:
+    """Return the log-determinant (B,) from log sigma (B, T, D), summed in float64."""
+    return log_sigma.sum((1, 2), dtype=torch.float64).to(torch.promote_types(log_sigma.dtype, torch.float32))

@@ -10,14 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .numerics import DIVERGED
+from .torch_private import version
 
-# The solution of J^T u = g is accepted where the largest residual is at most this multiple of eps max(|g|, |J^T u|).
-TOLERANCE = 16
-# It is also accepted up to this multiple of that, once STALLED sweeps have not halved it: rounding errors are left.
-LOOSER, STALLED = 32, 4
+# The solution of J^T u = g is accepted where the largest residual is at most eps max(|g|, |J^T u|). It is also accepted
+# up to this multiple of that, and at most this share, once so many sweeps have not halved it: rounding errors are left.
+LOOSER, SHARE, STALLED = 512, 0.02, 4
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Return whether a gradient with respect to one of the tensors is needed."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class Equation(NamedTuple):
@@ -62,8 +66,12 @@ class _Solution(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "the gradient of an inverse has no derivative: call backward without create_graph, or differentiate "
+                "the density at the result"
+            )
         (x, *inputs), equation, needed = ctx.saved_tensors, ctx.equation, ctx.needs_input_grad
         u = solve_transposed(equation, x, [None if t is None else t.detach() for t in inputs], grad)
         given = None if equation.given is None else equation.given[..., None]
@@ -105,7 +113,7 @@ def solve_transposed(equation: Equation, x: torch.Tensor, inputs, g: torch.Tenso
     sigma = sigma if given is None else sigma.masked_fill(given, 1)
     # Place of a token from the end, where the solution begins.
     rank = T - 1 - equation.rank().to(x.device).expand(B, T)[..., None]
-    tolerance = TOLERANCE * torch.finfo(equation.dtype).eps
+    tolerance = torch.finfo(equation.dtype).eps
     limit = DIVERGED * _largest(sigma) * _largest(g).clamp(min=1)
     u, exact = torch.zeros_like(g), torch.zeros_like(limit, dtype=torch.int64)
     single, sizes = torch.zeros_like(limit, dtype=torch.bool), []
@@ -119,7 +127,7 @@ def solve_transposed(equation: Equation, x: torch.Tensor, inputs, g: torch.Tenso
         sizes.append(_largest(residual) / terms)
         converged = sizes[-1] <= tolerance
         if len(sizes) > STALLED:
-            converged |= (sizes[-1] <= LOOSER * tolerance) & (2 * sizes[-1] >= sizes[-1 - STALLED])
+            converged |= (sizes[-1] <= min(LOOSER * tolerance, SHARE)) & (2 * sizes[-1] >= sizes[-1 - STALLED])
         if (converged | (exact >= T)).all():
             return u
         step = sigma * residual
@@ -132,3 +140,19 @@ def solve_transposed(equation: Equation, x: torch.Tensor, inputs, g: torch.Tenso
 def _largest(values: torch.Tensor) -> torch.Tensor:
     """Return the largest absolute value of each sample, (B, 1, 1)."""
     return values.abs().amax((1, 2), keepdim=True)
+
+
+class Unchanged:
+    """Check that tensors, which a result reads later, still have their values.
+
+    Args:
+        tensors: the tensors, or None.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        self._versions = [(t, version(t)) for t in tensors if t is not None]
+
+    def check(self) -> None:
+        """Raise RuntimeError if a tensor has been modified in place."""
+        if any(version(t) != before for t, before in self._versions):
+            raise RuntimeError("logdet: weights, conditions or x were modified in place before it was read")

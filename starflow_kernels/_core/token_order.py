@@ -12,14 +12,20 @@ from .torch_private import is_intercepted
 
 def _check_integers(name: str, value: object, shapes: tuple[tuple[int, ...], ...]) -> torch.Tensor:
     """Return an integer tensor of one of these shapes as int64."""
-    if not isinstance(value, torch.Tensor) or value.dtype == torch.bool or value.is_floating_point():
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.dtype == torch.bool
+        or value.is_floating_point()
+        or value.is_complex()
+    ):
         given = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"{name}: expected an integer tensor, got {given}")
     if tuple(value.shape) not in shapes:
         raise ValueError(
             f"{name}: expected shape {' or '.join(map(format_shape, shapes))}, got {format_shape(value.shape)}"
         )
-    return value.long()
+    # A copy, since the caller may change its own before a result is read.
+    return value.to(torch.int64, copy=True)
 
 
 def _check_order(value: object, rows: int, tokens: int) -> torch.Tensor:

@@ -60,6 +60,11 @@ def _in_transform() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
+def version(tensor: torch.Tensor) -> int:
+    """Return the number of in-place changes of a tensor, 0 if torch does not count them."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def has_tangent(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is a dual number."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

@@ -12,13 +12,14 @@ import torch
 
 from .._core import compiled
 from .._core.checks import check_guidance, check_range, check_tensor
-from .._core.dispatch import register, wrap
-from .._core.implicit import Equation, with_gradient
+from .._core.dispatch import disable_autocast, register, wrap
+from .._core.implicit import Equation, Unchanged, needs_gradient, with_gradient
+from .._core.numerics import accumulation_dtype
 from .._core.registration import call, define, refuse_transforms
 from .._core.torch_private import is_intercepted, outside_graphs
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
-from ..solver import Inverse, Solver, SolveReport, check_solver
+from ..solver import Inverse, Solver, SolveReport, check_solver, sum_log_sigma
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
 from . import composed, cuda, jacobi, native, reference
 from .checks import check_block, checked_inverse, checked_jacobi
@@ -56,7 +57,7 @@ define(
     f"Tensor z, Tensor[] weights, {CONTEXT}, Tensor? guidance, str spec, str rule, float temperature, "
     'str quantize="none", Tensor? known=None',
     "(Tensor, Tensor)",
-    fake=lambda z, *args: (z.new_empty(z.shape), z.new_empty(z.shape)),
+    fake=lambda z, *args: (z.new_empty(z.shape), z.new_empty(z.shape, dtype=accumulation_dtype(z.dtype))),
     reference=reference.block_inverse,
     instead=INSTEAD,
 )
@@ -68,7 +69,7 @@ define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=lambda z, *args: (
         z.new_empty(z.shape),
-        z.new_empty(z.shape),
+        z.new_empty(z.shape, dtype=accumulation_dtype(z.dtype)),
         z.new_empty(z.shape[:2], dtype=torch.int32),
         z.new_empty(z.shape[0], 3, dtype=torch.int64),
         z.new_empty(z.shape[0]),
@@ -149,7 +150,7 @@ def block_forward(
     layout = arrange(x, tensors, spec, cond, order, lengths)
     x_own, options = layout.enter(x), (layout.cond, prefix, layout.angles(cos), layout.angles(sin))
     per_value = "none" if layout.moves else logdet
-    if composed.needs_gradient(x, *layout.weights, layout.cond, prefix):
+    if needs_gradient(x, *layout.weights, layout.cond, prefix):
         z, values = composed.block_forward(
             x_own, layout.weights, *options, layout.spec, per_value, dropout=dropout, backend=backend
         )
@@ -308,7 +309,7 @@ def block_inverse(
     inputs = (cond, prefix, *tensors)
     # Samplers are called with weights that have gradients, and do not ask for them.
     plain = guidance is None and quantize == "none" and not traced
-    if not plain and composed.needs_gradient(z, data, cond, prefix):
+    if not plain and needs_gradient(z, data, cond, prefix):
         where = "in a graph" if traced else "under guidance" if quantize == "none" else "with one-byte weights"
         raise ValueError(f"z, data, cond, prefix: the inverse has no gradient {where}; detach them")
     if traced:
@@ -347,27 +348,32 @@ def block_inverse(
         x, log_sigma, *counters = _observed(run, progress) if progress else run()
         seconds = 0.0 if traced else time.perf_counter() - start
         if layout.moves:
-            x, log_sigma = layout.leave(x, z), layout.leave(log_sigma, torch.zeros_like(z))
+            x, log_sigma = layout.leave(x, z), layout.leave(log_sigma, torch.zeros_like(z, dtype=log_sigma.dtype))
     report = functools.partial(_report, layout, seconds, B, *counters)
-    if not (plain and composed.needs_gradient(z, data, *inputs)):
-        return Inverse(x, lambda: log_sigma, report)
+    if not (plain and needs_gradient(z, data, *inputs)):
+        return Inverse(x, functools.partial(sum_log_sigma, log_sigma), report)
+    # They may change before the backward pass; other inputs are saved for it, which checks that.
+    order, lengths = (None if numbers is None else numbers.clone() for numbers in (order, lengths))
+    inputs = cond, prefix, cos, sin, *tensors
 
-    def density(
-        x: torch.Tensor, cond: torch.Tensor | None, prefix: torch.Tensor | None, *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        context = {"cond": cond, "prefix": prefix, "cos": cos, "sin": sin, "order": order, "lengths": lengths}
-        named, own = dict(zip(spec.weight_shapes, tensors)), backend if backend == "reference" else None
-        return block_forward(x, named, spec, logdet="none", backend=own, **context)  # type: ignore[arg-type]
+    def density(x: torch.Tensor, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        context = dict(zip(("cond", "prefix", "cos", "sin"), inputs), order=order, lengths=lengths)
+        named, own = dict(zip(spec.weight_shapes, inputs[4:])), backend if backend == "reference" else None
+        with disable_autocast():
+            return block_forward(x, named, spec, logdet="none", backend=own, **context)  # type: ignore[arg-type]
 
     dtype = max(z.dtype, tensors[0].dtype, key=lambda dtype: torch.finfo(dtype).eps)
     given = layout.given(known)
     x = with_gradient(x, Equation(density, layout.rank, given, dtype), z, data, inputs)
+    unchanged = Unchanged((x, *inputs))
 
-    def log_scales() -> torch.Tensor:
-        values = -density(x, cond, prefix, *tensors)[1]
-        return values if given is None else values.masked_fill(given[..., None], 0)
+    def logdet() -> torch.Tensor:
+        unchanged.check()
+        with torch.inference_mode(False), torch.enable_grad():
+            values = -density(x, *inputs)[1]
+            return sum_log_sigma(values if given is None else values.masked_fill(given[..., None], 0))
 
-    return Inverse(x, log_scales, report)
+    return Inverse(x, logdet, report)
 
 
 @outside_graphs("`progress` of block_inverse needs values outside of the graph")

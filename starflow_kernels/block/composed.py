@@ -15,11 +15,6 @@ from ..spec import BlockSpec
 from . import network
 
 
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Return whether a gradient with respect to one of the tensors is needed."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def block_forward(
     x: torch.Tensor,
     weights: list[torch.Tensor],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .._core.numerics import DIVERGED
+from .._core.numerics import DIVERGED, accumulation_dtype
 from ..affine_flow_inverse.reference import gaussian
 from ..solve_inverse.quasi_newton import QuasiNewton
 from ..spec import BlockSpec
@@ -44,7 +44,7 @@ def block_jacobi(
     """
     (B, T, _), branches = z.shape, 1 if guidance is None else 2
     weights = fake_quantize(BlockSpec.from_json(spec_json), weights, quantize)
-    x, log_sigma = guess.clone(), torch.zeros_like(z)
+    x, log_sigma = guess.clone(), torch.zeros_like(z, dtype=accumulation_dtype(z.dtype))
     sweeps = torch.zeros(B, T, dtype=torch.int32, device=z.device)
     counts = torch.zeros(B, 3, dtype=torch.int64, device=z.device)
     residual = z.new_zeros(B)
@@ -74,7 +74,7 @@ class Sample:
         self.z, self.x = (t.flip(0) if spec.flip else t.clone() for t in (z, x))
         self.weight = weight
         self.model = QuasiNewton(tuple(neighbours), self.z[None]) if neighbours else None
-        self.log_sigma = torch.zeros_like(self.x)
+        self.log_sigma = torch.zeros_like(self.x, dtype=accumulation_dtype(self.x.dtype))
         self.done, self.single = max(known, 0 if spec.start else 1), 0
         self.x[: self.done] = self.z[: self.done]
         network.fill(self.x[None], self.done)

@@ -158,6 +158,8 @@ def arrange(
             slots = max(1, int(counts.max()))
     if cond is not None and cond.ndim == 3:
         cond = take(cond, None if index is None else index.repeat(branches, 1))[:, :slots]
+        if inside is not None:
+            cond = cond.masked_fill(~inside[:, :slots, None].repeat(branches, 1, 1), 0)
     if spec.positions:
         named = dict(zip(spec.weight_shapes, weights))
         table = named.pop("pos_embed")

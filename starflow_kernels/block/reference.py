@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .._core.numerics import accumulation_dtype
 from ..affine_flow.reference import by_token
 from ..affine_flow_inverse.reference import gaussian
 from ..spec import BlockSpec
@@ -50,12 +51,12 @@ def block_inverse(
     x = z.flip(1) if spec.flip else z.clone()
     first = max(0 if spec.start else 1, 0 if known is None or not B else int(known.min()))
     network.fill(x, first)
-    log_sigma = torch.zeros_like(x)
+    log_sigma = torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
     for t in range(first, T):
         at = slice(t, t + 1)
         weight = None if guidance is None else guidance[:, at]
         mu, sigma = gaussian(network.params(x, t), weight, spec.affine.scale, spec.affine.soft_clip, rule)
-        value, log_scale = (mu + sigma * x[:, at]).to(x.dtype), sigma.log().to(x.dtype)
+        value, log_scale = (mu + sigma * x[:, at]).to(x.dtype), sigma.log().to(log_sigma.dtype)
         given = torch.zeros(B, dtype=torch.bool, device=x.device) if known is None else known > t
         x[:, at] = torch.where(given[:, None, None], x[:, at], value)
         log_sigma[:, at] = log_scale.masked_fill(given[:, None, None], 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import cast
@@ -9,12 +10,12 @@ from typing import cast
 import torch
 
 from .._core.checks import check_finite, check_tensor
-from .._core.implicit import Equation, with_gradient
+from .._core.implicit import Equation, Unchanged, needs_gradient, with_gradient
 from .._core.registration import call, refuse_transforms
 from .._core.token_order import check_counts, own_order, with_given
-from .._core.torch_private import outside_graphs
+from .._core.torch_private import outside_graphs, version
 from ..affine_flow.reference import affine_flow
-from ..solver import Inverse, Solver, SolveReport, check_solver
+from ..solver import Inverse, Solver, SolveReport, check_solver, sum_log_sigma
 from ..spec import AffineSpec
 from . import reference
 from .jacobi import jacobi
@@ -61,16 +62,16 @@ def solve_inverse(
         certify: run one density pass over the result and report its largest error.
 
     Returns:
-        An `Inverse`: x (B, T, D) in the dtype of z; logdet (B,), log|det dx/dz| of the solved tokens, by one more pass
-        of the conditioner when it is read first; and the report of the solve. x and logdet have gradients with respect
-        to z, data, context and, if the conditioner is an nn.Module, its parameters, by the implicit function theorem:
-        the backward pass runs the conditioner at x and solves a triangular system by sweeps of vector-Jacobian
-        products.
+        An `Inverse`: x (B, T, D) in the dtype of z; logdet (B,), log|det dx/dz| of the solved tokens; and the report of
+        the solve. x and logdet have gradients with respect to z, data, context and, if the conditioner is an nn.Module,
+        its parameters, by the implicit function theorem: the backward pass runs the conditioner at x and solves a
+        triangular system by sweeps of vector-Jacobian products.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: an argument of the wrong shape or value; an output of the conditioner of the wrong shape; z not
-            finite; a result that is not finite, with its token and sample.
+            finite; a result that is not finite, with its token and sample; a conditioner that changes its input, or
+            that is a function of tensors with gradients while z, data or context needs one.
 
     Equivalent to:
         ```python
@@ -79,7 +80,7 @@ def solve_inverse(
             x[:, t] = affine_flow_inverse(z, conditioner(x), spec)[:, t]
         ```
     """
-    refuse_transforms("solve_inverse", INSTEAD, z, guess, context)
+    refuse_transforms("solve_inverse", INSTEAD, z, guess, context, order, lengths, data, known)
     check_tensor("z", z, ("B", "T", "D"))
     B, T, D = z.shape
     unchanged, tokens = z, _tokens(z, order, lengths, known)
@@ -95,26 +96,37 @@ def solve_inverse(
     _check_context(context, B)
 
     def checked(x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        before = version(x)
         params = conditioner(x, *(c if rows is None else c[rows] for c in context))
+        if version(x) != before:
+            raise ValueError("conditioner: it modified its input in place")
         refuse_transforms("solve_inverse", INSTEAD, params)
         check_tensor("output of the conditioner", params, (len(x), T, spec.params_dim(D)), like=z)
         return params
 
     with torch.no_grad():
-        x, report = _solve(checked, z, tokens, spec, solver, guess, certify)
+        x, log_sigma, report = _solve(checked, z, tokens, spec, solver, guess, certify)
         x = torch.where((tokens.rank < tokens.last[:, None])[..., None], x, unchanged)
-    learned = dict(conditioner.named_parameters()) if isinstance(conditioner, torch.nn.Module) else {}
+    module = conditioner if isinstance(conditioner, torch.nn.Module) else None
+    learned = {} if module is None else {**dict(module.named_parameters()), **dict(module.named_buffers())}
     inputs = (*context, *learned.values())
+    if not needs_gradient(unchanged, data, *inputs):
+        return Inverse(x, functools.partial(sum_log_sigma, log_sigma), lambda: report)
+    if module is None and checked(x.detach(), None).requires_grad and not any(c.requires_grad for c in context):
+        raise ValueError(
+            "conditioner: it uses tensors with gradients; make it an nn.Module with these parameters, pass them as "
+            "`context`, or call solve_inverse under torch.no_grad()"
+        )
     equation = _equation(conditioner, learned, len(context), tokens, spec, z.dtype)
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (unchanged, data, *inputs))
-    if needed:
-        x = with_gradient(x, equation, unchanged, data, inputs)
+    x = with_gradient(x, equation, unchanged, data, inputs)
+    state = Unchanged((x, *inputs))
 
-    def log_sigma() -> torch.Tensor:
-        with torch.set_grad_enabled(needed):
-            return -equation.density(x, *inputs)[1].masked_fill(~tokens.solved[..., None], 0)
+    def logdet() -> torch.Tensor:
+        state.check()
+        with torch.inference_mode(False), torch.enable_grad():
+            return sum_log_sigma(-equation.density(x, *inputs)[1].masked_fill(~tokens.solved[..., None], 0))
 
-    return Inverse(x, log_sigma, lambda: report)
+    return Inverse(x, logdet, lambda: report)
 
 
 def _equation(
@@ -146,18 +158,18 @@ def _solve(
     solver: Solver,
     guess: torch.Tensor | None,
     certify: bool,
-) -> tuple[torch.Tensor, SolveReport]:
+) -> tuple[torch.Tensor, torch.Tensor, SolveReport]:
     start, (B, T, _) = time.perf_counter(), z.shape
     if solver.method == "jacobi":
         if guess is None:
             guess = z if solver.guess == "noise" else torch.zeros_like(z)
         guess = torch.where(tokens.solved[..., None], guess.to(z.dtype), z)
         solved = jacobi(checked, z, guess, tokens, spec.scale, spec.soft_clip, solver.tol, solver.neighbours)
-        x, passes, sweeps = solved.x, solved.passes, solved.sweeps
+        x, log_sigma, passes, sweeps = solved.x, solved.log_sigma, solved.passes, solved.sweeps
         residual, fallbacks = solved.residual, solved.fallbacks
     else:
         start_values = z.masked_fill(tokens.solved[..., None], 0)
-        x, passes = reference.sequential(checked, z, start_values, tokens, spec.scale, spec.soft_clip)
+        x, log_sigma, passes = reference.sequential(checked, z, start_values, tokens, spec.scale, spec.soft_clip)
         sweeps = torch.ones(B, dtype=torch.int32, device="cpu")
         residual, fallbacks = 0.0, 0
     seconds = time.perf_counter() - start
@@ -168,7 +180,7 @@ def _solve(
         certificate = (noise - z)[tokens.solved].abs().max().item() if tokens.solved.any() else 0.0
     sweeps = sweeps[:, None].repeat(1, T)
     report = SolveReport(solver.method, passes, evaluations, seconds, sweeps, residual, fallbacks, certificate)
-    return x, report
+    return x, log_sigma, report
 
 
 def _tokens(

@@ -7,21 +7,23 @@ from typing import NamedTuple
 
 import torch
 
-from .._core.numerics import DIVERGED
+from .._core.numerics import DIVERGED, accumulation_dtype
 from .._core.token_order import take
 from ..affine_flow_inverse.reference import affine_flow_inverse, gaussian
 from .quasi_newton import QuasiNewton
-from .reference import Tokens, check_solution
+from .reference import Tokens, check_solution, log_scales
 
 
 class Sweeps(NamedTuple):
     """Solution of a batch.
 
-    x: data. passes: calls of the conditioner. sweeps: (B,) int32 passes per sample. residual: largest relative change
-    in the last sweep. fallbacks: number of samples that diverged and went on token by token.
+    x: data. log_sigma: that of the solved tokens, zero for the others. passes: calls of the conditioner. sweeps: (B,)
+    int32 passes per sample. residual: largest relative change in the last sweep. fallbacks: number of samples that
+    diverged and went on token by token.
     """
 
     x: torch.Tensor
+    log_sigma: torch.Tensor
     passes: int
     sweeps: torch.Tensor
     residual: float
@@ -90,4 +92,7 @@ def jacobi(
             limit = torch.where(single, torch.finfo(z.dtype).max, limit)
         x, front, residual = new, front + sound.int(), torch.where(live, change, residual)
         live = live & ~((change <= tol) & ~single) & (front < last)
-    return Sweeps(x, passes, sweeps.cpu(), residual.max().item() if B else 0.0, int(single.sum()))
+    log_sigma = torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
+    if params is not None:
+        log_sigma = torch.where(unsolved[..., None], log_sigma, log_scales(params, scale, soft_clip))
+    return Sweeps(x, log_sigma, passes, sweeps.cpu(), residual.max().item() if B else 0.0, int(single.sum()))

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .._core.numerics import accumulation_dtype
+from ..affine_flow.reference import raw_outputs, sigma_of
 from ..affine_flow_inverse.reference import affine_flow_inverse
 
 
@@ -31,21 +33,29 @@ class Tokens(NamedTuple):
 
 def sequential(
     conditioner: Callable, z: torch.Tensor, x: torch.Tensor, tokens: Tokens, scale: str, soft_clip: float
-) -> tuple[torch.Tensor, int]:
-    """Solve token by token, one pass each: x_t = mu_t(x_<t) + sigma_t(x_<t) z_t; return x and the number of passes.
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Solve token by token, one pass each: x_t = mu_t(x_<t) + sigma_t(x_<t) z_t.
 
-    x (B, T, D) holds the given tokens.
+    x (B, T, D) holds the given tokens. Return it with log sigma of the solved ones and the number of passes.
     """
+    log_sigma = torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
     if not len(z):
-        return x, 0
+        return x, log_sigma, 0
     steps = range(int(tokens.first.min()), max(int(tokens.first.min()), int(tokens.last.max())))
     for step in steps:
-        value = affine_flow_inverse(z, conditioner(x, None), None, scale, soft_clip, "tarflow")
+        params = conditioner(x, None)
+        value = affine_flow_inverse(z, params, None, scale, soft_clip, "tarflow")
         solved = (tokens.first <= step) & (step < tokens.last)
         rows, t = solved.nonzero().squeeze(1), tokens.order[solved, step]
         x[rows, t] = value[rows, t]
+        log_sigma[rows, t] = log_scales(params, scale, soft_clip)[rows, t]
     check_solution(x, tokens.order)
-    return x, len(steps)
+    return x, log_sigma, len(steps)
+
+
+def log_scales(params: torch.Tensor, scale: str, soft_clip: float) -> torch.Tensor:
+    """Return log sigma (B, T, D) of raw parameters."""
+    return sigma_of(*raw_outputs(params, scale, soft_clip), scale)[1]
 
 
 def check_solution(x: torch.Tensor, order: torch.Tensor) -> None:

@@ -107,11 +107,28 @@ def test_certificate_exposes_a_conditioner_that_is_not_causal():
     assert report.certificate > 1e-3
 
 
+class Shifted(torch.nn.Module):
+    """Token t - 1 in the place of token t."""
+
+    def forward(self, x):
+        return torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+def test_a_conditioner_that_changes_its_input_is_refused():
+    def conditioner(x):
+        params = torch.zeros(len(x), 4, 4)
+        x.mul_(2)
+        return params
+
+    with pytest.raises(ValueError, match="conditioner: it modified its input in place"):
+        solve_inverse(conditioner, torch.randn(2, 4, 2))
+
+
 def test_module_with_gradients_and_inputs_are_left_alone():
-    layer = torch.nn.Linear(3, 6, dtype=F64)
+    conditioner = torch.nn.Sequential(Shifted(), torch.nn.Linear(3, 6, dtype=F64))
     z = strided(torch.randn(2, 4, 3, dtype=F64)).requires_grad_()
     before = z.detach().clone()
-    found = solve_inverse(lambda x: layer(torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]), z, certify=True)
+    found = solve_inverse(conditioner, z, certify=True)
     x, report = found.x, found.report
     assert x.requires_grad and torch.equal(z, before)
     assert report.certificate < 1e-12 and isinstance(report, SolveReport)
