@@ -112,11 +112,15 @@ def encode_prompts(
 def tokenize(prompts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
     """Return int64 (N, length) tokens, padded or cut to the length.
 
+    A tokenizer with a token per word leaves unknown words out: its text encoder has never seen their token.
+
     Args:
         prompts: at least one prompt.
         tokenizer: tokenizer of the text encoder.
         length: number of tokens.
     """
+    if tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel":
+        prompts = [without_unknown_words(prompt, tokenizer) for prompt in prompts]
     with torch.device("cpu"):
         options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
         return tokenizer(prompts, **options)["input_ids"]
@@ -135,8 +139,25 @@ def text_states(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, text_e
     return states * mask.to(states.device).unsqueeze(-1)
 
 
+def _unknown(prompt: str, encoding: Any, unknown: int) -> list[slice]:
+    """Return the places of unknown words in a prompt, with endings that are tokens of their own."""
+    places = []
+    for token, word in zip(encoding.ids, encoding.word_ids):
+        if token == unknown and word is not None:
+            start, stop = encoding.word_to_chars(word)
+            places.append(slice(start, stop + len(re.match(r"\w*", prompt[stop:])[0])))
+    return places
+
+
+def without_unknown_words(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a prompt with spaces in place of the words that a fast tokenizer does not know."""
+    for place in _unknown(prompt, tokenizer([prompt], verbose=False).encodings[0], tokenizer.unk_token_id):
+        prompt = prompt[: place.start] + " " * (place.stop - place.start) + prompt[place.stop :]
+    return prompt
+
+
 def unknown_words(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the words of prompts that a tokenizer replaces by its token for unknown words, each word once.
+    """Return the words of prompts that a tokenizer does not know, and prompts without any word for it, each once.
 
     Args:
         prompts: the prompts.
@@ -150,9 +171,9 @@ def unknown_words(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> lis
     for first in range(0, len(prompts), ENCODED_PROMPTS):
         part = prompts[first : first + ENCODED_PROMPTS]
         for prompt, encoding in zip(part, tokenizer(part, verbose=False).encodings):
-            for token, word in zip(encoding.ids, encoding.word_ids):
-                if token == unknown and word is not None:
-                    found[prompt[slice(*encoding.word_to_chars(word))]] = None
+            found |= {prompt[place]: None for place in _unknown(prompt, encoding, unknown)}
+            if prompt.strip() and all(word is None for word in encoding.word_ids):
+                found[prompt.strip()] = None
     return list(found)
 
 

@@ -121,8 +121,10 @@ class Page:
         def waiting(others: int) -> None:
             show(None, desc=f"Waiting for {others} other drawing{'s' if others > 1 else ''}")
 
+        # A page that outlived a restart of the server has no event yet.
+        stopped = self._stops.setdefault(request.session_hash, threading.Event())
         try:
-            drawing = self.model.draw(choices, steps, waiting, self._stops[request.session_hash])
+            drawing = self.model.draw(choices, steps, waiting, stopped)
         except StarflowError as error:
             return gr.skip(), gr.skip(), _problem(str(error))
         except Stopped:

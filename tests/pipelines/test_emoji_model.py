@@ -1,6 +1,7 @@
 """The bundled pipeline of emoji: what a stranger types, and what comes out."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -71,6 +72,18 @@ def test_a_red_heart_by_other_words(prompt, pipe, recwarn):
     image, named = draw(pipe, prompt), draw(pipe, "red heart")
     assert color(image).argmax() == 0
     assert (image - named).abs().mean() < 0.1
+
+
+def test_unknown_words_are_left_out_and_named(pipe):
+    with pytest.warns(UserWarning, match="the text encoder does not know 'delicious', 'galactic'"):
+        image = draw(pipe, "delicious galactic pizza")
+    assert torch.equal(image, draw(pipe, "pizza"))
+
+
+@pytest.mark.parametrize("prompt", ["\N{HEAVY BLACK HEART}", "!?", "xyzzy"])
+def test_a_prompt_without_a_known_word_is_named(prompt, pipe):
+    with pytest.warns(UserWarning, match=f"the text encoder does not know {re.escape(repr(prompt))}"):
+        draw(pipe, prompt)
 
 
 def test_the_flow_is_exact(pipe):
