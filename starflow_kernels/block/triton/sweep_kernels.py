@@ -122,12 +122,13 @@ def block_sweep_head_kernel(
             clip, SCALE, CLIPPED, NORM, POST, BRANCHES, RULE, BLOCK_M, BLOCK_K,
         )  # fmt: skip
         known = inside[:, None] & (d < D)[None, :]
-        z_values = tl.load(z + token_offsets[:, None] * D + d[None, :], known, 0)  # (BLOCK_M, BLOCK_D)
-        noise, y_offsets = sigma * z_values, row[:, None] * D + d[None, :]
-        value = tl.where(given[:, None], z_values, mu + noise)
+        # A given token keeps its value.
+        mu, sigma = tl.where(given[:, None], 0.0, mu), tl.where(given[:, None], 1.0, sigma)
+        noise = sigma * tl.load(z + token_offsets[:, None] * D + d[None, :], known, 0)  # (BLOCK_M, BLOCK_D)
+        value, y_offsets = mu + noise, row[:, None] * D + d[None, :]
         tl.store(y + y_offsets, value, known)
         log_scale = tl.log(sigma)
-        tl.store(log_scales + token_offsets[:, None] * D + d[None, :], tl.where(given[:, None], 0.0, log_scale), known)
+        tl.store(log_scales + token_offsets[:, None] * D + d[None, :], log_scale, known)
         if spread is not None:
             tl.store(spread + y_offsets, noise, known)
             tl.store(log_sigma + y_offsets, log_scale, known)

@@ -161,7 +161,7 @@ def config(kernel: str, width: int, D: int, d: int) -> dict[str, int]:
     if kernel == "head":
         short = width == 4 or D < 64
         tiles = {"BLOCK_D": min(sequential.tile(D), 64), "BLOCK_K": 16 if short else 32, "num_warps": 4}
-        return {**tiles, "num_stages": 2 if width == 2 else 1}
+        return {**tiles, "num_stages": 2 if width == 2 and D < 64 else 1}
     return sequential.config(kernel, width, D, d)
 
 
