@@ -6,10 +6,6 @@
 
 namespace starflow::STARFLOW_ISA {
 
-struct Gaussian {
-    Vec mu, sigma;
-};
-
 // Returns c tanh(r / c). The quotient has the bits of a division.
 INLINE Vec soft_clip(Vec r, float clip) {
     if (clip == 0) return r;
@@ -32,6 +28,15 @@ INLINE Vec log_sigma_of(Vec a, Vec sigma, Scale scale) {
     return select(a < splat(SOFTPLUS_SMALL), a + splat(SOFTPLUS_SHIFT), log(sigma));
 }
 
+struct Gaussian {
+    Vec mu, sigma, log_sigma;
+};
+
+INLINE Gaussian gaussian_of(Vec mu, Vec a, Scale scale) {
+    Vec sigma = sigma_of(a, scale);
+    return {mu, sigma, log_sigma_of(a, sigma, scale)};
+}
+
 // Sixteen lanes from i on of the raw parameters [a | b] of one token, after the soft clip; a is unused where sigma = 1.
 struct Raw {
     Vec a, b;
@@ -48,11 +53,13 @@ INLINE Gaussian guided(Raw with, Raw without, float weight, Rule rule, Scale sca
     Vec w = splat(weight);
     if (rule == Rule::tarflow) {
         Vec a = fma(w, with.a - without.a, with.a);
-        return {fma(w, with.b - without.b, with.b), sigma_of(a, scale)};
+        return gaussian_of(fma(w, with.b - without.b, with.b), a, scale);
     }
-    Vec sigma = sigma_of(with.a, scale), ratio = min(sigma / sigma_of(without.a, scale), splat(1.0f));
+    Gaussian g = gaussian_of(with.b, with.a, scale);
+    Vec ratio = min(g.sigma / sigma_of(without.a, scale), splat(1.0f));
     Vec ws = w * ratio * ratio, precision = splat(1.0f) + w - ws;
-    return {((splat(1.0f) + w) * with.b - ws * without.b) / precision, sigma / root(precision)};
+    return {((splat(1.0f) + w) * g.mu - ws * without.b) / precision, g.sigma / root(precision),
+            g.log_sigma - splat(0.5f) * log(precision)};
 }
 
 // Returns sixteen lanes from i on of the mean and scale of one token; `without` is null without guidance.
@@ -60,7 +67,7 @@ INLINE Gaussian gaussian_at(const float* params, const float* without, float wei
                             const Affine& affine) {
     Raw raw = raw_at(params, i, D, affine);
     return without ? guided(raw, raw_at(without, i, D, affine), weight, rule, affine.scale)
-                   : Gaussian{raw.b, sigma_of(raw.a, affine.scale)};
+                   : gaussian_of(raw.b, raw.a, affine.scale);
 }
 
 // Computes x = mu + sigma z and log sigma for one token; x may be z, and log_sigma may be null.
@@ -69,7 +76,7 @@ inline void affine_inverse(const float* z, const float* params, const float* wit
     for (int i = 0; i < D; i += LANES) {
         Gaussian g = gaussian_at(params, without, weight, i, D, rule, affine);
         store(x + i, fma(g.sigma, load(z + i, D - i), g.mu), D - i);
-        if (log_sigma) store(log_sigma + i, log(g.sigma), D - i);
+        if (log_sigma) store(log_sigma + i, g.log_sigma, D - i);
     }
 }
 

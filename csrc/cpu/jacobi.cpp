@@ -47,13 +47,12 @@ struct Window {
                 Gaussian g =
                     gaussian_at(pass.ws.params + i * P, without, weight, c, int(D()), call.rule, pass.spec.affine);
                 Vec z = load(noise + c, int(D()) - c);
-                Vec log_sigma = log(g.sigma);
                 store(fresh + i * width() + c, fma(g.sigma, z, g.mu));
-                store(pass.at(call.log_sigma, 0, first + i) + c, log_sigma, int(D()) - c);
+                store(pass.at(call.log_sigma, 0, first + i) + c, g.log_sigma, int(D()) - c);
                 if (!solver.neighbours) continue;
                 store(spread + i * width() + c, g.sigma * z);
                 store(outputs + i * 2 * width() + c, g.mu);
-                store(outputs + (i * 2 + 1) * width() + c, log_sigma);
+                store(outputs + (i * 2 + 1) * width() + c, g.log_sigma);
             }
             float size = largest(fresh + i * width(), D());
             if (!(size <= most)) most = size;

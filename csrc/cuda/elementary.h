@@ -24,9 +24,19 @@ STARFLOW_DEVICE float sigma_of(float a, Scale scale) {
     return scale == Scale::exp ? expf(a) : scale == Scale::softplus ? softplus_one(a) : 1.0f;
 }
 
+STARFLOW_DEVICE float log_sigma_of(float a, float sigma, Scale scale) {
+    if (scale == Scale::softplus) return a < -17.0f ? a + 0.541324854612918f : logf(sigma);
+    return scale == Scale::exp ? a : 0.0f;
+}
+
 struct Gaussian {
-    float mu, sigma;
+    float mu, sigma, log_sigma;
 };
+
+STARFLOW_DEVICE Gaussian gaussian_of(float mu, float a, Scale scale) {
+    float sigma = sigma_of(a, scale);
+    return {mu, sigma, log_sigma_of(a, sigma, scale)};
+}
 
 // Returns mean and scale of dimension i of a token from its parameters; `without` is null without guidance. The rules
 // are those of affine_flow_inverse.
@@ -37,13 +47,15 @@ STARFLOW_DEVICE Gaussian gaussian(const float* params, const float* without, flo
         return scale && unit ? 0.0f : soft_clip(from[scale || unit ? i : D + i], affine.clip);
     };
     float a = raw(params, true), b = raw(params, false);
-    if (!without) return {b, sigma_of(a, affine.scale)};
+    if (!without) return gaussian_of(b, a, affine.scale);
     float other_a = raw(without, true), other_b = raw(without, false);
     if (rule == Rule::tarflow)
-        return {fmaf(weight, b - other_b, b), sigma_of(fmaf(weight, a - other_a, a), affine.scale)};
-    float sigma = sigma_of(a, affine.scale), ratio = fminf(sigma / sigma_of(other_a, affine.scale), 1.0f);
+        return gaussian_of(fmaf(weight, b - other_b, b), fmaf(weight, a - other_a, a), affine.scale);
+    Gaussian g = gaussian_of(b, a, affine.scale);
+    float ratio = fminf(g.sigma / sigma_of(other_a, affine.scale), 1.0f);
     float ws = weight * ratio * ratio, precision = 1.0f + weight - ws;
-    return {((1.0f + weight) * b - ws * other_b) / precision, sigma / sqrtf(precision)};
+    return {((1.0f + weight) * b - ws * other_b) / precision, g.sigma / sqrtf(precision),
+            g.log_sigma - 0.5f * logf(precision)};
 }
 
 // Computes to = x / sqrt(mean x^2 + 1e-6) (1 + weight) by the lanes of a warp; to may be x.

@@ -346,7 +346,7 @@ struct Onchip : Cluster<CLUSTERED> {
             float* to = at(sample, t) + i;
             bool given = call.known && t < call.known[first + sample];
             float x = given ? *to : fmaf(g.sigma, *to, g.mu);
-            call.log_sigma[to - call.state] = given ? 0.0f : logf(g.sigma);
+            call.log_sigma[to - call.state] = given ? 0.0f : g.log_sigma;
             *to = x;
             for (int row = sample; row < rows; row += samples) store(token(row) + i, x);
         }

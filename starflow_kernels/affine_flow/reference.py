@@ -35,8 +35,9 @@ def sigma_of(a: torch.Tensor | None, b: torch.Tensor, scale: str) -> tuple[torch
     if scale == "exp":
         return a.exp(), a
     # F.softplus returns its argument above 20, with an error of 2e-9.
-    sigma = torch.logaddexp(a + SOFTPLUS_ONE, a.new_zeros(()))
-    return sigma, sigma.log()
+    shifted, zero = a + SOFTPLUS_ONE, a.new_zeros(())
+    log_sigma = torch.logaddexp(shifted.clamp(min=SOFTPLUS_TINY), zero).log()
+    return torch.logaddexp(shifted, zero), torch.where(shifted < SOFTPLUS_TINY, shifted, log_sigma)
 
 
 def affine_flow(

@@ -10,8 +10,11 @@ from ..affine_flow.reference import raw_outputs, sigma_of
 
 def guided(
     params: torch.Tensor, guidance: torch.Tensor, scale: str, soft_clip: float, rule: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the guided mu and sigma. params: rows [condition | no condition]; guidance: weight per row and token."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the guided mu, sigma and log sigma.
+
+    params: rows [condition | no condition]; guidance: weight per row and token.
+    """
     w = guidance.to(accumulation_dtype(params.dtype)).unsqueeze(-1)
     a, b = raw_outputs(params, scale, soft_clip)
     if rule == "tarflow":
@@ -20,28 +23,30 @@ def guided(
         if a is not None:
             a_c, a_u = a.chunk(2)
             a = a_c + w * (a_c - a_u)
-        return mu, sigma_of(a, mu, scale)[0]
-    (mu_c, mu_u), (sigma_c, sigma_u) = b.chunk(2), sigma_of(a, b, scale)[0].chunk(2)
+        return mu, *sigma_of(a, mu, scale)
+    sigma, log_sigma = sigma_of(a, b, scale)
+    (mu_c, mu_u), (sigma_c, sigma_u) = b.chunk(2), sigma.chunk(2)
     s = (sigma_c / sigma_u).clamp(max=1).square()
     precision = 1 + w - w * s
-    return ((1 + w) * mu_c - w * s * mu_u) / precision, sigma_c / precision.sqrt()
+    mu = ((1 + w) * mu_c - w * s * mu_u) / precision
+    return mu, sigma_c / precision.sqrt(), log_sigma.chunk(2)[0] - 0.5 * precision.log()
 
 
 def gaussian(
     params: torch.Tensor, guidance: torch.Tensor | None, scale: str, soft_clip: float, rule: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mu and sigma, guided where `guidance` is given."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return mu, sigma and log sigma, guided where `guidance` is given."""
     if guidance is not None:
         return guided(params, guidance, scale, soft_clip, rule)
     a, mu = raw_outputs(params, scale, soft_clip)
-    return mu, sigma_of(a, mu, scale)[0]
+    return mu, *sigma_of(a, mu, scale)
 
 
 def affine_flow_inverse(
     z: torch.Tensor, params: torch.Tensor, guidance: torch.Tensor | None, scale: str, soft_clip: float, rule: str
 ) -> torch.Tensor:
     """Return x = mu + sigma z."""
-    mu, sigma = gaussian(params, guidance, scale, soft_clip, rule)
+    mu, sigma, _ = gaussian(params, guidance, scale, soft_clip, rule)
     return (mu + sigma * z).to(z.dtype)
 
 

@@ -92,9 +92,9 @@ class Sample:
         tokens, spec = slice(first, first + count), self.network.spec.affine
         params = self.network.params(self.x[None], first, count)
         weight = None if self.weight is None else self.weight[:, tokens]
-        mu, sigma = gaussian(params, weight, spec.scale, spec.soft_clip, self.rule)
+        mu, sigma, log_sigma = gaussian(params, weight, spec.scale, spec.soft_clip, self.rule)
         y = (mu + sigma * self.z[tokens])[0].to(self.x.dtype)
-        self.log_sigma[tokens] = sigma[0].log()
+        self.log_sigma[tokens] = log_sigma[0]
         self.passes += 1
         self.sweeps[tokens] += 1
         if not (y.abs() <= self.bound).all():
@@ -109,11 +109,10 @@ class Sample:
         # A token is final if all tokens before it have converged.
         accepted = min(count, 1 + int((change <= self.tol).long().cumprod(0).sum()))
         self.residual = max(self.residual, change[: accepted - 1].max().item() if accepted > 1 else 0.0)
-        self.x[tokens] = y if self.model is None else self._newton(tokens, y, mu, sigma)
+        self.x[tokens] = y if self.model is None else self._newton(tokens, y, sigma, log_sigma)
         self.done += accepted
 
-    def _newton(self, tokens: slice, y, mu, sigma) -> torch.Tensor:
+    def _newton(self, tokens: slice, y, sigma, log_sigma) -> torch.Tensor:
         spread, x = (sigma * self.z[tokens]).to(y.dtype), self.x[None, tokens]
         rows = torch.zeros(1, dtype=torch.int64, device="cpu")
-        log_sigma = sigma.to(y.dtype).log()
-        return self.model.step(rows, tokens, x, y[None], log_sigma, spread)[0]
+        return self.model.step(rows, tokens, x, y[None], log_sigma.to(y.dtype), spread)[0]

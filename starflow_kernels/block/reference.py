@@ -55,10 +55,11 @@ def block_inverse(
     for t in range(first, T):
         at = slice(t, t + 1)
         weight = None if guidance is None else guidance[:, at]
-        mu, sigma = gaussian(network.params(x, t), weight, spec.affine.scale, spec.affine.soft_clip, rule)
-        value, log_scale = (mu + sigma * x[:, at]).to(x.dtype), sigma.log().to(log_sigma.dtype)
+        params, affine = network.params(x, t), spec.affine
+        mu, sigma, log_scale = gaussian(params, weight, affine.scale, affine.soft_clip, rule)
+        value = (mu + sigma * x[:, at]).to(x.dtype)
         given = torch.zeros(B, dtype=torch.bool, device=x.device) if known is None else known > t
         x[:, at] = torch.where(given[:, None, None], x[:, at], value)
-        log_sigma[:, at] = log_scale.masked_fill(given[:, None, None], 0)
+        log_sigma[:, at] = log_scale.to(log_sigma.dtype).masked_fill(given[:, None, None], 0)
         report(B * (t + 1), B * T)
     return (x.flip(1), log_sigma.flip(1)) if spec.flip else (x, log_sigma)

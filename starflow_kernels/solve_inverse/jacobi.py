@@ -77,8 +77,9 @@ def jacobi(
         change = torch.where((done | (rank == last[:, None] - 1))[..., None], 0, change).flatten(1).amax(1)
         if model is not None:
             rows = (live & ~single).nonzero().squeeze(1)
-            sigma = gaussian(params[rows], None, scale, soft_clip, "tarflow")[1].to(z.dtype)
-            spread, terms = sigma * z[rows], (x[rows], new[rows], sigma.log())
+            _, *scales = gaussian(params[rows], None, scale, soft_clip, "tarflow")
+            sigma, log_sigma = (value.to(z.dtype) for value in scales)
+            spread, terms = sigma * z[rows], (x[rows], new[rows], log_sigma)
             terms = [take(term, order[rows]) for term in (*terms, spread)]
             stepped = model.step(rows, slice(0, T), *terms)
             new = new.index_copy(0, rows, take(stepped, rank[rows]))

@@ -14,7 +14,7 @@ from support.blocks import BLOCKS, F64, SIZES, T, block, tame_block
 from support.contract import compiled, strided
 from support.naive import reduced
 
-from starflow_kernels import BlockSpec, Solver, block_forward, block_inverse, block_params
+from starflow_kernels import AffineSpec, BlockSpec, Solver, block_forward, block_inverse, block_params
 
 CALLS = 600
 PARTS = 30
@@ -93,6 +93,17 @@ def test_the_logdet_of_the_inverse_is_that_of_its_jacobian(part):
         # A given token does not depend on its noise.
         jacobian += torch.diag_embed((jacobian.abs().sum(1) == 0).to(F64))
         torch.testing.assert_close(run(z).logdet, torch.linalg.slogdet(jacobian).logabsdet, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [Solver(), JACOBI])
+@pytest.mark.parametrize("scale", ["exp", "softplus"])
+@pytest.mark.parametrize("backend", cpu_backends("block_inverse"))
+def test_the_logdet_of_scales_that_underflow(backend, scale, solver):
+    z, w, spec, context = block(BLOCKS["starflow"], dtype=torch.float32, affine=AffineSpec(scale), start=True)
+    w["proj_out.weight"], w["proj_out.bias"] = w["proj_out.weight"] * 0, torch.full((2 * spec.token_dim,), -120.0)
+    found = block_inverse(z, w, spec, **context, solver=solver, backend=backend)
+    log_sigma = -120.0 if scale == "exp" else -120.0 + math.log(math.e - 1)
+    torch.testing.assert_close(found.logdet, torch.full((len(z),), T * spec.token_dim * log_sigma))
 
 
 @pytest.mark.parametrize("name", ["tarflow-flip", "starflow-identity-first", "starflow-text"])

@@ -87,7 +87,7 @@ def mean_and_scale(
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
     RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return mean and scale of the values d of each row's token.
+    """Return mean, scale and log scale of the values d of each row's token.
 
     token_offsets: index of each row's token, which selects its guidance weight. The branch of a row without the
     condition is `samples` rows later.
@@ -102,18 +102,19 @@ def mean_and_scale(
         w = tl.load(guidance + token_offsets, known, 0)[:, None]  # (BLOCK_M, 1)
         if RULE == "tarflow":
             b = b + w * (b - plain_b)
-            sigma, _ = sigma_of(a + w * (a - plain_a), SCALE)
+            sigma, log_sigma = sigma_of(a + w * (a - plain_a), SCALE)
         else:
-            sigma, _ = sigma_of(a, SCALE)
+            sigma, log_sigma = sigma_of(a, SCALE)
             plain_sigma, _ = sigma_of(plain_a, SCALE)
             s = tl.minimum(sigma / plain_sigma, 1.0)
             s = s * s
             precision = 1 + w - w * s
             b = ((1 + w) * b - w * s * plain_b) / precision
             sigma = sigma / tl.sqrt(precision)
+            log_sigma -= 0.5 * tl.log(precision)
     else:
-        sigma, _ = sigma_of(a, SCALE)
-    return b, sigma
+        sigma, log_sigma = sigma_of(a, SCALE)
+    return b, sigma, log_sigma
 
 
 @triton.jit
@@ -140,7 +141,7 @@ def block_head_kernel(
     token = slot if START else slot + 1
     known = row < tl.where(token < T, samples, 0)
     inside = known[:, None] & (d < D)[None, :]
-    mu, sigma = mean_and_scale(
+    mu, sigma, log_sigma = mean_and_scale(
         h, residual, post, norm_weight, weight, bias, guidance, row, d, row * T + token, known, samples, C, D, clip,
         SCALE, CLIPPED, NORM, POST, BRANCHES, RULE, BLOCK_M, BLOCK_K,
     )  # fmt: skip
@@ -152,7 +153,7 @@ def block_head_kernel(
     stored = row < tl.where((column == 0) & (token < T), samples, 0)
     computed = stored[:, None] & (d < D)[None, :]
     tl.store(x + offsets, value, computed)
-    tl.store(log_scales + offsets, tl.where(given[:, None], 0.0, tl.log(sigma)), computed)
+    tl.store(log_scales + offsets, tl.where(given[:, None], 0.0, log_sigma), computed)
     channel = column * BLOCK_N + tl.arange(0, BLOCK_N)
     table_offset = tl.minimum(slot + 1, T - 1).to(tl.int64) * C
     cond_offset = tl.where(cond_stride == C, 0, table_offset)

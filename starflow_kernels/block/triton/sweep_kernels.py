@@ -117,21 +117,22 @@ def block_sweep_head_kernel(
     # Take BLOCK_D values at a time, because all values of a wide token do not fit into registers.
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        mu, sigma = mean_and_scale(
+        mu, sigma, log_scale = mean_and_scale(
             h, residual, post, norm_weight, weight, bias, guidance, row, d, token_offsets, inside, samples * n, C, D,
             clip, SCALE, CLIPPED, NORM, POST, BRANCHES, RULE, BLOCK_M, BLOCK_K,
         )  # fmt: skip
         known = inside[:, None] & (d < D)[None, :]
         # A given token keeps its value.
+        log_scale = tl.where(given[:, None], 0.0, log_scale)
+        tl.store(log_scales + token_offsets[:, None] * D + d[None, :], log_scale, known)
+        if spread is not None:
+            tl.store(log_sigma + row[:, None] * D + d[None, :], log_scale, known)
         mu, sigma = tl.where(given[:, None], 0.0, mu), tl.where(given[:, None], 1.0, sigma)
         noise = sigma * tl.load(z + token_offsets[:, None] * D + d[None, :], known, 0)  # (BLOCK_M, BLOCK_D)
         value, y_offsets = mu + noise, row[:, None] * D + d[None, :]
         tl.store(y + y_offsets, value, known)
-        log_scale = tl.log(sigma)
-        tl.store(log_scales + token_offsets[:, None] * D + d[None, :], log_scale, known)
         if spread is not None:
             tl.store(spread + y_offsets, noise, known)
-            tl.store(log_sigma + y_offsets, log_scale, known)
         old = tl.load(x + token_offsets[:, None] * D + d[None, :], known, 0)  # (BLOCK_M, BLOCK_D)
         absolute = tl.where(known, tl.abs(value - old), 0.0)
         absolute = tl.where(absolute == absolute, absolute, INFINITY)

@@ -159,8 +159,7 @@ def config(kernel: str, width: int, D: int, d: int) -> dict[str, int]:
         small = {"BLOCK_S": 16, "num_warps": 8, "num_stages": 2}
         return small if width == 4 else {"BLOCK_S": sequential.BLOCK_S, "num_warps": 4, "num_stages": 2}
     if kernel == "head":
-        short = width == 4 or D < 64
-        tiles = {"BLOCK_D": min(sequential.tile(D), 64), "BLOCK_K": 16 if short else 32, "num_warps": 4}
+        tiles = {"BLOCK_D": min(sequential.tile(D), 64), "BLOCK_K": 16 if width == 4 else 32, "num_warps": 4}
         return {**tiles, "num_stages": 2 if width == 2 and D < 64 else 1}
     return sequential.config(kernel, width, D, d)
 
