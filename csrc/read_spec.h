@@ -13,7 +13,7 @@ namespace starflow {
 // Reads `fields` in the order of Spec's members, see block/packing.py. Throws std::invalid_argument if a kernel could
 // not run such a block.
 inline Spec read_spec(const std::vector<int64_t>& fields, double clip) {
-    if (fields.size() != 20) throw std::invalid_argument("block spec: expected 20 fields");
+    if (fields.size() != 23) throw std::invalid_argument("block spec: expected 23 fields");
     constexpr int64_t MOST = std::numeric_limits<int>::max();
     auto field = fields.begin();
     auto number = [&](int64_t least, int64_t most) {
@@ -25,9 +25,9 @@ inline Spec read_spec(const std::vector<int64_t>& fields, double clip) {
     for (int* size :
          {&spec.token_dim, &spec.channels, &spec.layers, &spec.heads, &spec.head_dim, &spec.kv_heads, &spec.mlp_dim})
         *size = number(1, MOST);
-    for (int* size : {&spec.positions, &spec.text_dim}) *size = number(0, MOST);
-    for (bool* flag :
-         {&spec.start, &spec.flip, &spec.bias, &spec.qk_norm, &spec.post_norm, &spec.final_norm, &spec.bf16})
+    for (int* size : {&spec.positions, &spec.text_dim, &spec.transition_dim}) *size = number(0, MOST);
+    for (bool* flag : {&spec.start, &spec.flip, &spec.bias, &spec.qk_norm, &spec.qk_layer_norm, &spec.post_norm,
+                       &spec.final_norm, &spec.adaptive, &spec.bf16})
         *flag = number(0, 1);
     spec.mlp = Mlp(number(0, int(Mlp::swiglu)));
     spec.norm = Norm(number(0, int(Norm::none)));

@@ -16,14 +16,17 @@ struct Affine {
 
 // The fields of BlockSpec in starflow_kernels/spec.py.
 struct Spec {
-    int token_dim, channels, layers, heads, head_dim, kv_heads, mlp_dim, positions, text_dim;
-    bool start, flip, bias, qk_norm, post_norm, final_norm, bf16;
+    int token_dim, channels, layers, heads, head_dim, kv_heads, mlp_dim, positions, text_dim, transition_dim;
+    bool start, flip, bias, qk_norm, qk_layer_norm, post_norm, final_norm, adaptive, bf16;
     Mlp mlp;
     Norm norm;
     Rotary rotary;
     Affine affine;
 
     constexpr int params_dim() const { return affine.scale == Scale::unit ? token_dim : 2 * token_dim; }
+    // Branches of a layer that a condition modulates, each by a scale, a shift and a gate of `channels` values.
+    constexpr int branches() const { return adaptive ? (transition_dim ? 2 : 1) : 0; }
+    constexpr int cond_dim() const { return channels * (1 + 3 * branches() * layers); }
     constexpr int qkv_dim() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 

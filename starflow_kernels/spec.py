@@ -99,6 +99,13 @@ class BlockSpec:
         qk_norm: whether queries and keys have an RMSNorm.
         post_norm: whether the outputs of attention and MLP have an RMSNorm.
         final_norm: whether there is an RMSNorm before the output projection.
+        qk_layer_norm: whether queries and keys, each of all heads together, have a LayerNorm, as in Prose
+            (arXiv 2508.18175).
+        adaptive: whether the condition modulates every layer, as in Prose: h + gate * layer(LayerNorm(h) * scale +
+            shift). The condition then has `cond_dim` channels: first those that are added to the hidden states, then
+            scale, shift and gate of each branch of each layer. Without a prefix alone.
+        transition_dim: hidden width of a second branch after each layer of an adaptive block, an MLP gated by SiLU
+            without biases; 0 for none.
     """
 
     token_dim: int
@@ -120,6 +127,9 @@ class BlockSpec:
     qk_norm: bool = False
     post_norm: bool = False
     final_norm: bool = False
+    qk_layer_norm: bool = False
+    adaptive: bool = False
+    transition_dim: int = 0
     # Set per instance. ClassVar keeps them out of the dataclass fields.
     _json: ClassVar[str]
     _weight_shapes: ClassVar[dict[str, tuple[int, ...]]]
@@ -140,6 +150,12 @@ class BlockSpec:
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if self.rotary != "none" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even head size")
+        if self.qk_norm and self.qk_layer_norm:
+            raise ValueError("qk_norm, qk_layer_norm: queries and keys have one norm")
+        if self.adaptive and self.text_dim:
+            raise ValueError(f"text_dim={self.text_dim}: an adaptive block takes no text")
+        if self.transition_dim < 0 or (self.transition_dim and not self.adaptive):
+            raise ValueError(f"transition_dim={self.transition_dim}: expected 0, or a width in an adaptive block")
         # Computed here because torch.compile traces neither cached_property nor json.
         object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self)))
         object.__setattr__(self, "_weight_shapes", self._shapes())
@@ -150,6 +166,16 @@ class BlockSpec:
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight by name, in the order of the block ops."""
         return self._weight_shapes
+
+    @property
+    def branches(self) -> int:
+        """Branches per layer that the condition modulates."""
+        return 0 if not self.adaptive else 2 if self.transition_dim else 1
+
+    @property
+    def cond_dim(self) -> int:
+        """Channels of a condition."""
+        return self.channels * (1 + 3 * self.branches * self.layers)
 
     @property
     def own_order(self) -> BlockSpec:
@@ -184,6 +210,10 @@ class BlockSpec:
             linear(f"{layer}.qkv", (self.heads + 2 * self.kv_heads) * self.head_dim, C, self.bias)
             if self.qk_norm:
                 shapes[f"{layer}.q_norm.weight"] = shapes[f"{layer}.k_norm.weight"] = (self.head_dim,)
+            if self.qk_layer_norm:
+                for part, heads in (("q", self.heads), ("k", self.kv_heads)):
+                    for kind in ("weight", "bias"):
+                        shapes[f"{layer}.{part}_norm.{kind}"] = (heads * self.head_dim,)
             linear(f"{layer}.proj", C, self.heads * self.head_dim, self.bias)
             if self.post_norm:
                 shapes[f"{layer}.attn_post_norm.weight"] = (C,)
@@ -194,6 +224,10 @@ class BlockSpec:
             linear(f"{layer}.down", C, self.mlp_dim, self.bias)
             if self.post_norm:
                 shapes[f"{layer}.mlp_post_norm.weight"] = (C,)
+            if self.transition_dim:
+                linear(f"{layer}.transition.gate", self.transition_dim, C, False)
+                linear(f"{layer}.transition.up", self.transition_dim, C, False)
+                linear(f"{layer}.transition.down", C, self.transition_dim, False)
         if self.final_norm:
             shapes["final_norm.weight"] = (C,)
         linear("proj_out", self.affine.params_dim(D), C)

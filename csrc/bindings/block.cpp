@@ -36,7 +36,8 @@ BlockCall call_of(const Model& model, const Tensor& tokens, const Optional& cond
     STD_TORCH_CHECK(!spec.positions || call.T <= spec.positions, "native kernels: more tokens than positions");
     int64_t rows = call.copies * call.B, angles = (call.L + call.T) * (spec.head_dim / 2);
     call.cond_slots = cond && cond->dim() == 3 ? call.T : 1;
-    call.cond = data(cond, rows * call.cond_slots * spec.channels);
+    call.cond = data(cond, rows * call.cond_slots * spec.cond_dim());
+    STD_TORCH_CHECK(!spec.adaptive || cond, "native kernels: an adaptive block needs a condition");
     call.prefix = data(prefix, rows * call.L * spec.text_dim);
     call.cos = data(cos, angles);
     call.sin = data(sin, angles);

@@ -116,6 +116,8 @@ INLINE Vec gelu(Vec x) {
 }
 
 // Returns GELU in the tanh approximation, with argument sqrt(2 / pi) (x + 0.044715 x^3).
+INLINE Vec silu(Vec x) { return x / (splat(1.0f) + exp(-x)); }
+
 INLINE Vec gelu_tanh(Vec x) {
     Vec inner = splat(0.797884561f) * fma(x * x * x, splat(0.044715f), x);
     return splat(0.5f) * x * (splat(1.0f) + tanh(inner));

@@ -20,9 +20,15 @@ struct NormWeights {
     const float *weight, *bias;
 };
 
+// A gated MLP.
+struct Transition {
+    Linear gate, up, down;
+};
+
 struct Layer {
-    NormWeights attn_norm, mlp_norm;
+    NormWeights attn_norm, mlp_norm, q_layer_norm, k_layer_norm;
     Linear qkv, proj, gate, up, down;
+    Transition transition;
     const float *q_norm, *k_norm, *attn_post_norm, *mlp_post_norm;
 };
 
@@ -72,7 +78,7 @@ struct BlockCall {
     float* state;         // sampling: (B, T, D), noise that becomes data
     float* log_sigma;     // sampling: (B, T, D) log scales of the tokens that are computed
     float* params;        // density: (B, T, P) raw parameters
-    const float* cond;    // (copies B, cond_slots, C) or null
+    const float* cond;    // (copies B, cond_slots, cond_dim) or null
     const float* prefix;  // (copies B, L, text_dim) or null
     const float *cos, *sin;
     const float* guidance;  // (B, T) or null

@@ -38,6 +38,11 @@ Model::Model(const Spec& spec, const float* packed, int64_t floats, const std::v
         layer.attn_norm = norm();
         layer.qkv = linear(spec.qkv_dim(), C);
         if (spec.qk_norm) layer.q_norm = next(spec.head_dim), layer.k_norm = next(spec.head_dim);
+        if (spec.qk_layer_norm) {
+            int queries = spec.heads * spec.head_dim, keys = spec.kv_heads * spec.head_dim;
+            layer.q_layer_norm = {next(queries), next(queries)};
+            layer.k_layer_norm = {next(keys), next(keys)};
+        }
         layer.proj = linear(C, spec.heads * spec.head_dim);
         if (spec.post_norm) layer.attn_post_norm = next(C);
         layer.mlp_norm = norm();
@@ -45,6 +50,10 @@ Model::Model(const Spec& spec, const float* packed, int64_t floats, const std::v
         layer.up = linear(spec.mlp_dim, C);
         layer.down = linear(C, spec.mlp_dim);
         if (spec.post_norm) layer.mlp_post_norm = next(C);
+        if (spec.transition_dim) {
+            Linear gate = linear(spec.transition_dim, C), up = linear(spec.transition_dim, C);
+            layer.transition = {gate, up, linear(C, spec.transition_dim)};
+        }
     }
     if (spec.final_norm) block.final_norm = next(C);
     block.proj_out = linear(spec.params_dim(), C);

@@ -48,6 +48,20 @@ struct Pass {
         multiply(linear, x, padded(linear.in), values(), done);
     }
 
+    // Computes activation(gate x) * up x. Ends the phase.
+    template <class Activation>
+    void multiply_gated(const Linear& gate, const Linear& up, const float* x, int64_t width,
+                        Activation activation) const {
+        multiply(gate, x, [&](int64_t m, int64_t c, Vec v) __attribute__((always_inline)) {
+            store(ws.hidden + m * width + c, activation(v));
+        });
+        multiply(up, x, [&](int64_t m, int64_t c, Vec v) __attribute__((always_inline)) {
+            float* at = ws.hidden + m * width + c;
+            store(at, load(at) * v);
+        });
+        team.wait();
+    }
+
     void embed_prefix() const {
         int64_t C = padded(spec.channels), width = spec.text_dim;
         for (int64_t r = 0; r < rows(); ++r) {
@@ -67,7 +81,7 @@ struct Pass {
     }
 
     const float* cond(int64_t r, int64_t s) const {
-        return call.cond + (global_row(r) * call.cond_slots + (call.cond_slots > 1 ? s : 0)) * spec.channels;
+        return call.cond + (global_row(r) * call.cond_slots + (call.cond_slots > 1 ? s : 0)) * spec.cond_dim();
     }
 
     void embed_tokens() const {
@@ -79,6 +93,52 @@ struct Pass {
             if (call.cond) v = v + load(cond(m / n, slot + m % n) + c, spec.channels - int(c));
             store(ws.h + m * C + c, v);
         });
+    }
+
+    // Returns scale, shift and gate, C values each, by which a condition modulates a branch. All layers have the same
+    // number of branches.
+    const float* modulation(int64_t m, int branch) const {
+        return cond(m / n, slot + m % n) + (1 + 3 * branch) * spec.channels;
+    }
+
+    void adapt(int64_t m, int branch, float* to) const {
+        const float* scale = modulation(m, branch);
+        layer_norm(ws.h + m * padded(spec.channels), scale, scale + spec.channels, spec.channels, to);
+    }
+
+    // Keeps the states, and replaces them by their modulated norm. Ends the phase.
+    void enter(int branch) const {
+        int64_t C = padded(spec.channels);
+        for (int64_t m = team.begin(values()); m < team.end(values()); ++m) {
+            memcpy(ws.outer + m * C, ws.h + m * C, C * sizeof(float));
+            adapt(m, branch, ws.h + m * C);
+        }
+        team.wait();
+    }
+
+    // Computes h = the states that `enter` kept + gate h. Ends the phase.
+    void leave(int branch) const {
+        int64_t C = padded(spec.channels);
+        for (int64_t m = team.begin(values()); m < team.end(values()); ++m) {
+            const float* gate = modulation(m, branch) + 2 * spec.channels;
+            for (int c = 0; c < spec.channels; c += LANES) {
+                Vec gated = load(gate + c, spec.channels - c) * load(ws.h + m * C + c);
+                store(ws.h + m * C + c, load(ws.outer + m * C + c) + gated);
+            }
+        }
+        team.wait();
+    }
+
+    void transition(const Transition& weights, int branch) const {
+        int64_t C = padded(spec.channels), width = padded(spec.transition_dim);
+        for (int64_t m = 0; m < values(); ++m) adapt(m, branch, ws.normed + m * C);
+        multiply_gated(weights.gate, weights.up, ws.normed, width, [](Vec v) { return silu(v); });
+        multiply(weights.down, ws.hidden, [&](int64_t m, int64_t c, Vec v) {
+            const float* gate = modulation(m, branch) + 2 * spec.channels;
+            float* at = ws.h + m * C + c;
+            store(at, load(at) + load(gate + c, spec.channels - int(c)) * v);
+        });
+        team.wait();
     }
 
     const float* normalized(const NormWeights& weights) const {
@@ -182,20 +242,25 @@ struct Pass {
         team.wait();
     }
 
+    void norm_queries_and_keys(const Layer& layer) const {
+        int queries = spec.heads * spec.head_dim, keys = spec.kv_heads * spec.head_dim;
+        for (int64_t m = team.begin(values()); m < team.end(values()); ++m) {
+            float *q = ws.qkv + m * padded(spec.qkv_dim()), *k = q + queries;
+            layer_norm(q, layer.q_layer_norm.weight, layer.q_layer_norm.bias, queries, q);
+            layer_norm(k, layer.k_layer_norm.weight, layer.k_layer_norm.bias, keys, k);
+        }
+        team.wait();
+    }
+
     void feed_forward(const Layer& layer) const {
         const float* x = normalized(layer.mlp_norm);
         int64_t width = padded(spec.mlp_dim);
         if (spec.mlp == Mlp::gelu) {
             multiply(layer.up, x, [&](int64_t m, int64_t c, Vec v) { store(ws.hidden + m * width + c, gelu(v)); });
+            team.wait();
         } else {
-            multiply(layer.gate, x,
-                     [&](int64_t m, int64_t c, Vec v) { store(ws.hidden + m * width + c, gelu_tanh(v)); });
-            multiply(layer.up, x, [&](int64_t m, int64_t c, Vec v) {
-                float* at = ws.hidden + m * width + c;
-                store(at, load(at) * v);
-            });
+            multiply_gated(layer.gate, layer.up, x, width, [](Vec v) { return gelu_tanh(v); });
         }
-        team.wait();
         add_branch(layer.down, ws.hidden, layer.mlp_post_norm);
     }
 
@@ -207,13 +272,18 @@ struct Pass {
         team.wait();
         for (int i = 0; i < spec.layers; ++i) {
             const Layer& layer = call.block->layers[i];
+            int branch = i * spec.branches();
+            if (spec.adaptive) enter(branch);
             const float* x = normalized(layer.attn_norm);
             int64_t width = padded(spec.qkv_dim());
             multiply(layer.qkv, x, [&](int64_t m, int64_t c, Vec v) { store(ws.qkv + m * width + c, v); });
             team.wait();
+            if (spec.qk_layer_norm) norm_queries_and_keys(layer);
             n == 1 ? attend_token(layer, i) : attend_tokens(layer, i);
             add_branch(layer.proj, ws.attended, layer.attn_post_norm);
             feed_forward(layer);
+            if (spec.adaptive) leave(branch);
+            if (spec.transition_dim) transition(layer.transition, branch + 1);
         }
     }
 

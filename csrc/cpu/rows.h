@@ -12,7 +12,7 @@ constexpr float LAYER_NORM_EPS = 1e-5f, RMS_NORM_EPS = 1e-6f;
 
 INLINE float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 
-// Applies LayerNorm. weight and bias are padded to whole vectors with zeros; lanes of y past n become zero.
+// Applies LayerNorm; y may be x.
 inline void layer_norm(const float* x, const float* weight, const float* bias, int n, float* y) {
     Vec total = splat(0.0f);
     for (int i = 0; i < n; i += LANES) total = total + load(x + i, n - i);
@@ -26,7 +26,7 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, i
     Vec scale = splat(inverse_root(sum(square) / float(n) + LAYER_NORM_EPS));
     for (int i = 0; i < n; i += LANES) {
         Vec normal = (load(x + i, n - i) - mean) * scale;
-        store(y + i, fma(normal, load(weight + i), load(bias + i)), n - i);
+        store(y + i, fma(normal, load(weight + i, n - i), load(bias + i, n - i)), n - i);
     }
 }
 

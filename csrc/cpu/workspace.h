@@ -18,7 +18,7 @@ inline int64_t cache_floats(const Spec& spec, int64_t tokens) {
 }
 
 struct Workspace {
-    float *h, *qkv, *attended, *hidden, *branch, *params;                               // shared by the team
+    float *h, *qkv, *attended, *hidden, *branch, *outer, *params;                       // shared by the team
     float *normed, *tokens, *fresh, *spread, *outputs, *scratch, *scores, *sums, *end;  // own memory of a thread
 
     // passed: tokens per pass, over all rows of a team. cached: slots of the KV cache.
@@ -32,8 +32,9 @@ struct Workspace {
         h = take(shared, spec.channels, passed);
         qkv = take(shared, spec.qkv_dim(), passed);
         attended = take(shared, int64_t(spec.heads) * spec.head_dim, passed);
-        hidden = take(shared, spec.mlp_dim, passed);
+        hidden = take(shared, spec.mlp_dim > spec.transition_dim ? spec.mlp_dim : spec.transition_dim, passed);
         branch = take(shared, spec.channels, passed);
+        outer = take(shared, spec.adaptive ? spec.channels : 0, passed);
         params = take(shared, spec.params_dim(), passed);
         own += shared - start;
         normed = take(own, spec.channels, passed);

@@ -61,7 +61,7 @@ def certificate(
         params = block.params(tokens.repeat(2, 1, 1), *context, rotary)
         weight = guidance.weights(tokens.shape[1], spec.start, tokens.device)
         weight = weight.flip(0) if spec.flip else weight
-        mu, sigma = gaussian(params, weight, spec.affine.scale, spec.affine.soft_clip, guidance.rule)
+        mu, sigma, _ = gaussian(params, weight, spec.affine.scale, spec.affine.soft_clip, guidance.rule)
         tokens = ((tokens - mu) / sigma).to(tokens.dtype)
     error = (flow.images(tokens, grid) - z).abs()
     if not error.numel():

@@ -66,7 +66,9 @@ def check_block(
         raise ValueError(f"x or z: {T} tokens, but the learned position table has {spec.positions}")
     if cond is not None:
         per_token = isinstance(cond, torch.Tensor) and cond.ndim == 3
-        check_tensor("cond", cond, (rows, T, spec.channels) if per_token else (rows, spec.channels), like=x)
+        check_tensor("cond", cond, (rows, T, spec.cond_dim) if per_token else (rows, spec.cond_dim), like=x)
+    elif spec.adaptive:
+        raise ValueError("cond: an adaptive block needs a condition")
     if (prefix is not None) and not spec.text_dim:
         raise ValueError("prefix: given, but the block has text_dim=0")
     if prefix is not None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..spec import BlockSpec, GuidanceRule, choice_index
-from .packing import spec_fields
+from .packing import refuse_spec, spec_fields
 from .progress import report
 from .quantize import fake_quantize
 
@@ -161,6 +161,8 @@ def refuse_block(z, weights, prefix, guidance, spec_json: str, device: Device) -
         return "weights are of different dtypes"
     if prefix is not None:
         return "it takes no prefix"
+    if reason := refuse_spec(BlockSpec.from_json(spec_json)):
+        return reason
     B, T, _ = z.shape
     fields = tuple(spec_fields(BlockSpec.from_json(spec_json), dtype))
     return does_not_fit(plan(fields, T, 1 if guidance is None else 2, B, *device), device.limit)

@@ -168,5 +168,9 @@ def arrange(
         rows = table.expand(B, -1, -1) if index is None else table[index]
         rows = rows[:, :slots].repeat(branches, 1, 1)
         weights = list(named.values())
-        cond = rows if cond is None else rows + (cond if cond.ndim == 3 else cond[:, None])
+        if cond is not None:
+            # Modulations, which follow the channels that are added, do not depend on the position.
+            rows = torch.nn.functional.pad(rows, (0, cond.shape[-1] - rows.shape[-1]))
+            cond = cond if cond.ndim == 3 else cond[:, None]
+        cond = rows if cond is None else rows + cond
     return Layout(spec.own_order, weights, cond, T, slots, index, inside)

@@ -78,6 +78,8 @@ def embed(
         h = h + position
     if cond is None:
         return h
+    # The further channels of an adaptive block's condition are modulations.
+    cond = cond[..., : h.shape[-1]]
     return h + (cond if cond.ndim == 3 else cond.unsqueeze(1)).to(h.dtype)
 
 
@@ -100,6 +102,7 @@ def layers(
     h: torch.Tensor,
     w: Weights,
     spec: BlockSpec,
+    cond: torch.Tensor | None,
     attention: Callable,
     linear: Callable = F.linear,
     dropout: float = 0.0,
@@ -111,19 +114,26 @@ def layers(
         h: hidden states.
         w: weights by name.
         spec: the block.
+        cond: condition (B, cond_dim) or (B, n, cond_dim), whose modulations an adaptive block uses.
         attention: maps (layer, q, k, v), each (B, n, heads, head_dim), to (B, n, heads, head_dim), causally.
         linear: linear layer (x, weight, bias).
         dropout: probability of zeroing an element of the residual branches.
         fused: operations between the matrix products.
     """
     groups, residual = [spec.heads, spec.kv_heads, spec.kv_heads], None
+    modulations = adaptive_branches(cond, h, spec)
     for i in range(spec.layers):
-        layer = f"layers.{i}"
+        layer, outer = f"layers.{i}", h
+        if spec.adaptive:
+            outer = h if residual is None else h + residual
+            h, residual = modulate(outer, modulations[i, 0]), None
         h, normed = fused.add_norm(h, residual, w, f"{layer}.attn_norm", spec)
         qkv = project(normed, w, f"{layer}.qkv", linear)
         q, k, v = qkv.unflatten(-1, (sum(groups), spec.head_dim)).split(groups, dim=-2)
         if spec.qk_norm:
             q, k = rms_norm(q, w[f"{layer}.q_norm.weight"]), rms_norm(k, w[f"{layer}.k_norm.weight"])
+        if spec.qk_layer_norm:
+            q, k = all_heads_norm(q, w, f"{layer}.q_norm"), all_heads_norm(k, w, f"{layer}.k_norm")
         residual = project(attention(i, q, k, v).flatten(-2), w, f"{layer}.proj", linear)
         residual = rms_norm(residual, w[f"{layer}.attn_post_norm.weight"]) if spec.post_norm else residual
         residual = F.dropout(residual, dropout) if dropout else residual
@@ -131,7 +141,34 @@ def layers(
         residual = mlp(normed, w, layer, spec, linear, fused.up_gelu)
         residual = rms_norm(residual, w[f"{layer}.mlp_post_norm.weight"]) if spec.post_norm else residual
         residual = F.dropout(residual, dropout) if dropout else residual
+        if spec.adaptive:
+            h, residual = outer, modulations[i, 0, 2] * (h + residual)
+        if spec.transition_dim:
+            h = h + residual
+            x = modulate(h, modulations[i, 1])
+            hidden = F.silu(project(x, w, f"{layer}.transition.gate", linear))
+            hidden = hidden * project(x, w, f"{layer}.transition.up", linear)
+            residual = modulations[i, 1, 2] * project(hidden, w, f"{layer}.transition.down", linear)
     return h + residual
+
+
+def adaptive_branches(cond: torch.Tensor | None, h: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
+    """Return scale, shift and gate of each branch (layers, branches, 3, B, n or 1, C); empty without branches."""
+    if cond is None or not spec.adaptive:
+        return h.new_empty(0)
+    cond = (cond if cond.ndim == 3 else cond.unsqueeze(1))[..., spec.channels :].to(h.dtype)
+    return cond.unflatten(-1, (spec.layers, spec.branches, 3, spec.channels)).permute(2, 3, 4, 0, 1, 5)
+
+
+def modulate(h: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+    """Return the LayerNorm of h (B, n, C) times the scale, plus the shift."""
+    scale, shift, _ = modulation
+    return layer_norm(h, torch.ones_like(h[0, 0]), torch.zeros_like(h[0, 0])) * scale + shift
+
+
+def all_heads_norm(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
+    """Apply a LayerNorm to all heads of x (B, n, heads, head_dim) together."""
+    return layer_norm(x.flatten(-2), w[f"{name}.weight"], w[f"{name}.bias"]).view_as(x)
 
 
 def raw_params(h: torch.Tensor, w: Weights, spec: BlockSpec) -> torch.Tensor:
@@ -168,7 +205,7 @@ def hidden_states(
     def attend(i, q, k, v):
         return attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0]
 
-    return layers(h, w, spec, attend, linear, dropout, fused)[:, h.shape[1] - x.shape[1] :]
+    return layers(h, w, spec, cond, attend, linear, dropout, fused)[:, h.shape[1] - x.shape[1] :]
 
 
 def compose(
@@ -217,16 +254,16 @@ class CachedNetwork:
         self.query_scale[self.B :] /= temperature
         self.positions = position_table(self.w, self.spec)
         if prefix is not None:
-            self._step(embed_text(prefix, self.w), 0)
+            self._step(embed_text(prefix, self.w), 0, None)
 
-    def _step(self, h: torch.Tensor, start: int) -> torch.Tensor:
+    def _step(self, h: torch.Tensor, start: int, cond: torch.Tensor | None) -> torch.Tensor:
         lengths = torch.full((self.rows,), start, dtype=torch.int32, device=h.device)
 
         def attention(i, q, k, v):
             cache = self.k_cache[i], self.v_cache[i], lengths, self.cos, self.sin
             return cached_attention(q * self.query_scale, k, v, *cache, self.spec.rotary, 0, 1.0)
 
-        return layers(h, self.w, self.spec, attention)
+        return layers(h, self.w, self.spec, cond, attention)
 
     def params(self, x: torch.Tensor, first: int, count: int = 1) -> torch.Tensor:
         """Return the raw parameters (branches B, count, P) of the tokens from `first` on, in the block's own order.
@@ -251,4 +288,4 @@ class CachedNetwork:
         per_token = self.cond is not None and self.cond.ndim == 3
         cond = self.cond[:, slot : slot + count] if per_token else self.cond
         h = embed(tokens.repeat(self.branches, 1, 1), self.w, cond, position)
-        return self._step(h, self.L + slot)
+        return self._step(h, self.L + slot, cond)

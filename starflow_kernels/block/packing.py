@@ -13,14 +13,22 @@ from ..spec import BlockSpec, Mlp, Norm, Rotary, Scale, choice_index
 def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
     """Return the spec as numbers in the order of csrc/read_spec.h."""
     sizes = (spec.token_dim, spec.channels, spec.layers, spec.heads, spec.head_dim, spec.kv_heads, spec.mlp_dim)
-    flags = (spec.start, spec.flip, spec.bias, spec.qk_norm, spec.post_norm, spec.final_norm, dtype == torch.bfloat16)
+    optional = (spec.positions, spec.text_dim, spec.transition_dim)
+    flags = (spec.start, spec.flip, spec.bias, spec.qk_norm, spec.qk_layer_norm, spec.post_norm, spec.final_norm)
     choices = (
         choice_index(spec.mlp, Mlp),
         choice_index(spec.norm, Norm),
         choice_index(spec.rotary, Rotary),
         choice_index(spec.affine.scale, Scale),
     )
-    return [*sizes, spec.positions, spec.text_dim, *map(int, flags), *choices]
+    return [*sizes, *optional, *map(int, flags), int(spec.adaptive), int(dtype == torch.bfloat16), *choices]
+
+
+def refuse_spec(spec: BlockSpec) -> str | None:
+    """Return why the GPU kernels cannot run a block, or None."""
+    if spec.adaptive or spec.qk_layer_norm:
+        return "it takes no adaptive block, and no LayerNorm of queries and keys"
+    return None
 
 
 class WeightCache:

@@ -349,6 +349,8 @@ def test_what_it_does_not_take_is_refused_with_the_reason(emulated):
     assert "weights are torch.float16" in reason(dtype=torch.float16)
     assert "it takes no prefix" in reason(prefix=torch.zeros(2, 1, 3))
     mixed = [t.bfloat16() if i else t for i, t in enumerate(w.values())]
+    adaptive = dataclasses.replace(spec, adaptive=True).to_json()
+    assert "it takes no adaptive block" in cuda.refuse_block(z, list(w.values()), None, None, adaptive, HOPPER)
     assert "different dtypes" in cuda.refuse_block(z, mixed, None, None, spec.to_json(), HOPPER)
 
 

@@ -264,6 +264,14 @@ def test_one_graph():
     torch.testing.assert_close(compiled(both)(x, LENGTHS), both(x, LENGTHS))
 
 
+def test_an_adaptive_block_needs_a_condition_of_its_width():
+    x, w, spec, context = block(BLOCKS["adaptive"], B=B)
+    with pytest.raises(ValueError, match="cond: an adaptive block needs a condition"):
+        block_forward(x, w, spec)
+    with pytest.raises(ValueError, match=r"cond: expected shape \(3, 104\), got \(3, 8\)"):
+        block_forward(x, w, spec, cond=context["cond"][:, :8])
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

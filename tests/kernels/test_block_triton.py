@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from support.backends import require_interpreter
-from support.blocks import BLOCKS, block
+from support.blocks import BLOCKS, GPU_BLOCKS, block
 from support.contract import assert_within_contract
 
-from starflow_kernels import block_inverse
+from starflow_kernels import Solver, block_inverse
 
 require_interpreter()
 F32, F64 = torch.float32, torch.float64
@@ -31,7 +31,7 @@ def assert_inverse(case, guided=False, rule="tarflow", quantize="none", **sizes)
     assert_within_contract(found, plain, block_inverse(z, w, spec, **context, **options, backend="reference").x)
 
 
-@pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
+@pytest.mark.parametrize("case", GPU_BLOCKS.values(), ids=GPU_BLOCKS.keys())
 def test_every_block_at_odd_sizes(case):
     heads = {} if "kv_heads" in case[0] else {"heads": 1, "kv_heads": 1}
     assert_inverse(case, dtype=F32, B=3, tokens=2, **heads, token_dim=7, channels=35, mlp_dim=37)
@@ -166,6 +166,13 @@ def test_refuses_with_the_reason(changes, why):
     z, w, spec, context = block(BLOCKS["starflow"], **{"dtype": F32, **changes})
     with pytest.raises(ValueError, match=f"backend='triton' cannot run block_inverse: .*{why}"):
         block_inverse(z, w, spec, **context, backend="triton")
+
+
+@pytest.mark.parametrize("solver", [Solver(), Solver("jacobi")])
+def test_refuses_an_adaptive_block(solver):
+    z, w, spec, context = block(BLOCKS["adaptive"], dtype=F32)
+    with pytest.raises(ValueError, match="it takes no adaptive block, and no LayerNorm of queries and keys"):
+        block_inverse(z, w, spec, **context, solver=solver, backend="triton")
 
 
 def test_dependent_launch_is_opt_in_and_needs_sm_90(monkeypatch):

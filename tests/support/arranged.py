@@ -64,20 +64,22 @@ def expected_inverse(z, w, spec, context, order, lengths, guidance, rule, data=N
 B = 3
 
 
-def drawn_call(seed: int, dtype=torch.float64):
-    """Return x, weights, spec, context and further arguments of a random call.
+def drawn_call(seed: int, dtype=torch.float64, blocks=BLOCKS):
+    """Return x, weights, spec, context and further arguments of a random call of one of the blocks.
 
     The latter are `order` and `lengths`, and those of the inverse alone: `guidance`, `rule`, `data` and `known`.
     """
     choose = random.Random(seed)
     torch.manual_seed(seed)
-    overrides, _, L = BLOCKS[choose.choice(list(BLOCKS))]
+    overrides, _, L = blocks[choose.choice(list(blocks))]
+    adaptive = overrides.get("adaptive", False)
     order = choose.choice([None, torch.randperm(T), torch.stack([torch.randperm(T) for _ in range(B)])])
     lengths = choose.choice([None, torch.randint(0, T + 1, (B,)), torch.full((B,), T)])
     copies = choose.choice([1, 2])
     changes = {"flip": False} if order is not None else {}
-    x, w, spec, context = block((overrides, False, L), B=B, copies=copies, dtype=dtype, **changes)
-    shape = choose.choice([None, (copies * B, spec.channels), (copies * B, T, spec.channels)])
+    x, w, spec, context = block((overrides, adaptive, L), B=B, copies=copies, dtype=dtype, **changes)
+    shapes = [(copies * B, spec.cond_dim), (copies * B, T, spec.cond_dim)]
+    shape = choose.choice(shapes if adaptive else [None, *shapes])
     if shape:
         context["cond"] = torch.randn(shape, dtype=torch.float64).to(dtype)
     guidance = 2 * torch.rand(B, T, dtype=torch.float64) if copies == 2 else None

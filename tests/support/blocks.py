@@ -36,8 +36,12 @@ BLOCKS = {
     "starflow-all-norms": ({**STARFLOW, "qk_norm": True, "post_norm": True, "norm": "rms_norm"}, False, 0),
     "starflow-unit": ({**STARFLOW, "affine": AffineSpec("unit", 4.0), "qk_norm": True}, False, 0),
     "no-norm-no-position": ({"norm": "none", "bias": False, "final_norm": True}, True, 0),
+    "adaptive": ({**TARFLOW, "qk_layer_norm": True, "adaptive": True, "transition_dim": 10, "flip": True}, True, 0),
+    "adaptive-one-branch": ({**STARFLOW, "qk_layer_norm": True, "kv_heads": 1, "adaptive": True}, True, 0),
     "three-layers-swiglu": ({**STARFLOW, "layers": 3, "mlp": "swiglu", "kv_heads": 1, "bias": False}, False, 0),
 }
+# Blocks that the kernels on a GPU take.
+GPU_BLOCKS = {name: case for name, case in BLOCKS.items() if "adaptive" not in case[0]}
 every_block = pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
 
 
@@ -57,7 +61,7 @@ def block(case, B=2, tokens=T, copies=1, dtype=F64, **changes):
             weights[name] += 1
     context = {}
     if conditional:
-        context["cond"] = torch.randn(copies * B, spec.channels, dtype=F64).to(dtype)
+        context["cond"] = torch.randn(copies * B, spec.cond_dim, dtype=F64).to(dtype)
     if L:
         context["prefix"] = torch.randn(copies * B, L, spec.text_dim, dtype=F64).to(dtype)
     if spec.rotary != "none":

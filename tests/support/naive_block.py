@@ -41,22 +41,41 @@ def naive_network(x, w, spec, cond=None, prefix=None, cos=None, sin=None, temper
     if spec.positions:
         h = h + (w["pos_embed"].flip(0) if spec.flip else w["pos_embed"])
     if cond is not None:
-        h = h + (cond if cond.ndim == 3 else cond[:, None])
+        cond = cond if cond.ndim == 3 else cond[:, None]
+        h = h + cond[..., : spec.channels]
     if prefix is not None:
         h = torch.cat([linear(prefix, "proj_text"), h], 1)
     d, q_end, k_end = spec.head_dim, spec.heads * spec.head_dim, (spec.heads + spec.kv_heads) * spec.head_dim
     visible = naive_visible(range(h.shape[1]), h.shape[1], None)
+    # Scale, shift and gate of the adaptive branches, in the order in which they run.
+    modulations = iter(() if cond is None else cond.split(spec.channels, -1)[1:])
     for i in range(spec.layers):
-        layer = f"layers.{i}"
+        layer, outer = f"layers.{i}", h
+        if spec.adaptive:
+            h = F.layer_norm(outer, outer.shape[-1:]) * next(modulations) + next(modulations)
         qkv = linear(norm(h, f"{layer}.attn_norm"), f"{layer}.qkv")
         q, k, v = (t.unflatten(-1, (-1, d)) for t in (qkv[..., :q_end], qkv[..., q_end:k_end], qkv[..., k_end:]))
         if spec.qk_norm:
             q, k = rms(q, f"{layer}.q_norm"), rms(k, f"{layer}.k_norm")
+        if spec.qk_layer_norm:
+            wide = {"q": q.flatten(-2), "k": k.flatten(-2)}
+            q, k = (
+                F.layer_norm(t, t.shape[-1:], w[f"{layer}.{n}_norm.weight"], w[f"{layer}.{n}_norm.bias"])
+                for n, t in wide.items()
+            )
+            q, k = q.unflatten(-1, (-1, d)), k.unflatten(-1, (-1, d))
         q, k = (naive_rotate(t, cos, sin, spec.rotary) for t in (q, k))
         y = linear(naive_attention(q, k, v, visible, temperature).flatten(-2), f"{layer}.proj")
         h = h + F.dropout(rms(y, f"{layer}.attn_post_norm") if spec.post_norm else y, dropout)
         y = mlp(norm(h, f"{layer}.mlp_norm"), layer)
         h = h + F.dropout(rms(y, f"{layer}.mlp_post_norm") if spec.post_norm else y, dropout)
+        if spec.adaptive:
+            h = outer + next(modulations) * h
+        if spec.transition_dim:
+            x = F.layer_norm(h, h.shape[-1:]) * next(modulations) + next(modulations)
+            g = linear(x, f"{layer}.transition.gate")
+            x = linear(g * torch.sigmoid(g) * linear(x, f"{layer}.transition.up"), f"{layer}.transition.down")
+            h = h + next(modulations) * x
     h = h[:, -x.shape[1] :]
     return linear(rms(h, "final_norm") if spec.final_norm else h, "proj_out")
 

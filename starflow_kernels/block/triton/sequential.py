@@ -20,6 +20,7 @@ from ..._triton.rotary import half_tile
 from ..._triton.runtime import refuse_tensors
 from ...spec import BlockSpec
 from ..cache_budget import cache_bytes
+from ..packing import refuse_spec
 from . import head_kernels, step_kernels
 from .sessions import Sessions, Shape, bucket, loaded, sample
 from .weights import Model, models
@@ -328,7 +329,7 @@ def refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json, *others) -> 
     spec = BlockSpec.from_json(spec_json)
     if z.dtype != torch.float32:
         return f"tokens are {z.dtype}, it takes float32"
-    if reason := refuse_tensors(*weights):
+    if reason := refuse_spec(spec) or refuse_tensors(*weights):
         return reason
     widest = WIDEST_TOKEN[weights[0].element_size()]
     if spec.token_dim > widest or spec.head_dim > WIDEST_HEAD:
