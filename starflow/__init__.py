@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from .models.config import FlowConfig
     from .models.flow import Flow
     from .models.guidance import Guidance
-    from .models.results import FlowInverse, FlowOutput
+    from .models.results import FlowInverse, FlowOutput, FlowSample
+    from .models.token_config import TokenFlowConfig
+    from .models.token_flow import TokenFlow
     from .opening import open_model
     from .pipelines import FlowModel, FlowPipeline, STARFlowPipeline, TarFlowPipeline
     from .sampling.sample import SampleOptions, SampleReport
@@ -28,6 +30,7 @@ __all__ = [
     "FlowModel",
     "FlowOutput",
     "FlowPipeline",
+    "FlowSample",
     "Guidance",
     "InverseError",
     "Inversion",
@@ -36,6 +39,8 @@ __all__ = [
     "SampleReport",
     "StarflowError",
     "TarFlowPipeline",
+    "TokenFlow",
+    "TokenFlowConfig",
     "__version__",
     "open_model",
     "save_grid",
@@ -50,7 +55,9 @@ MODULES = {
     ".models.config": ("FlowConfig",),
     ".models.flow": ("Flow",),
     ".models.guidance": ("Guidance",),
-    ".models.results": ("FlowInverse", "FlowOutput"),
+    ".models.results": ("FlowInverse", "FlowOutput", "FlowSample"),
+    ".models.token_config": ("TokenFlowConfig",),
+    ".models.token_flow": ("TokenFlow",),
     ".opening": ("open_model",),
     ".pipelines": ("FlowModel", "FlowPipeline", "STARFlowPipeline", "TarFlowPipeline"),
     ".sampling.sample": ("SampleOptions", "SampleReport"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -24,16 +25,19 @@ class LayerWeights(nn.Module):
 
 
 class FlowBlock(nn.Module):
-    """Weights of a flow block, its class embedding, and both directions.
+    """Weights of a flow block, its embedding of a condition, and both directions.
 
     Args:
         spec: the block.
         num_classes: rows of the class embedding, 0 for none.
+        features: features of a condition other than a class, 0 for none.
     """
 
-    def __init__(self, spec: BlockSpec, num_classes: int = 0):
+    def __init__(self, spec: BlockSpec, num_classes: int = 0, features: int = 0):
         super().__init__()
         self.spec = spec
+        # The block with an order of its call in place of its own.
+        self._unflipped = dataclasses.replace(spec, flip=False) if spec.flip else spec
         # Name -> path of the module and name of the parameter; and the paths, each with that of its parent.
         self._slots: dict[str, tuple[str, str]] = {}
         self._paths: dict[str, tuple[str, str]] = {}
@@ -52,6 +56,7 @@ class FlowBlock(nn.Module):
             owner.register_parameter(leaf, nn.Parameter(default.new_empty(shape)))
             self._slots[name] = path, leaf
         self.class_embed = nn.Parameter(default.new_empty(num_classes, spec.channels)) if num_classes else None
+        self.feature_embed = nn.Parameter(default.new_empty(features, spec.channels)) if features else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -73,6 +78,8 @@ class FlowBlock(nn.Module):
                 nn.init.zeros_(weight)
         if self.class_embed is not None:
             nn.init.normal_(self.class_embed, std=1e-2)
+        if self.feature_embed is not None:
+            nn.init.uniform_(self.feature_embed, -(len(self.feature_embed) ** -0.5), len(self.feature_embed) ** -0.5)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the parameters by name, in the order of `spec.weight_shapes`."""
@@ -109,7 +116,8 @@ class FlowBlock(nn.Module):
             rotary: see `context`.
             options: further arguments of `starflow_kernels.block_forward`.
         """
-        return block_forward(x, self.weights(), self.spec, **self.context(classes, text, rotary), **options)
+        context = self.context(classes, text, rotary)
+        return block_forward(x, self.weights(), self._ordered(options), **context, **options)
 
     @with_forward_hooks
     def params(
@@ -147,16 +155,22 @@ class FlowBlock(nn.Module):
             rotary: see `context`.
             options: further arguments of `starflow_kernels.block_inverse`.
         """
-        return block_inverse(z, self.weights(), self.spec, **self.context(classes, text, rotary), **options)
+        context = self.context(classes, text, rotary)
+        return block_inverse(z, self.weights(), self._ordered(options), **context, **options)
+
+    def _ordered(self, options: dict[str, Any]) -> BlockSpec:
+        """Return the block, without its own order if the options have one."""
+        return self.spec if options.get("order") is None else self._unflipped
 
     def context(self, classes: torch.Tensor | None, text: torch.Tensor | None, rotary: Rotary) -> dict[str, Any]:
         """Return the arguments of the block ops beside tokens and weights.
 
         Args:
-            classes: (B, num_classes) weights of the class embeddings; a row of a class has a one and zeros.
+            classes: (B, num_classes) weights of the class embeddings; a row of a class has a one and zeros. Or features
+                of another condition, (B, features) or (B, T, features).
             text: (B, L, text_dim) text states in front of the tokens.
             rotary: cosine and sine of the rotary angles, or (None, None).
         """
-        embed = self.class_embed
+        embed = self.class_embed if self.feature_embed is None else self.feature_embed
         cond = None if classes is None or embed is None else classes.to(embed.dtype) @ embed
         return {"cond": cond, "prefix": text, "cos": rotary[0], "sin": rotary[1]}

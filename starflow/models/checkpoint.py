@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -13,7 +14,8 @@ from ..io.files import write_text
 from ..io.tensors import save_tensors
 from ..io.weights import read_weights
 from .calibration import Calibration, save_calibration
-from .config import FlowConfig
+from .config import FlowConfig, StackConfig
+from .token_config import TokenFlowConfig
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -24,10 +26,14 @@ PIPELINE_INDEX = "model_index.json"
 # Folder of the flow inside a pipeline.
 TRANSFORMER = "transformer"
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
+# Entry of the configuration that names the kind of flow, as diffusers does; a flow on images may lack it.
+KIND = "_class_name"
+TOKEN_FLOW = "TokenFlow"
+C = TypeVar("C", bound=StackConfig)
 
 
 def write_checkpoint(
-    folder: str | Path, config: FlowConfig, state: dict[str, torch.Tensor], calibration: Calibration | None
+    folder: str | Path, config: StackConfig, state: dict[str, torch.Tensor], calibration: Calibration | None
 ) -> None:
     """Write a checkpoint folder; each file is written whole or not at all.
 
@@ -39,7 +45,8 @@ def write_checkpoint(
     """
     folder = Path(folder)
     save_tensors(state, folder / WEIGHTS)
-    write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
+    kind = {KIND: TOKEN_FLOW} if isinstance(config, TokenFlowConfig) else {}
+    write_text(folder / CONFIG, json.dumps({**kind, **config.to_dict()}, indent=2) + "\n")
     save_calibration(calibration, folder)
 
 
@@ -55,10 +62,29 @@ def save_notice(notice: str, folder: str | Path) -> None:
         write_text(Path(folder) / NOTICE, notice)
 
 
-def read_config(folder: Path) -> FlowConfig:
-    """Read the configuration of a checkpoint folder. Raises CheckpointError."""
+def is_token_flow(folder: Path) -> bool:
+    """Return whether a checkpoint folder holds a flow on tokens or vectors."""
     try:
-        return FlowConfig.load(folder / CONFIG)
+        return json.loads((folder / CONFIG).read_bytes()).get(KIND) == TOKEN_FLOW
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_config(folder: Path, kind: type[C] = FlowConfig) -> C:  # type: ignore[assignment]
+    """Read the configuration of a checkpoint folder.
+
+    Args:
+        folder: the folder.
+        kind: expected class of the configuration.
+
+    Raises:
+        CheckpointError: there is no such configuration, or it is of another kind of flow.
+    """
+    if is_token_flow(folder) != (kind is TokenFlowConfig):
+        held = "vectors or tokens, a TokenFlow" if kind is FlowConfig else "images, a Flow"
+        raise CheckpointError(f"{folder} holds a flow on {held}: starflow.open_model opens it")
+    try:
+        return kind.load(folder / CONFIG)
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {folder}: {error}") from None
 

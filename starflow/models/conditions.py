@@ -13,7 +13,7 @@ import torch
 from starflow_kernels._core.torch_private import is_intercepted
 
 from ..errors import ConfigError
-from .config import FlowConfig
+from .config import FlowConfig, StackConfig
 from .guidance import Guidance
 
 
@@ -60,6 +60,26 @@ def integers(values: Labels | int) -> torch.Tensor | None:
     return None if refused else torch.from_numpy(array.astype(np.int64))
 
 
+def check_labels(name: str, labels: Labels, classes: int, rows: int, device: torch.device) -> torch.Tensor:
+    """Return classes as int64 on a device, or raise ValueError.
+
+    Args:
+        name: name of the argument, for the message.
+        labels: (rows,) integers from -1, no class, to classes - 1.
+        classes: number of classes.
+        rows: number of samples.
+        device: the device.
+    """
+    found = integers(labels)
+    if found is None or found.shape != (rows,):
+        raise ValueError(f"{name}: expected integers of shape {(rows,)}, got {_describe(labels)}")
+    if rows and not (found.is_meta or is_intercepted()):
+        low, high = found.aminmax()
+        if low < -1 or high >= classes:
+            raise ValueError(f"{name}: expected -1 (no class) .. {classes - 1}, got {found.tolist()}")
+    return found.to(device)
+
+
 def check_conditions(
     config: FlowConfig, labels: Labels | None, text: torch.Tensor | None, like: torch.Tensor
 ) -> torch.Tensor | None:
@@ -72,18 +92,9 @@ def check_conditions(
     for name, value, expected in (("labels", labels, config.num_classes), ("text", text, config.text_dim)):
         if value is not None and not expected:
             raise ValueError(f"{name}: given, but the model has no such condition")
-    classes = None if labels is None else integers(labels)
-    if labels is not None and (classes is None or classes.shape != (rows,)):
-        raise ValueError(f"labels: expected integers of shape {(rows,)}, got {_describe(labels)}")
     if config.text_dim and not _is_tensor(text, states := (rows, config.text_len, config.text_dim)):
         raise ValueError(f"text: expected states {states}, got {_describe(text)}")
-    if classes is None:
-        return None
-    if rows and not (classes.is_meta or is_intercepted()):
-        low, high = classes.aminmax()
-        if low < -1 or high >= config.num_classes:
-            raise ValueError(f"labels: expected -1 (no class) .. {config.num_classes - 1}, got {classes.tolist()}")
-    return classes.to(like.device)
+    return None if labels is None else check_labels("labels", labels, config.num_classes, rows, like.device)
 
 
 def _is_tensor(value: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
@@ -124,7 +135,7 @@ def block_conditions(
     return conditions
 
 
-def class_weights(config: FlowConfig, labels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+def class_weights(config: StackConfig, labels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     """Weights (B, num_classes) of the class embeddings: one for the class, or equal weights for no class.
 
     Args:
@@ -142,7 +153,7 @@ def class_weights(config: FlowConfig, labels: torch.Tensor | None, like: torch.T
     one = labels == torch.arange(classes, dtype=labels.dtype, device=labels.device)
     weights = torch.where(labels < 0, mean, one.to(mean.dtype))
     if is_intercepted():
-        # `check_conditions` could not read the values.
+        # `check_labels` could not read the values.
         weights = weights.masked_fill((labels < -1) | (labels >= classes), math.nan)
     return weights
 

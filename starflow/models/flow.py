@@ -2,86 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from starflow_kernels._core.checks import NonFiniteError
+from starflow_kernels._core.implicit import needs_gradient
 from starflow_kernels._core.torch_private import is_intercepted
-from starflow_kernels.solver import Inverse, Solver
+from starflow_kernels.solver import Solver
 from starflow_kernels.spec import Quantize
 
-from ..devices import check_device, check_dtype
-from ..errors import ConfigError, InverseError
+from ..errors import ConfigError
 from ..settings import check_count
 from .block import FlowBlock
 from .calibration import Calibration, Measurement, read_calibration
-from .checkpoint import load_weights, read_config, read_notice, resolve, save_notice, write_checkpoint
+from .checkpoint import resolve
 from .conditions import BlockCondition, block_conditions, check_conditions
 from .config import FlowConfig
 from .guidance import Guidance
-from .hooks import execution_device, runs_methods, with_forward_hooks
+from .hooks import runs_methods, with_forward_hooks
 from .results import FlowInverse, FlowOutput
+from .stack import BlockArguments, BlockStack
 from .tokens import patchify, rotary_table, unpatchify
 
 # `Flow.sample` and `Flow.calibrate` are implemented in these modules, which use flows.
 if TYPE_CHECKING:
     from ..sampling.sample import Inversion, Samples
 
-PRIOR_RATE = 0.1
-LOG_TWO_PI = math.log(2 * math.pi)
 
-
-class Flow(nn.Module):
+class Flow(BlockStack):
     """Normalizing flow on images (B, C, H, W) scaled to [-1, 1], or on latents of an autoencoder.
 
     Both directions keep the layout of the images. Labels are B integers, -1 for no class: a tensor or array of any
-    integer dtype, or a sequence. Text is (B, L, text_dim) states of a text encoder, zero at the padding. The attribute
-    `calibration` holds the measured speed of the solvers, or None; `notice` holds a license notice of the weights, or
-    nothing. Both are saved with the weights.
+    integer dtype, or a sequence. Text is (B, L, text_dim) states of a text encoder, zero at the padding.
 
     Args:
         config: the configuration.
     """
 
-    # Weights made in inference mode could not be trained, nor read by the backward pass of denoising.
+    CONFIG = FlowConfig
+    config: FlowConfig
+
     @torch.inference_mode(False)
     def __init__(self, config: FlowConfig):
-        super().__init__()
-        self.config = config
-        self.calibration: Calibration | None = None
-        self.notice = ""
         blocks = [
             FlowBlock(config.block_spec(i), config.num_classes if config.conditioned(i) else 0)
             for i in range(len(config.layers))
         ]
-        self.blocks = cast("Sequence[FlowBlock]", nn.ModuleList(blocks))
-        rows, columns = config.grid
-        if config.scale == "unit":
-            variance = next(self.parameters()).new_ones(rows * columns, config.token_dim)
-            self.register_buffer("prior_variance", variance)
-        else:
-            self.prior_variance = None
-
-    @torch.inference_mode(False)
-    def _apply(self, *arguments: Any, **options: Any) -> Flow:
-        """Move or convert the weights."""
-        return super()._apply(*arguments, **options)
-
-    def __repr__(self) -> str:
-        config, parameters = self.config, sum(parameter.numel() for parameter in self.parameters())
-        counts = config.layers[:1] if len(set(config.layers)) == 1 else config.layers
-        layers = f"{', '.join(map(str, counts))} layer{'' if counts == (1,) else 's'}"
-        width = f"width {config.channels}" + (f", last {config.last_channels}" if config.last_channels else "")
-        return (
-            f"{type(self).__name__}({len(config.layers)} blocks of {layers}, "
-            f"{width}, {math.prod(config.grid)} tokens of {config.token_dim} values, {parameters:,} parameters)"
-        )
+        super().__init__(config, blocks)
 
     @classmethod
     def from_pretrained(
@@ -92,40 +64,10 @@ class Flow(nn.Module):
         *,
         mmap: bool = False,
     ) -> Flow:
-        """Read a checkpoint folder, or a bundled checkpoint by its name ("digits"), in eval mode.
-
-        Args:
-            folder: path or name.
-            device: device of the weights.
-            dtype: dtype of the weights; None keeps the one of the file.
-            mmap: map the weight files instead of copying them, which saves memory where device and dtype are those of
-                the files. The files must then stay as they are while the flow is in use.
-
-        Raises:
-            CheckpointError: there is no checkpoint, a file is damaged, or the weights do not fit the configuration.
-            ConfigError: torch cannot use the device, or weights cannot have the dtype.
-        """
-        check_device(device)
-        check_dtype(dtype)
-        folder = resolve(folder)
-        config = read_config(folder)
-        # Weights made in inference mode could not be trained, and would be packed at every call.
-        with torch.inference_mode(False):
-            with torch.device("meta"):
-                flow = cls(config)
-            load_weights(flow, folder, mmap)
-            flow.calibration, flow.notice = read_calibration(folder, config), read_notice(folder)
-            return flow.to(device=device, dtype=dtype).eval()
-
-    def save_pretrained(self, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
-        """Write weights, configuration, calibration and notice into a folder; each file is written whole or not at all.
-
-        Args:
-            folder: the folder.
-            state: weights to write in place of the flow's own.
-        """
-        write_checkpoint(folder, self.config, state or self.state_dict(), self.calibration)
-        save_notice(self.notice, folder)
+        """Read weights, configuration and calibration; see `BlockStack.from_pretrained`."""
+        flow = super().from_pretrained(folder, device, dtype, mmap=mmap)
+        flow.calibration = read_calibration(resolve(folder), flow.config)
+        return flow
 
     def sample(
         self,
@@ -184,11 +126,6 @@ class Flow(nn.Module):
         self.calibration = calibration.add(measurement)
         return measurement
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights, also while accelerate keeps them elsewhere."""
-        return execution_device(self)
-
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Split images (B, C, H, W) into tokens (B, T, D)."""
         self._check_images(images)
@@ -239,14 +176,9 @@ class Flow(nn.Module):
         """
         tokens, grid = self.tokens(x), self.grid(x)
         contexts = self.contexts(check_conditions(self.config, labels, text, x), text, x)
-        logdet = tokens.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-        latents = []
-        for i, block in enumerate(self.blocks):
-            rotary = self.rotary(i, grid, tokens)
-            tokens, block_logdet = block(tokens, *contexts[i][0], rotary, dropout=dropout, backend=backend)
-            logdet = logdet + block_logdet
-            latents.append(tokens)
-        return FlowOutput(self.images(tokens, grid), logdet, latents)
+        arguments = self._arguments(contexts, grid, tokens)
+        logdet, latents = self._to_noise(tokens, arguments, dropout=dropout, backend=backend)
+        return FlowOutput(self.images(latents[-1], grid), logdet, latents)
 
     def log_prob(
         self, x: torch.Tensor, labels: torch.Tensor | None = None, text: torch.Tensor | None = None
@@ -262,9 +194,7 @@ class Flow(nn.Module):
             (B,) log density in nats.
         """
         _, logdet, latents = self(x, labels, text)
-        z = latents[-1]
-        variance = torch.ones_like(z[:1]) if self.prior_variance is None else self.prior_variance.to(z.dtype)
-        return logdet - 0.5 * (z.square() / variance + variance.log() + LOG_TWO_PI).sum(dim=(1, 2))
+        return logdet + self._log_prior(latents[-1]).sum(dim=(1, 2))
 
     def loss(self, output: FlowOutput, latent_penalty: float = 0.0) -> torch.Tensor:
         """Negative log-likelihood per dimension without its constant: mean z^2 / 2 - logdet / dimensions.
@@ -277,13 +207,6 @@ class Flow(nn.Module):
         loss = 0.5 * z.square().mean() - output.logdet.mean() / z.shape[1:].numel()
         return loss + latent_penalty * sum(latent.square().mean() for latent in output.latents[:-1])
 
-    @torch.no_grad()
-    def update_prior(self, z: torch.Tensor) -> None:
-        """Move the prior variance of a volume-preserving flow toward the variance of z (B, T, D), if there are any."""
-        if self.prior_variance is not None and len(z):
-            self.prior_variance.lerp_(z.square().mean(dim=0).to(self.prior_variance.dtype), PRIOR_RATE)
-
-    @torch.no_grad()
     @with_forward_hooks
     def inverse(
         self,
@@ -325,47 +248,42 @@ class Flow(nn.Module):
         """
         tokens, grid = self.tokens(z), self.grid(z)
         labels = check_conditions(self.config, labels, text, z)
-        contexts = self.contexts(labels, text, z, guidance, empty_text)
-        count, each = len(self.blocks), tokens.shape[0] * tokens.shape[1]
-        if isinstance(solvers, Solver):
-            solvers = [solvers] * count
-        elif not isinstance(solvers, Sequence) or not all(isinstance(solver, Solver) for solver in solvers):
-            raise TypeError(f"solvers: expected a Solver, or one per block, got {reprlib.repr(solvers)}")
-        if len(solvers) != count:
-            raise ValueError(f"solvers: {len(solvers)} of them for {count} blocks")
-        solved: list[Inverse] = []
-        for i in reversed(range(count)):
-            block, (context, guided) = self.blocks[i], contexts[i]
-            options = guidance.options(tokens.shape[1], block.spec.start, z.device) if guided else {}
-            if progress:
-                before = (count - 1 - i) * each
-                options["progress"] = lambda done, _, before=before: progress(before + done, count * each)
-            options.update(solver=solvers[i], quantize=quantize, backend=backend)
-            try:
-                result = block.inverse(tokens, *context, self.rotary(i, grid, tokens), **options)
-            except NonFiniteError as error:
-                if i + 1 < count:
-                    self._check_finite(i + 1, tokens)
-                raise InverseError(f"block {i}: {error}") from error
-            tokens = result.x
-            solved.insert(0, result)
-            if progress:
-                progress((count - i) * each, count * each)
-            if after_block:
-                x = after_block(i, self.images(tokens, grid))
-                if not isinstance(x, torch.Tensor):
-                    raise TypeError(f"after_block: expected it to return images, got {type(x).__name__}")
-                tokens = self.tokens(x)
-        self._check_finite(0, tokens)
-        return FlowInverse(self.images(tokens, grid), solved)
+        differentiable = not guidance.weight and quantize == "none" and not is_intercepted()
+        if not differentiable and needs_gradient(z, text, empty_text):
+            raise ValueError(
+                "z, text, empty_text: the inverse has no gradient under guidance, with one-byte weights or in a graph; "
+                "detach them"
+            )
 
-    def _check_finite(self, block: int, tokens: torch.Tensor) -> None:
-        """Raise InverseError if the result of a block is not finite; a graph has no values yet."""
-        if is_intercepted() or not tokens.numel() or math.isfinite(torch.linalg.vector_norm(tokens, math.inf).item()):
-            return
-        own = tokens.flip(1) if self.blocks[block].spec.flip else tokens
-        sample, token, _ = own.isfinite().logical_not().nonzero()[0].tolist()
-        raise InverseError(f"block {block}: values are not finite at token {token} of sample {sample}")
+        def replace(after_block: Callable, block: int, tokens: torch.Tensor) -> torch.Tensor:
+            x = after_block(block, self.images(tokens, grid))
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"after_block: expected it to return images, got {type(x).__name__}")
+            return self.tokens(x)
+
+        after = functools.partial(replace, after_block) if after_block else None
+        with contextlib.nullcontext() if differentiable else torch.no_grad():
+            contexts = self.contexts(labels, text, z, guidance, empty_text)
+            x, solved = self._to_data(
+                tokens, self._arguments(contexts, grid, tokens, guidance), solvers, progress, after,
+                quantize=quantize, backend=backend,
+            )  # fmt: skip
+            return FlowInverse(self.images(x, grid), solved)
+
+    def _arguments(
+        self,
+        contexts: Sequence[BlockCondition],
+        grid: tuple[int, int],
+        tokens: torch.Tensor,
+        guidance: Guidance = Guidance(),
+    ) -> list[BlockArguments]:
+        """Return the arguments of the blocks for tokens (B, T, D) of a grid."""
+        arguments = []
+        for i, (context, guided) in enumerate(contexts):
+            start = self.blocks[i].spec.start
+            options = guidance.options(tokens.shape[1], start, tokens.device) if guided else {}
+            arguments.append(BlockArguments((*context, self.rotary(i, grid, tokens)), options))
+        return arguments
 
     def contexts(
         self,
@@ -410,28 +328,11 @@ class Flow(nn.Module):
             ConfigError: `count`, `generator` or `grid` is something else, or there are more or fewer generators than
                 draws.
         """
-        count = check_count("count", count, 0)
         grid = self.config.grid if grid is None else grid
         if not isinstance(grid, Sequence) or len(grid) != 2:
             raise ConfigError(f"grid={grid!r}: expected (rows, columns)")
         rows, columns = (check_count(name, size) for name, size in zip(("grid: rows", "grid: columns"), grid))
-        shape = (count, rows * columns, self.config.token_dim)
-        given = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
-        if not all(isinstance(each, torch.Generator) for each in given):
-            raise ConfigError(f"generator: expected a torch.Generator, or one per image, got {generator!r}")
-        if isinstance(generator, Sequence):
-            if len(generator) != count:
-                raise ConfigError(f"generator: {len(generator)} of them for {count} images")
-            z = torch.empty(shape, dtype=torch.float32, device=generator[0].device if count else "cpu")
-            for row, each in zip(z, generator):
-                row.normal_(generator=each)
-        else:
-            device = generator.device if generator else "cpu"
-            z = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
-        z = z.to(self.device)
-        if self.prior_variance is not None:
-            z = z * self.prior_variance.sqrt()
-        return self.images(z, (rows, columns))
+        return self.images(self._noise(count, rows * columns, generator), (rows, columns))
 
     def denoise(
         self,

@@ -175,6 +175,7 @@ def merge_reports(reports: Sequence[SampleReport], kept: int) -> SampleReport:
     )
 
 
+@torch.no_grad()
 def draw(
     flow: Flow,
     z: torch.Tensor,

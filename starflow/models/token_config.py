@@ -1,0 +1,100 @@
+"""Configuration of a flow on tokens or vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+from starflow_kernels import BlockSpec
+
+from ..errors import ConfigError
+from ..settings import PRESETS, presets, read_settings
+from .config import StackConfig
+
+Condition = Literal["none", "class", "vector", "token"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenFlowConfig(StackConfig):
+    """Settings of a flow on tokens (B, T, D) or vectors (B, F), in addition to `StackConfig`.
+
+    Either `features` or `tokens` is given.
+
+    Args:
+        features: F, values per vector, which `token_dim` divides; 0 for data that is tokens.
+        tokens: T, tokens per sample; 0 for data that is vectors. Shorter samples are padded, see `lengths` of
+            `TokenFlow.log_prob`.
+        token_dim: D, values per token. The values of a token depend on earlier tokens, and within a block not on each
+            other.
+        condition: "none"; "class", one of `num_classes`; "vector", `condition_dim` values per sample; or "token",
+            `condition_dim` values per token. Values pass a network of two layers before each block adds its own
+            projection of them to its tokens.
+        condition_dim: values of a condition, 0 for none.
+        positions: whether each block has a learned table of positions. Without one, a block tells tokens apart by
+            their values, their conditions and the tokens before them.
+        orders: order of the tokens of each block, see `random_orders`; () for blocks that alternate between ascending
+            and descending.
+
+    Raises:
+        ConfigError: a setting is out of range; the message names it.
+    """
+
+    features: int = 0
+    tokens: int = 0
+    token_dim: int = 1
+    condition: Condition = "none"
+    condition_dim: int = 0
+    positions: bool = True
+    orders: tuple[tuple[int, ...], ...] = ()
+
+    LEAST: ClassVar[dict[str, int]] = {
+        **StackConfig.LEAST,
+        **dict.fromkeys(("features", "tokens", "condition_dim"), 0),
+        "token_dim": 1,
+    }
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> TokenFlowConfig:
+        """Return the settings of a preset.
+
+        Args:
+            name: "vector" for tables and posteriors, or "molecule" for particles in space.
+            settings: further settings, which replace those of the preset; at least `features` or `tokens`.
+
+        Raises:
+            ConfigError: there is no such preset, or a setting is unknown or out of range.
+        """
+        if name not in presets("tokens"):
+            raise ConfigError(f"preset {name!r}: expected one of {', '.join(presets('tokens'))}")
+        return cls.from_dict({**read_settings(PRESETS / "tokens" / f"{name}.yaml")["model"], **settings})
+
+    def _check(self) -> None:
+        if bool(self.features) == bool(self.tokens):
+            raise ConfigError(f"features={self.features}, tokens={self.tokens}: exactly one of them must be given")
+        if self.features % self.token_dim:
+            raise ConfigError(f"token_dim={self.token_dim} does not divide features={self.features}")
+        needed = {"none": "", "class": "num_classes"}.get(self.condition, "condition_dim")
+        for setting in ("num_classes", "condition_dim"):
+            value = getattr(self, setting)
+            if bool(value) != (setting == needed):
+                expected = "a number of at least 1" if setting == needed else "0"
+                raise ConfigError(f"{setting}={value}: expected {expected} for condition={self.condition!r}")
+        object.__setattr__(self, "orders", tuple(map(tuple, self.orders)))
+        if not self.orders:
+            return
+        if len(self.orders) != len(self.layers):
+            raise ConfigError(f"orders: {len(self.orders)} of them for {len(self.layers)} blocks")
+        tokens = self.token_shape[0]
+        for i, order in enumerate(self.orders):
+            if sorted(order) != list(range(tokens)):
+                raise ConfigError(f"orders: expected a permutation of 0 .. {tokens - 1} for block {i}, got {order}")
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """Number of tokens, and values per token."""
+        return self.tokens or self.features // self.token_dim, self.token_dim
+
+    def block_spec(self, block: int) -> BlockSpec:
+        """Return the description of a block for the kernels."""
+        flip = not self.orders and block % 2 == 1
+        return self._block_spec(block, positions=self.token_shape[0] * self.positions, start=True, flip=flip)
