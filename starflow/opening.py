@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from .devices import check_device, check_dtype
-from .errors import ConfigError
-from .models.checkpoint import PIPELINE_INDEX, is_pipeline
+from .errors import CheckpointError, ConfigError
+from .models.checkpoint import PIPELINE_INDEX, is_pipeline, is_token_flow, locate
 from .models.flow import Flow
+from .models.token_flow import TokenFlow
 
 if TYPE_CHECKING:
     from .pipelines import FlowPipeline
@@ -24,7 +25,7 @@ def open_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
-) -> Flow | FlowPipeline:
+) -> Flow | TokenFlow | FlowPipeline:
     """Open a flow or a pipeline.
 
     An autoencoder of the pipeline decodes one image at a time, so that an image does not depend on its batch.
@@ -36,7 +37,7 @@ def open_model(
         variant: variant of a pipeline's weight files such as "fp16".
 
     Returns:
-        A `Flow` in eval mode, or a `FlowPipeline`.
+        A `Flow` or `TokenFlow` in eval mode, or a `FlowPipeline`.
 
     Raises:
         CheckpointError: there is no model, or a file is damaged.
@@ -48,7 +49,7 @@ def open_model(
     if not is_pipeline(path):
         if variant is not None:
             raise ConfigError(f"variant={variant!r}: {path} is no folder of a pipeline, it has no {PIPELINE_INDEX}")
-        return Flow.from_pretrained(path, device, dtype)
+        return (TokenFlow if is_token_flow(locate(path)) else Flow).from_pretrained(path, device, dtype)
     with _without_collection():
         from .pipelines import FlowPipeline, without_loading_bars
 
@@ -57,6 +58,23 @@ def open_model(
     if "vae" in pipe.components:
         pipe.vae.enable_slicing()
     return pipe
+
+
+def open_image_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+) -> Flow | FlowPipeline:
+    """Open a flow on images or a pipeline; arguments and errors are those of `open_model`.
+
+    Raises:
+        CheckpointError: the model is a flow on vectors or tokens.
+    """
+    model = open_model(path, device, dtype, variant)
+    if isinstance(model, TokenFlow):
+        raise CheckpointError(f"{path} is a flow on vectors or tokens, not on images: use it in Python, see TokenFlow")
+    return model
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from ..models.calibration import SOLVERS, Measurement, save_calibration
 from ..models.checkpoint import BUNDLED, TRANSFORMER, is_pipeline, locate, resolve
 from ..models.flow import Flow
 from ..models.guidance import Guidance
-from ..opening import open_model
+from ..opening import open_image_model
 from ..training.loop import METRICS, STATE
 from .common import (
     DTYPES,
@@ -148,7 +148,7 @@ def _check_target(args: argparse.Namespace, folder: Path) -> None:
 
 def _open(args: argparse.Namespace, folder: Path) -> tuple[Flow, torch.Tensor | None, torch.Tensor | None]:
     """Return the flow, the text states of the prompts, and the text states of the empty prompt."""
-    model = open_model(folder, device(args.device), DTYPES[args.dtype])
+    model = open_image_model(folder, device(args.device), DTYPES[args.dtype])
     flow = model if isinstance(model, Flow) else model.transformer
     if isinstance(model, Flow) or not flow.config.text_dim:
         refuse({"--prompt": args.prompt}, f"{args.checkpoint} is not the folder of a text-to-image pipeline")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
-import math
 import os
 import platform
 import re
@@ -20,6 +19,7 @@ from starflow_kernels import __version__, backends
 from ..models.calibration import Measurement, duration
 from ..models.checkpoint import TRANSFORMER, bundled_names, is_pipeline, locate, pipeline_class, read_config
 from ..models.flow import Flow
+from ..models.stack import BlockStack
 from ..opening import open_model
 from ..settings import PRESETS, presets
 from .common import Parser, device, non_empty
@@ -151,14 +151,15 @@ def _presets(kind: str) -> Table:
 def _describe(checkpoint: str, device: str) -> dict[str, Any]:
     """Return size, configuration and measurements of a flow or of a pipeline's flow."""
     model = open_model(checkpoint, device)
-    flow = model if isinstance(model, Flow) else model.transformer
+    flow = model if isinstance(model, BlockStack) else model.transformer
+    tokens, token_dim = flow.config.token_shape
     measurements = flow.calibration.measurements if flow.calibration else ()
     return {
         "checkpoint": str(locate(checkpoint).resolve()),
         "kind": type(model).__name__,
         "parameters": sum(p.numel() for p in flow.parameters()),
-        "tokens": math.prod(flow.config.grid),
-        "token_dim": flow.config.token_dim,
+        "tokens": tokens,
+        "token_dim": token_dim,
         "config": flow.config.to_dict(),
         "calibration": [_measured(measurement) for measurement in measurements],
     }

@@ -19,7 +19,7 @@ from ..io.images import save_grid
 from ..models.checkpoint import PIPELINE_INDEX, bundled_names
 from ..models.flow import Flow
 from ..models.guidance import Guidance
-from ..opening import open_model
+from ..opening import open_image_model
 from ..sampling.budget import denoise_bytes, fitting_batch, image_bytes, weight_bytes
 from ..sampling.jobs import FORMATS, SAMPLES_PER_FILE, Job, Layout
 from ..sampling.many import GRID, GRID_IMAGES, DrawJobs, ProgressBar, draw_flow_jobs, generate
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_writable(Path(args.out))
     # Joined before the model is loaded, which may take a different time in each process.
     Processes().join()
-    model = open_model(args.checkpoint, _device(args.device), DTYPES[args.dtype], args.variant)
+    model = open_image_model(args.checkpoint, _device(args.device), DTYPES[args.dtype], args.variant)
     return (_flow if isinstance(model, Flow) else _pipeline)(args, model, inversion)
 
 

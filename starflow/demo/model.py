@@ -21,7 +21,7 @@ from ..inversion.request import Inversion
 from ..io.images import image_grid
 from ..models.flow import Flow
 from ..models.guidance import Guidance
-from ..opening import open_model
+from ..opening import open_image_model
 from ..sampling.sample import SampleReport
 from ..seeds import generator
 
@@ -101,7 +101,7 @@ class DemoModel:
 
     def __init__(self, checkpoint: str | Path, device: str = "cpu"):
         self.name = Path(checkpoint).resolve().name
-        model = open_model(checkpoint, device)
+        model = open_image_model(checkpoint, device)
         self.pipe = None if isinstance(model, Flow) else model
         self.flow = model if isinstance(model, Flow) else model.transformer
         if self.pipe:

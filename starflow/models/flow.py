@@ -278,12 +278,13 @@ class Flow(BlockStack):
         guidance: Guidance = Guidance(),
     ) -> list[BlockArguments]:
         """Return the arguments of the blocks for tokens (B, T, D) of a grid."""
-        arguments = []
-        for i, (context, guided) in enumerate(contexts):
-            start = self.blocks[i].spec.start
-            options = guidance.options(tokens.shape[1], start, tokens.device) if guided else {}
-            arguments.append(BlockArguments((*context, self.rotary(i, grid, tokens)), options))
-        return arguments
+        return [
+            BlockArguments(
+                (*context, self.rotary(i, grid, tokens)),
+                guidance.options(tokens.shape[1], self.config.start, tokens.device) if guided else {},
+            )
+            for i, (context, guided) in enumerate(contexts)
+        ]
 
     def contexts(
         self,

@@ -248,10 +248,10 @@ class BlockStack(nn.Module):
         shape = (count, tokens, self.config.token_shape[1])
         given = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
         if not all(isinstance(each, torch.Generator) for each in given):
-            raise ConfigError(f"generator: expected a torch.Generator, or one per sample, got {generator!r}")
+            raise ConfigError(f"generator: expected a torch.Generator, or one per image, got {generator!r}")
         if isinstance(generator, Sequence):
             if len(generator) != count:
-                raise ConfigError(f"generator: {len(generator)} of them for {count} samples")
+                raise ConfigError(f"generator: {len(generator)} of them for {count} images")
             z = torch.empty(shape, dtype=torch.float32, device=generator[0].device if count else "cpu")
             for row, each in zip(z, generator):
                 row.normal_(generator=each)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from starflow_kernels._core.checks import check_tensor
+from starflow_kernels._core.checks import check_finite, check_tensor
 from starflow_kernels._core.token_order import check_counts, own_order, with_given
 from starflow_kernels.solver import Solver
 
@@ -77,20 +77,25 @@ class TokenFlow(BlockStack):
         Args:
             x: (B, F) or (B, T, D) training data.
             condition: its condition, if that is a vector or per token.
-            lengths: integers (B,).
+            lengths: see `TokenFlow`.
+
+        Raises:
+            ValueError: a shape is wrong, or a mean is not finite.
         """
         tokens, inside = self._tokens(x), self._inside(lengths, len(x))
-        rows = tokens if self.config.features else tokens.flatten(0, 1) if inside is None else tokens[inside]
-        self._set_moments("", rows)
+        if condition is not None and self.embedding is None:
+            raise ValueError(f"condition: nothing to standardize for condition={self.config.condition!r}")
+        self._set_moments("", "x", tokens if self.config.features else _rows(tokens, inside))
         if condition is not None:
-            if self.embedding is None:
-                raise ValueError(f"condition: nothing to standardize for condition={self.config.condition!r}")
-            self._set_moments("condition_", condition.reshape(-1, self.config.condition_dim))
+            per_token = self.config.condition == "token"
+            self._set_moments("condition_", "condition", _rows(condition, inside) if per_token else condition)
 
-    def _set_moments(self, name: str, rows: torch.Tensor) -> None:
-        scale, mean = torch.std_mean(rows.double(), dim=0, correction=0)
-        getattr(self, f"{name}shift").copy_(mean)
-        getattr(self, f"{name}scale").copy_(torch.where(scale > 0, scale, 1))
+    def _set_moments(self, prefix: str, name: str, values: torch.Tensor) -> None:
+        scale, mean = torch.std_mean(values.double(), dim=0, correction=0)
+        check_finite(**{name: mean})
+        varies = scale > torch.finfo(values.dtype).eps * mean.abs()
+        getattr(self, f"{prefix}shift").copy_(mean)
+        getattr(self, f"{prefix}scale").copy_(torch.where(varies, scale, 1))
 
     @runs_methods
     def forward(
@@ -314,6 +319,8 @@ class TokenFlow(BlockStack):
         count, T, _ = tokens.shape
         if order is not None:
             order, _ = own_order(order, None, count, T, tokens.device)
+        if known is not None:
+            known = check_counts("known", known, count, T)
         found: list[torch.Tensor | None] = []
         for i, block in enumerate(self.blocks):
             own, flip = order, block.spec.flip
@@ -347,3 +354,8 @@ class TokenFlow(BlockStack):
         values = (values - self.condition_shift) / self.condition_scale
         inside = self._inside(lengths, rows) if per_token else None
         return self.embedding(values if inside is None else values.masked_fill(~inside[..., None], 0))
+
+
+def _rows(values: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
+    """Return the values (B, T, D) of all tokens, or of those inside (B, T), one row per token."""
+    return values.flatten(0, 1) if inside is None else values[inside]

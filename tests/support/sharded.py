@@ -48,7 +48,7 @@ def compare(units: str) -> None:
     trained = [(model, torch.optim.AdamW(model.parameters(), 1e-3)) for model in (flow, whole)]
     labels, z = torch.arange(4), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     for _ in range(3):
-        x = whole.inverse(z, labels).x
+        x = whole.inverse(z, labels).x.detach()
         close(flow.inverse(z, labels).x, x)
         close(flow.log_prob(x, labels), whole.log_prob(x, labels))
         close(flow.denoise(x, labels), whole.denoise(x, labels))
