@@ -26,6 +26,7 @@ SHOWN_AFTER = (0, 1, 2, 3, 5, 8, 12)
 SHOWN_DIGITS = (0, 2, 3, 5, 6, 8)
 
 
+@torch.no_grad()
 def states(flow: Flow, labels: torch.Tensor, seed: int) -> dict[int, torch.Tensor]:
     """Noise and the output of every block of one draw, block -> (N, 8, 8), in the order of sampling."""
     z = flow.noise(len(labels), generator(seed))

@@ -58,6 +58,7 @@ def _high_water() -> int:
     return 1024 * int(line.split()[1])
 
 
+@torch.no_grad()
 def growth(
     flow: Flow, guidance: Guidance, inversion: Inversion, certify: bool, count: int, denoise: bool = False
 ) -> tuple[int, float]:
@@ -107,6 +108,7 @@ def memory(name: str, way: str) -> dict:
     }
 
 
+@torch.no_grad()
 def floor(flow: Flow, count: int, batch_size: int) -> tuple[float, torch.Tensor]:
     """Return images per second of the flow alone, and its images, with the labels of `starflow sample`."""
     classes = flow.config.num_classes

@@ -261,6 +261,40 @@ def test_data_that_are_not_finite_name_their_block(solver):
         make().inverse(z, solvers=solver, progress=stop)
 
 
+@pytest.mark.parametrize("name", ["tarflow-classes", "volume-preserving", "starflow-text"])
+def test_gradients_of_the_inverse(name):
+    flow = make(name)
+    z, labels, text = inputs(flow)
+    targets = [z.requires_grad_(), flow.blocks[1].proj_in.weight]
+    targets += [] if text is None else [text.requires_grad_()]
+
+    def value():
+        found = flow.inverse(z, labels, text)
+        return found.x.square().sum() + (found.logdet**2).sum()
+
+    for target, gradient in zip(targets, torch.autograd.grad(value(), targets)):
+        step = 1e-6 * torch.randn_like(target)
+        values = []
+        with torch.no_grad():
+            for distance in (1, -2):
+                target.add_(step, alpha=distance)
+                values.append(value())
+            target.add_(step)
+        torch.testing.assert_close((gradient * step).sum(), (values[0] - values[1]) / 2, rtol=1e-5, atol=1e-12)
+
+
+def test_an_inverse_without_a_gradient_refuses_inputs_that_need_one():
+    flow = make("tarflow-classes")
+    z, labels, _ = inputs(flow)
+    for options in ({"guidance": Guidance(1.0)}, {"quantize": "int8"}):
+        assert not flow.inverse(z, labels, **options).x.requires_grad
+        with pytest.raises(ValueError, match="^z, text, empty_text: the inverse has no gradient under guidance"):
+            flow.inverse(z.clone().requires_grad_(), labels, **options)
+    with torch.no_grad():
+        assert not flow.inverse(z.clone().requires_grad_(), labels).x.requires_grad
+    assert flow.inverse(z, labels).x.requires_grad
+
+
 def test_annealed_weights_end_at_the_full_weight():
     device = torch.device("cpu")
     ramp = Guidance(3.0, annealed=True)
