@@ -20,7 +20,7 @@ from .results import FlowInverse, FlowOutput, FlowSample
 from .stack import BlockArguments, BlockStack
 from .token_config import TokenFlowConfig
 
-Condition = Labels | None
+Condition = Labels | int | None
 
 
 class TokenFlow(BlockStack):
@@ -28,7 +28,7 @@ class TokenFlow(BlockStack):
 
     The density is that of data which `shift` and `scale` standardize, see `standardize`; its prior is standard normal.
 
-    A condition is B integers for condition="class", -1 for no class; (B, condition_dim) for "vector"; and
+    A condition is B integers for condition="class", -1 or None for no class; (B, condition_dim) for "vector"; and
     (B, T, condition_dim) for "token". Without the dimension B, it is the condition of all samples. Lengths are integers
     (B,), the number of the first tokens that belong to each sample. The others pass unchanged, add nothing to any
     result and influence nothing.
@@ -83,19 +83,32 @@ class TokenFlow(BlockStack):
             ValueError: a shape is wrong, or a mean is not finite.
         """
         tokens, inside = self._tokens(x), self._inside(lengths, len(x))
-        if condition is not None and self.embedding is None:
-            raise ValueError(f"condition: nothing to standardize for condition={self.config.condition!r}")
-        self._set_moments("", "x", tokens if self.config.features else _rows(tokens, inside))
         if condition is not None:
-            per_token = self.config.condition == "token"
-            self._set_moments("condition_", "condition", _rows(condition, inside) if per_token else condition)
+            self._check_condition(condition, tokens)
+        self._set_moments("", "x", tokens, 0 if self.config.features else (0, 1), inside)
+        if condition is not None and self.config.condition == "token":
+            self._set_moments("condition_", "condition", condition, (0, 1), inside)
+        elif condition is not None:
+            self._set_moments("condition_", "condition", condition, 0)
 
-    def _set_moments(self, prefix: str, name: str, values: torch.Tensor) -> None:
-        scale, mean = torch.std_mean(values.double(), dim=0, correction=0)
+    def _set_moments(
+        self,
+        prefix: str,
+        name: str,
+        values: torch.Tensor,
+        dims: int | tuple[int, int],
+        inside: torch.Tensor | None = None,
+    ) -> None:
+        eps, values = torch.finfo(values.dtype).eps, values.double()
+        counted = torch.ones_like(values, dtype=torch.bool)
+        if inside is not None:
+            counted = counted & inside[..., None]
+        count = counted.sum(dims).clamp(min=1)
+        mean = values.where(counted, 0).sum(dims) / count
         check_finite(**{name: mean})
-        varies = scale > torch.finfo(values.dtype).eps * mean.abs()
+        scale = (values - mean).where(counted, 0).square().sum(dims).div(count).sqrt()
         getattr(self, f"{prefix}shift").copy_(mean)
-        getattr(self, f"{prefix}scale").copy_(torch.where(varies, scale, 1))
+        getattr(self, f"{prefix}scale").copy_(scale.where(scale > eps * mean.abs(), 1))
 
     @runs_methods
     def forward(
@@ -117,8 +130,8 @@ class TokenFlow(BlockStack):
             lengths: see `TokenFlow`.
             order: integers (T,) or (B, T), the numbers of the tokens in the order that takes the place of the ascending
                 one.
-            known: integers (B,), the number of first tokens that come before the others in every block, so that
-                noise of the others is that of their density given the first ones.
+            known: integers (B,). That many first tokens come before the others in every block, so that the others are
+                transformed given these.
             dropout: dropout rate of the residual branches, see `starflow_kernels.block_forward`.
             backend: name of the backend; None takes the first that can run.
         """
@@ -335,27 +348,30 @@ class TokenFlow(BlockStack):
 
     def _features(self, condition: Condition, lengths: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
         """Return what the blocks embed of a condition, in the dtype and on the device of tokens `like` (B, T, D)."""
-        config, (rows, tokens, _) = self.config, like.shape
-        if config.condition == "none":
+        config, rows = self.config, len(like)
+        if config.condition == "class":
+            if isinstance(condition, int):
+                condition = [condition] * rows
+            elif isinstance(condition, torch.Tensor) and condition.ndim == 0:
+                condition = condition.expand(rows)
             if condition is not None:
-                raise ValueError("condition: given, but the model has none")
+                condition = check_labels("condition", condition, config.num_classes, rows, like.device)
+            return class_weights(config, condition, like)
+        if self.embedding is None and condition is None:
             return None
+        values = self._check_condition(condition, like).to(self.condition_shift.dtype)
+        values = (values - self.condition_shift) / self.condition_scale
+        inside = self._inside(lengths, rows) if config.condition == "token" else None
+        values = values if inside is None else values.masked_fill(~inside[..., None], 0)
+        return cast("nn.Sequential", self.embedding)(values)
+
+    def _check_condition(self, condition: Condition, like: torch.Tensor) -> torch.Tensor:
+        """Return the values of a condition of tokens `like` (B, T, D), those of all samples repeated, or raise."""
+        config, (rows, tokens, _) = self.config, like.shape
         if self.embedding is None:
-            labels = condition.expand(rows) if isinstance(condition, torch.Tensor) and not condition.ndim else condition
-            if labels is not None:
-                labels = check_labels("condition", labels, config.num_classes, rows, like.device)
-            return class_weights(config, labels, like)
-        per_token = config.condition == "token"
-        shape = (rows, tokens, config.condition_dim) if per_token else (rows, config.condition_dim)
+            raise ValueError(f"condition: takes no values with condition={config.condition!r}")
+        shape = (rows, tokens, config.condition_dim) if config.condition == "token" else (rows, config.condition_dim)
         if isinstance(condition, torch.Tensor) and condition.shape == shape[1:]:
             condition = condition.expand(shape)
         check_tensor("condition", condition, shape, like=like)
-        values = cast("torch.Tensor", condition).to(self.condition_shift.dtype)
-        values = (values - self.condition_shift) / self.condition_scale
-        inside = self._inside(lengths, rows) if per_token else None
-        return self.embedding(values if inside is None else values.masked_fill(~inside[..., None], 0))
-
-
-def _rows(values: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
-    """Return the values (B, T, D) of all tokens, or of those inside (B, T), one row per token."""
-    return values.flatten(0, 1) if inside is None else values[inside]
+        return cast("torch.Tensor", condition)

@@ -288,7 +288,7 @@ def test_an_inverse_without_a_gradient_refuses_inputs_that_need_one():
     z, labels, _ = inputs(flow)
     for options in ({"guidance": Guidance(1.0)}, {"quantize": "int8"}):
         assert not flow.inverse(z, labels, **options).x.requires_grad
-        with pytest.raises(ValueError, match="^z, text, empty_text: the inverse has no gradient under guidance"):
+        with pytest.raises(ValueError, match=r"^z, text, empty_text: the inverse has no gradient under guidance"):
             flow.inverse(z.clone().requires_grad_(), labels, **options)
     with torch.no_grad():
         assert not flow.inverse(z.clone().requires_grad_(), labels).x.requires_grad

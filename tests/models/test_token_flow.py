@@ -253,6 +253,8 @@ def test_gradients_reach_every_parameter(name):
 
 
 def test_one_condition_serves_all_samples():
+    flow = make("class")
+    assert torch.equal(flow.sample(ROWS, 2), flow.sample(ROWS, [2] * ROWS))
     for name in ("class", "condition", "condition-per-token"):
         flow = make(name)
         x, condition = inputs(flow)
@@ -299,7 +301,7 @@ def test_tokens_of_one_kind_are_standardized_together():
     torch.testing.assert_close(flow.condition_scale, condition[~padding[..., 0]].std(0, correction=0))
     with pytest.raises(ValueError, match=r"^x: 2 of 2 values are not finite"):
         flow.standardize(x * torch.inf)
-    with pytest.raises(ValueError, match=r"^condition: nothing to standardize for condition='none'"):
+    with pytest.raises(ValueError, match=r"^condition: takes no values with condition='none'"):
         make("tokens").standardize(x, condition)
 
 
@@ -373,7 +375,7 @@ def test_wrong_settings_are_named(settings, message):
         ("tokens", lambda f, x, c: f.log_prob(x[:, :3]), ValueError, "x: expected shape (B, 5, 2), got (4, 3, 2)"),
         ("vector", lambda f, x, c: f.log_prob(x.int()), TypeError, "x: dtype torch.int32 is not one of"),
         ("vector", lambda f, x, c: f.inverse([1.0]), TypeError, "z: expected a tensor of shape (B, 5), got list"),
-        ("vector", lambda f, x, c: f.log_prob(x, x), ValueError, "condition: given, but the model has none"),
+        ("vector", lambda f, x, c: f.log_prob(x, x), ValueError, "condition: takes no values with condition='none'"),
         ("condition", lambda f, x, c: f.log_prob(x), TypeError, "condition: expected a tensor of shape (4, 3), got"),
         ("condition", lambda f, x, c: f.log_prob(x, c[:2]), ValueError, "condition: expected shape (4, 3), got (2, 3)"),
         ("condition", lambda f, x, c: f.sample(9, c), ValueError, "condition: expected shape (9, 3), got (4, 3)"),
