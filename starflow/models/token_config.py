@@ -8,10 +8,13 @@ from typing import Any, ClassVar, Literal
 from starflow_kernels import BlockSpec
 
 from ..errors import ConfigError
-from ..settings import PRESETS, presets, read_settings
 from .config import StackConfig
 
 Condition = Literal["none", "class", "vector", "token"]
+PRESETS: dict[str, dict[str, Any]] = {
+    "vector": {"soft_clip": 3.0, "channels": 64, "layers": (2,) * 4, "head_dim": 16},
+    "molecule": {"soft_clip": 3.0, "token_dim": 3, "channels": 128, "layers": (2,) * 6, "head_dim": 32},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +25,7 @@ class TokenFlowConfig(StackConfig):
 
     Args:
         features: F, values per vector, which `token_dim` divides; 0 for data that is tokens.
-        tokens: T, tokens per sample; 0 for data that is vectors. Shorter samples are padded, see `lengths` of
-            `TokenFlow.log_prob`.
+        tokens: T, tokens per sample; 0 for data that is vectors. Shorter samples are padded, see `TokenFlow`.
         token_dim: D, values per token. The values of a token depend on earlier tokens, and within a block not on each
             other.
         condition: "none"; "class", one of `num_classes`; "vector", `condition_dim` values per sample; or "token",
@@ -32,8 +34,8 @@ class TokenFlowConfig(StackConfig):
         condition_dim: values of a condition, 0 for none.
         positions: whether each block has a learned table of positions. Without one, a block tells tokens apart by
             their values, their conditions and the tokens before them.
-        orders: order of the tokens of each block, see `random_orders`; () for blocks that alternate between ascending
-            and descending.
+        orders: a permutation of 0 .. T - 1 per block, the order in which it takes the tokens; () for blocks that
+            alternate between ascending and descending.
 
     Raises:
         ConfigError: a setting is out of range; the message names it.
@@ -64,9 +66,9 @@ class TokenFlowConfig(StackConfig):
         Raises:
             ConfigError: there is no such preset, or a setting is unknown or out of range.
         """
-        if name not in presets("tokens"):
-            raise ConfigError(f"preset {name!r}: expected one of {', '.join(presets('tokens'))}")
-        return cls.from_dict({**read_settings(PRESETS / "tokens" / f"{name}.yaml")["model"], **settings})
+        if name not in PRESETS:
+            raise ConfigError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **settings})
 
     def _check(self) -> None:
         if bool(self.features) == bool(self.tokens):

@@ -83,22 +83,17 @@ class TokenFlow(BlockStack):
             ValueError: a shape is wrong, or a mean is not finite.
         """
         tokens, inside = self._tokens(x), self._inside(lengths, len(x))
-        if condition is not None:
-            self._check_condition(condition, tokens)
+        condition = None if condition is None else self._check_condition(condition, tokens)
         self._set_moments("", "x", tokens, 0 if self.config.features else (0, 1), inside)
-        if condition is not None and self.config.condition == "token":
+        if condition is not None and condition.ndim == 3:
             self._set_moments("condition_", "condition", condition, (0, 1), inside)
         elif condition is not None:
-            self._set_moments("condition_", "condition", condition, 0)
+            self._set_moments("condition_", "condition", condition, 0, None)
 
     def _set_moments(
-        self,
-        prefix: str,
-        name: str,
-        values: torch.Tensor,
-        dims: int | tuple[int, int],
-        inside: torch.Tensor | None = None,
+        self, prefix: str, name: str, values: torch.Tensor, dims: int | tuple[int, int], inside: torch.Tensor | None
     ) -> None:
+        """Set the moments of values over dimensions `dims`, of tokens inside (B, T) alone."""
         eps, values = torch.finfo(values.dtype).eps, values.double()
         counted = torch.ones_like(values, dtype=torch.bool)
         if inside is not None:
@@ -164,10 +159,7 @@ class TokenFlow(BlockStack):
         """
         _, logdet, latents = self(x, condition, lengths, order, known=known)
         found = logdet + self._prior(latents[-1], self._inside(lengths, len(x)))
-        if known is None:
-            return found
-        known = known if lengths is None else torch.minimum(known, lengths.to(known))
-        return found - self.log_prob(x, condition, known, order)
+        return found if known is None else found - self.log_prob(x, condition, _shorter(known, lengths), order)
 
     @with_forward_hooks
     def inverse(
@@ -209,8 +201,9 @@ class TokenFlow(BlockStack):
         shift, scale = self._moments(tokens, inside)
         arguments = self._arguments(condition, lengths, order, known, tokens)
         given = None
-        if data is not None:
-            data, given = self._tokens(data, "data"), self._inside(known, len(z), "known")
+        if data is not None and known is not None:
+            known = _shorter(known, lengths)
+            data, given = self._tokens(data, "data"), self._inside(known, len(z))
             start = (data - shift) / scale
             _, latents = self._to_noise(start, self._arguments(condition, known, order, None, tokens), backend=backend)
             for (_, options), latent in zip(arguments, [start, *latents]):
@@ -375,3 +368,8 @@ class TokenFlow(BlockStack):
             condition = condition.expand(shape)
         check_tensor("condition", condition, shape, like=like)
         return cast("torch.Tensor", condition)
+
+
+def _shorter(known: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Return how many tokens of each sample are known, which are at most its length."""
+    return known if lengths is None else torch.minimum(known, lengths.to(known))

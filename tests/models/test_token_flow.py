@@ -228,6 +228,18 @@ def test_known_tokens_are_a_condition_of_the_others(name):
     assert torch.equal(drawn[:, :k], x[:, :k]) and (drawn[:, k:] - x[:, k:]).abs().min() > 1e-6
 
 
+def test_known_padding_is_still_padding():
+    flow = make("condition-per-token")
+    x, condition = inputs(flow)
+    lengths, known = torch.tensor([2, 5, 1, 3]), torch.tensor([4, 2, 5, 3])
+    x = x.masked_fill((torch.arange(5) >= lengths[:, None])[..., None], torch.nan)
+    drawn = flow.rsample(ROWS, condition, lengths=lengths, data=x, known=known)
+    assert torch.equal(drawn.x[[0, 2, 3]], x[[0, 2, 3]].nan_to_num()) and torch.equal(drawn.x[1, :2], x[1, :2])
+    expected = flow.log_prob(drawn.x, condition, lengths, known=known)
+    torch.testing.assert_close(drawn.log_prob, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(expected[[0, 2, 3]], torch.zeros(3).double(), atol=1e-12, rtol=0)
+
+
 def test_gradients_reach_known_data():
     flow = make("tokens")
     x, _ = inputs(flow)
@@ -386,13 +398,14 @@ def test_wrong_settings_are_named(settings, message):
         ("vector", lambda f, x, c: f.log_prob(x, order=torch.zeros(5).long()), ValueError, "order: expected a permut"),
         ("orders", lambda f, x, c: f.log_prob(x, order=torch.arange(4)), ValueError, "order: expected shape (5,)"),
         ("vector", lambda f, x, c: f.inverse(x, data=x), ValueError, "data, known: one is given without the other"),
+        ("vector", lambda f, x, c: f.sample(4, known=torch.ones(4).int()), ValueError, "data, known: one is given"),
         ("vector", lambda f, x, c: f.log_prob(x, known=torch.ones(3).int()), ValueError, "known: expected shape (4,)"),
         ("vector", lambda f, x, c: f.sample(-1), ConfigError, "count=-1: expected an integer of at least 0"),
         ("vector", lambda f, x, c: f.sample(1, seed=-1), ConfigError, "seed=-1: expected an integer from 0"),
         ("vector", lambda f, x, c: f.inverse(x, solvers=[]), ValueError, "solvers: 0 of them for 3 blocks"),
         ("vector", lambda f, x, c: f.inverse(x, backend="nonsense"), ValueError, "backend='nonsense'"),
         ("vector", lambda f, x, c: f.inverse(x * torch.nan), InverseError, "block 2: z: 20 of 20 values are not"),
-        ("vector", lambda f, x, c: f.preset("image"), ConfigError, "preset 'image': expected one of molecule, vector"),
+        ("vector", lambda f, x, c: f.preset("image"), ConfigError, "preset 'image': expected one of vector, molecule"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(name, call, error, message):
