@@ -18,7 +18,6 @@ from starflow_kernels.spec import Quantize
 
 from ..errors import ConfigError
 from ..settings import check_count
-from .block import FlowBlock
 from .calibration import Calibration, Measurement, read_calibration
 from .checkpoint import resolve
 from .conditions import BlockCondition, block_conditions, check_conditions
@@ -46,14 +45,6 @@ class Flow(BlockStack):
 
     CONFIG = FlowConfig
     config: FlowConfig
-
-    @torch.inference_mode(False)
-    def __init__(self, config: FlowConfig):
-        blocks = [
-            FlowBlock(config.block_spec(i), config.num_classes if config.conditioned(i) else 0)
-            for i in range(len(config.layers))
-        ]
-        super().__init__(config, blocks)
 
     @classmethod
     def from_pretrained(
@@ -221,7 +212,7 @@ class Flow(BlockStack):
         solvers: Solver | Sequence[Solver] = Solver(),
         quantize: Quantize = "none",
     ) -> FlowInverse:
-        """Map noise to data.
+        """Map noise to data. Result and log-determinant have gradients, see `starflow_kernels.block_inverse`.
 
         Args:
             z: (B, C, H, W) noise.
@@ -242,7 +233,7 @@ class Flow(BlockStack):
         Raises:
             ConfigError: guidance has no condition, no text to move away from, and no temperature.
             TypeError: `z`, `solvers` or the result of `after_block` is of the wrong kind.
-            ValueError: an argument of the wrong shape or value.
+            ValueError: an argument of the wrong shape or value, or one that needs a gradient that there is none.
             InverseError: the noise or data of a block is not finite; the message names the block. A graph of
                 torch.compile or torch.export raises ValueError, and does not check the result.
         """

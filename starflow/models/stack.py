@@ -44,18 +44,18 @@ class BlockStack(nn.Module):
 
     Args:
         config: the configuration, of the class `CONFIG`.
-        blocks: the blocks.
     """
 
     CONFIG: type[StackConfig] = StackConfig
 
     # Weights made in inference mode could not be trained, nor read by the backward pass of denoising.
     @torch.inference_mode(False)
-    def __init__(self, config: StackConfig, blocks: list[FlowBlock]):
+    def __init__(self, config: StackConfig):
         super().__init__()
         self.config = config
         self.calibration: Calibration | None = None
         self.notice = ""
+        blocks = [FlowBlock(config.block_spec(i), *config.block_embeddings(i)) for i in range(len(config.layers))]
         self.blocks = cast("Sequence[FlowBlock]", nn.ModuleList(blocks))
         if config.scale == "unit":
             self.register_buffer("prior_variance", next(self.parameters()).new_ones(config.token_shape))
@@ -108,7 +108,7 @@ class BlockStack(nn.Module):
         # Weights made in inference mode could not be trained, and would be packed at every call.
         with torch.inference_mode(False):
             with torch.device("meta"):
-                flow = cls(config)  # type: ignore[call-arg]
+                flow = cls(config)
             load_weights(flow, folder, mmap)
             flow.notice = read_notice(folder)
             return flow.to(device=device, dtype=dtype).eval()

@@ -96,6 +96,10 @@ class TokenFlowConfig(StackConfig):
         """Number of tokens, and values per token."""
         return self.tokens or self.features // self.token_dim, self.token_dim
 
+    def block_embeddings(self, block: int) -> tuple[int, int]:
+        """Return the classes that a block embeds, and the features of another condition; 0 for none."""
+        return self.num_classes, self.channels if self.condition_dim else 0
+
     def block_spec(self, block: int) -> BlockSpec:
         """Return the description of a block for the kernels."""
         flip = not self.orders and block % 2 == 1

@@ -13,7 +13,6 @@ from starflow_kernels._core.token_order import check_counts, own_order, with_giv
 from starflow_kernels.solver import Solver
 
 from ..seeds import generator
-from .block import FlowBlock
 from .conditions import Labels, check_labels, class_weights
 from .hooks import runs_methods, with_forward_hooks
 from .results import FlowInverse, FlowOutput, FlowSample
@@ -47,9 +46,7 @@ class TokenFlow(BlockStack):
 
     @torch.inference_mode(False)
     def __init__(self, config: TokenFlowConfig):
-        width = config.channels if config.condition_dim else 0
-        blocks = [FlowBlock(config.block_spec(i), config.num_classes, width) for i in range(len(config.layers))]
-        super().__init__(config, blocks)
+        super().__init__(config)
         like = next(self.parameters())
         shape = config.token_shape if config.features else config.token_shape[1:]
         self.register_buffer("shift", like.new_zeros(shape))
@@ -58,6 +55,7 @@ class TokenFlow(BlockStack):
         if config.condition_dim:
             self.register_buffer("condition_shift", like.new_zeros(config.condition_dim))
             self.register_buffer("condition_scale", like.new_ones(config.condition_dim))
+            width = config.channels
             self.embedding = nn.Sequential(nn.Linear(config.condition_dim, width), nn.SiLU(), nn.Linear(width, width))
 
     @classmethod
