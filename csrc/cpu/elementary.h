@@ -105,14 +105,20 @@ INLINE Vec tanh(Vec x) {
     return copysign(tanh_positive(t, t), x);
 }
 
-// Returns x (1 + erf(x / sqrt 2)) / 2; erf(x / sqrt 2) / 2 is a rational function of x^2 times x, and 1/2 from 5.6 on.
-INLINE Vec gelu(Vec x) {
+// Returns erf(x / sqrt 2) / 2: a rational function of x^2 times x, and 1/2 from 5.6 on.
+INLINE Vec half_erf(Vec x) {
     static const float above[] = {0.398942262f,    0.0339286886f,   0.00467731059f,
                                   0.000168922867f, 6.28948101e-06f, 2.22961773e-08f};
     static const float below[] = {1.0f, 0.251712948f, 0.0286773127f, 0.00188545824f, 7.33407796e-05f, 1.17959837e-06f};
     Vec square = x * x, half = x * polynomial(square, above) / polynomial(square, below);
-    half = select(abs(x) > splat(5.6f), copysign(splat(0.5f), x), half);
-    return x * (splat(0.5f) + half);
+    return select(abs(x) > splat(5.6f), copysign(splat(0.5f), x), half);
+}
+
+// Returns x (1 + erf(x / sqrt 2)) / 2.
+INLINE Vec gelu(Vec x) { return x * (splat(0.5f) + half_erf(x)); }
+
+INLINE Vec gelu_gradient(Vec x) {
+    return fma(x * splat(0.398942280f), exp(splat(-0.5f) * x * x), splat(0.5f) + half_erf(x));
 }
 
 // Returns GELU in the tanh approximation, with argument sqrt(2 / pi) (x + 0.044715 x^3).
@@ -121,6 +127,12 @@ INLINE Vec silu(Vec x) { return x / (splat(1.0f) + exp(-x)); }
 INLINE Vec gelu_tanh(Vec x) {
     Vec inner = splat(0.797884561f) * fma(x * x * x, splat(0.044715f), x);
     return splat(0.5f) * x * (splat(1.0f) + tanh(inner));
+}
+
+INLINE Vec gelu_tanh_gradient(Vec x) {
+    Vec one = splat(1.0f), inner = splat(0.797884561f) * fma(x * x * x, splat(0.044715f), x), t = tanh(inner);
+    Vec slope = splat(0.797884561f) * fma(x * x, splat(3 * 0.044715f), one);
+    return splat(0.5f) * fma(x * slope, fma(-t, t, one), one + t);
 }
 
 // softplus(a + c) with c such that softplus(c) = 1, which is log(1 + v) with v = (e - 1) e^a.

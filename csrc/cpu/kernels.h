@@ -67,6 +67,18 @@ struct Jacobi {
     }
 };
 
+// Solve of J^T u = g after a density pass. The matrices are the transposed ones of the block, with zeros as biases.
+struct Transposed {
+    struct Layer {
+        Linear qkv, proj, gate, up, down;
+    };
+    Linear proj_in, proj_out;
+    const Layer* layers;
+    const float* g;  // (B, T, D)
+    float* u;        // (B, T, D); tokens not reached yet hold what later tokens add to J^T u, zeros at first
+    float* heads;    // HeadGradients of every row, layer and key head
+};
+
 // One call on B sequences of T tokens with L text states in front. Under guidance, sampling has 2B rows: row b with
 // the condition, row B + b without.
 struct BlockCall {
@@ -85,12 +97,19 @@ struct BlockCall {
     Rule rule;
     float temperature;
     const Jacobi* jacobi;  // sampling by Jacobi, else null
-    float* cache;  // cache_floats(spec, L + T) per row: (copies B) rows in sampling, else `group` rows per thread
+    // The density pass before a transposed solve keeps values, see transposed.h, and a second cache in which keys and
+    // values are exchanged; else null.
+    float *kept, *exchanged;
+    const Transposed* transposed;  // transposed solve, else null
+    float* cache;  // cache_floats(spec, L + T) per row: (copies B) rows if one_cache(), else `group` rows per thread
     const int64_t* known;  // sampling: (B,) numbers of first tokens that are data in the state; or null
     int64_t filled;        // sampling: slots whose inputs are all known; they only fill the cache
     int64_t first, last;   // slots to run, the prefix being slots -L .. -1
     int64_t group;         // sequences per group
     int64_t chunk;         // slots per pass where the inputs are known
+
+    // Returns whether the rows of all groups have their own places in the cache, which later calls read.
+    bool one_cache() const { return state || kept; }
 };
 
 // Largest number of values per token that the affine kernels take, see affine_flow/native.py.
@@ -218,6 +237,9 @@ struct Kernels {
     // Does the same for one sequence by Jacobi.
     void (*run_jacobi)(const BlockCall& call, int64_t sequence, float* cache, float* shared, float* own,
                        const Team& team);
+    // Solves for the slots first .. last - 1 of one group, the last one first.
+    void (*run_transposed)(const BlockCall& call, int64_t group, float* cache, float* shared, float* own,
+                           const Team& team);
     // Runs the chunks first .. last - 1 of all B chunks().
     void (*affine_flow)(const AffineCall& call, int64_t first, int64_t last);
     void (*affine_flow_backward)(const AffineCall& call, int64_t first, int64_t last);

@@ -1,25 +1,14 @@
 #include "model.h"
 
-#include <stdexcept>
-
-#include "workspace.h"
+#include "packed.h"
 
 namespace starflow {
 
 Model::Model(const Spec& spec, const float* packed, int64_t floats, const std::vector<int64_t>& offsets)
     : layers_(spec.layers) {
-    auto offset = offsets.begin();
-    auto next = [&](int64_t width, int64_t rows = 1) {
-        if (offset == offsets.end()) throw std::invalid_argument("packed weights: too few for the block spec");
-        int64_t begin = *offset++;
-        if (begin < 0 || begin + rows * padded(width) > floats)
-            throw std::invalid_argument("packed weights: too small for the block spec");
-        return packed + begin;
-    };
-    auto linear = [&](int out, int in) {
-        const float* weight = next(out, spec.bf16 ? (in + 1) / 2 : in);
-        return Linear{weight, next(out), in, out};
-    };
+    PackedWeights weights(packed, floats, offsets, spec.bf16);
+    auto next = [&](int64_t width, int64_t rows = 1) { return weights.next(width, rows); };
+    auto linear = [&](int out, int in) { return weights.linear(out, in); };
     int C = spec.channels;
     auto norm = [&] {
         NormWeights weights{};
@@ -58,7 +47,27 @@ Model::Model(const Spec& spec, const float* packed, int64_t floats, const std::v
     if (spec.final_norm) block.final_norm = next(C);
     block.proj_out = linear(spec.params_dim(), C);
     block.layers = layers_.data();
-    if (offset != offsets.end()) throw std::invalid_argument("packed weights: too many for the block spec");
+    weights.finish();
+}
+
+TransposedModel::TransposedModel(const Spec& spec, const float* packed, int64_t floats,
+                                 const std::vector<int64_t>& offsets)
+    : layers_(spec.layers) {
+    PackedWeights weights(packed, floats, offsets, spec.bf16);
+    int C = spec.channels;
+    solve = {};
+    solve.proj_in = weights.linear(spec.token_dim, C);
+    for (Transposed::Layer& layer : layers_) {
+        layer = {};
+        layer.qkv = weights.linear(C, spec.qkv_dim());
+        layer.proj = weights.linear(spec.heads * spec.head_dim, C);
+        if (spec.mlp == Mlp::swiglu) layer.gate = weights.linear(C, spec.mlp_dim);
+        layer.up = weights.linear(C, spec.mlp_dim);
+        layer.down = weights.linear(spec.mlp_dim, C);
+    }
+    solve.proj_out = weights.linear(C, spec.params_dim());
+    solve.layers = layers_.data();
+    weights.finish();
 }
 
 void run_groups(ParallelFor parallel_for, int threads, const BlockCall& call, float* workspace, int64_t floats) {
@@ -79,8 +88,10 @@ void run_groups(ParallelFor parallel_for, int threads, const BlockCall& call, fl
         int first = leader(mine);
         Team team{thread - first, leader(mine + 1) - first, &work.barriers[mine]};
         const BlockCall& call = work.call;
-        auto run = call.jacobi ? kernels().run_jacobi : kernels().run_block;
-        int64_t cache = call.state ? 0 : call.group * cache_floats(call.block->spec, call.L + call.T);
+        auto run = call.jacobi       ? kernels().run_jacobi
+                   : call.transposed ? kernels().run_transposed
+                                     : kernels().run_block;
+        int64_t cache = call.one_cache() ? 0 : call.group * cache_floats(call.block->spec, call.L + call.T);
         for (int group = mine; group < groups; group += teams)
             run(call, group, call.cache + first * cache, work.workspace + first * work.floats,
                 work.workspace + thread * work.floats, team);

@@ -4,7 +4,7 @@
 #include "affine.h"
 #include "attention.h"
 #include "kernels.h"
-#include "workspace.h"
+#include "transposed.h"
 
 namespace starflow::STARFLOW_ISA {
 
@@ -48,16 +48,18 @@ struct Pass {
         multiply(linear, x, padded(linear.in), values(), done);
     }
 
-    // Computes activation(gate x) * up x. Ends the phase.
+    // Computes activation(gate x) * up x, and keeps both products where memory for them is given. Ends the phase.
     template <class Activation>
-    void multiply_gated(const Linear& gate, const Linear& up, const float* x, int64_t width,
-                        Activation activation) const {
+    void multiply_gated(const Linear& gate, const Linear& up, const float* x, int64_t width, float* kept_gate,
+                        float* kept_up, Activation activation) const {
         multiply(gate, x, [&](int64_t m, int64_t c, Vec v) __attribute__((always_inline)) {
             store(ws.hidden + m * width + c, activation(v));
+            if (kept_gate) store(kept_gate + m * width + c, v);
         });
         multiply(up, x, [&](int64_t m, int64_t c, Vec v) __attribute__((always_inline)) {
             float* at = ws.hidden + m * width + c;
             store(at, load(at) * v);
+            if (kept_up) store(kept_up + m * width + c, v);
         });
         team.wait();
     }
@@ -132,7 +134,7 @@ struct Pass {
     void transition(const Transition& weights, int branch) const {
         int64_t C = padded(spec.channels), width = padded(spec.transition_dim);
         for (int64_t m = 0; m < values(); ++m) adapt(m, branch, ws.normed + m * C);
-        multiply_gated(weights.gate, weights.up, ws.normed, width, [](Vec v) { return silu(v); });
+        multiply_gated(weights.gate, weights.up, ws.normed, width, nullptr, nullptr, [](Vec v) { return silu(v); });
         multiply(weights.down, ws.hidden, [&](int64_t m, int64_t c, Vec v) {
             const float* gate = modulation(m, branch) + 2 * spec.channels;
             float* at = ws.h + m * C + c;
@@ -154,7 +156,7 @@ struct Pass {
     }
 
     // Computes h += x W^T + b, with a norm of the branch before the addition where the block has one. Ends the phase.
-    void add_branch(const Linear& linear, const float* x, const float* post_norm) const {
+    void add_branch(const Linear& linear, const float* x, const float* post_norm, float* kept) const {
         int64_t C = padded(spec.channels);
         float* to = spec.post_norm ? ws.branch : ws.h;
         multiply(linear, x, [&](int64_t m, int64_t c, Vec v) {
@@ -164,6 +166,7 @@ struct Pass {
         team.wait();
         if (!spec.post_norm) return;
         for (int64_t m = team.begin(values()); m < team.end(values()); ++m) {
+            if (kept) memcpy(kept + m * C, to + m * C, C * sizeof(float));
             rms_norm(to + m * C, post_norm, spec.channels, to + m * C);
             for (int64_t c = 0; c < C; c += LANES)
                 store(ws.h + m * C + c, load(ws.h + m * C + c) + load(to + m * C + c));
@@ -171,11 +174,26 @@ struct Pass {
         team.wait();
     }
 
-    KeyValues cached(int64_t r, int64_t layer, int64_t head) const {
+    KeyValues cached(int64_t r, int64_t layer, int64_t head) const { return cached(cache, r, layer, head); }
+
+    KeyValues cached(float* from, int64_t r, int64_t layer, int64_t head) const {
         int64_t S = padded(call.L + call.T), d = spec.head_dim, size = S * (d + padded(d));
-        int64_t row = sampling() ? global_row(r) : r;
-        float* at = cache + row * cache_floats(spec, call.L + call.T) + (layer * spec.kv_heads + head) * size;
+        int64_t row = call.one_cache() ? global_row(r) : r;
+        float* at = from + row * cache_floats(spec, call.L + call.T) + (layer * spec.kv_heads + head) * size;
         return {at, at + S * d, S};
+    }
+
+    // Returns where this pass keeps the rows of a value, see Kept; null if it keeps none.
+    float* kept(int64_t layer, int64_t Kept::* place) const {
+        if (!call.kept || slot < 0) return nullptr;
+        Kept sizes(spec);
+        float* passes = call.kept + (first_sequence * call.T + slot * sequences) * sizes.slot;
+        return passes + (layer * sizes.layer + sizes.*place) * values();
+    }
+
+    void keep_states(int64_t layer, int64_t Kept::* place) const {
+        int64_t C = padded(spec.channels), first = team.begin(values()) * C, last = team.end(values()) * C;
+        if (float* to = kept(layer, place)) memcpy(to + first, ws.h + first, (last - first) * sizeof(float));
     }
 
     void prepare(float* x, const float* norm, int64_t position) const {
@@ -194,7 +212,9 @@ struct Pass {
             int64_t position = call.L + slot + i;
             for (int j = head * group; j < (head + 1) * group; ++j) prepare(q + j * d, layer.q_norm, position);
             prepare(k, layer.k_norm, position);
-            append(cached(r, index, head), position, k, k + spec.kv_heads * d, d);
+            const float* v = k + spec.kv_heads * d;
+            append(cached(r, index, head), position, k, v, d);
+            if (call.exchanged) append(cached(call.exchanged, r, index, head), position, v, k, d);
         }
     }
 
@@ -252,16 +272,20 @@ struct Pass {
         team.wait();
     }
 
-    void feed_forward(const Layer& layer) const {
+    void feed_forward(const Layer& layer, int64_t index) const {
         const float* x = normalized(layer.mlp_norm);
         int64_t width = padded(spec.mlp_dim);
+        float *up = kept(index, &Kept::up), *gate = kept(index, &Kept::gate);
         if (spec.mlp == Mlp::gelu) {
-            multiply(layer.up, x, [&](int64_t m, int64_t c, Vec v) { store(ws.hidden + m * width + c, gelu(v)); });
+            multiply(layer.up, x, [&](int64_t m, int64_t c, Vec v) {
+                store(ws.hidden + m * width + c, gelu(v));
+                if (up) store(up + m * width + c, v);
+            });
             team.wait();
         } else {
-            multiply_gated(layer.gate, layer.up, x, width, [](Vec v) { return gelu_tanh(v); });
+            multiply_gated(layer.gate, layer.up, x, width, gate, up, [](Vec v) { return gelu_tanh(v); });
         }
-        add_branch(layer.down, ws.hidden, layer.mlp_post_norm);
+        add_branch(layer.down, ws.hidden, layer.mlp_post_norm, kept(index, &Kept::mlp_branch));
     }
 
     void network() const {
@@ -276,15 +300,22 @@ struct Pass {
             if (spec.adaptive) enter(branch);
             const float* x = normalized(layer.attn_norm);
             int64_t width = padded(spec.qkv_dim());
-            multiply(layer.qkv, x, [&](int64_t m, int64_t c, Vec v) { store(ws.qkv + m * width + c, v); });
+            float* qkv = kept(i, &Kept::qkv);
+            keep_states(i, &Kept::h);
+            multiply(layer.qkv, x, [&](int64_t m, int64_t c, Vec v) {
+                store(ws.qkv + m * width + c, v);
+                if (qkv) store(qkv + m * width + c, v);
+            });
             team.wait();
             if (spec.qk_layer_norm) norm_queries_and_keys(layer);
             n == 1 ? attend_token(layer, i) : attend_tokens(layer, i);
-            add_branch(layer.proj, ws.attended, layer.attn_post_norm);
-            feed_forward(layer);
+            add_branch(layer.proj, ws.attended, layer.attn_post_norm, kept(i, &Kept::attn_branch));
+            keep_states(i, &Kept::middle);
+            feed_forward(layer, i);
             if (spec.adaptive) leave(branch);
             if (spec.transition_dim) transition(layer.transition, branch + 1);
         }
+        keep_states(spec.layers, &Kept::h);
     }
 
     // Computes the raw parameters of the slots: into the output in the density direction, into the workspace in

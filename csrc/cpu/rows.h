@@ -57,12 +57,13 @@ inline void rms_norm(const float* x, const float* weight, int n, float* y) {
 }
 
 // Rotates the pairs of x (d,) by angles (d / 2,): (x0, x1), (x2, x3), ... or, with `halves`, (x_i, x_{i + d / 2}).
-inline void rotate(float* x, const float* cos, const float* sin, int d, bool halves) {
+// `sign` -1 rotates back.
+inline void rotate(float* x, const float* cos, const float* sin, int d, bool halves, float sign = 1) {
     int step = halves ? 1 : 2, other = halves ? d / 2 : 1;
     for (int i = 0; i < d / 2; ++i) {
-        float a = x[i * step], b = x[i * step + other];
-        x[i * step] = a * cos[i] - b * sin[i];
-        x[i * step + other] = b * cos[i] + a * sin[i];
+        float a = x[i * step], b = x[i * step + other], s = sign * sin[i];
+        x[i * step] = a * cos[i] - b * s;
+        x[i * step + other] = b * cos[i] + a * s;
     }
 }
 

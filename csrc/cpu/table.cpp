@@ -5,6 +5,7 @@ namespace starflow::STARFLOW_ISA {
 
 void run_block(const BlockCall&, int64_t, float*, float*, float*, const Team&);
 void run_jacobi(const BlockCall&, int64_t, float*, float*, float*, const Team&);
+void run_transposed(const BlockCall&, int64_t, float*, float*, float*, const Team&);
 void affine_flow(const AffineCall&, int64_t, int64_t);
 void affine_flow_backward(const AffineCall&, int64_t, int64_t);
 void affine_flow_inverse(const InverseCall&, int64_t, int64_t);
@@ -24,6 +25,7 @@ const Kernels kernels{
     .name = STARFLOW_ISA_NAME,
     .run_block = run_block,
     .run_jacobi = run_jacobi,
+    .run_transposed = run_transposed,
     .affine_flow = affine_flow,
     .affine_flow_backward = affine_flow_backward,
     .affine_flow_inverse = affine_flow_inverse,

@@ -27,16 +27,14 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
 class Equation(NamedTuple):
     """Equation f(x, inputs) = z of an inverse.
 
-    density: density(x, *inputs) returns f(x, inputs) and -log sigma, (B, T, D) each, with gradients. rank: rank()
-    returns (T,) or (B, T), the place of each token in the order in which they depend on each other. given: (B, T)
-    whether a token of x is data, so that z does not determine it; or None. dtype: the least precise one that `density`
-    computes in.
+    density: density(x, *inputs) returns f(x, inputs) and -log sigma, (B, T, D) each, with gradients. solve: solve(g, x,
+    *inputs) returns u with J^T u = g, see `solve_transposed`. given: (B, T) whether a token of x is data, so that z
+    does not determine it; or None.
     """
 
     density: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    rank: Callable[[], torch.Tensor]
+    solve: Callable[..., torch.Tensor]
     given: torch.Tensor | None
-    dtype: torch.dtype
 
 
 def with_gradient(
@@ -73,7 +71,7 @@ class _Solution(torch.autograd.Function):
                 "the density at the result"
             )
         (x, *inputs), equation, needed = ctx.saved_tensors, ctx.equation, ctx.needs_input_grad
-        u = solve_transposed(equation, x, [None if t is None else t.detach() for t in inputs], grad)
+        u = equation.solve(grad, x.detach(), *[None if t is None else t.detach() for t in inputs])
         given = None if equation.given is None else equation.given[..., None]
         grad_z = u if given is None else u.masked_fill(given, 0)
         grad_data = u - grad_z if needed[3] else None
@@ -98,22 +96,37 @@ def _of_inputs(equation: Equation, x: torch.Tensor, inputs, needed, u: torch.Ten
     return [next(found) if need else None for need in needed]
 
 
-def solve_transposed(equation: Equation, x: torch.Tensor, inputs, g: torch.Tensor) -> torch.Tensor:
+def solve_transposed(
+    density: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    g: torch.Tensor,
+    x: torch.Tensor,
+    rank: torch.Tensor,
+    given: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """Solve J^T u = g for u (B, T, D), by sweeps u <- u + sigma (g - J^T u) over all tokens.
 
-    J is triangular with 1 / sigma on its diagonal, so after k sweeps the last k tokens are exact. A sample that
+    J = df/dx is triangular with 1 / sigma on its diagonal, so after k sweeps the last k tokens are exact. A sample that
     diverges keeps its exact tokens, sets the others to zero, and goes on with one token per sweep.
+
+    Args:
+        density: density(x) returns f(x) and -log sigma, with gradients.
+        g: (B, T, D) right-hand side.
+        x: (B, T, D) point at which J is taken.
+        rank: (T,) or (B, T), the place of each token in the order in which they depend on each other.
+        given: (B, T) whether a token is its own equation, x = data; or None.
+        dtype: the least precise one that `density` computes in.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        z, minus_log_sigma = equation.density(x, *inputs)
+        z, minus_log_sigma = density(x)
     B, T, _ = x.shape
-    given = None if equation.given is None else equation.given[..., None]
+    given = None if given is None else given[..., None]
     sigma = minus_log_sigma.detach().neg().exp().to(g.dtype)
     sigma = sigma if given is None else sigma.masked_fill(given, 1)
     # Place of a token from the end, where the solution begins.
-    rank = T - 1 - equation.rank().to(x.device).expand(B, T)[..., None]
-    tolerance = torch.finfo(equation.dtype).eps
+    rank = T - 1 - rank.to(x.device).expand(B, T)[..., None]
+    tolerance = torch.finfo(dtype).eps
     limit = DIVERGED * _largest(sigma) * _largest(g).clamp(min=1)
     u, exact = torch.zeros_like(g), torch.zeros_like(limit, dtype=torch.int64)
     single, sizes = torch.zeros_like(limit, dtype=torch.bool), []

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .._core import compiled
+from .._core import compiled, dispatch
 from .._core.checks import check_guidance, check_range, check_tensor
 from .._core.dispatch import disable_autocast, register, wrap
 from .._core.implicit import Equation, Unchanged, needs_gradient, with_gradient
@@ -21,7 +21,7 @@ from .._triton import runtime
 from ..affine_flow.api import empty_logdet
 from ..solver import Inverse, Solver, SolveReport, check_solver, sum_log_sigma
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
-from . import composed, cuda, jacobi, native, reference
+from . import composed, cuda, jacobi, native, native_transposed, reference
 from .checks import check_block, checked_inverse, checked_jacobi
 from .layout import Layout, arrange
 from .progress import reporting_to
@@ -83,6 +83,10 @@ runtime.register("block_inverse", "block.triton.sequential", backward=False)
 # Registered last, and so preferred where a block fits: it needs one launch in all instead of several per token.
 register("block_inverse", "cuda", cuda.block_inverse, cuda.refuse, compiled.cuda_unavailable)
 runtime.register("block_jacobi", "block.triton.sweeps", backward=False)
+# Not ops of torch.library, since two of them differentiate by autograd, which does not act inside of an op.
+register("block_inverse_backward", "reference", reference.block_inverse_backward)
+register("block_inverse_backward", "composed", composed.block_inverse_backward)
+compiled.register("block_inverse_backward", native_transposed, backward=False)
 wrap("block_inverse", checked_inverse)
 wrap("block_jacobi", checked_jacobi)
 
@@ -358,13 +362,20 @@ def block_inverse(
 
     def density(x: torch.Tensor, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         context = dict(zip(("cond", "prefix", "cos", "sin"), inputs), order=order, lengths=lengths)
-        named, own = dict(zip(spec.weight_shapes, inputs[4:])), backend if backend == "reference" else None
+        named = dict(zip(spec.weight_shapes, inputs[4:]))
         with disable_autocast():
-            return block_forward(x, named, spec, logdet="none", backend=own, **context)  # type: ignore[arg-type]
+            return block_forward(x, named, spec, logdet="none", backend=own_backend, **context)  # type: ignore[arg-type]
 
-    dtype = max(z.dtype, tensors[0].dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    def solve(g: torch.Tensor, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+        cond, prefix, cos, sin, *weights = inputs
+        layout = arrange(x, weights, spec, cond, order, lengths)
+        context = layout.weights, layout.cond, prefix, layout.angles(cos), layout.angles(sin), layout.spec.to_json()
+        u = dispatch.run("block_inverse_backward", own_backend, layout.enter(x), layout.enter(g), *context, known)
+        return layout.leave(u, g) if layout.moves else u
+
+    own_backend = backend if backend == "reference" else None
     given = layout.given(known)
-    x = with_gradient(x, Equation(density, layout.rank, given, dtype), z, data, inputs)
+    x = with_gradient(x, Equation(density, solve, given), z, data, inputs)
     unchanged = Unchanged((x, *inputs))
 
     def logdet() -> torch.Tensor:

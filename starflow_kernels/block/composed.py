@@ -1,4 +1,4 @@
-"""Density direction of a block where a gradient is needed: composed of differentiable ops."""
+"""Density direction of a block where a gradient is needed, and the gradient of its inverse, by differentiable ops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._core import compiled
 from .._core.numerics import NORM_EPS
 from .._core.registration import call
 from ..spec import BlockSpec
-from . import network
+from . import network, reference
 
 
 def block_forward(
@@ -41,6 +41,12 @@ def block_forward(
         dropout=dropout,
         fused=_fused_ops(x, backend),
     )
+
+
+def block_inverse_backward(*args) -> torch.Tensor:
+    """See reference.block_inverse_backward."""
+    density = functools.partial(block_forward, dropout=0.0, backend=None)
+    return reference.block_inverse_backward(*args, density=density)
 
 
 def _linear(weight: torch.Tensor, backend: str | None) -> Callable:

@@ -45,7 +45,7 @@ class Packed(NamedTuple):
     fields: tuple[int, ...]
 
 
-def _tiles(weight: torch.Tensor) -> torch.Tensor:
+def tiles(weight: torch.Tensor) -> torch.Tensor:
     """Return (N, K) as [N / 16][K][16], or in bfloat16 as [N / 16][K / 2][16][2], zero-padded, in float32 bits."""
     N, K = weight.shape
     pair = 1 if weight.dtype == torch.float32 else 2
@@ -53,7 +53,7 @@ def _tiles(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(-(-N // 16), 16, -1, pair).transpose(1, 2).contiguous().view(torch.float32).flatten()
 
 
-def _vector(weight: torch.Tensor) -> torch.Tensor:
+def vector(weight: torch.Tensor) -> torch.Tensor:
     """Return rows padded to a multiple of 16 values, as a flat float32 tensor."""
     return torch.nn.functional.pad(weight.float(), (0, -weight.shape[-1] % 16)).flatten()
 
@@ -64,19 +64,24 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor], quantize: str) -> Packed:
     for name, weight in zip(spec.weight_shapes, fake_quantize(spec, weights, quantize)):
         weight = weight.detach()
         if name == "pos_embed":
-            pieces.append(_vector(weight.flip(0) if spec.flip else weight))
+            pieces.append(vector(weight.flip(0) if spec.flip else weight))
         elif weight.ndim == 1:
-            pieces.append(_vector(weight))
+            pieces.append(vector(weight))
         else:
-            pieces.append(_tiles(weight))
+            pieces.append(tiles(weight))
             if f"{name.removesuffix('weight')}bias" not in spec.weight_shapes:
-                pieces.append(_vector(weight.new_zeros(len(weight))))
+                pieces.append(vector(weight.new_zeros(len(weight))))
+    return join(pieces, spec, weights[0].dtype)
+
+
+def join(pieces: list[torch.Tensor], spec: BlockSpec, dtype: torch.dtype) -> Packed:
+    """Return packed weights in one buffer."""
     sizes = [-(-len(piece) // 16) * 16 for piece in pieces]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     buffer = empty(sum(sizes))
     for piece, offset in zip(pieces, offsets):
         buffer[offset : offset + len(piece)] = piece
-    return Packed(buffer, offsets, tuple(spec_fields(spec, weights[0].dtype)))
+    return Packed(buffer, offsets, tuple(spec_fields(spec, dtype)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -107,17 +112,17 @@ def refuse(x, *others) -> str | None:
     return "weights are of different dtypes" if any(w.dtype != dtype for w in weights) else None
 
 
-def _float32(value: torch.Tensor | None) -> torch.Tensor | None:
+def float32(value: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value.to(torch.float32).contiguous()
 
 
-def _call_tokens(weight_floats: int, rows: int) -> int:
+def call_tokens(weight_floats: int, rows: int) -> int:
     """Return the number of tokens per row in one kernel call."""
     seconds = max(4 * weight_floats / SLOW_BYTES, 2 * rows * weight_floats / SLOW_FLOPS)
     return max(1, int(CALL_SECONDS / max(seconds, 1e-9)))
 
 
-def _sampling_group(B: int, branches: int, weight_bytes: int, threads: int) -> int:
+def sampling_group(B: int, branches: int, weight_bytes: int, threads: int) -> int:
     """Return the number of sequences that a team of threads takes at a time.
 
     Threads that share rows read the weights once, and wait for each other at barriers. Threads with rows of their own
@@ -131,7 +136,7 @@ def _sampling_group(B: int, branches: int, weight_bytes: int, threads: int) -> i
     return max(1, -(-B // groups))
 
 
-def _useful_threads(threads: int, groups: int, weight_floats: int, rows: int) -> int:
+def useful_threads(threads: int, groups: int, weight_floats: int, rows: int) -> int:
     """Return the number of threads with enough work per token step to be worth their barriers."""
     seconds = 2 * rows * weight_floats / FLOPS + 4 * weight_floats / BYTES
     return min(threads, groups * max(1, int(seconds / MEMBER_SECONDS)))
@@ -142,13 +147,13 @@ def network_outputs(x, weights, cond, prefix, cos, sin, spec_json: str, tokens: 
     spec = BlockSpec.from_json(spec_json)
     model, threads = packed(spec_json, weights, "none"), torch.get_num_threads()
     (B, T, _), L = x.shape, 0 if prefix is None else prefix.shape[1]
-    x, cond, prefix, cos, sin = map(_float32, (x, cond, prefix, cos, sin))
+    x, cond, prefix, cos, sin = map(float32, (x, cond, prefix, cos, sin))
     params = x.new_empty(B, T, spec.affine.params_dim(spec.token_dim))
     group = max(1, min(-(-B // threads), tokens // (L + T)))
     chunk = max(1, tokens // group)
     cache_floats, floats = torch.ops.starflow_native.block_sizes(model.fields, group * chunk, L + T)
     cache, workspace = empty(group * threads * cache_floats), empty(threads * floats)
-    step = max(threads * group, _call_tokens(model.buffer.numel(), T + L))
+    step = max(threads * group, call_tokens(model.buffer.numel(), T + L))
     for b in range(0, B, step):
         rows = slice(b, b + step)
         torch.ops.starflow_native.block_run(
@@ -217,11 +222,11 @@ def plan_sampling(
     """Plan memory and threads for B sequences with `cached` cache slots each."""
     row = branches * torch.ops.starflow_native.block_sizes(fields, 1, cached)[0]
     part = max(1, min(B, budget // (4 * row)))
-    group = _sampling_group(part, branches, 4 * weight_floats, threads)
-    threads = _useful_threads(threads, -(-part // group), weight_floats, group * branches)
+    group = sampling_group(part, branches, 4 * weight_floats, threads)
+    threads = useful_threads(threads, -(-part // group), weight_floats, group * branches)
     chunk = max(1, min(prefix, DENSITY_TOKENS // (group * branches)))
     _, workspace = torch.ops.starflow_native.block_sizes(fields, group * branches * chunk, cached)
-    step = _call_tokens(weight_floats, part * branches)
+    step = call_tokens(weight_floats, part * branches)
     return SamplingPlan(part, group, threads, step, chunk, part * row, threads * workspace)
 
 
@@ -251,7 +256,7 @@ class _Parts:
             cache_bytes(),
         )
         self.cache = empty(self.plan.cache)
-        self._context = tuple(map(_float32, (cond, prefix, cos, sin, guidance)))
+        self._context = tuple(map(float32, (cond, prefix, cos, sin, guidance)))
         self._rule = choice_index(rule, GuidanceRule), temperature
 
     def __iter__(self) -> Iterator[slice]:
@@ -324,7 +329,7 @@ def block_jacobi(
     z, x = z.contiguous(), torch.where((final.flip(1) if parts.spec.flip else final)[:, :, None], z, guess).contiguous()
     log_sigma, filled = torch.zeros_like(x), min(parts.most_filled, T - parts.first)
     evaluated = parts.branches * window
-    threads = _useful_threads(parts.threads, plan.part, model.buffer.numel(), evaluated)
+    threads = useful_threads(parts.threads, plan.part, model.buffer.numel(), evaluated)
     floats = threads * torch.ops.starflow_native.block_sizes(model.fields, evaluated, parts.L + T)[1]
     workspace = empty(max(floats, plan.workspace))
     for rows in parts:
@@ -334,7 +339,7 @@ def block_jacobi(
             torch.ops.starflow_native.block_run(
                 x[rows], None, log_sigma[rows], *arguments, None, parts.cache, workspace, chunks
             )
-        passes = _call_tokens(model.buffer.numel(), evaluated * -(-len(done) // threads))
+        passes = call_tokens(model.buffer.numel(), evaluated * -(-len(done) // threads))
         while ((done < T) & (failed == 0)).any():
             torch.ops.starflow_native.block_jacobi(
                 x[rows], log_sigma[rows], z[rows], *arguments, neighbours, tol, places[rows], sweeps[rows],

@@ -25,7 +25,7 @@ def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
 
 
 def refuse_spec(spec: BlockSpec) -> str | None:
-    """Return why the GPU kernels cannot run a block, or None."""
+    """Return why the kernels that know no adaptive blocks cannot run a block, or None."""
     if spec.adaptive or spec.qk_layer_norm:
         return "it takes no adaptive block, and no LayerNorm of queries and keys"
     return None

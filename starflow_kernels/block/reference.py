@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from .._core.implicit import solve_transposed
 from .._core.numerics import accumulation_dtype
 from ..affine_flow.reference import by_token
 from ..affine_flow_inverse.reference import gaussian
@@ -63,3 +66,38 @@ def block_inverse(
         log_sigma[:, at] = log_scale.to(log_sigma.dtype).masked_fill(given[:, None, None], 0)
         report(B * (t + 1), B * T)
     return (x.flip(1), log_sigma.flip(1)) if spec.flip else (x, log_sigma)
+
+
+def block_inverse_backward(
+    x: torch.Tensor,
+    g: torch.Tensor,
+    weights: list[torch.Tensor],
+    cond: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    spec_json: str,
+    known: torch.Tensor | None = None,
+    density: Callable = compose,
+) -> torch.Tensor:
+    """Solve J^T u = g for u (B, T, D), with J the Jacobian of block_forward at x (B, T, D).
+
+    Args:
+        x: result of `block_inverse`.
+        g: (B, T, D) gradient of a loss with respect to x.
+        weights: as in `block_inverse`, and so the next arguments.
+        cond: condition.
+        prefix: text states.
+        cos: cosines.
+        sin: sines.
+        spec_json: the block.
+        known: as in `block_inverse`; given tokens are equations of their own, x = data.
+        density: `network.compose`, or a function with its arguments and results.
+    """
+    spec, T = BlockSpec.from_json(spec_json), x.shape[1]
+    rank = torch.arange(T, dtype=torch.int64, device=x.device)
+    rank = rank.flip(0) if spec.flip else rank
+    given = None if known is None else rank < known[:, None]
+    dtype = max(x.dtype, weights[0].dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    context = weights, cond, prefix, cos, sin, spec, "none"
+    return solve_transposed(lambda x: density(x, *context), g, x, rank, given, dtype)

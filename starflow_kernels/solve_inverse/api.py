@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from .._core.checks import check_finite, check_tensor
-from .._core.implicit import Equation, Unchanged, needs_gradient, with_gradient
+from .._core.implicit import Equation, Unchanged, needs_gradient, solve_transposed, with_gradient
 from .._core.registration import call, refuse_transforms
 from .._core.token_order import check_counts, own_order, with_given
 from .._core.torch_private import outside_graphs, version
@@ -147,7 +147,12 @@ def _equation(
         )
         return torch.where(inside, z, x), minus_log_sigma.masked_fill(~inside, 0)
 
-    return Equation(density, lambda: tokens.rank, tokens.rank < tokens.first[:, None], dtype)
+    given = tokens.rank < tokens.first[:, None]
+
+    def solve(g: torch.Tensor, x: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return solve_transposed(lambda x: density(x, *inputs), g, x, tokens.rank, given, dtype)
+
+    return Equation(density, solve, given)
 
 
 def _solve(
