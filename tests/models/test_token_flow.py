@@ -448,6 +448,18 @@ def test_defaults_of_torch_do_not_matter(name):
     inside.log_prob(x, *arguments).sum().backward()
 
 
+@pytest.mark.parametrize("name", ["condition-per-token", "orders"])
+def test_graphs(name):
+    flow = make(name)
+    x, condition = inputs(flow)
+    lengths, order = torch.tensor([0, 2, 5, 1]), torch.randperm(5)
+    compiled = torch.compile(flow.log_prob, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, condition, lengths, order), flow.log_prob(x, condition, lengths, order))
+    with torch.no_grad():
+        inverse = torch.compile(lambda z, c: flow.inverse(z, c, lengths, order).x, backend="eager", fullgraph=True)
+        assert torch.equal(inverse(x, condition), flow.inverse(x, condition, lengths, order).x)
+
+
 @pytest.mark.parametrize(("name", "size"), [("vector", {"features": 10}), ("molecule", {"tokens": 13})])
 def test_presets(name, size):
     flow = TokenFlow.preset(name, **size)
