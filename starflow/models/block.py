@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from starflow_kernels import BlockSpec, Inverse, block_forward, block_inverse, block_params
 
+from .adaptive import AdaptiveCondition
 from .hooks import has_replaced_forward, runs_methods, views, with_forward_hooks
 
 # Cosine and sine of rotary angles, or Nones.
@@ -31,9 +33,10 @@ class FlowBlock(nn.Module):
         spec: the block.
         num_classes: rows of the class embedding, 0 for none.
         features: features of a condition other than a class, 0 for none.
+        adaptive: further arguments of the `AdaptiveCondition` of an adaptive block.
     """
 
-    def __init__(self, spec: BlockSpec, num_classes: int = 0, features: int = 0):
+    def __init__(self, spec: BlockSpec, num_classes: int = 0, features: int = 0, adaptive: Sequence[Any] = ()):
         super().__init__()
         self.spec = spec
         # The block with an order of its call in place of its own.
@@ -56,7 +59,9 @@ class FlowBlock(nn.Module):
             owner.register_parameter(leaf, nn.Parameter(default.new_empty(shape)))
             self._slots[name] = path, leaf
         self.class_embed = nn.Parameter(default.new_empty(num_classes, spec.channels)) if num_classes else None
-        self.feature_embed = nn.Parameter(default.new_empty(features, spec.channels)) if features else None
+        embeds = features and not spec.adaptive
+        self.feature_embed = nn.Parameter(default.new_empty(features, spec.channels)) if embeds else None
+        self.adaptive = AdaptiveCondition(spec, features, *adaptive) if spec.adaptive else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -72,7 +77,7 @@ class FlowBlock(nn.Module):
                 nn.init.normal_(weight, std=1e-2)
             elif weight.ndim == 2 and not name.startswith("proj_out"):
                 nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
-            elif self.spec.norm == "layer_norm" and name.endswith(("attn_norm.weight", "mlp_norm.weight")):
+            elif name.endswith(self._layer_norms()):
                 nn.init.ones_(weight)
             else:
                 nn.init.zeros_(weight)
@@ -80,6 +85,11 @@ class FlowBlock(nn.Module):
             nn.init.normal_(self.class_embed, std=1e-2)
         if self.feature_embed is not None:
             nn.init.uniform_(self.feature_embed, -(len(self.feature_embed) ** -0.5), len(self.feature_embed) ** -0.5)
+
+    def _layer_norms(self) -> tuple[str, ...]:
+        """Return the endings of the names of scales of LayerNorms, which begin at 1."""
+        names = ("attn_norm.weight", "mlp_norm.weight") if self.spec.norm == "layer_norm" else ()
+        return (*names, "q_norm.weight", "k_norm.weight") if self.spec.qk_layer_norm else names
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the parameters by name, in the order of `spec.weight_shapes`."""
@@ -116,7 +126,7 @@ class FlowBlock(nn.Module):
             rotary: see `context`.
             options: further arguments of `starflow_kernels.block_forward`.
         """
-        context = self.context(classes, text, rotary)
+        context = self.context(classes, text, rotary, options)
         return block_forward(x, self.weights(), self._ordered(options), **context, **options)
 
     @with_forward_hooks
@@ -135,7 +145,7 @@ class FlowBlock(nn.Module):
             text: see `context`.
             rotary: see `context`.
         """
-        return block_params(x, self.weights(), self.spec, **self.context(classes, text, rotary))
+        return block_params(x, self.weights(), self.spec, **self.context(classes, text, rotary, {}))
 
     @with_forward_hooks
     def inverse(
@@ -155,14 +165,16 @@ class FlowBlock(nn.Module):
             rotary: see `context`.
             options: further arguments of `starflow_kernels.block_inverse`.
         """
-        context = self.context(classes, text, rotary)
+        context = self.context(classes, text, rotary, options)
         return block_inverse(z, self.weights(), self._ordered(options), **context, **options)
 
     def _ordered(self, options: dict[str, Any]) -> BlockSpec:
         """Return the block, without its own order if the options have one."""
         return self.spec if options.get("order") is None else self._unflipped
 
-    def context(self, classes: torch.Tensor | None, text: torch.Tensor | None, rotary: Rotary) -> dict[str, Any]:
+    def context(
+        self, classes: torch.Tensor | None, text: torch.Tensor | None, rotary: Rotary, options: dict[str, Any]
+    ) -> dict[str, Any]:
         """Return the arguments of the block ops beside tokens and weights.
 
         Args:
@@ -170,7 +182,10 @@ class FlowBlock(nn.Module):
                 of another condition, (B, features) or (B, T, features).
             text: (B, L, text_dim) text states in front of the tokens.
             rotary: cosine and sine of the rotary angles, or (None, None).
+            options: further arguments, of which an adaptive block reads `order` and `lengths`.
         """
         embed = self.class_embed if self.feature_embed is None else self.feature_embed
         cond = None if classes is None or embed is None else classes.to(embed.dtype) @ embed
+        if self.adaptive is not None:
+            cond = self.adaptive(classes, options.get("order"), options.get("lengths"))
         return {"cond": cond, "prefix": text, "cos": rotary[0], "sin": rotary[1]}

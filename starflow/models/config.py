@@ -103,8 +103,8 @@ class StackConfig:
         """Return the description of a block for the kernels."""
         raise NotImplementedError
 
-    def block_embeddings(self, block: int) -> tuple[int, int]:
-        """Return the classes that a block embeds, and the features of another condition; 0 for none."""
+    def block_embeddings(self, block: int) -> tuple[int, int, tuple[int, bool]]:
+        """Return the arguments of `FlowBlock` after the block."""
         raise NotImplementedError
 
     def _block_spec(self, block: int, **options: Any) -> BlockSpec:
@@ -246,9 +246,9 @@ class FlowConfig(StackConfig):
         """Return whether class and text reach a block."""
         return self.condition_blocks == "all" or block == len(self.layers) - 1
 
-    def block_embeddings(self, block: int) -> tuple[int, int]:
-        """Return the classes that a block embeds, and 0."""
-        return self.num_classes if self.conditioned(block) else 0, 0
+    def block_embeddings(self, block: int) -> tuple[int, int, tuple[int, bool]]:
+        """Return the arguments of `FlowBlock` after the block."""
+        return self.num_classes if self.conditioned(block) else 0, 0, (0, False)
 
     def block_spec(self, block: int) -> BlockSpec:
         """Return the description of a block for the kernels."""

@@ -13,6 +13,7 @@ from starflow_kernels._core.token_order import check_counts, own_order, with_giv
 from starflow_kernels.solver import Solver
 
 from ..seeds import generator
+from .adaptive import AtomFeatures, check_atoms
 from .conditions import Labels, check_labels, class_weights
 from .hooks import runs_methods, with_forward_hooks
 from .results import FlowInverse, FlowOutput, FlowSample
@@ -20,6 +21,7 @@ from .stack import BlockArguments, BlockStack
 from .token_config import TokenFlowConfig
 
 Condition = Labels | int | None
+Order = torch.Tensor | Sequence[torch.Tensor] | None
 
 
 class TokenFlow(BlockStack):
@@ -27,10 +29,10 @@ class TokenFlow(BlockStack):
 
     The density is that of data which `shift` and `scale` standardize, see `standardize`; its prior is standard normal.
 
-    A condition is B integers for condition="class", -1 or None for no class; (B, condition_dim) for "vector"; and
-    (B, T, condition_dim) for "token". Without the dimension B, it is the condition of all samples. Lengths are integers
-    (B,), the number of the first tokens that belong to each sample. The others pass unchanged, add nothing to any
-    result and influence nothing.
+    A condition is B integers for condition="class", -1 or None for no class; (B, condition_dim) for "vector"; (B, T,
+    condition_dim) for "token"; and (B, T, 4) integers for "atoms", see `AtomFeatures`. Without the dimension B, it is
+    the condition of all samples. Lengths are integers (B,), the number of the first tokens that belong to each sample.
+    The others pass unchanged, add nothing to any result and influence nothing.
 
     Args:
         config: the configuration.
@@ -52,11 +54,13 @@ class TokenFlow(BlockStack):
         self.register_buffer("shift", like.new_zeros(shape))
         self.register_buffer("scale", like.new_ones(shape))
         self.embedding = None
+        self.atoms = AtomFeatures(config.channels) if config.condition == "atoms" else None
         if config.condition_dim:
             self.register_buffer("condition_shift", like.new_zeros(config.condition_dim))
             self.register_buffer("condition_scale", like.new_ones(config.condition_dim))
+        if config.embeds:
             width = config.channels
-            self.embedding = nn.Sequential(nn.Linear(config.condition_dim, width), nn.SiLU(), nn.Linear(width, width))
+            self.embedding = nn.Sequential(nn.Linear(config.embeds, width), nn.GELU(), nn.Linear(width, width))
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> TokenFlow:
@@ -109,7 +113,7 @@ class TokenFlow(BlockStack):
         x: torch.Tensor,
         condition: Condition = None,
         lengths: torch.Tensor | None = None,
-        order: torch.Tensor | None = None,
+        order: Order = None,
         *,
         known: torch.Tensor | None = None,
         dropout: float = 0.0,
@@ -122,7 +126,7 @@ class TokenFlow(BlockStack):
             condition: see `TokenFlow`.
             lengths: see `TokenFlow`.
             order: integers (T,) or (B, T), the numbers of the tokens in the order that takes the place of the ascending
-                one.
+                one; or a sequence of such orders, one per block, in place of the blocks' own.
             known: integers (B,). That many first tokens come before the others in every block, so that the others are
                 transformed given these.
             dropout: dropout rate of the residual branches, see `starflow_kernels.block_forward`.
@@ -139,7 +143,7 @@ class TokenFlow(BlockStack):
         x: torch.Tensor,
         condition: Condition = None,
         lengths: torch.Tensor | None = None,
-        order: torch.Tensor | None = None,
+        order: Order = None,
         *,
         known: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -165,7 +169,7 @@ class TokenFlow(BlockStack):
         z: torch.Tensor,
         condition: Condition = None,
         lengths: torch.Tensor | None = None,
-        order: torch.Tensor | None = None,
+        order: Order = None,
         *,
         data: torch.Tensor | None = None,
         known: torch.Tensor | None = None,
@@ -307,7 +311,7 @@ class TokenFlow(BlockStack):
         self,
         condition: Condition,
         lengths: torch.Tensor | None,
-        order: torch.Tensor | None,
+        order: Order,
         known: torch.Tensor | None,
         tokens: torch.Tensor,
     ) -> list[BlockArguments]:
@@ -316,19 +320,24 @@ class TokenFlow(BlockStack):
         orders = self._orders(order, known, tokens)
         return [BlockArguments((features, None, (None, None)), {"order": own, "lengths": lengths}) for own in orders]
 
-    def _orders(
-        self, order: torch.Tensor | None, known: torch.Tensor | None, tokens: torch.Tensor
-    ) -> list[torch.Tensor | None]:
+    def _orders(self, order: Order, known: torch.Tensor | None, tokens: torch.Tensor) -> list[torch.Tensor | None]:
         """Return the order of each block that differs from the one in its description."""
         count, T, _ = tokens.shape
-        if order is not None:
+        each = None
+        if isinstance(order, Sequence):
+            if len(order) != len(self.blocks):
+                raise ValueError(f"order: {len(order)} of them for {len(self.blocks)} blocks")
+            each, order = [own_order(own, None, count, T, tokens.device)[0] for own in order], None
+        elif order is not None:
             order, _ = own_order(order, None, count, T, tokens.device)
         if known is not None:
             known = check_counts("known", known, count, T)
         found: list[torch.Tensor | None] = []
         for i, block in enumerate(self.blocks):
             own, flip = order, block.spec.flip
-            if self.config.orders:
+            if each is not None:
+                own = each[i]
+            elif self.config.orders:
                 stored = torch.tensor(self.config.orders[i], dtype=torch.int64, device=tokens.device)
                 own = stored if order is None else order[:, stored]
             elif order is not None and flip:
@@ -350,20 +359,27 @@ class TokenFlow(BlockStack):
             return class_weights(config, condition, like)
         if self.embedding is None and condition is None:
             return None
-        values = self._check_condition(condition, like).to(self.condition_shift.dtype)
-        values = (values - self.condition_shift) / self.condition_scale
-        inside = self._inside(lengths, rows) if config.condition == "token" else None
+        values = self._check_condition(condition, like)
+        inside = None if config.condition == "vector" else self._inside(lengths, rows)
         values = values if inside is None else values.masked_fill(~inside[..., None], 0)
-        return cast("nn.Sequential", self.embedding)(values)
+        if self.atoms is not None:
+            values = self.atoms(values)
+        else:
+            values = (values.to(self.condition_shift.dtype) - self.condition_shift) / self.condition_scale
+        features = cast("nn.Sequential", self.embedding)(values)
+        return features if inside is None else features.masked_fill(~inside[..., None], 0)
 
     def _check_condition(self, condition: Condition, like: torch.Tensor) -> torch.Tensor:
         """Return the values of a condition of tokens `like` (B, T, D), those of all samples repeated, or raise."""
         config, (rows, tokens, _) = self.config, like.shape
         if self.embedding is None:
             raise ValueError(f"condition: takes no values with condition={config.condition!r}")
-        shape = (rows, tokens, config.condition_dim) if config.condition == "token" else (rows, config.condition_dim)
+        shapes = {"vector": (config.condition_dim,), "atoms": (tokens, 4)}
+        shape = rows, *shapes.get(config.condition, (tokens, config.condition_dim))
         if isinstance(condition, torch.Tensor) and condition.shape == shape[1:]:
             condition = condition.expand(shape)
+        if config.condition == "atoms":
+            return check_atoms(condition, shape, like.device)
         check_tensor("condition", condition, shape, like=like)
         return cast("torch.Tensor", condition)
 

@@ -1,0 +1,125 @@
+"""Conditions of adaptive blocks and of atoms, as in Prose (arXiv 2508.18175)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from starflow_kernels import BlockSpec
+from starflow_kernels._core.token_order import own_order, take
+from starflow_kernels._core.torch_private import is_intercepted
+
+from .conditions import integers
+
+# sigmoid(GATE) is the initial gate of each branch.
+GATE = -2.0
+# Kinds of atoms and of residues, and the largest wave length of a residue's position over 2 pi.
+ATOMS, RESIDUES, WAVE = 128, 64, 1000.0
+
+
+class AdaptiveCondition(nn.Module):
+    """Map features of a condition to the condition of an adaptive block.
+
+    Each branch of each layer has a LayerNorm of its own before the linear layer of scale and shift, and a gate.
+
+    Args:
+        spec: the block.
+        features: features per token.
+        tokens: rows of a learned table of positions, which are counted in the block's own order; 0 for no table.
+        lookahead: whether a token also sees the features of the next token in the block's own order, which is the one
+            that its hidden state determines without a start token.
+    """
+
+    def __init__(self, spec: BlockSpec, features: int, tokens: int, lookahead: bool):
+        super().__init__()
+        C, branches = spec.channels, spec.layers * spec.branches
+        self.flip, self.lookahead = spec.flip, lookahead
+        wide = [nn.Linear(2 * features, C), nn.GELU(), nn.Linear(C, C)]
+        self.project = nn.Sequential(*(wide if lookahead else [nn.Linear(features, C)]))
+        self.positions = nn.Parameter(1e-2 * torch.randn(tokens, C)) if tokens else None
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(branches, C)), nn.Parameter(torch.zeros(branches, C))
+        # Outputs are [scale | shift].
+        self.weight = nn.Parameter(torch.empty(branches, 2 * C, C).uniform_(-(C**-0.5), C**-0.5))
+        self.bias = nn.Parameter(torch.zeros(branches, 2 * C))
+        self.gate = nn.Linear(C, branches * C)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, GATE)
+
+    def forward(self, features: torch.Tensor, order: torch.Tensor | None, lengths: torch.Tensor | None) -> torch.Tensor:
+        """Return the condition (B, T, cond_dim) of a block.
+
+        Args:
+            features: (B, T, F) features, zero beyond the lengths.
+            order: as in `starflow_kernels.block_forward`.
+            lengths: as in `starflow_kernels.block_forward`.
+        """
+        B, T, _ = features.shape
+        index, _ = own_order(order, lengths, B, T, features.device, self.flip and order is None)
+        slot = None if index is None else index.argsort(1)
+        features = features.to(self.weight.dtype)
+        if self.lookahead:
+            following = F.pad(take(features, index)[:, 1:], (0, 0, 0, 1))
+            features = torch.cat([features, take(following, slot)], -1)
+        x = self.project(features)
+        branches, C = self.norm_weight.shape
+        normed = F.layer_norm(x, (C,)).view(-1, C) * self.norm_weight[:, None] + self.norm_bias[:, None]
+        scale, shift = torch.baddbmm(self.bias[:, None], normed, self.weight.mT).transpose(0, 1).split(C, -1)
+        gate = self.gate(x).view(-1, branches, C)
+        modulations = torch.stack([scale.sigmoid(), shift, gate.sigmoid()], 2).view(B, T, -1)
+        if self.positions is None:
+            added = torch.zeros_like(x)
+        else:
+            added = (self.positions if slot is None else self.positions[slot]).expand(B, T, C)
+        return torch.cat([added, modulations], -1)
+
+
+class AtomFeatures(nn.Module):
+    """Map atoms of a peptide to features: learned vectors of atom and residue, waves of position and chain length.
+
+    Args:
+        width: values of each of the four parts of the features.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.atom, self.residue = nn.Embedding(ATOMS, width), nn.Embedding(RESIDUES, width)
+
+    def forward(self, atoms: torch.Tensor) -> torch.Tensor:
+        """Return features (B, T, 4 width).
+
+        Args:
+            atoms: (B, T, 4) integers: kind of the atom, kind of its residue, position of the residue in the chain
+                from 1, and number of residues.
+        """
+        atom, residue, position, length = atoms.unbind(-1)
+        weight = self.atom.weight
+        pairs = torch.arange(0, weight.shape[1], 2, dtype=torch.float32, device=weight.device)
+        waves = (pairs * (-math.log(WAVE) / weight.shape[1])).exp()
+        angles = torch.stack([position, length], -1)[..., None] * waves
+        waves = torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)  # (B, T, 2, width)
+        return torch.cat([self.atom(atom), self.residue(residue), waves.flatten(-2).to(weight.dtype)], -1)
+
+
+def check_atoms(value: object, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return the integers of `AtomFeatures` as int64.
+
+    Args:
+        value: expected integers, kinds of atoms and residues within their tables.
+        shape: expected shape.
+        device: device of the result.
+
+    Raises:
+        ValueError: something else.
+    """
+    atoms = integers(value) if isinstance(value, torch.Tensor) else None
+    if atoms is None or atoms.shape != shape:
+        given = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"condition: expected integers of shape {shape}, got {given}")
+    if not is_intercepted() and atoms.numel():
+        for name, kinds, count in zip(("atoms", "residues"), atoms.unbind(-1), (ATOMS, RESIDUES)):
+            if kinds.min() < 0 or kinds.max() >= count:
+                raise ValueError(f"condition: expected kinds of {name} from 0 to {count - 1}")
+    return atoms.to(device)
