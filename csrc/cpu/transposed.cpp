@@ -159,9 +159,8 @@ struct Step {
         team.wait();
         pass.multiply(back.up, ws.hidden, [&](int64_t m, int64_t c, Vec v) { store(ws.h + m * C + c, v); });
         if (gated)
-            pass.multiply(back.gate, ws.gate, [&](int64_t m, int64_t c, Vec v) {
-                store(ws.h + m * C + c, load(ws.h + m * C + c) + v);
-            });
+            pass.multiply(back.gate, ws.gate,
+                          [&](int64_t m, int64_t c, Vec v) { store(ws.h + m * C + c, load(ws.h + m * C + c) + v); });
         team.wait();
         add_through_norm(layer.mlp_norm, kept(index, &Kept::middle, spec.channels));
     }
@@ -172,8 +171,8 @@ struct Step {
         heads([&](int64_t r, int head) {
             HeadGradients own = head_gradients(r, index, head);
             for (int j = 0; j < group(); ++j) {
-                float *queries = own.queries + j * SOLVED_SLOTS * own.width;
-                float *weights = own.weights + j * SOLVED_SLOTS * own.room;
+                float* queries = own.queries + j * SOLVED_SLOTS * own.width;
+                float* weights = own.weights + j * SOLVED_SLOTS * own.room;
                 for (int64_t i = 0; i < count; ++i) {
                     const float* raw = kept(index, &Kept::qkv, spec.qkv_dim(), begin + i)[r];
                     float* q = queries + i * own.width;
@@ -266,7 +265,8 @@ struct Step {
         int64_t begin = slots.block(slot), end = slots.block_end(slot), position = call.L + slot;
         for (int c = 0; c < d; c += LANES) {
             Vec k = splat(0.0f), v = k;
-            if (end < slots.all()) k = load(own.keys + slot * own.width + c), v = load(own.values + slot * own.width + c);
+            if (end < slots.all())
+                k = load(own.keys + slot * own.width + c), v = load(own.values + slot * own.width + c);
             for (int j = 0; j < group(); ++j)
                 for (int64_t i = slot - begin; i < end - begin; ++i) {
                     int64_t row = j * SOLVED_SLOTS + i, at = row * own.room + position;
@@ -321,9 +321,8 @@ struct Step {
     // Sets the gradient of the slot's input token.
     void embed(int64_t token) const {
         int64_t D = spec.token_dim;
-        pass.multiply(solve.proj_in, ws.normed, [&](int64_t m, int64_t c, Vec v) {
-            store(pass.at(solve.u, m, token) + c, v, int(D - c));
-        });
+        pass.multiply(solve.proj_in, ws.normed,
+                      [&](int64_t m, int64_t c, Vec v) { store(pass.at(solve.u, m, token) + c, v, int(D - c)); });
         team.wait();
     }
 

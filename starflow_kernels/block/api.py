@@ -277,7 +277,8 @@ def block_inverse(
         An `Inverse`: x (B, T, D) in the dtype of z, with block_forward(x) = z; logdet (B,), log|det dx/dz| of the
         tokens that are neither given nor beyond the lengths; and the report of the solve. x and logdet have gradients
         with respect to z, weights, cond, prefix and data, by the implicit function theorem: the backward pass runs
-        block_forward at x and solves a triangular system by sweeps of vector-Jacobian products. The inverse stores
+        block_forward at x and solves a triangular system, on the CPU in float32 token by token, else by sweeps of
+        vector-Jacobian products. The inverse stores
         nothing for it. Under guidance, with quantization and in a compiled graph there are no gradients.
 
     Raises:
@@ -368,7 +369,7 @@ def block_inverse(
 
     def solve(g: torch.Tensor, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         cond, prefix, cos, sin, *weights = inputs
-        layout = arrange(x, weights, spec, cond, order, lengths)
+        layout = arrange(x, weights, spec, cond, order, lengths)  # type: ignore[arg-type]
         context = layout.weights, layout.cond, prefix, layout.angles(cos), layout.angles(sin), layout.spec.to_json()
         u = dispatch.run("block_inverse_backward", own_backend, layout.enter(x), layout.enter(g), *context, known)
         return layout.leave(u, g) if layout.moves else u

@@ -113,6 +113,7 @@ def refuse(x, *others) -> str | None:
 
 
 def float32(value: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the values as a contiguous float32 tensor, the form that the kernels take."""
     return None if value is None else value.to(torch.float32).contiguous()
 
 

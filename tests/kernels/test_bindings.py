@@ -62,11 +62,18 @@ def run_jacobi() -> None:
     ops.block_inverse(x, weights, SPEC, **context, guidance=0.5, solver=solver, backend="native")
 
 
+def run_gradient_of_sampling() -> None:
+    x, weights, context = tame_block(SPEC, 4, 8, 5)
+    known = torch.tensor([0, 2, 8, 1])
+    found = ops.block_inverse(x.requires_grad_(), weights, SPEC, **context, data=x.detach(), known=known)
+    found.x.sum().backward()
+
+
 def describe() -> None:
     torch.ops.starflow_native.elementary(torch.ones(3), 0, torch.ones(3))
 
 
-RUNS = (attend, transform, run_block, run_sampling, run_jacobi, describe)
+RUNS = (attend, transform, run_block, run_sampling, run_jacobi, run_gradient_of_sampling, describe)
 
 
 @pytest.fixture
