@@ -328,28 +328,27 @@ def block_inverse(
     with contextlib.nullcontext() if traced else torch.no_grad():
         layout = arrange(z, tensors, spec, cond, order, lengths, branches)
         noise, known = layout.begin(layout.enter(z), data, known)
-    if guidance is not None and layout.slots < T:
-        guidance = guidance[:, : layout.slots]
-    context = layout.weights, layout.cond, prefix, layout.angles(cos), layout.angles(sin), guidance
-    own = layout.spec.to_json()
-    if solver.method == "jacobi":
-        if guess is None:
-            guess = noise if solver.guess == "noise" else torch.zeros_like(noise)
+        if guidance is not None and layout.slots < T:
+            guidance = guidance[:, : layout.slots]
+        context = layout.weights, layout.cond, prefix, layout.angles(cos), layout.angles(sin), guidance
+        own = layout.spec.to_json()
+        if solver.method == "jacobi":
+            if guess is None:
+                guess = noise if solver.guess == "noise" else torch.zeros_like(noise)
+            else:
+                check_tensor("guess", guess, tuple(z.shape), like=z)
+                guess = layout.enter(guess.to(z.dtype))
+            window = min(solver.window or layout.slots, layout.slots)
+            run = functools.partial(
+                call, "block_jacobi", noise, guess, *context, list(solver.neighbours), own, rule,
+                temperature, window, solver.slide, solver.tol, quantize, known, backend=backend,
+            )  # fmt: skip
+        elif guess is not None:
+            raise ValueError("guess: given, but the sequential solver takes none")
         else:
-            check_tensor("guess", guess, tuple(z.shape), like=z)
-            guess = layout.enter(guess.to(z.dtype))
-        window = min(solver.window or layout.slots, layout.slots)
-        run = functools.partial(
-            call, "block_jacobi", noise, guess, *context, list(solver.neighbours), own, rule,
-            temperature, window, solver.slide, solver.tol, quantize, known, backend=backend,
-        )  # fmt: skip
-    elif guess is not None:
-        raise ValueError("guess: given, but the sequential solver takes none")
-    else:
-        options = own, rule, temperature, quantize, known
-        run = functools.partial(call, "block_inverse", noise, *context, *options, backend=backend)
-    start = 0.0 if traced else time.perf_counter()
-    with contextlib.nullcontext() if traced else torch.no_grad():
+            options = own, rule, temperature, quantize, known
+            run = functools.partial(call, "block_inverse", noise, *context, *options, backend=backend)
+        start = 0.0 if traced else time.perf_counter()
         x, log_sigma, *counters = _observed(run, progress) if progress else run()
         seconds = 0.0 if traced else time.perf_counter() - start
         if layout.moves:
@@ -357,35 +356,48 @@ def block_inverse(
     report = functools.partial(_report, layout, seconds, B, *counters)
     if not (plain and needs_gradient(z, data, *inputs)):
         return Inverse(x, functools.partial(sum_log_sigma, log_sigma), report)
-    # They may change before the backward pass; other inputs are saved for it, which checks that.
-    order, lengths = (None if numbers is None else numbers.clone() for numbers in (order, lengths))
-    inputs = cond, prefix, cos, sin, *tensors
-
-    def density(x: torch.Tensor, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        context = dict(zip(("cond", "prefix", "cos", "sin"), inputs), order=order, lengths=lengths)
-        named = dict(zip(spec.weight_shapes, inputs[4:]))
-        with disable_autocast():
-            return block_forward(x, named, spec, logdet="none", backend=own_backend, **context)  # type: ignore[arg-type]
-
-    def solve(g: torch.Tensor, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
-        cond, prefix, cos, sin, *weights = inputs
-        layout = arrange(x, weights, spec, cond, order, lengths)  # type: ignore[arg-type]
-        context = layout.weights, layout.cond, prefix, layout.angles(cos), layout.angles(sin), layout.spec.to_json()
-        u = dispatch.run("block_inverse_backward", own_backend, layout.enter(x), layout.enter(g), *context, known)
-        return layout.leave(u, g) if layout.moves else u
-
-    own_backend = backend if backend == "reference" else None
     given = layout.given(known)
-    x = with_gradient(x, Equation(density, solve, given), z, data, inputs)
+    inputs = cond, prefix, cos, sin, *tensors
+    equation = _equation(spec, order, lengths, known, given, backend)
+    x = with_gradient(x, equation, z, data, inputs)
     unchanged = Unchanged((x, *inputs))
 
     def logdet() -> torch.Tensor:
         unchanged.check()
         with torch.inference_mode(False), torch.enable_grad():
-            values = -density(x, *inputs)[1]
+            values = -equation.density(x, *inputs)[1]
             return sum_log_sigma(values if given is None else values.masked_fill(given[..., None], 0))
 
     return Inverse(x, logdet, report)
+
+
+def _equation(
+    spec: BlockSpec,
+    order: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    known: torch.Tensor | None,
+    given: torch.Tensor | None,
+    backend: str | None,
+) -> Equation:
+    """Return the equation of an inverse, as a function of x, cond, prefix, cos, sin and the weights."""
+    # They may change before the backward pass; other inputs are saved for it, which checks that.
+    order, lengths = (None if numbers is None else numbers.clone() for numbers in (order, lengths))
+    backend = backend if backend == "reference" else None
+
+    def density(x: torch.Tensor, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        context = dict(zip(("cond", "prefix", "cos", "sin"), inputs), order=order, lengths=lengths)
+        named = dict(zip(spec.weight_shapes, inputs[4:]))
+        with disable_autocast():
+            return block_forward(x, named, spec, logdet="none", backend=backend, **context)  # type: ignore[arg-type]
+
+    def solve(g: torch.Tensor, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+        cond, prefix, cos, sin, *weights = inputs
+        layout = arrange(x, weights, spec, cond, order, lengths)  # type: ignore[arg-type]
+        context = layout.weights, layout.cond, prefix, layout.angles(cos), layout.angles(sin), layout.spec.to_json()
+        u = dispatch.run("block_inverse_backward", backend, layout.enter(x), layout.enter(g), *context, known)
+        return layout.leave(u, g) if layout.moves else u
+
+    return Equation(density, solve, given)
 
 
 @outside_graphs("`progress` of block_inverse needs values outside of the graph")

@@ -290,13 +290,12 @@ def block_inverse(
     last = T - parts.first
     for rows in parts:
         arguments = *parts.arguments(rows), None if known is None else known[rows]
+        state, scales = (x, log_sigma) if plan.part >= B else (x[rows], log_sigma[rows])
         for first in range(-parts.L, last, plan.step):
             end = min(first + plan.step, last)
             steps = [first, end, plan.group, plan.chunk, plan.threads, parts.filled]
-            torch.ops.starflow_native.block_run(
-                x[rows], None, log_sigma[rows], *arguments, parts.cache, workspace, steps
-            )
-            report(rows.start * T + max(0, end + T - last) * len(x[rows]), B * T)
+            torch.ops.starflow_native.block_run(state, None, scales, *arguments, parts.cache, workspace, steps)
+            report(rows.start * T + max(0, end + T - last) * len(state), B * T)
     return x, log_sigma
 
 
