@@ -81,6 +81,8 @@ def save_vae(vae: Any, folder: Path, scaling_factor: float | None = None) -> Non
     folder = Path(folder)
     if scaling_factor is not None:
         vae.register_to_config(scaling_factor=scaling_factor)
+    # The folder that it was read from is a path of this machine.
+    vae.register_to_config(_name_or_path="")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".vae.") as temporary:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
@@ -125,6 +125,10 @@ class FlowPipeline(DiffusionPipeline):
             arguments: see `diffusers.DiffusionPipeline.save_pretrained`.
             options: see `diffusers.DiffusionPipeline.save_pretrained`.
         """
+        # Folders that they were read from are paths of this machine.
+        for module in (self, *self.components.values()):
+            if isinstance(module, ConfigMixin):
+                module.register_to_config(_name_or_path="")
         super().save_pretrained(folder, *arguments, **options)
         permit_reading(folder)
         if not (card := Path(folder) / "README.md").exists():

@@ -179,6 +179,12 @@ def test_other_sizes(pipe):
     assert pipe("a cat", height=8, width=24).images[0].size == (24, 8)
 
 
+def test_a_saved_pipeline_names_no_folder(tmp_path):
+    components.pipeline().save_pretrained(tmp_path / "first")
+    FlowPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert not [path for path in (tmp_path / "second").rglob("*.json") if str(tmp_path) in path.read_text()]
+
+
 def test_a_model_of_mixed_ratios_names_them_in_the_prompt(tmp_path):
     components.pipeline(mixed_aspect=True, denoise=0.5).save_pretrained(tmp_path)
     pipe = opened(tmp_path)
