@@ -111,6 +111,10 @@ class Inverse:
         self._logdet, self._report = logdet, report
         self._kept: dict[str, Any] = {}
 
+    def __reduce__(self) -> tuple:
+        """Compute what has not been read yet, since what computes it cannot be pickled."""
+        return _read, (self.x, self.logdet, self.report)
+
     def to(self, *arguments: Any, **options: Any) -> Inverse:
         """Return the result with tensors converted as by `torch.Tensor.to`, which hooks of accelerate call."""
         return Inverse(
@@ -130,6 +134,10 @@ class Inverse:
         if "report" not in self._kept:
             self._kept["report"] = self._report()
         return self._kept["report"]
+
+
+def _read(x: torch.Tensor, logdet: torch.Tensor, report: SolveReport) -> Inverse:
+    return Inverse(x, lambda: logdet, lambda: report)
 
 
 def sum_log_sigma(log_sigma: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ class _Solution(torch.autograd.Function):
     def forward(ctx, x, equation, z, data, *inputs):
         ctx.equation = equation
         ctx.save_for_backward(x, *inputs)
-        return x.view_as(x)
+        return x.detach()
 
     @staticmethod
     def backward(ctx, grad):

@@ -22,7 +22,7 @@ from ..affine_flow.api import empty_logdet
 from ..solver import Inverse, Solver, SolveReport, check_solver, sum_log_sigma
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
 from . import composed, cuda, jacobi, native, native_transposed, reference
-from .checks import check_block, checked_inverse, checked_jacobi
+from .checks import check_block, check_kinds, checked_inverse, checked_jacobi
 from .layout import Layout, arrange
 from .progress import reporting_to
 
@@ -149,6 +149,7 @@ def block_forward(
     check_choice("logdet", logdet, Logdet)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: expected a probability of at least 0 and below 1")
+    check_kinds(weights, spec)
     check_tensor("x", x, ("B", "T", spec.token_dim))
     tensors = check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
     layout = arrange(x, tensors, spec, cond, order, lengths)
@@ -212,6 +213,7 @@ def block_params(
         params = torch.nn.functional.linear(h, weights["proj_out.weight"], weights["proj_out.bias"])
         ```
     """
+    check_kinds(weights, spec)
     check_tensor("x", x, ("B", "T", spec.token_dim))
     tensors = check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
     layout = arrange(x, tensors, spec, cond, order, lengths)
@@ -297,6 +299,7 @@ def block_inverse(
     check_choice("rule", rule, GuidanceRule)
     check_choice("quantize", quantize, Quantize)
     check_solver(solver)
+    check_kinds(weights, spec)
     tensors = list(weights.values())
     refuse_transforms("block_inverse", INSTEAD, z, guess, tensors, cond, prefix, cos, sin, guidance)
     check_range("temperature", temperature, 0)
@@ -353,7 +356,7 @@ def block_inverse(
         seconds = 0.0 if traced else time.perf_counter() - start
         if layout.moves:
             x, log_sigma = layout.leave(x, z), layout.leave(log_sigma, torch.zeros_like(z, dtype=log_sigma.dtype))
-    report = functools.partial(_report, layout, seconds, B, *counters)
+    report = functools.partial(_report, layout, known, seconds, B, *counters)
     if not (plain and needs_gradient(z, data, *inputs)):
         return Inverse(x, functools.partial(sum_log_sigma, log_sigma), report)
     given = layout.given(known)
@@ -406,7 +409,7 @@ def _observed(run: Callable, progress: Callable[[int, int], None]) -> tuple[torc
         return run()
 
 
-def _report(layout: Layout, seconds: float, B: int, *counters: torch.Tensor) -> SolveReport:
+def _report(layout: Layout, known: torch.Tensor | None, seconds: float, B: int, *counters: torch.Tensor) -> SolveReport:
     """Return the report of a sequential solve without counters, of Jacobi with sweeps, counts and residual."""
     first = 0 if layout.spec.start else 1
     if counters:
@@ -416,7 +419,11 @@ def _report(layout: Layout, seconds: float, B: int, *counters: torch.Tensor) -> 
         most = int(passes.max()) if B else 0
         residual = float(residuals.max()) if B else 0.0
         return SolveReport("jacobi", most, int(sweeps.sum()), seconds, sweeps, residual, int((fallbacks > 0).sum()))
-    sweeps = torch.zeros(B, layout.tokens, dtype=torch.int32, device="cpu")
-    sweeps[:, first : layout.slots] = 1
-    steps = layout.slots - first
-    return SolveReport("sequential", steps, B * steps, seconds, sweeps)
+    slot = torch.arange(layout.tokens, dtype=torch.int64, device="cpu")
+    solved = ((slot >= first) & (slot < layout.slots)).expand(B, -1)
+    if layout.inside is not None:
+        solved = solved & layout.inside.cpu()
+    if known is not None:
+        solved = solved & (slot >= known.cpu()[:, None])
+    steps = int(solved.any(0).sum())
+    return SolveReport("sequential", steps, int(solved.sum()), seconds, solved.int())

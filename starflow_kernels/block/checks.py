@@ -30,6 +30,14 @@ def checked_jacobi(run: Callable, z, guess, weights, cond, prefix, cos, sin, gui
     return x, log_sigma, sweeps, counts, residual
 
 
+def check_kinds(weights: object, spec: object) -> None:
+    """Raise TypeError unless these are weights by name and a spec."""
+    if not isinstance(spec, BlockSpec):
+        raise TypeError(f"spec: expected a BlockSpec, got {type(spec).__name__}")
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights: expected tensors by name, got {type(weights).__name__}")
+
+
 def check_block(
     x: torch.Tensor,
     weights: Mapping[str, torch.Tensor],

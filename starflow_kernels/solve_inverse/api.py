@@ -91,6 +91,8 @@ def solve_inverse(
     check_finite(z=z)
     _check_solver(solver)
     if guess is not None:
+        if solver.method == "sequential":
+            raise ValueError("guess: given, but the sequential solver takes none")
         check_tensor("guess", guess, (B, T, D), like=z)
         check_finite(guess=guess)
     _check_context(context, B)

@@ -65,6 +65,15 @@ def check_error(op, data, name, change, error, message):
         op(**{data: x, "spec": spec, **context, **change, "weights": weights})
 
 
+@pytest.mark.parametrize("op", [block_forward, block_inverse])
+def test_weights_and_spec_of_another_kind(op):
+    x, w, spec, context = block(BLOCKS["tarflow"])
+    with pytest.raises(TypeError, match="weights: expected tensors by name, got list"):
+        op(x, list(w.values()), spec, **context)
+    with pytest.raises(TypeError, match="spec: expected a BlockSpec, got str"):
+        op(x, w, spec.to_json(), **context)
+
+
 @pytest.mark.parametrize("name, change, error, message", SHARED_ERRORS + FORWARD_ERRORS)
 def test_forward_errors_name_the_argument(name, change, error, message):
     check_error(block_forward, "x", name, change, error, message)

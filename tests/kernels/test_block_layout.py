@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import pickle
 
 import pytest
 import torch
@@ -78,6 +79,14 @@ def test_a_result_moves_like_a_tensor():
     assert torch.equal(moved.x, found.x.float()) and moved.logdet.dtype == torch.float32
     torch.testing.assert_close(moved.logdet, found.logdet.float())
     assert moved.report.passes == found.report.passes
+
+
+def test_a_result_is_pickled_with_what_it_has_not_computed():
+    z, w, spec, context = block(BLOCKS["starflow"])
+    found = block_inverse(z, w, spec, **context)
+    read = pickle.loads(pickle.dumps(found))
+    assert torch.equal(read.x, found.x) and torch.equal(read.logdet, found.logdet)
+    assert torch.equal(read.report.sweeps, found.report.sweeps)
 
 
 @pytest.mark.parametrize("part", range(5))
@@ -230,6 +239,15 @@ def test_given_tokens_need_no_passes():
         x, w, spec, **context, data=x, known=torch.tensor([5, 3, 4]), solver=Solver("jacobi", window=1),
     ).report  # fmt: skip
     assert report.passes == 2 and report.sweeps.tolist() == [[0] * 5, [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
+
+
+def test_the_report_counts_the_tokens_that_are_solved():
+    x, w, spec, context = block(BLOCKS["starflow"], B=3)
+    report = block_inverse(
+        x, w, spec, **context, data=x, known=torch.tensor([4, 1, 2]), lengths=torch.tensor([5, 3, 2])
+    ).report
+    assert report.sweeps.tolist() == [[0, 0, 0, 0, 1], [0, 1, 1, 0, 0], [0] * 5]
+    assert (report.passes, report.tokens) == (3, 3)
 
 
 @pytest.mark.parametrize("rows", [0, 2])

@@ -196,6 +196,14 @@ def test_changes_before_the_backward_pass(name):
         other.logdet  # noqa: B018
 
 
+def test_a_result_that_is_changed_before_the_backward_pass():
+    z, w, spec, context = block(BLOCKS["starflow"])
+    x = block_inverse(z.requires_grad_(), w, spec, **context).x
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
 def test_a_logdet_that_is_read_without_gradients_has_one():
     z, w, spec, context = block(BLOCKS["starflow"])
     found = block_inverse(z.requires_grad_(), w, spec, **context)
