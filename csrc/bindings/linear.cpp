@@ -27,11 +27,11 @@ void multiply(const float* x, const float* weight, bool across, const float* bia
     });
 }
 
-void linear(Tensor x, Tensor weight, Optional bias, Tensor y) {
+void linear(Tensor x, Tensor weight, bool across, Optional bias, Tensor y) {
     check_dims(x, 2), check_dims(weight, 2);
-    int64_t M = x.size(0), N = weight.size(0), K = x.size(1);
+    int64_t M = x.size(0), N = weight.size(across ? 1 : 0), K = x.size(1);
     check_positive({N, K});
-    multiply(data(x), data(weight, N * K), false, data(bias, N), M, N, K, data(y, M * N));
+    multiply(data(x), data(weight, N * K), across, data(bias, N), M, N, K, data(y, M * N));
 }
 
 void linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor grad_x, Tensor grad_weight) {
@@ -49,7 +49,7 @@ void linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor grad_x, Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
-    m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y) -> ()");
+    m.def("linear(Tensor x, Tensor weight, bool across, Tensor? bias, Tensor(a!) y) -> ()");
     m.def("linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!) grad_x, Tensor(b!) grad_weight) -> ()");
 }
 

@@ -155,6 +155,7 @@ def differentiable(
     reference: Callable,
     keep_outputs: bool = True,
     shared: Mapping[int, int] = MappingProxyType({}),
+    of_first: Callable | None = None,
 ) -> None:
     """Give an op a gradient, computed by the op `starflow::<op>_backward(grads, outputs, arguments)`.
 
@@ -170,6 +171,8 @@ def differentiable(
         keep_outputs: whether backward needs the outputs. With False, `outputs` is empty; the op must have one output.
         shared: maps an argument to another one with the same gradient, such as the terms of a sum. The first one is not
             saved: backward gets None in its place and returns no gradient for it.
+        of_first: of_first(grad, *other arguments, backend) returns the gradient of the first argument without reading
+            it, for ops of one output. It is used where no other argument needs a gradient; the first is then not saved.
     """
     backward = f"{op}_backward"
 
@@ -213,10 +216,33 @@ def differentiable(
 
     members = {"forward": forward, "backward": lambda ctx, *grads: (None, None, *run_backward(ctx, *grads))}
     members = {name: staticmethod(member) for name, member in members.items()}
-    _gradients[op] = type(op, (torch.autograd.Function,), members).apply
+    of_all = type(op, (torch.autograd.Function,), members).apply
+
+    def with_gradient(run, backend, first, *others):
+        if of_first is None or any(t.requires_grad for t in _tensors(others)):
+            return of_all(run, backend, first, *others)
+        return _OfFirst.apply(of_first, run, op, backend, first, *others)
+
+    _gradients[op] = with_gradient
     _gradients[backward] = lambda run, backend, *args: list(
         _Backward.apply(run, backward, backend, args, *_tensors(args))
     )
+
+
+class _OfFirst(torch.autograd.Function):
+    """Run an op of which only the first argument needs a gradient."""
+
+    @staticmethod
+    def forward(ctx, of_first, run, op, backend, first, *others):
+        ctx.of_first, ctx.backend = of_first, backend
+        ctx.others = _with_tensors(others, itertools.repeat(...))
+        ctx.save_for_backward(*_tensors(others))
+        return run(op, backend, first, *others)
+
+    @staticmethod
+    def backward(ctx, grad):
+        others = _with_tensors(ctx.others, iter(ctx.saved_tensors))
+        return None, None, None, None, ctx.of_first(grad, *others, ctx.backend), *(None for _ in others)
 
 
 class _Backward(torch.autograd.Function):

@@ -50,12 +50,8 @@ def block_inverse_backward(*args) -> torch.Tensor:
 
 
 def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
-    """Return the linear layer: the op `linear` where it is faster, else torch's, which autocast affects.
-
-    The op computes the gradients of input and weight together, torch only those that are needed.
-    """
+    """Return the linear layer: the op `linear` where it is faster, else torch's, which autocast affects."""
     plain = backend is not None or weight.device.type != "cpu" or weight.dtype != torch.float32
-    plain = plain or not weight.requires_grad
     if plain or compiled.native_unavailable() or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear
     return functools.partial(call, "linear", backend=None)

@@ -18,7 +18,14 @@ define(
     fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
     reference=reference.linear,
 )
-differentiable("linear", ARGUMENTS, 3, reference.linear_backward, keep_outputs=False)
+differentiable(
+    "linear",
+    ARGUMENTS,
+    3,
+    reference.linear_backward,
+    keep_outputs=False,
+    of_first=lambda grad, weight, bias, backend: call("linear", grad, weight.T, None, backend=backend),
+)
 compiled.register("linear", native)
 
 

@@ -22,7 +22,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """See reference.linear."""
     y = empty(*x.shape[:-1], weight.shape[0])
     bias = None if bias is None else bias.contiguous()
-    torch.ops.starflow_native.linear(_rows(x), weight.contiguous(), bias, y.flatten(0, 1))
+    across = weight.T.is_contiguous() and not weight.is_contiguous()
+    weight = weight.T if across else weight.contiguous()
+    torch.ops.starflow_native.linear(_rows(x), weight, across, bias, y.flatten(0, 1))
     return y
 
 

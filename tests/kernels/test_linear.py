@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.backends import cpu_backends, needs_native
-from support.contract import assert_within_contract, compiled, strided, with_gradients
+from support.contract import assert_same_row, assert_within_contract, compiled, strided, with_gradients
 
 from starflow_kernels import linear
 
@@ -50,6 +50,26 @@ def test_error_contract(B, T, K, N, bias, backend):
     for a, p, e in zip(actual, plain, exact, strict=True):
         assert a.dtype == torch.float32 and a.shape == e.shape
         assert_within_contract(a, p, e)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("B, T, K, N", SIZES)
+def test_gradient_of_the_input_alone(B, T, K, N, bias, backend):
+    """The gradient is the one that comes with those of the weights, and the input is not kept for it."""
+    x, *weights = inputs(B, T, K, N, bias, torch.float32)
+    seed, gradients, kept = torch.randn(B, T, N), [], []
+    for trained in (False, True):
+        leaves = [x.clone().requires_grad_(), *(w.clone().requires_grad_(trained) for w in weights)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            y = linear(*leaves, backend=backend)
+        gradients.append(torch.autograd.grad(y, leaves[0], seed)[0])
+    assert_same_row(backend, *gradients)
+    assert kept[: len(weights)] == [w.shape for w in weights] and kept[len(weights)] == x.shape
+
+
+def test_second_derivative_of_the_input_alone():
+    x, *weights = inputs()
+    assert torch.autograd.gradgradcheck(lambda x: linear(x, *weights).pow(3), x.requires_grad_())
 
 
 @pytest.mark.parametrize("bias", [False, True])
