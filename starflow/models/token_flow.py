@@ -60,7 +60,9 @@ class TokenFlow(BlockStack):
             self.register_buffer("condition_scale", like.new_ones(config.condition_dim))
         if config.embeds:
             width = config.channels
-            self.embedding = nn.Sequential(nn.Linear(config.embeds, width), nn.GELU(), nn.Linear(width, width))
+            # The network of atoms is that of Prose.
+            activation = nn.GELU() if self.atoms is not None else nn.SiLU()
+            self.embedding = nn.Sequential(nn.Linear(config.embeds, width), activation, nn.Linear(width, width))
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> TokenFlow:
