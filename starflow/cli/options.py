@@ -52,6 +52,8 @@ def read_guidance(args: argparse.Namespace, default: Guidance, temperature: floa
     Raises:
         ConfigError: a value is out of range, or has no effect.
     """
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        raise ConfigError(f"--guidance {args.guidance:g}: expected a finite weight of at least 0")
     weight = default.weight if args.guidance is None else args.guidance
     chosen = Guidance(weight, args.guidance_rule or default.rule, args.annealed, temperature)
     given = {

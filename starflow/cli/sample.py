@@ -7,6 +7,7 @@ import functools
 import math
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +184,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Draw images with a flow or a pipeline."""
     inversion = read_inversion(args)
     if args.checkpoint is None:
-        args.checkpoint = default_checkpoint(text=args.prompt is not None or args.prompt_file is not None)
+        texts = args.prompt, args.prompt_file, args.negative_prompt
+        args.checkpoint = default_checkpoint(text=any(text is not None for text in texts))
     args.out = args.out or _default_folder(args.prompt, args.seed)
     check_writable(Path(args.out))
     # Joined before the model is loaded, which may take a different time in each process.
@@ -196,8 +198,10 @@ def _default_folder(prompt: str | None, seed: int) -> str:
     """Return the folder of a command without --out; each prompt and seed has its own."""
     if prompt is None:
         return DEFAULT_FOLDER
-    words = re.findall(r"\w+", prompt.lower())
-    return f"{DEFAULT_FOLDER}/{'-'.join([*words, str(seed)])[-FOLDER_CHARACTERS:]}"
+    words, room = re.findall(r"\w+", prompt.lower()), FOLDER_CHARACTERS - len(str(seed))
+    while sum(len(word) + 1 for word in words) > room and len(words) > 1:
+        words.pop()
+    return f"{DEFAULT_FOLDER}/{'-'.join([word[:room] for word in words] + [str(seed)])}"
 
 
 def _flow(args: argparse.Namespace, flow: Flow, inversion: Inversion) -> dict[str, Any]:
@@ -243,6 +247,9 @@ def _pipeline(args: argparse.Namespace, pipe: FlowPipeline, inversion: Inversion
     guidance = read_guidance(args, pipe.default_guidance, args.attention_temperature)
     options = SampleOptions(guidance, inversion, pipe.denoise_factor(args.denoise), args.certify)
     flow, size = pipe.transformer, pipe.size(args.height, args.width, args.aspect)
+    if size != (trained := pipe.size(None, None, None)) and not pipe.config.get("mixed_aspect"):
+        message = "the model was trained on images of {1}x{0} pixels alone; others may be broken".format(*trained)
+        warnings.warn(message, stacklevel=2)
     condition_options = {}
     if flow.config.text_dim:
         refuse(_flags(args, "label"), "this pipeline draws text, see --prompt")

@@ -109,7 +109,8 @@ class SampleReport:
         kept = f" ({self.kept} were there)" if self.kept else ""
         rate = self.images_per_second
         speed = f"{rate:.0f} per second" if rate >= 10 else f"{rate:.2g} per second"
-        text = f"{self.count} images{kept} in {self.seconds:.2f} s ({speed})"
+        images = f"{self.count} image{'' if self.count == 1 else 's'}"
+        text = f"{images}{kept} in {self.seconds:.2f} s ({speed})"
         if self.certificate is not None:
             text += f"\ncertificate: max |flow(x) - z| = {self.certificate:.1e}, mean {self.certificate_mean:.1e}"
         return text

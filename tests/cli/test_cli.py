@@ -227,7 +227,7 @@ def test_presets_are_complete(name):
         (["sample", "--checkpoint", "nowhere"], "nowhere"),
         (["sample", "--device", "cuda:7"], "--device cuda:7"),
         (["sample", "--device", "abacus"], "--device abacus"),
-        (["sample", "--guidance", "-2"], "weight=-2.0"),
+        (["sample", "--guidance", "-2"], "--guidance -2: expected a finite weight of at least 0"),
         (["sample", "--guidance", "1", "--label", "none"], "attention temperature"),
         (["sample", "--num", "2", "--out", "/dev/full/x"], "/dev/full"),
         (["sample", "--method", "guess"], "method='guess': expected auto or one of sequential, jacobi"),

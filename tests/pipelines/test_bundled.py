@@ -16,6 +16,7 @@ from support.imports import ROOT
 
 from starflow import CheckpointError, Flow, Guidance, STARFlowPipeline, open_model
 from starflow.cli import main, parser
+from starflow.cli.sample import _default_folder
 from starflow.models import checkpoint
 from starflow.pipelines import FlowPipeline
 
@@ -160,6 +161,27 @@ def test_an_image_depends_on_seed_prompt_and_number_alone(tmp_path):
     several, one, seed = (images(tmp_path / name) for name in ("several", "one", "seed"))
     assert np.array_equal(one["000000-0000.png"], several["000000-0000.png"])
     assert len({image.tobytes() for image in (*several.values(), *seed.values())}) == 12
+
+
+def test_a_size_that_the_model_was_not_trained_on_is_named(tmp_path, capsys):
+    arguments = ["sample", "--prompt", "red heart", "--out", str(tmp_path)]
+    assert main([*arguments, "--height", "24"]) == 0
+    error = capsys.readouterr().err
+    assert "warning: the model was trained on images of 16x16 pixels alone; others may be broken" in error
+
+
+def test_the_folder_of_a_long_prompt_has_whole_words():
+    for prompt, folder in (
+        ("a red heart!", "samples/a-red-heart-7"),
+        ("word " * 50, f"samples/{'word-' * 15}7"),
+        ("w" * 200, f"samples/{'w' * 79}-7"),
+    ):
+        assert _default_folder(prompt, 7) == folder
+
+
+def test_a_negative_prompt_alone_asks_for_a_prompt(capsys):
+    error = fails(capsys, "sample", "--negative-prompt", "cat")
+    assert error.endswith("--prompt or --prompt-file: this pipeline draws text")
 
 
 @pytest.mark.parametrize(
