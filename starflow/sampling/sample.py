@@ -106,7 +106,7 @@ class SampleReport:
 
     def __str__(self) -> str:
         """Return one line with the time, and one with the certificate if there is one."""
-        kept = f" ({self.kept} were there)" if self.kept else ""
+        kept = f" ({self.kept} {'was' if self.kept == 1 else 'were'} there)" if self.kept else ""
         rate = self.images_per_second
         speed = f"{rate:.0f} per second" if rate >= 10 else f"{rate:.2g} per second"
         images = f"{self.count} image{'' if self.count == 1 else 's'}"
