@@ -17,6 +17,7 @@ from . import dispatch
 from .torch_private import (
     below_autograd,
     has_tangent,
+    is_asked_for,
     is_batched,
     is_in_transform,
     is_intercepted,
@@ -172,7 +173,8 @@ def differentiable(
         shared: maps an argument to another one with the same gradient, such as the terms of a sum. The first one is not
             saved: backward gets None in its place and returns no gradient for it.
         of_first: of_first(grad, *other arguments, backend) returns the gradient of the first argument without reading
-            it, for ops of one output. It is used where no other argument needs a gradient; the first is then not saved.
+            it, for ops of one output. It is used where no other gradient is asked for. If no other argument has one,
+            the first argument is not saved.
     """
     backward = f"{op}_backward"
 
@@ -208,6 +210,8 @@ def differentiable(
             raise NotImplementedError(
                 f"{op} has no batched gradients (is_grads_batched, vectorize): use torch.func.jacrev"
             )
+        if of_first is not None and not any(is_asked_for(node) for node, _ in ctx.next_functions[1:]):
+            return of_first(*grads, *args[1:], ctx.backend), *(None for _ in args[1:])
         computed = iter(call(backward, list(grads), outputs, *args, backend=ctx.backend))
         gradients = [next(computed) if i < inputs and a is not None else None for i, a in enumerate(args)]
         for i, dtype in ctx.dtypes.items():

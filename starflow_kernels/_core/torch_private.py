@@ -70,6 +70,17 @@ def has_tangent(tensor: torch.Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def is_asked_for(node: torch.autograd.graph.Node | None) -> bool:
+    """Return whether the backward pass that runs needs the gradient which goes to a node; None stands for no node."""
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # Torch refuses to answer for a leaf whose gradient autograd.grad returns.
+        return True
+
+
 def is_intercepted() -> bool:
     """Return whether a compiler, a tracer, a dispatch mode or a transform intercepts calls of torch.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.backends import cpu_backends, needs_native
+from support.bindings import Recorded
 from support.contract import assert_same_row, assert_within_contract, compiled, strided, with_gradients
 
 from starflow_kernels import linear
@@ -65,6 +66,19 @@ def test_gradient_of_the_input_alone(B, T, K, N, bias, backend):
         gradients.append(torch.autograd.grad(y, leaves[0], seed)[0])
     assert_same_row(backend, *gradients)
     assert kept[: len(weights)] == [w.shape for w in weights] and kept[len(weights)] == x.shape
+
+
+@needs_native
+@pytest.mark.parametrize("leaf", [False, True])
+def test_gradients_of_weights_are_computed_only_if_asked_for(leaf, monkeypatch):
+    x, weight, bias = (t.requires_grad_() for t in inputs(dtype=torch.float32))
+    ops = Recorded(torch.ops.starflow_native)
+    monkeypatch.setattr(torch.ops, "starflow_native", ops)
+    y = linear(x if leaf else 2 * x, weight, bias, backend="native").square().sum()
+    (alone,) = torch.autograd.grad(y, x, retain_graph=True)
+    assert "linear_backward" not in ops.calls
+    both = torch.autograd.grad(y, [x, weight], retain_graph=True)
+    assert "linear_backward" in ops.calls and torch.equal(both[0], alone)
 
 
 def test_second_derivative_of_the_input_alone():
