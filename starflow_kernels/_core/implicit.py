@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .numerics import DIVERGED
-from .torch_private import version
+from .torch_private import apply_outside_transforms, version
 
 # The solution of J^T u = g is accepted where the largest residual is at most eps max(|g|, |J^T u|). It is also accepted
 # up to this multiple of that, and at most this share, once so many sweeps have not halved it: rounding errors are left.
@@ -53,7 +53,7 @@ def with_gradient(
         data: (B, T, D) data of the given tokens, or None.
         inputs: further arguments of `equation.density`.
     """
-    return _Solution.apply(x, equation, z, data, *inputs)
+    return apply_outside_transforms(_Solution, x, equation, z, data, *inputs)
 
 
 class _Solution(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 Function = TypeVar("Function", bound=Callable)
 
 __all__ = [
+    "apply_outside_transforms",
     "below_autograd",
     "constant_in_graphs",
     "disable_autocast",
@@ -49,6 +50,11 @@ flash_attention_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_attention_backward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 flash_attention_cuda = torch.ops.aten._flash_attention_forward
 flash_attention_backward_cuda = torch.ops.aten._flash_attention_backward
+
+
+def apply_outside_transforms(function: type[torch.autograd.Function], *args):
+    """Apply a function with no transform of torch.func active; torch's own `apply` searches all arguments for one."""
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def is_in_transform() -> bool:
