@@ -65,7 +65,7 @@ def test_more_keys_than_a_split(name, monkeypatch):
 
     monkeypatch.setattr(sequential, "SPLIT", 4)
     monkeypatch.setattr(sequential, "BLOCK_S", 2)
-    monkeypatch.setattr(sequential, "TEXT_ROWS", 6)
+    monkeypatch.setattr(sequential, "PASS_ROWS", 6)
     monkeypatch.setattr(sequential, "kept_sessions", sequential.Sessions())
     assert_inverse(BLOCKS[name], dtype=F32, tokens=9, layers=1)
 

@@ -37,8 +37,8 @@ BLOCK_N = 32
 SPLIT = 256
 # Keys per iteration within a split.
 BLOCK_S = 32
-# Rows of text per pass of the network.
-TEXT_ROWS = 1024
+# Rows of text or given tokens per pass of the network.
+PASS_ROWS = 1024
 kept_sessions = Sessions()
 
 
@@ -83,9 +83,10 @@ def tile(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def _text_tokens(spec: BlockSpec, shape: Shape) -> int:
-    """Return the number of text tokens per row and pass."""
-    return max(1, min(shape.prefix, TEXT_ROWS // (shape.samples * shape.branches)))
+def _pass_tokens(shape: Shape) -> int:
+    """Return the number of text or given tokens per row and pass."""
+    most = max(shape.prefix, shape.tokens if shape.fills else 0)
+    return max(1, min(most, PASS_ROWS // (shape.samples * shape.branches)))
 
 
 Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -94,7 +95,7 @@ Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
 def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int = 1) -> Buffers:
     """Return shape and dtype of every buffer of a session whose steps take n tokens of each sequence."""
     rows, slots, wide = shape.samples * shape.branches, shape.prefix + shape.tokens, torch.float32
-    tokens, splits = rows * max(n, _text_tokens(spec, shape)), -(-slots // SPLIT)
+    tokens, splits = rows * max(n, _pass_tokens(shape)), -(-slots // SPLIT)
     cache = ((spec.layers, rows, spec.kv_heads, slots, spec.head_dim), dtype)
     states = dict.fromkeys(("h_in", "h", "h_next", "residual"), ((tokens, spec.channels), wide))
     noise = dict.fromkeys(("z", "x", "log_scales"), ((shape.samples, shape.tokens, spec.token_dim), wide))
@@ -262,7 +263,7 @@ class TritonSession:
 
     def read(self, w: dict, prefix: torch.Tensor | None) -> None:
         """Fill the cache with the text `prefix`."""
-        spec, shape, n = self.spec, self.shape, _text_tokens(self.spec, self.shape)
+        spec, shape, n = self.spec, self.shape, _pass_tokens(self.shape)
         if prefix is not None:
             text = prefix.new_zeros(shape.branches, shape.samples, *prefix.shape[2:])
             text[:, : prefix.shape[1]] = prefix
@@ -276,11 +277,39 @@ class TritonSession:
                 self.position.fill_(first)
                 self.layers(w, given.shape[1])
 
-    def begin(self, w: dict, prefix: torch.Tensor | None) -> None:
-        """Fill the cache with text, then project the first token of every sample."""
+    def read_given(self, w: dict, filled: int) -> None:
+        """Fill the first `filled` slots of the cache; their input tokens are in x."""
+        for first in range(0, filled, n := _pass_tokens(self.shape)):
+            count = min(n, filled - first)
+            self.h_in[: self.rows * count] = self._embedded(w, first, count)
+            self.position.fill_(self.shape.prefix + first)
+            self.layers(w, count)
+
+    def _embedded(self, w: dict, first: int, count: int) -> torch.Tensor:
+        """Return the hidden states (rows * count, C) of slots whose input tokens are in x."""
+        spec, start = self.spec, first - 1 if self.spec.start else first
+        tokens = self.x[:, max(start, 0) : start + count]
+        if start < 0:
+            tokens = torch.cat([w["start"].float().expand(len(tokens), 1, -1), tokens], 1)
+        weight, bias = self._pair(w, "proj_in")
+        h = torch.nn.functional.linear(tokens, weight.float(), bias.float())
+        if spec.positions:
+            h = h + w["pos_embed"][first : first + count].float()
+        h = h.repeat(self.shape.branches, 1, 1)
+        if self.shape.cond:
+            h = h + (self.cond if self.shape.cond == 1 else self.cond[:, first : first + count])
+        return h.flatten(0, 1)
+
+    def begin(self, w: dict, prefix: torch.Tensor | None, filled: int = 0) -> None:
+        """Fill the cache with text and the first `filled` slots, then project the next token of every sample."""
         spec, shape = self.spec, self.shape
         self.read(w, prefix)
-        self.position.fill_(shape.prefix)
+        self.read_given(w, filled)
+        self.position.fill_(shape.prefix + filled)
+        if filled:
+            if filled < shape.tokens - (not spec.start):
+                self.h_in[: self.rows] = self._embedded(w, filled, 1)
+            return
         tokens, stride = (w["start"], 0) if spec.start else (self.x, shape.tokens * spec.token_dim)
         head_kernels.block_embed_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, BLOCK_N))](
             tokens, *self._embed_weights(w), self.h_in, shape.samples, stride, spec.channels, spec.token_dim,
@@ -301,10 +330,11 @@ class Running:
     Args:
         session: holds the buffers.
         w: weights by name, see `Model.read`.
+        filled: slots whose input tokens are given.
     """
 
-    def __init__(self, session: TritonSession, w: dict[str, torch.Tensor]):
-        self.session, self.w = session, w
+    def __init__(self, session: TritonSession, w: dict[str, torch.Tensor], filled: int):
+        self.session, self.w, self.filled = session, w, filled
         self.step = functools.partial(session.launch, w)
 
     def load(self, z: torch.Tensor, context: tuple, temperature: float) -> None:
@@ -317,7 +347,7 @@ class Running:
                 session.capture(self.w)
                 session.fill(z, context, temperature)
             self.step = session.graph.replay
-        session.begin(self.w, context[1])
+        session.begin(self.w, context[1], self.filled)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x and log sigma (samples, T, D) of all rows of the session."""
@@ -345,7 +375,16 @@ def _budget(device: torch.device) -> int:
 
 
 def loaded_sessions(
-    model: Model, weights, z, context: tuple, rule: str, temperature, kind: type, n: int = 1, options: tuple = ()
+    model: Model,
+    weights,
+    z,
+    context: tuple,
+    rule: str,
+    temperature,
+    kind: type,
+    filled: int,
+    n: int = 1,
+    options: tuple = (),
 ) -> Iterator[tuple[slice, Running]]:
     """Load the parts of a batch into their sessions, one after the other; yield the rows and session of each.
 
@@ -357,12 +396,13 @@ def loaded_sessions(
         rule: rule of guidance, "tarflow" or "starflow".
         temperature: divides the scores of the unconditional branch.
         kind: class of the sessions.
+        filled: slots that the cache is filled with before the first step, since their input tokens are given.
         n: tokens of each sequence per step.
         options: further arguments of the class; each combination of them has its own sessions.
     """
     spec, (cond, prefix, _, _, guidance, _), (B, T, _) = model.spec, context, z.shape
     slots = 0 if cond is None else T if cond.ndim == 3 else 1
-    shape = Shape(B, T, 0 if prefix is None else prefix.shape[1], 1 if guidance is None else 2, slots, rule)
+    shape = Shape(B, T, 0 if prefix is None else prefix.shape[1], 1 if guidance is None else 2, slots, rule, filled > 0)
     budget, w = _budget(z.device), model.read(weights)
 
     def needed(part: Shape) -> Buffers:
@@ -374,7 +414,7 @@ def loaded_sessions(
         def opened():
             return kind(model, part, z.device, layout, n, *options)
 
-        return Running(kept_sessions.get(model, key, size_of(layout), budget, opened), w)
+        return Running(kept_sessions.get(model, key, size_of(layout), budget, opened), w, filled)
 
     def size(part: Shape) -> int:
         return size_of(needed(part._replace(samples=bucket(part.samples))))
@@ -387,13 +427,14 @@ def block_inverse(
 ):
     """Map noise to data token by token over the cache; a batch that is too large for the memory budget is split."""
     model = models(spec_json, weights, quantize, quantize != "none")
-    spec, T = model.spec, z.shape[1]
+    spec, slots = model.spec, z.shape[1] - (not model.spec.start)
     if not len(z):
         return z.clone(), torch.zeros_like(z)
+    filled = 0 if known is None else max(0, int(known.min()) - (not spec.start))
     with exclusive(z.device):
         context = cond, prefix, cos, sin, guidance, known
-        parts = loaded_sessions(model, weights, z, context, rule, temperature, TritonSession)
-        found = sample(z, T if spec.start else T - 1, functools.partial(wait, z.device), parts)
+        parts = loaded_sessions(model, weights, z, context, rule, temperature, TritonSession, filled)
+        found = sample(z, slots - filled, functools.partial(wait, z.device), parts)
     return tuple(value.flip(1) for value in found) if spec.flip else found
 
 

@@ -25,7 +25,7 @@ REPORTS = 16
 class Shape(NamedTuple):
     """Sizes of the part of a batch that a session takes. Together with the model they identify its graph.
 
-    cond: conditions per row: 0, 1, or one per token.
+    cond: conditions per row: 0, 1, or one per token. fills: whether given tokens fill the cache before the first step.
     """
 
     samples: int
@@ -34,6 +34,7 @@ class Shape(NamedTuple):
     branches: int
     cond: int
     rule: str
+    fills: bool = False
 
 
 class Session(Protocol):

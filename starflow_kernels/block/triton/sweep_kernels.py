@@ -94,7 +94,7 @@ def block_sweep_attend_kernel(
 
 @triton.jit
 def block_sweep_head_kernel(
-    h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, y, log_scales, spread, log_sigma,
+    h, residual, post, norm_weight, weight, bias, z, guidance, x, y, log_scales, spread, log_sigma,
     change, move, size, position, stop, samples, n, T, prefix, C, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
     RULE: tl.constexpr, START: tl.constexpr,
@@ -110,7 +110,6 @@ def block_sweep_head_kernel(
     if none_inside(inside):
         return
     token_offsets = row // n * T + slot - prefix + (0 if START else 1)
-    given = slot - prefix + (0 if START else 1) < tl.load(known_tokens + row // n, inside, 0)
     changed = tl.zeros([BLOCK_M], tl.float32)
     moved = tl.zeros([BLOCK_M], tl.float32)
     largest = tl.zeros([BLOCK_M], tl.float32)
@@ -122,12 +121,9 @@ def block_sweep_head_kernel(
             clip, SCALE, CLIPPED, NORM, POST, BRANCHES, RULE, BLOCK_M, BLOCK_K,
         )  # fmt: skip
         known = inside[:, None] & (d < D)[None, :]
-        # A given token keeps its value.
-        log_scale = tl.where(given[:, None], 0.0, log_scale)
         tl.store(log_scales + token_offsets[:, None] * D + d[None, :], log_scale, known)
         if spread is not None:
             tl.store(log_sigma + row[:, None] * D + d[None, :], log_scale, known)
-        mu, sigma = tl.where(given[:, None], 0.0, mu), tl.where(given[:, None], 1.0, sigma)
         noise = sigma * tl.load(z + token_offsets[:, None] * D + d[None, :], known, 0)  # (BLOCK_M, BLOCK_D)
         value, y_offsets = mu + noise, row[:, None] * D + d[None, :]
         tl.store(y + y_offsets, value, known)

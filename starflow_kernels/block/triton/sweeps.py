@@ -96,7 +96,7 @@ class JacobiSession(sequential.TritonSession):
         spread, log_sigma, *learned = (getattr(self, name, None) for name in NEWTON)
         sweep_kernels.block_sweep_head_kernel[(triton.cdiv(shape.samples * n, sequential.BLOCK_M),)](
             h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
-            *self._pair(w, "proj_out"), self.z, self.guidance, self.known, self.x, self.y, self.log_scales, spread,
+            *self._pair(w, "proj_out"), self.z, self.guidance, self.x, self.y, self.log_scales, spread,
             log_sigma, self.change, self.move, self.size, self.position, self.stop, shape.samples, n, shape.tokens,
             shape.prefix, C, D, spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0,
             POST=spec.post_norm, RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
@@ -111,29 +111,30 @@ class JacobiSession(sequential.TritonSession):
             BLOCK_I=sequential.tile(inputs), num_warps=settle_warps(inputs, D),
         )  # fmt: skip
 
-    def begin(self, w: dict, prefix: torch.Tensor | None) -> None:
-        """Fill the cache with text and set the first window of every sample."""
+    def begin(self, w: dict, prefix: torch.Tensor | None, filled: int = 0) -> None:
+        """Fill the cache with text and the first `filled` slots, and set the first window of every sample."""
         self.read(w, prefix)
+        self.read_given(w, filled)
         first = 0 if self.spec.start else 1
         for name in ("single", "passes", "fallbacks", "failed", "sweeps", "solve_residual"):
             getattr(self, name).zero_()
         for name in NEWTON if self.offsets is not None else ():
             getattr(self, name).zero_()
         T, window = self.shape.tokens, self.window
+        self.done.copy_(self.known.clamp(min=first))
         # Without `slide`, windows begin at multiples of their size.
-        end = min(T, first + window if self.slide else (first // window + 1) * window)
-        self.done.fill_(first)
-        self.position.fill_(self.shape.prefix)
-        self.stop.fill_(self.shape.prefix + end - first)
+        end = self.done + window if self.slide else (self.done // window + 1) * window
+        for slots, token in ((self.position[: self.rows], self.done), (self.stop, end.clamp(max=T))):
+            slots.view(self.shape.branches, -1).copy_(self.shape.prefix + token - first)
         self.bound.copy_(DIVERGED * self.z.abs().flatten(1).amax(1).clamp(min=1))
 
     def guess(self, guess: torch.Tensor, tol: float) -> None:
         """Set the initial values of a part and its tolerance, and mark the rows that pad the bucket as done.
 
-        The first token keeps its noise unless the block has a start token.
+        Given tokens keep their values, and so does the first token unless the block has a start token.
         """
-        first, n = 0 if self.spec.start else 1, len(guess)
-        self.x[:n, first:] = guess[:, first:]
+        n, numbers = len(guess), torch.arange(self.shape.tokens, dtype=torch.int32, device=self.device)
+        self.x[:n] = torch.where((numbers < self.done[:n, None])[..., None], self.x[:n], guess)
         self.tol.fill_(tol)
         self.done[n:] = self.shape.tokens
         self.stop.view(self.shape.branches, -1)[:, n:] = 0
@@ -174,8 +175,6 @@ def refuse(
     quantize="none", known=None,
 ) -> str | None:  # fmt: skip
     """Return why the kernels cannot sweep over a block, or None."""
-    if known is not None and neighbours:
-        return "it takes given tokens with plain Jacobi alone, not with neighbours"
     inputs = len(neighbours) * BlockSpec.from_json(spec_json).token_dim
     if inputs > MOST_INPUTS:
         return f"the linear model of neighbours={tuple(neighbours)} takes {inputs} values, it takes up to {MOST_INPUTS}"
@@ -196,10 +195,12 @@ def block_jacobi(
     # Pad the window to whole tiles, since a tile holds tokens of one sample only.
     n, options = -(-window // sequential.BLOCK_M) * sequential.BLOCK_M, (window, slide, tuple(neighbours))
     guess = guess.flip(1) if spec.flip else guess
+    first = 0 if spec.start else 1
+    filled = 0 if known is None else max(0, min(int(known.max()), T) - first)
     with sequential.exclusive(z.device):
         context = cond, prefix, cos, sin, guidance, known
         for rows, running in sequential.loaded_sessions(
-            model, weights, z, context, rule, temperature, JacobiSession, n, options
+            model, weights, z, context, rule, temperature, JacobiSession, filled, n, options
         ):
             session, count = running.session, rows.stop - rows.start
             session.guess(guess[rows], tol)
