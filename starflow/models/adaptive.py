@@ -65,10 +65,10 @@ class AdaptiveCondition(nn.Module):
             features = torch.cat([features, take(following, slot)], -1)
         x = self.project(features)
         branches, C = self.norm_weight.shape
-        normed = F.layer_norm(x, (C,)).view(-1, C) * self.norm_weight[:, None] + self.norm_bias[:, None]
+        normed = F.layer_norm(x, (C,)).view(B * T, C) * self.norm_weight[:, None] + self.norm_bias[:, None]
         scale, shift = torch.baddbmm(self.bias[:, None], normed, self.weight.mT).transpose(0, 1).split(C, -1)
-        gate = self.gate(x).view(-1, branches, C)
-        modulations = torch.stack([scale.sigmoid(), shift, gate.sigmoid()], 2).view(B, T, -1)
+        gate = self.gate(x).view(B * T, branches, C)
+        modulations = torch.stack([scale.sigmoid(), shift, gate.sigmoid()], 2).view(B, T, 3 * branches * C)
         if self.positions is None:
             added = torch.zeros_like(x)
         else:

@@ -139,9 +139,9 @@ class BlockStack(nn.Module):
             options: further arguments of `starflow_kernels.block_forward`.
 
         Returns:
-            (B,) log-determinant, and the tokens after each block.
+            Log-determinant, (B,) or as `logdet` in the options says, and the tokens after each block.
         """
-        logdet = tokens.new_zeros(tokens.shape[0], dtype=torch.promote_types(tokens.dtype, torch.float32))
+        logdet = tokens.new_zeros((), dtype=torch.promote_types(tokens.dtype, torch.float32))
         latents = []
         for block, (context, own) in zip(self.blocks, arguments):
             tokens, block_logdet = block(tokens, *context, **own, **options)

@@ -80,7 +80,7 @@ class TokenFlow(BlockStack):
 
         Args:
             x: (B, F) or (B, T, D) training data.
-            condition: its condition, if that is a vector or per token.
+            condition: its condition, if that is a vector or per token. Atoms are not standardized.
             lengths: see `TokenFlow`.
 
         Raises:
@@ -89,9 +89,11 @@ class TokenFlow(BlockStack):
         tokens, inside = self._tokens(x), self._inside(lengths, len(x))
         condition = None if condition is None else self._check_condition(condition, tokens)
         self._set_moments("", "x", tokens, 0 if self.config.features else (0, 1), inside)
-        if condition is not None and condition.ndim == 3:
+        if condition is None or self.atoms is not None:
+            return
+        if condition.ndim == 3:
             self._set_moments("condition_", "condition", condition, (0, 1), inside)
-        elif condition is not None:
+        else:
             self._set_moments("condition_", "condition", condition, 0, None)
 
     def _set_moments(
@@ -161,9 +163,25 @@ class TokenFlow(BlockStack):
         Returns:
             (B,) log density in nats.
         """
-        _, logdet, latents = self(x, condition, lengths, order, known=known)
-        found = logdet + self._prior(latents[-1], self._inside(lengths, len(x)))
-        return found if known is None else found - self.log_prob(x, condition, _shorter(known, lengths), order)
+        if known is not None:
+            return self._log_prob_given(x, condition, lengths, order, known)
+        _, logdet, latents = self(x, condition, lengths, order)
+        return logdet + self._prior(latents[-1], self._inside(lengths, len(x)))
+
+    @with_forward_hooks
+    def _log_prob_given(
+        self, x: torch.Tensor, condition: Condition, lengths: torch.Tensor | None, order: Order, known: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the log density of the tokens that are not known, which come after the known ones in every block."""
+        tokens, inside = self._tokens(x), self._inside(lengths, len(x))
+        shift, scale = self._moments(tokens, inside)
+        arguments = self._arguments(condition, lengths, order, known, tokens)
+        logdet, latents = self._to_noise((tokens - shift) / scale, arguments, logdet="none")
+        free = ~cast("torch.Tensor", self._inside(known, len(x), "known"))
+        free = (free if inside is None else free & inside)[..., None]
+        # Padding may hold anything, even NaN, and has no gradient.
+        values = logdet - scale.log() + self._log_prior(latents[-1].masked_fill(~free, 0))
+        return values.masked_fill(~free, 0).sum(dim=(1, 2))
 
     @with_forward_hooks
     def inverse(
@@ -209,11 +227,14 @@ class TokenFlow(BlockStack):
             known = _shorter(known, lengths)
             data, given = self._tokens(data, "data"), self._inside(known, len(z))
             start = (data - shift) / scale
-            _, latents = self._to_noise(start, self._arguments(condition, known, order, None, tokens), backend=backend)
+            _, latents = self._to_noise(start, _of_known(arguments, known, lengths, tokens), backend=backend)
             for (_, options), latent in zip(arguments, [start, *latents]):
                 options.update(data=latent, known=known)
-        x, solved = self._to_data(tokens, arguments, solvers, backend=backend)
+        # Padding may hold anything, even NaN.
+        noise = tokens if inside is None else tokens.masked_fill(~inside[..., None], 0)
+        x, solved = self._to_data(noise, arguments, solvers, backend=backend)
         x = with_given(x * scale + shift, data, given)
+        x = x if inside is None else torch.where(inside[..., None], x, tokens)
         counts = scale if given is None else torch.where(given[..., None], 1, scale)
         return FlowInverse(x.reshape(z.shape), solved, counts.log().sum(dim=(1, 2)))
 
@@ -384,6 +405,17 @@ class TokenFlow(BlockStack):
             return check_atoms(condition, shape, like.device)
         check_tensor("condition", condition, shape, like=like)
         return cast("torch.Tensor", condition)
+
+
+def _of_known(
+    arguments: Sequence[BlockArguments], known: torch.Tensor, lengths: torch.Tensor | None, tokens: torch.Tensor
+) -> list[BlockArguments]:
+    """Return the arguments of the blocks for the known tokens alone, whose conditions look ahead to the others."""
+    found, (rows, count, _) = [], tokens.shape
+    for context, options in arguments:
+        order, _ = own_order(options["order"], lengths, rows, count, tokens.device)
+        found.append(BlockArguments(context, {"order": order, "lengths": known}))
+    return found
 
 
 def _shorter(known: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:

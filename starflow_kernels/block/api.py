@@ -124,7 +124,7 @@ def block_forward(
         prefix: (B, L, text_dim) text states that precede the tokens; attention over both is causal.
         cos: (L + T, head_dim / 2) cosines of the rotary angles, in the block's own order, float32 or wider.
         sin: (L + T, head_dim / 2) sines, as cos.
-        order: integers (T,) or (B, T), the numbers of the tokens in the block's own order, in place of spec.flip. The
+        order: integers (T,) or (B, T), the numbers of the tokens in the block's own order; takes spec.flip=False. The
             position table moves along.
         lengths: integers (B,). Only the first tokens of a sample, that many, belong to it. The others pass unchanged,
             add nothing to the log-determinant and come last in the block's own order, also with spec.flip.

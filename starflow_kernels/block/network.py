@@ -163,7 +163,8 @@ def adaptive_branches(cond: torch.Tensor | None, h: torch.Tensor, spec: BlockSpe
 def modulate(h: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
     """Return the LayerNorm of h (B, n, C) times the scale, plus the shift."""
     scale, shift, _ = modulation
-    return layer_norm(h, torch.ones_like(h[0, 0]), torch.zeros_like(h[0, 0])) * scale + shift
+    one, zero = h.new_ones(h.shape[-1]), h.new_zeros(h.shape[-1])
+    return layer_norm(h, one, zero) * scale + shift
 
 
 def all_heads_norm(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:

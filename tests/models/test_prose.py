@@ -104,6 +104,12 @@ def test_atoms_that_are_something_else(condition, message):
         flow.log_prob(torch.zeros(2, 5, 3), condition)
 
 
+def test_atoms_are_not_standardized():
+    flow = TokenFlow.preset("prose", tokens=5, channels=16, layers=(1,), head_dim=8)
+    flow.standardize(3 + 2 * torch.randn(64, 5, 3), torch.ones(64, 5, 4, dtype=torch.int64))
+    torch.testing.assert_close(flow.shift, torch.full((3,), 3.0), atol=0.5, rtol=0)
+
+
 def test_orders_are_one_per_block():
     flow = TokenFlow.preset("molecule", tokens=4, channels=16, layers=(1, 1), head_dim=8)
     with pytest.raises(ValueError, match="order: 3 of them for 2 blocks"):

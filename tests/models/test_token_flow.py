@@ -135,6 +135,15 @@ def test_padding_changes_nothing(name):
     assert not samples[padding].any() and samples[~padding].all()
 
 
+def test_padding_of_noise_comes_back_whatever_it_is():
+    flow = make("condition-per-token")
+    x, condition = inputs(flow)
+    lengths = torch.tensor([2, 5, 0, 3])
+    x = x.masked_fill((torch.arange(5) >= lengths[:, None])[..., None], torch.nan)
+    z = flow(x, condition, lengths).z
+    torch.testing.assert_close(flow.inverse(z, condition, lengths).x, x, atol=1e-9, rtol=0, equal_nan=True)
+
+
 def test_a_padded_sample_is_one_of_a_shorter_flow():
     flow = make("no-positions")
     x, _ = inputs(flow)
@@ -180,6 +189,16 @@ def test_known_tokens_are_a_condition_of_the_others(name):
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
     drawn = flow.sample(ROWS, condition, data=x, known=torch.full((ROWS,), k))
     assert torch.equal(drawn[:, :k], x[:, :k]) and (drawn[:, k:] - x[:, k:]).abs().min() > 1e-6
+
+
+def test_known_tokens_far_out_spoil_no_density():
+    flow = make("tokens").float()
+    x, _ = inputs(flow)
+    x, known = x.float(), torch.full((ROWS,), 4)
+    x[:, 0] = 2e4
+    exact = flow.double().log_prob(x.double(), known=known)
+    torch.testing.assert_close(flow.float().log_prob(x, known=known).double(), exact, atol=1e-3, rtol=1e-3)
+    assert not flow.log_prob(x, known=torch.full((ROWS,), 5)).any()
 
 
 def test_known_padding_is_still_padding():

@@ -17,6 +17,10 @@ VARIANTS = {
     "condition-per-token": {"tokens": 5, "token_dim": 2, "condition": "token", "condition_dim": 3},
     "orders": {"tokens": 5, "token_dim": 2, "orders": ORDERS},
     "no-positions": {"tokens": 5, "positions": False, "norm": "rms_norm", "mlp": "swiglu"},
+    "adaptive": {
+        **{"tokens": 5, "token_dim": 2, "condition": "token", "condition_dim": 3, "adaptive": True},
+        **{"transition": 1.5, "lookahead": True, "qk_layer_norm": True},
+    },
     "volume-preserving": {"features": 5, "scale": "unit"},
 }
 ROWS = 4

@@ -146,14 +146,14 @@ def block_head_kernel(
         SCALE, CLIPPED, NORM, POST, BRANCHES, RULE, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     offsets = (row * T + token)[:, None] * D + d[None, :]
-    noise = tl.load(z + offsets, inside, 0)  # (BLOCK_M, BLOCK_D)
     given = token < tl.load(known_tokens + row, known, 0)
-    value = tl.where(inside, tl.where(given[:, None], noise, mu + sigma * noise), 0.0)
     # Only the programs of the first column store the token.
     stored = row < tl.where((column == 0) & (token < T), samples, 0)
     computed = stored[:, None] & (d < D)[None, :]
-    tl.store(x + offsets, value, computed)
     tl.store(log_scales + offsets, tl.where(given[:, None], 0.0, log_sigma), computed)
+    noise = tl.load(z + offsets, inside, 0)  # (BLOCK_M, BLOCK_D)
+    value = tl.where(inside, tl.where(given[:, None], noise, mu + sigma * noise), 0.0)
+    tl.store(x + offsets, value, computed)
     channel = column * BLOCK_N + tl.arange(0, BLOCK_N)
     table_offset = tl.minimum(slot + 1, T - 1).to(tl.int64) * C
     cond_offset = tl.where(cond_stride == C, 0, table_offset)
