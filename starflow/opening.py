@@ -54,7 +54,11 @@ def open_model(
         from .pipelines import FlowPipeline, without_loading_bars
 
         with without_loading_bars():
-            pipe = FlowPipeline.from_pretrained(path, dtype=dtype, variant=variant).to(device)
+            try:
+                pipe = FlowPipeline.from_pretrained(path, dtype=dtype, variant=variant).to(device)
+            except IndexError:
+                # diffusers looks for the variant in lists of files that may be empty.
+                raise ConfigError(f"variant={variant!r}: {path} has no such weight files") from None
     if "vae" in pipe.components:
         pipe.vae.enable_slicing()
     return pipe

@@ -85,7 +85,9 @@ struct Step {
             Int counts = abs(left) > zero;
             store(u + i, given(r) ? left : select(counts, sigma * left, left), count);
             if (given(r)) counts = zero < zero;
-            store(grads + P - D + i, select(counts, through_clip(-left, raw.b), zero), count);
+            // Zero, or NaN, which must reach the earlier tokens.
+            Vec idle = given(r) ? zero : left;
+            store(grads + P - D + i, select(counts, through_clip(-left, raw.b), idle), count);
             if (spec.affine.scale == Scale::unit) continue;
             Vec slope = one;
             if (spec.affine.scale == Scale::softplus) {
@@ -93,7 +95,7 @@ struct Step {
                 slope = select(raw.a < splat(SOFTPLUS_SMALL), one, power / ((one + power) * sigma));
             }
             Vec grad = through_clip(left * (raw.b - load(x + i, count)) * slope, raw.a);
-            store(grads + i, select(counts, grad, zero), count);
+            store(grads + i, select(counts, grad, idle), count);
         }
     }
 

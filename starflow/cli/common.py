@@ -129,7 +129,14 @@ def prompt_text(text: str) -> str:
     """Parse a prompt, without the spaces around it."""
     if not (found := text.strip()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a prompt")
-    return found
+    return unicode_text(found)
+
+
+def unicode_text(text: str) -> str:
+    """Parse text, without the spaces around it; bytes of another encoding than UTF-8 are refused."""
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text")
+    return text.strip()
 
 
 def positive(text: str) -> int:

@@ -38,6 +38,7 @@ from .common import (
     positive,
     prompt_text,
     refuse,
+    unicode_text,
 )
 from .options import guidance_arguments, read_guidance, read_inversion, solver_arguments
 
@@ -116,7 +117,7 @@ def add_arguments(parser: Parser) -> None:
     )
     conditions.add_argument(
         "--negative-prompt",
-        type=str.strip,
+        type=unicode_text,
         metavar="TEXT",
         help="Prompt that guidance moves away from. Default: the empty prompt.",
     )

@@ -66,27 +66,45 @@ def read_prose(state: Mapping[str, torch.Tensor], head_dim: int = 64) -> TokenFl
         CheckpointError: a weight is missing, left over or of the wrong shape.
         ConfigError: the weights are those of a model with parts that no flow of this package has.
     """
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise CheckpointError(f"weights of Prose: {name} is no tensor of finite floating-point numbers")
     if any(".pair_proj." in name for name in state):
         raise ConfigError("weights of Prose: an attention bias of pairs of atoms is not supported")
-    if not any(".mha.adaln." in name for name in state):
+    if state and not any(".mha.adaln." in name for name in state):
         raise ConfigError("weights of Prose: there are no adaptive layers; plain layers are not supported")
-    blocks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     read = _Read(state)
-    flow = TokenFlow(_config(read, blocks, head_dim))
-    converted = {name: tensor for name, tensor in flow.state_dict().items() if name in ("shift", "scale")}
-    for i in range(blocks):
-        converted |= {f"blocks.{i}.{name}": tensor for name, tensor in _block(read, flow, i).items()}
-    for name, upstream in EMBEDDING.items():
-        for leaf in ("weight", "bias") if name.startswith("embedding") else ("weight",):
-            converted[f"{name}.{leaf}"] = read[f"cond_embed.{upstream}.{leaf}"]
+    try:
+        flow, converted = _convert(read, head_dim)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, (CheckpointError, ConfigError)):
+            raise
+        raise CheckpointError(f"weights of Prose: their shapes do not fit each other: {error}") from None
     if left := sorted(name for name in state.keys() - read.seen if not name.endswith(".attn_mask")):
         raise CheckpointError(f"weights of Prose: {left[0]} is left over")
     for name, tensor in flow.state_dict().items():
+        if name not in converted:
+            raise CheckpointError(f"weights of Prose: nothing becomes {name}; the shapes do not fit each other")
         if converted[name].shape != tensor.shape:
             shapes = f"{tuple(converted[name].shape)}, expected {tuple(tensor.shape)}"
             raise CheckpointError(f"weights of Prose: {name} has the shape {shapes}")
     flow.load_state_dict(converted)
     return flow.eval()
+
+
+def _convert(read: _Read, head_dim: int) -> tuple[TokenFlow, dict[str, torch.Tensor]]:
+    """Return a flow with new weights, and the converted ones by name."""
+    numbers = [int(match[1]) for name in read if (match := re.match(r"blocks\.(\d+)\.", name))]
+    if not numbers:
+        raise CheckpointError("weights of Prose: there are no blocks; are their names without a prefix?")
+    flow = TokenFlow(_config(read, 1 + max(numbers), head_dim))
+    converted = {name: tensor for name, tensor in flow.state_dict().items() if name in ("shift", "scale")}
+    for i in range(len(flow.blocks)):
+        converted |= {f"blocks.{i}.{name}": tensor for name, tensor in _block(read, flow, i).items()}
+    for name, upstream in EMBEDDING.items():
+        for leaf in ("weight", "bias") if name.startswith("embedding") else ("weight",):
+            converted[f"{name}.{leaf}"] = read[f"cond_embed.{upstream}.{leaf}"]
+    return flow, converted
 
 
 def _config(state: _Read, blocks: int, head_dim: int) -> TokenFlowConfig:

@@ -107,7 +107,7 @@ def check_atoms(value: object, shape: tuple[int, ...], device: torch.device) -> 
     """Return the integers of `AtomFeatures` as int64.
 
     Args:
-        value: expected integers, kinds of atoms and residues within their tables.
+        value: expected integers.
         shape: expected shape.
         device: device of the result.
 
@@ -118,8 +118,17 @@ def check_atoms(value: object, shape: tuple[int, ...], device: torch.device) -> 
     if atoms is None or atoms.shape != shape:
         given = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"condition: expected integers of shape {shape}, got {given}")
-    if not is_intercepted() and atoms.numel():
-        for name, kinds, count in zip(("atoms", "residues"), atoms.unbind(-1), (ATOMS, RESIDUES)):
-            if kinds.min() < 0 or kinds.max() >= count:
-                raise ValueError(f"condition: expected kinds of {name} from 0 to {count - 1}")
     return atoms.to(device)
+
+
+def check_kinds(atoms: torch.Tensor) -> None:
+    """Raise ValueError unless the kinds of atoms and residues (B, T, 4) are rows of their tables.
+
+    Args:
+        atoms: integers, 0 at the padding.
+    """
+    if is_intercepted() or atoms.is_meta or not atoms.numel():
+        return
+    for name, kinds, count in zip(("atoms", "residues"), atoms.unbind(-1), (ATOMS, RESIDUES)):
+        if kinds.min() < 0 or kinds.max() >= count:
+            raise ValueError(f"condition: expected kinds of {name} from 0 to {count - 1}")

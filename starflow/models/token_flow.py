@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +14,7 @@ from starflow_kernels._core.token_order import check_counts, own_order, with_giv
 from starflow_kernels.solver import Solver
 
 from ..seeds import generator
-from .adaptive import AtomFeatures, check_atoms
+from .adaptive import AtomFeatures, check_atoms, check_kinds
 from .conditions import Labels, check_labels, class_weights
 from .hooks import runs_methods, with_forward_hooks
 from .results import FlowInverse, FlowOutput, FlowSample
@@ -84,32 +85,37 @@ class TokenFlow(BlockStack):
             lengths: see `TokenFlow`.
 
         Raises:
-            ValueError: a shape is wrong, or a mean is not finite.
+            ValueError: a shape is wrong, or a mean or a deviation is not finite; the flow then keeps its own.
         """
         tokens, inside = self._tokens(x), self._inside(lengths, len(x))
-        condition = None if condition is None else self._check_condition(condition, tokens)
-        self._set_moments("", "x", tokens, 0 if self.config.features else (0, 1), inside)
-        if condition is None or self.atoms is not None:
-            return
-        if condition.ndim == 3:
-            self._set_moments("condition_", "condition", condition, (0, 1), inside)
-        else:
-            self._set_moments("condition_", "condition", condition, 0, None)
+        found = self._moments_of("x", tokens, 0 if self.config.features else (0, 1), inside)
+        moments = dict(zip(("shift", "scale"), found))
+        if condition is not None:
+            condition = self._check_condition(condition, tokens)
+            if self.atoms is None:
+                dims, inside = ((0, 1), inside) if condition.ndim == 3 else (0, None)
+                found = self._moments_of("condition", condition, dims, inside)
+                moments |= zip(("condition_shift", "condition_scale"), found)
+        for name, moment in moments.items():
+            getattr(self, name).copy_(moment)
 
-    def _set_moments(
-        self, prefix: str, name: str, values: torch.Tensor, dims: int | tuple[int, int], inside: torch.Tensor | None
-    ) -> None:
-        """Set the moments of values over dimensions `dims`, of tokens inside (B, T) alone."""
+    def _moments_of(
+        self, name: str, values: torch.Tensor, dims: int | tuple[int, int], inside: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and deviation of values over dimensions `dims`, of tokens inside (B, T) alone."""
         eps, values = torch.finfo(values.dtype).eps, values.double()
         counted = torch.ones_like(values, dtype=torch.bool)
         if inside is not None:
             counted = counted & inside[..., None]
         count = counted.sum(dims).clamp(min=1)
         mean = values.where(counted, 0).sum(dims) / count
-        check_finite(**{name: mean})
         scale = (values - mean).where(counted, 0).square().sum(dims).div(count).sqrt()
-        getattr(self, f"{prefix}shift").copy_(mean)
-        getattr(self, f"{prefix}scale").copy_(scale.where(scale > eps * mean.abs(), 1))
+        scale = scale.where(scale > eps * mean.abs(), 1)
+        moments = mean.to(self.shift.dtype), scale.to(self.shift.dtype)
+        check_finite(**{f"mean of {name}": moments[0], f"deviation of {name}": moments[1]})
+        if not moments[1].all():
+            raise ValueError(f"deviation of {name}: too small for {self.shift.dtype}")
+        return moments
 
     @runs_methods
     def forward(
@@ -373,8 +379,8 @@ class TokenFlow(BlockStack):
         """Return what the blocks embed of a condition, in the dtype and on the device of tokens `like` (B, T, D)."""
         config, rows = self.config, len(like)
         if config.condition == "class":
-            if isinstance(condition, int):
-                condition = [condition] * rows
+            if isinstance(condition, (int, np.integer)):
+                condition = [int(condition)] * rows
             elif isinstance(condition, torch.Tensor) and condition.ndim == 0:
                 condition = condition.expand(rows)
             if condition is not None:
@@ -386,6 +392,7 @@ class TokenFlow(BlockStack):
         inside = None if config.condition == "vector" else self._inside(lengths, rows)
         values = values if inside is None else values.masked_fill(~inside[..., None], 0)
         if self.atoms is not None:
+            check_kinds(values)
             values = self.atoms(values)
         else:
             values = (values.to(self.condition_shift.dtype) - self.condition_shift) / self.condition_scale
@@ -420,4 +427,6 @@ def _of_known(
 
 def _shorter(known: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     """Return how many tokens of each sample are known, which are at most its length."""
-    return known if lengths is None else torch.minimum(known, lengths.to(known))
+    if lengths is None:
+        return known
+    return torch.minimum(known.to(torch.int64), lengths.to(device=known.device, dtype=torch.int64))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .numerics import DIVERGED
-from .torch_private import apply_outside_transforms, version
+from .torch_private import apply_outside_transforms, is_batched, version
 
 # The solution of J^T u = g is accepted where the largest residual is at most eps max(|g|, |J^T u|). It is also accepted
 # up to this multiple of that, and at most this share, once so many sweeps have not halved it: rounding errors are left.
@@ -69,6 +69,10 @@ class _Solution(torch.autograd.Function):
             raise NotImplementedError(
                 "the gradient of an inverse has no derivative: call backward without create_graph, or differentiate "
                 "the density at the result"
+            )
+        if is_batched(grad):
+            raise NotImplementedError(
+                "the gradient of an inverse takes no batch of gradients (is_grads_batched, vectorize): loop over them"
             )
         (x, *inputs), equation, needed = ctx.saved_tensors, ctx.equation, ctx.needs_input_grad
         u = equation.solve(grad, x.detach(), *[None if t is None else t.detach() for t in inputs])

@@ -196,6 +196,22 @@ def test_changes_before_the_backward_pass(name):
         other.logdet  # noqa: B018
 
 
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_gradient_that_is_nan_reaches_all_earlier_tokens(backend):
+    z, w, spec, context = block(BLOCKS["starflow"], dtype=torch.float32)
+    x = block_inverse(z.requires_grad_(), w, spec, **context, backend=backend).x
+    gradient = torch.zeros_like(x)
+    gradient[:, -1, 0] = torch.nan
+    assert torch.autograd.grad(x, z, gradient)[0].isnan().any(-1).all()
+
+
+def test_batched_gradients_are_refused():
+    z, w, spec, context = block(BLOCKS["starflow"])
+    x = block_inverse(z.requires_grad_(), w, spec, **context).x
+    with pytest.raises(NotImplementedError, match="takes no batch of gradients"):
+        torch.autograd.grad(x, z, torch.ones(2, *x.shape).double(), is_grads_batched=True)
+
+
 def test_a_result_that_is_changed_before_the_backward_pass():
     z, w, spec, context = block(BLOCKS["starflow"])
     x = block_inverse(z.requires_grad_(), w, spec, **context).x

@@ -104,6 +104,16 @@ def test_atoms_that_are_something_else(condition, message):
         flow.log_prob(torch.zeros(2, 5, 3), condition)
 
 
+def test_padding_of_atoms_is_any_integer():
+    flow = TokenFlow.preset("prose", tokens=5, channels=16, layers=(1,), head_dim=8)
+    x, atoms, lengths = torch.randn(2, 5, 3), torch.ones(2, 5, 4, dtype=torch.int64), torch.tensor([4, 5])
+    spoiled = atoms.clone()
+    spoiled[0, 4] = -1
+    assert torch.equal(flow.log_prob(x, spoiled, lengths), flow.log_prob(x, atoms, lengths))
+    assert flow.sample(0, torch.ones(0, 5, 4, dtype=torch.int64)).shape == (0, 5, 3)
+    assert flow.to("meta").log_prob(x.to("meta"), atoms.to("meta")).shape == (2,)
+
+
 def test_atoms_are_not_standardized():
     flow = TokenFlow.preset("prose", tokens=5, channels=16, layers=(1,), head_dim=8)
     flow.standardize(3 + 2 * torch.randn(64, 5, 3), torch.ones(64, 5, 4, dtype=torch.int64))
@@ -126,6 +136,19 @@ def test_orders_are_one_per_block():
             CheckpointError,
             r"blocks.2.proj_in.bias has the shape \(9,\), expected \(8,\)",
         ),
+        (
+            lambda w: w.update({"blocks.0.attn_blocks.0.mha.adaln.norm_cond.weight": torch.ones(7)}),
+            CheckpointError,
+            "their shapes do not fit each other",
+        ),
+        (lambda w: w.update({"blocks.0.proj_out.weight": torch.zeros(7, 8)}), CheckpointError, "fit each other"),
+        (lambda w: w.update({"blocks.0.proj_in.bias": torch.ones(8).int()}), CheckpointError, "is no tensor of finite"),
+        (
+            lambda w: w.update({"blocks.0.proj_in.bias": torch.full((8,), torch.nan)}),
+            CheckpointError,
+            "is no tensor of",
+        ),
+        (lambda w: w.clear(), CheckpointError, "there are no blocks"),
         (lambda w: w.update({"blocks.0.pair_proj.0.weight": torch.zeros(1)}), ConfigError, "bias of pairs of atoms"),
         (lambda w: [w.pop(name) for name in list(w) if ".adaln." in name], ConfigError, "there are no adaptive layers"),
     ],

@@ -201,6 +201,17 @@ def test_known_tokens_far_out_spoil_no_density():
     assert not flow.log_prob(x, known=torch.full((ROWS,), 5)).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_numbers_of_known_tokens_have_any_integer_dtype(dtype):
+    flow = make("no-positions", tokens=130)
+    x, _ = inputs(flow)
+    lengths, known = torch.full((ROWS,), 130), torch.full((ROWS,), 100)
+    expected = flow.log_prob(x, lengths=lengths, known=known)
+    assert torch.equal(flow.log_prob(x, lengths=lengths, known=known.to(dtype)), expected)
+    drawn = flow.sample(ROWS, lengths=lengths, data=x, known=known.to(dtype))
+    assert torch.equal(drawn, flow.sample(ROWS, lengths=lengths, data=x, known=known))
+
+
 def test_known_padding_is_still_padding():
     flow = make("condition-per-token")
     x, condition = inputs(flow)
@@ -284,7 +295,24 @@ def test_tokens_of_one_kind_are_standardized_together():
     flow.standardize(x.masked_fill(padding, torch.nan), condition.masked_fill(padding, torch.nan), lengths)
     torch.testing.assert_close(flow.shift, x[~padding[..., 0]].mean(0))
     torch.testing.assert_close(flow.condition_scale, condition[~padding[..., 0]].std(0, correction=0))
-    with pytest.raises(ValueError, match=r"^x: 2 of 2 values are not finite"):
+    with pytest.raises(ValueError, match=r"^mean of x: 2 of 2 values are not finite"):
         flow.standardize(x * torch.inf)
     with pytest.raises(ValueError, match=r"^condition: takes no values with condition='none'"):
         make("tokens").standardize(x, condition)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda x, c: (x, c * torch.nan), "mean of condition: 3 of 3 values are not finite"),
+        (lambda x, c: (x * 1e-60, c), "deviation of x: too small for torch.float32"),
+        (lambda x, c: (x * 1e60, c), "mean of x: 10 of 10 values are not finite"),
+    ],
+)
+def test_moments_that_are_refused_change_nothing(spoil, message):
+    flow = make("condition").float()
+    x, condition = inputs(flow)
+    before = [moment.clone() for moment in flow.buffers()]
+    with pytest.raises(ValueError, match=message):
+        flow.standardize(*spoil(x, condition))
+    assert all(map(torch.equal, before, flow.buffers()))

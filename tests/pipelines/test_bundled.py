@@ -170,6 +170,16 @@ def test_a_size_that_the_model_was_not_trained_on_is_named(tmp_path, capsys):
     assert "warning: the model was trained on images of 16x16 pixels alone; others may be broken" in error
 
 
+def test_a_variant_that_does_not_exist_is_named(tmp_path, capsys):
+    error = fails(capsys, "sample", "--prompt", "cat", "--variant", "fp16", "--out", str(tmp_path / "out"))
+    assert "fp16" in error
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--negative-prompt"])
+def test_bytes_that_are_no_text_are_refused(flag, capsys):
+    assert "is not UTF-8 text" in fails(capsys, "sample", flag, "cat \udcff")
+
+
 def test_the_folder_of_a_long_prompt_has_whole_words():
     for prompt, folder in (
         ("a red heart!", "samples/a-red-heart-7"),
