@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributions import Independent
 
 from starflow_kernels._core.implicit import needs_gradient
 from starflow_kernels._core.torch_private import is_intercepted
+from starflow_kernels.adapters.distributions import normal
 from starflow_kernels.solver import Solver
 from starflow_kernels.spec import Quantize
 
@@ -116,6 +118,21 @@ class Flow(BlockStack):
         calibration = self.calibration or Calibration(self.config.grid, self.config.token_dim)
         self.calibration = calibration.add(measurement)
         return measurement
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of a training image, (C, H, W)."""
+        size = self.config.image_size
+        return torch.Size((self.config.image_channels, size, size))
+
+    @property
+    def condition_ndims(self) -> tuple[int, int]:
+        """Number of dimensions of the label and of the text states of one image."""
+        return 0, 2
+
+    def prior(self) -> Independent:
+        """Return the distribution of the noise of one image."""
+        return normal(self.images(self._prior_variance()[None])[0])
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Split images (B, C, H, W) into tokens (B, T, D)."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from starflow_kernels._core.checks import NonFiniteError
 from starflow_kernels._core.torch_private import is_intercepted
+from starflow_kernels.adapters.distributions import FlowDistribution, InvertibleFlow, distribution
 from starflow_kernels.solver import Inverse, Solver
 
 from ..devices import check_device, check_dtype
@@ -215,6 +216,22 @@ class BlockStack(nn.Module):
         own = tokens.flip(1) if self.blocks[block].spec.flip else tokens
         sample, token, _ = own.isfinite().logical_not().nonzero()[0].tolist()
         raise InverseError(f"block {block}: values are not finite at token {token} of sample {sample}")
+
+    def distribution(self, *condition: torch.Tensor | None, **options: Any) -> FlowDistribution:
+        """Return the distribution of the data under a condition, with the methods of torch.distributions.
+
+        Args:
+            condition: conditions in the order of `forward`. Dimensions in front of those of one sample are the batch
+                dimensions of the distribution.
+            options: further arguments of `starflow_kernels.adapters.distributions.FlowTransform`.
+        """
+        return distribution(cast("InvertibleFlow", self), *condition, **options)
+
+    def _prior_variance(self) -> torch.Tensor:
+        """Return the variance of each value of the noise, (T, D)."""
+        if self.prior_variance is not None:
+            return self.prior_variance
+        return next(self.parameters()).new_ones(self.config.token_shape, device=self.device)
 
     def _log_prior(self, z: torch.Tensor) -> torch.Tensor:
         """Return the log density of each value of latents (B, T, D)."""

@@ -8,9 +8,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.distributions import Independent
 
 from starflow_kernels._core.checks import check_finite, check_tensor
 from starflow_kernels._core.token_order import check_counts, own_order, with_given
+from starflow_kernels.adapters.distributions import normal
 from starflow_kernels.solver import Solver
 
 from ..seeds import generator
@@ -69,6 +71,20 @@ class TokenFlow(BlockStack):
     def preset(cls, name: str, **settings: Any) -> TokenFlow:
         """Return a flow with new weights and the settings of a preset, see `TokenFlowConfig.preset`."""
         return cls(TokenFlowConfig.preset(name, **settings))
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one sample."""
+        return torch.Size((self.config.features,) if self.config.features else self.config.token_shape)
+
+    @property
+    def condition_ndims(self) -> tuple[int]:
+        """Number of dimensions of the condition of one sample."""
+        return ({"none": 0, "class": 0, "vector": 1, "token": 2, "atoms": 2}[self.config.condition],)
+
+    def prior(self) -> Independent:
+        """Return the distribution of the noise of one sample."""
+        return normal(self._prior_variance().reshape(self.event_shape))
 
     @torch.no_grad()
     def standardize(
