@@ -37,7 +37,7 @@ class InvertibleFlow(Protocol):
 
 
 class BlockFlow:
-    """One block as a flow on tokens (B, T, D), for the adapters.
+    """One block as a flow on tokens (B, T, D), for the adapters. It is no module: its weights stay with their owner.
 
     Args:
         weights: weights by name, see `block_forward`.
