@@ -1,6 +1,6 @@
 """Inverse of a trained MAF of zuko: its own, with D passes per transform, against solve_inverse on the same network.
 
-    pip install 'starflow-kernels[zuko,models]'
+    pip install 'starflow-kernels[adapters,models]'
     python -m benchmarks.cpu.maf --json benchmarks/results/maf_cpu.json
 
 Five transforms over the 64 pixels of scikit-learn's digits, uniform dequantisation, zuko's default hidden sizes. Passes

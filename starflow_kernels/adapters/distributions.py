@@ -16,7 +16,7 @@ from ..spec import BlockSpec
 
 
 class InvertibleFlow(Protocol):
-    """What the adapters need of a flow, such as `starflow.TokenFlow`, `starflow.Flow` or a `BlockFlow`.
+    """Protocol of flows that the adapters take, such as `starflow.TokenFlow`, `starflow.Flow` and `BlockFlow`.
 
     Attributes:
         event_shape: shape of one sample of the data, which is that of its noise.
