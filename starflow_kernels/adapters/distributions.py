@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch.distributions import Distribution, Independent, Normal, Transform, TransformedDistribution, constraints
@@ -79,13 +78,32 @@ def normal(variance: torch.Tensor) -> Independent:
     return Independent(Normal(torch.zeros_like(variance), variance.sqrt(), validate_args=False), variance.ndim)
 
 
-class Pair(NamedTuple):
-    """Data, its noise, the log|det dz/dx| as a function, and whether they were computed with gradients enabled."""
+class Pair:
+    """Data and its noise. The log-determinant is computed when it is first read.
 
-    x: torch.Tensor
-    z: torch.Tensor
-    logdet: Callable[[], torch.Tensor]
-    differentiable: bool
+    Args:
+        x: the data.
+        z: the noise.
+        compute: function that returns log|det dz/dx|.
+    """
+
+    def __init__(self, x: torch.Tensor, z: torch.Tensor, compute: Callable[[], torch.Tensor]) -> None:
+        self.x, self.z, self._compute = x, z, compute
+        self._logdet: torch.Tensor | None = None
+        self._differentiable = torch.is_grad_enabled()
+
+    def is_valid(self) -> bool:
+        """Return whether the pair has the gradients that are asked for, which without a graph would be lost."""
+        return self._differentiable or not torch.is_grad_enabled()
+
+    @property
+    def logdet(self) -> torch.Tensor:
+        """Log|det dz/dx|."""
+        if self._logdet is None:
+            # It may first be read where gradients are disabled.
+            with torch.set_grad_enabled(self._differentiable):
+                self._logdet = self._compute()
+        return self._logdet
 
 
 class ConditionedFlow:
@@ -137,51 +155,46 @@ class ConditionedFlow:
 
     def to_noise(self, x: torch.Tensor) -> Pair:
         """Map data (*batch, *event_shape) to noise."""
-        if self.last is not None and x is self.last.x and self._is_valid(self.last):
+        if self.last is not None and x is self.last.x and self.last.is_valid():
             return self.last
-        shape, arguments = self._rows(x)
-        z, logdet, *_ = self.flow(*arguments)
-        logdet = logdet.reshape(self._batch(shape))
-        return self._keep(x, z.reshape(shape), lambda: logdet)
+        shape, rows, condition = self._rows(x)
+        z, logdet, *_ = self.flow(rows, *condition)
+        return self._keep(Pair(x, z.reshape(shape), lambda: logdet.reshape(self._batch(shape))))
 
     def to_data(self, z: torch.Tensor) -> Pair:
         """Map noise (*batch, *event_shape) to data."""
-        if self.last is not None and z is self.last.z and self._is_valid(self.last):
+        if self.last is not None and z is self.last.z and self.last.is_valid():
             return self.last
-        shape, arguments = self._rows(z)
-        found = self.flow.inverse(*arguments, **self.options)
-        return self._keep(found.x.reshape(shape), z, lambda: -found.logdet.reshape(self._batch(shape)))
+        shape, rows, condition = self._rows(z)
+        found = self.flow.inverse(rows, *condition, **self.options)
+        return self._keep(Pair(found.x.reshape(shape), z, lambda: -found.logdet.reshape(self._batch(shape))))
 
     def logdet(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Return log|det dz/dx| of a pair, without computing it anew if the pair is the last one."""
-        if self.last is not None and z is self.last.z and x is self.last.x and self._is_valid(self.last):
-            return self.last.logdet()
-        return self.to_noise(x).logdet()
+        """Return log|det dz/dx| of a pair, which costs a pass unless the pair is the last one."""
+        last = self.last
+        if last is not None and x is last.x and z is last.z and last.is_valid():
+            return last.logdet
+        return self.to_noise(x).logdet
 
-    def _is_valid(self, pair: Pair) -> bool:
-        # What was computed without a graph would silently lose gradients.
-        return pair.differentiable or not torch.is_grad_enabled()
-
-    def _keep(self, x: torch.Tensor, z: torch.Tensor, logdet: Callable[[], torch.Tensor]) -> Pair:
-        differentiable = torch.is_grad_enabled()
-        # The log-determinant may first be read where gradients are disabled.
-        pair = Pair(x, z, functools.cache(torch.set_grad_enabled(differentiable)(logdet)), differentiable)
-        if self.remember:
-            self.last = pair
+    def _keep(self, pair: Pair) -> Pair:
+        self.last = pair if self.remember else None
         return pair
 
     def _batch(self, shape: torch.Size) -> torch.Size:
         return shape[: len(shape) - len(self.flow.event_shape)]
 
-    def _rows(self, values: torch.Tensor) -> tuple[torch.Size, list[torch.Tensor | None]]:
-        """Return the shape of the results, and the arguments of the flow with one batch dimension."""
+    def _rows(self, values: torch.Tensor) -> tuple[torch.Size, torch.Tensor, list[torch.Tensor | None]]:
+        """Return the shape of the results, and values and conditions with one batch dimension."""
         shape = self.full_shape(values.shape)
         batch = self._batch(shape)
-        rows = [values.expand(shape).reshape(batch.numel(), *shape[len(batch) :])]
-        for value, ndim in zip(self.condition, self.flow.condition_ndims):
-            own = None if value is None else value.shape[value.ndim - ndim :]
-            rows.append(None if value is None else value.expand(batch + own).reshape(batch.numel(), *own))
-        return shape, rows
+
+        def rows(value: torch.Tensor, ndim: int) -> torch.Tensor:
+            own = value.shape[value.ndim - ndim :]
+            return value.expand(batch + own).reshape(batch.numel(), *own)
+
+        ndims = self.flow.condition_ndims
+        condition = [None if value is None else rows(value, ndim) for value, ndim in zip(self.condition, ndims)]
+        return shape, rows(values, len(self.flow.event_shape)), condition
 
 
 class _Direction(Transform):
@@ -192,13 +205,7 @@ class _Direction(Transform):
     def __init__(self, conditioned: ConditionedFlow) -> None:
         super().__init__(cache_size=int(conditioned.remember))
         self._conditioned = conditioned
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        """Real values of the shape of a sample."""
-        return constraints.independent(constraints.real, len(self._conditioned.flow.event_shape))
-
-    codomain = domain
+        self.domain = self.codomain = constraints.independent(constraints.real, len(conditioned.flow.event_shape))
 
     def clear_cache(self) -> None:
         """Forget the last pair, as is needed after a change of the weights."""
@@ -221,7 +228,8 @@ class FlowTransform(_Direction):
         flow: the flow, see `InvertibleFlow`.
         condition: conditions (*batch, ...), in the order of the flow's arguments after the data.
         cache_size: 1 keeps the last pair of data and noise with its log-determinant, as other transforms of torch do.
-            It is that of the weights at the time of the call.
+            It is that of the weights at the time of the call, and a sample's noise has no gradient with respect to the
+            sample.
         options: further arguments of `flow.inverse`, such as `solvers`.
 
     Raises:
@@ -240,11 +248,11 @@ class FlowTransform(_Direction):
         return self._conditioned.batch_shape
 
     @property
-    def inv(self) -> Transform:
+    def inv(self) -> _FlowInverse:
         """Transform of noise to data."""
         if self._inv is None:
             self._inv = _FlowInverse(self, self._conditioned)
-        return self._inv
+        return cast("_FlowInverse", self._inv)
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         """Return the transform with another cache size."""
@@ -260,7 +268,7 @@ class FlowTransform(_Direction):
     def call_and_ladj(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return noise (*batch, *event_shape) and log|det dz/dx| (*batch) of data, by one pass."""
         pair = self._conditioned.to_noise(x)
-        return pair.z, pair.logdet()
+        return pair.z, pair.logdet
 
     def log_abs_det_jacobian(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return log|det dz/dx| (*batch) of data and its noise."""
@@ -290,7 +298,7 @@ class _FlowInverse(_Direction):
     def call_and_ladj(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return data (*batch, *event_shape) and log|det dx/dz| (*batch) of noise, by one solve."""
         pair = self._conditioned.to_data(x)
-        return pair.x, -pair.logdet()
+        return pair.x, -pair.logdet
 
     def log_abs_det_jacobian(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return log|det dx/dz| (*batch) of noise and its data."""
@@ -298,7 +306,11 @@ class _FlowInverse(_Direction):
 
 
 class FlowDistribution(TransformedDistribution):
-    """Distribution of the data of a flow, see `distribution`."""
+    """Distribution of the data of a flow, see `distribution`; other methods are those of `TransformedDistribution`."""
+
+    @property
+    def _to_data(self) -> _FlowInverse:
+        return cast("_FlowInverse", self.transforms[0])
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Return the log density (*batch) of data (*batch, *event_shape), by one pass.
@@ -308,7 +320,7 @@ class FlowDistribution(TransformedDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        z, logdet = self.transforms[0].inv.call_and_ladj(value)
+        z, logdet = self._to_data.inv.call_and_ladj(value)
         return self.base_dist.log_prob(z) + logdet
 
     def rsample_and_log_prob(self, sample_shape: torch.Size = torch.Size()) -> tuple[torch.Tensor, torch.Tensor]:
@@ -321,7 +333,7 @@ class FlowDistribution(TransformedDistribution):
             (*sample_shape, *batch_shape, *event_shape) samples and (*sample_shape, *batch_shape) log density.
         """
         z = self.base_dist.rsample(sample_shape)
-        x, logdet = self.transforms[0].call_and_ladj(z)
+        x, logdet = self._to_data.call_and_ladj(z)
         return x, self.base_dist.log_prob(z) - logdet
 
 

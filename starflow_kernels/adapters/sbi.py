@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import zuko
 from sbi.neural_nets.estimators import ZukoFlow
 from sbi.utils.sbiutils import standardizing_net, standardizing_transform_zuko, z_score_parser
+from zuko.lazy import Flow, LazyTransform
 
 from ..spec import check_choice
 from .distributions import InvertibleFlow
@@ -53,11 +53,11 @@ def tarflow_builder(
         with torch.no_grad():
             context = embed.to(condition.device)(condition[:2]).shape[-1]
         flow = make_flow(values.shape[1], context)
-        transforms: list[zuko.lazy.LazyTransform] = [LazyFlowTransform(flow, **options)]
+        transforms: list[LazyTransform] = [LazyFlowTransform(flow, **options)]
         scored, structured = z_score_parser(z_score_input)
         if scored:
             transforms.insert(0, standardizing_transform_zuko(values, structured))
-        density = zuko.lazy.Flow(transforms, LazyPrior(flow))
+        density = Flow(transforms, LazyPrior(flow))
         return ZukoFlow(density, embed, input_shape=values.shape[1:], condition_shape=condition.shape[1:])
 
     return build

@@ -165,6 +165,17 @@ def test_a_cleared_cache_sees_new_weights():
     close(transform(x), flow(x).z)
 
 
+def test_graphs():
+    flow = make("condition")
+    x, condition = inputs(flow)
+    both = {"backend": "eager", "fullgraph": True}
+    compiled = torch.compile(lambda x, c: FlowTransform(flow, c).call_and_ladj(x), **both)
+    assert all(map(torch.equal, compiled(x, condition), FlowTransform(flow, condition).call_and_ladj(x)))
+    with torch.no_grad():
+        compiled = torch.compile(lambda z, c: FlowTransform(flow, c).inv.call_and_ladj(z), **both)
+        assert all(map(torch.equal, compiled(x, condition), FlowTransform(flow, condition).inv.call_and_ladj(x)))
+
+
 def test_copies():
     flow = make("class")
     transform = FlowTransform(flow, torch.tensor(1), cache_size=1)

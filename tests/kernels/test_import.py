@@ -18,6 +18,7 @@ STRICT = """
 import torch
 before = set(sys.modules)
 import starflow_kernels
+import starflow_kernels.adapters.distributions
 extra = {name.partition(".")[0] for name in set(sys.modules) - before} - allowed
 assert not extra, extra
 assert not refused & set(sys.modules), refused & set(sys.modules)
@@ -29,6 +30,13 @@ for name in ("triton", "flash_attn", "safetensors", "diffusers", "yaml", "starfl
     raise AssertionError(f"{name} was not refused")
 z, logdet = starflow_kernels.affine_flow(torch.ones(1, 2, 3), torch.zeros(1, 2, 6))
 assert torch.equal(z, torch.ones(1, 2, 3)) and logdet.item() == 0
+for library in ("zuko", "nflows", "normflows", "pyro", "sbi"):
+    try:
+        __import__(f"starflow_kernels.adapters.{library}")
+    except ModuleNotFoundError as error:
+        assert str(error) == f"No module named '{library}'", error
+        continue
+    raise AssertionError(f"{library} was not refused")
 print("imported", starflow_kernels.__file__)
 """
 
