@@ -21,11 +21,12 @@ def threads():
     torch.set_num_threads(count)
 
 
-def test_boltzmann_generators(tmp_path):
-    sizes = ["--seconds", "0.1", "--count", "200", "--steps", "20", "--warmup", "10"]
-    boltzmann.main([*sizes, "--json", str(tmp_path / "found.json")])
+@pytest.mark.parametrize("system, flows", [("double wells", ["TokenFlow", "NSF"]), ("Lennard-Jones", ["TokenFlow"])])
+def test_boltzmann_generators(tmp_path, system, flows):
+    sizes = ["--seconds", "0.1", "--count", "100", "--steps", "20", "--warmup", "10"]
+    boltzmann.main([*sizes, "--systems", system, "--flows", *flows, "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found["rows"]) == 12 and len(found["references"]) == 2
+    assert len(found["rows"]) == 3 * len(flows) and len(found["references"]) == 1
     assert all(0 < row["ess"] <= 1 for row in found["rows"])
 
 

@@ -118,3 +118,42 @@ def test_speed_tables_show_the_measured_rows(page):
         if "ratio_plain" in row:
             wanted = {row["case"], f"{row['microseconds']['ours']:.1f}", f"{row['ratio_plain']:.1f}x"}
             assert any(wanted <= set(line) for line in table), row["case"]
+
+
+def measured(value: float, error: float, digits: int) -> str:
+    """A value with its standard error, as tables show it; "none" where the error is above all that is meaningful."""
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if error < 100 else "none"
+
+
+def boltzmann_cells(row: dict) -> set[str]:
+    return {
+        *row["case"].split(", ", 2)[1:],
+        measured(100 * row["ess"], 100 * row["ess_error"], 1),
+        measured(row["free_energy"], row["free_energy_error"], 3),
+    }
+
+
+def posterior_cells(row: dict) -> set[str]:
+    cells = {*row["case"].split(", "), measured(row["nats"], row["error"], 3)}
+    return cells | ({f"{min(row['p_values'].values()):.1g}"} if "p_values" in row else set())
+
+
+def sampling_cells(row: dict) -> set[str]:
+    flow, inverse = row["case"].split(", ", 1)
+    return {flow, inverse, f"{row['samples_per_second']:,.0f}"}
+
+
+@pytest.mark.parametrize(
+    "results, cells",
+    [
+        ("boltzmann_wells", boltzmann_cells),
+        ("boltzmann_lennard_jones", boltzmann_cells),
+        ("posteriors", posterior_cells),
+        ("posterior_sampling", sampling_cells),
+    ],
+)
+def test_tables_of_the_science_guide_show_the_measured_rows(results, cells):
+    text = (ROOT / "docs" / "guides" / "science.md").read_text()
+    table = [{cell.strip() for cell in line.split("|")} for line in text.splitlines()]
+    for row in json.loads((ROOT / "benchmarks" / "results" / f"{results}_cpu.json").read_text())["rows"]:
+        assert any(cells(row) <= line for line in table), row["case"]
