@@ -1,6 +1,6 @@
 """Samples per second of a posterior of ten parameters: a TokenFlow, and MAF and NSF of zuko with two inverses.
 
-    pip install 'starflow-kernels[zuko]'
+    pip install 'starflow-kernels[adapters]'
     python -m benchmarks.cpu.posterior_sampling --json benchmarks/results/posterior_sampling_cpu.json
 
 All flows are trained for the same CPU time on simulations of eight schools, as in `benchmarks.science.posteriors`.

@@ -1,6 +1,6 @@
 """Boltzmann generators: flows that learn samples of a system first and its energy second, and then reweight to it.
 
-    pip install 'starflow-kernels[zuko]'
+    pip install 'starflow-kernels[adapters]'
     python -m benchmarks.science.boltzmann --json benchmarks/results/boltzmann_cpu.json
 
 A flow is trained by likelihood on reference samples; or so for half of the CPU time, and then by the sum of that loss

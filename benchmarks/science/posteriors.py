@@ -1,6 +1,6 @@
 """Posteriors of simulators: a TokenFlow beside flows of zuko after the same CPU time, with calibration.
 
-    pip install 'starflow-kernels[zuko]'
+    pip install 'starflow-kernels[adapters]'
     python -m benchmarks.science.posteriors --json benchmarks/results/posteriors_cpu.json
 
 Every flow gets the same simulations and the same CPU time of one thread, and keeps the parameters that were best on
