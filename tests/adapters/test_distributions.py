@@ -155,6 +155,22 @@ def test_a_cache_does_not_lose_gradients():
     close(torch.autograd.grad(found.log_prob(x).sum(), flow.blocks[0].weights()["proj_in.weight"]), expected)
 
 
+def test_a_cache_keeps_gradients_of_samples_that_were_scored_without():
+    flow = make("vector")
+    weight = flow.blocks[0].weights()["proj_in.weight"]
+    gradients = []
+    for scored in (False, True):
+        torch.manual_seed(0)
+        found = flow.distribution(cache_size=1)
+        x = found.rsample((3,))
+        if scored:
+            with torch.no_grad():
+                found.log_prob(x)
+        gradients.append(torch.autograd.grad(found.log_prob(x).sum(), weight)[0])
+    close(*gradients)
+    assert gradients[0].abs().max() > 0
+
+
 def test_a_cleared_cache_sees_new_weights():
     flow = make("vector")
     transform = FlowTransform(flow, cache_size=1)
