@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> dict:
     test = Simulations(SIMULATOR, args.tests, 2, data.scale)
     flows, nats = {}, {"exact posterior": SIMULATOR.log_posterior(test.y, test.x)}
     for kind in FLOWS:
-        flows[kind], _ = train(kind, SIMULATOR, data, args.seconds)
+        flows[kind], _ = train(kind, SIMULATOR, data, args.seconds, channels=64)
         with torch.no_grad():
             nats[kind] = flows[kind].log_prob(test.y, test.condition)
     likelihoods = {

@@ -29,7 +29,7 @@ from .systems import Chain, LennardJones
 BATCH = 256
 # Energies beyond this one, above the mean, count by their logarithm in training, as in arXiv 1812.01729.
 CUT = 20.0
-RATES = {"likelihood": 2e-3, "both": 1e-3}
+RATES = {"likelihood": 2e-3, "both": 2e-4}
 # Stages and their shares of the CPU time; a flow is judged after each.
 PLANS = [("likelihood", 1.0)], [("likelihood", 0.5), ("both", 0.5)]
 # Each with the number of couplings of its simulation.

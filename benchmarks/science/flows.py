@@ -14,10 +14,10 @@ from torch import nn
 from starflow import TokenFlow
 
 
-def token_flow(features: int, token_dim: int = 1, condition: int = 0) -> TokenFlow:
-    """Return a TokenFlow of 4 blocks of 2 layers and 64 channels, on vectors."""
+def token_flow(features: int, condition: int = 0, **settings) -> TokenFlow:
+    """Return a TokenFlow on vectors with the settings of the preset, or others."""
     condition = {"condition": "vector", "condition_dim": condition} if condition else {}
-    return TokenFlow.preset("vector", features=features, token_dim=token_dim, **condition)
+    return TokenFlow.preset("vector", features=features, **condition, **settings)
 
 
 class Peer(nn.Module):

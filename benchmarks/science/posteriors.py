@@ -31,10 +31,10 @@ FLOWS = "TokenFlow", "NSF", "MAF"
 RATE = 2e-3
 
 
-def build(kind: str, simulator) -> nn.Module:
-    """Return an untrained flow."""
+def build(kind: str, simulator, **settings) -> nn.Module:
+    """Return an untrained flow; a TokenFlow takes settings."""
     if kind == "TokenFlow":
-        return token_flow(simulator.parameters, condition=simulator.observed)
+        return token_flow(simulator.parameters, simulator.observed, **settings)
     return Peer(kind, simulator.parameters, simulator.observed, transforms=5)
 
 
@@ -53,10 +53,10 @@ class Simulations:
         return self.y[rows], self.condition[rows]
 
 
-def train(kind: str, simulator, data: Simulations, seconds: float, seed: int = 0) -> tuple[nn.Module, int]:
+def train(kind: str, simulator, data: Simulations, seconds: float, seed: int = 0, **settings) -> tuple[nn.Module, int]:
     """Return a flow that is trained by likelihood for a CPU time, and the number of steps."""
     torch.manual_seed(seed)
-    flow, random = build(kind, simulator), torch.Generator().manual_seed(seed)
+    flow, random = build(kind, simulator, **settings), torch.Generator().manual_seed(seed)
     held_out = Simulations(simulator, 2000, 1, data.scale)
 
     def loss() -> torch.Tensor:
