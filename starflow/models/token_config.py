@@ -12,7 +12,7 @@ from .config import StackConfig
 
 Condition = Literal["none", "class", "vector", "token", "atoms"]
 PRESETS: dict[str, dict[str, Any]] = {
-    "vector": {"soft_clip": 3.0, "channels": 32, "layers": (2,) * 4, "head_dim": 16},
+    "vector": {"soft_clip": 3.0, "channels": 64, "layers": (2,) * 4, "head_dim": 16},
     "molecule": {"soft_clip": 3.0, "token_dim": 3, "channels": 128, "layers": (2,) * 6, "head_dim": 32},
     "prose": {
         **{"token_dim": 3, "channels": 384, "layers": (8,) * 8, "start": False, "condition": "atoms"},
