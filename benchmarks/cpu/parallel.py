@@ -60,7 +60,7 @@ class Case:
         self.labels = torch.arange(batch, device=self.z.device) % classes if classes else None
         grid, contexts = flow.grid(self.images), flow.contexts(self.labels, None, self.z)
         self.blocks = [
-            (block.weights(), block.spec, block.context(*context, flow.rotary(i, grid, self.z)))
+            (block.weights(), block.spec, block.context(*context, flow.rotary(i, grid, self.z), {}))
             for i, (block, (context, _)) in enumerate(zip(flow.blocks, contexts))
         ]
 

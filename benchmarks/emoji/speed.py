@@ -61,7 +61,7 @@ class Plain:
 
     def __call__(self, block: FlowBlock, z: torch.Tensor, *context, guidance=None, rule="tarflow", **_):
         start, (rows, tokens, _) = time.perf_counter(), z.shape
-        inputs, copies = block.context(*context), 1 if guidance is None else 2
+        inputs, copies = block.context(*context, {}), 1 if guidance is None else 2
         key = id(block), rows, tokens, copies
         if key not in self.decoders:
             prefix = 0 if inputs["prefix"] is None else inputs["prefix"].shape[1]

@@ -48,7 +48,7 @@ class EagerBlock:
             inputs = torch.cat([w["start"].to(x.dtype).expand(len(x), 1, -1), inputs], dim=1)
         slots = slice(begin - self.first, end - self.first)
         row = None if self.position is None else self.position[slots]
-        h = layers(embed(inputs, w, self.cond, row), w, spec, self._attention(slots))
+        h = layers(embed(inputs, w, self.cond, row), w, spec, None, self._attention(slots))
         a, mu = raw_outputs(raw_params(h, w, spec), spec.affine.scale, spec.affine.soft_clip)
         self.passes, self.tokens = self.passes + 1, self.tokens + len(x) * (end - begin)
         return mu.to(x.dtype), sigma_of(a, mu, spec.affine.scale)[1].to(x.dtype)

@@ -33,7 +33,7 @@ def sliced_inverse(
             return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)
 
         h = embed(x[:, t : t + 1], w, cond, table[t : t + 1])
-        params = raw_params(layers(h, w, spec, attend, fused=FusedOps(add_norm=add_norm)), w, spec)
+        params = raw_params(layers(h, w, spec, None, attend, fused=FusedOps(add_norm=add_norm)), w, spec)
         z_next = x[:, t + 1 : t + 2]
         x[:, t + 1 : t + 2] = affine_flow_inverse(
             z_next, params, None, spec.affine.scale, spec.affine.soft_clip, "tarflow"

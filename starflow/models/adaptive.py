@@ -37,13 +37,15 @@ class AdaptiveCondition(nn.Module):
         super().__init__()
         C, branches = spec.channels, spec.layers * spec.branches
         self.flip, self.lookahead = spec.flip, lookahead
+        default = nn.Parameter()
         wide = [nn.Linear(2 * features, C), nn.GELU(), nn.Linear(C, C)]
         self.project = nn.Sequential(*(wide if lookahead else [nn.Linear(features, C)]))
-        self.positions = nn.Parameter(1e-2 * torch.randn(tokens, C)) if tokens else None
-        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(branches, C)), nn.Parameter(torch.zeros(branches, C))
+        self.positions = nn.Parameter(1e-2 * default.new_empty(tokens, C).normal_()) if tokens else None
+        self.norm_weight = nn.Parameter(default.new_ones(branches, C))
+        self.norm_bias = nn.Parameter(default.new_zeros(branches, C))
         # Outputs are [scale | shift].
-        self.weight = nn.Parameter(torch.empty(branches, 2 * C, C).uniform_(-(C**-0.5), C**-0.5))
-        self.bias = nn.Parameter(torch.zeros(branches, 2 * C))
+        self.weight = nn.Parameter(default.new_empty(branches, 2 * C, C).uniform_(-(C**-0.5), C**-0.5))
+        self.bias = nn.Parameter(default.new_zeros(branches, 2 * C))
         self.gate = nn.Linear(C, branches * C)
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, GATE)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.blocks import BLOCKS, block
+from support.blocks import BLOCKS, GPU_BLOCKS, block
 
 from benchmarks.floor import Work, block_work
 from benchmarks.peers.static_cache import PlainDecoder
@@ -17,7 +17,7 @@ B, T = 3, 6
 
 @pytest.mark.parametrize("attention", ["fused", "products"])
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
-@pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
+@pytest.mark.parametrize("case", GPU_BLOCKS.values(), ids=GPU_BLOCKS.keys())
 def test_decoder_is_the_inverse_of_every_block(case, guided, attention):
     z, w, spec, context = block(case, B=B, tokens=T, copies=1 + guided)
     guidance = {"guidance": torch.rand(B, T, dtype=z.dtype)} if guided else {}

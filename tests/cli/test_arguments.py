@@ -47,7 +47,7 @@ TRAIN = ["train", "--preset", "digits", "--quiet"]
         (["sample", "--jacobi_th", "inf"], "--jacobi_th inf: expected a finite number"),
         (["sample", "--tol", "inf"], "tol=inf"),
         (["sample", "--attention-temperature", "nan"], "temperature=nan"),
-        (["calibrate", "--out", "x", "--guidance", "nan"], "weight=nan"),
+        (["calibrate", "--out", "x", "--guidance", "nan"], "--guidance nan: expected a finite weight of at least 0"),
         (["sample", "--device", "meta"], "--device meta: expected cpu, cuda, cuda:1, mps or auto"),
         (["sample", "--device", "hpu"], "--device hpu"),
         (["sample", "--device", ""], "--device"),

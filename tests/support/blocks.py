@@ -40,7 +40,7 @@ BLOCKS = {
     "adaptive-one-branch": ({**STARFLOW, "qk_layer_norm": True, "kv_heads": 1, "adaptive": True}, True, 0),
     "three-layers-swiglu": ({**STARFLOW, "layers": 3, "mlp": "swiglu", "kv_heads": 1, "bias": False}, False, 0),
 }
-# Blocks that the kernels on a GPU take.
+# Blocks that the kernels on a GPU and the peers of the benchmarks take.
 GPU_BLOCKS = {name: case for name, case in BLOCKS.items() if "adaptive" not in case[0]}
 every_block = pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS.keys())
 
