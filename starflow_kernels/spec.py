@@ -103,7 +103,7 @@ class BlockSpec:
             (arXiv 2508.18175).
         adaptive: whether the condition modulates every layer, as in Prose: h + gate * layer(LayerNorm(h) * scale +
             shift). The condition then has `cond_dim` channels: first those that are added to the hidden states, then
-            scale, shift and gate of each branch of each layer. Without a prefix alone.
+            the scales of all branches of all layers, their shifts, and their gates. Without a prefix alone.
         transition_dim: hidden width of a second branch after each layer of an adaptive block, an MLP gated by SiLU
             without biases; 0 for none.
     """

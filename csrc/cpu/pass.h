@@ -97,15 +97,17 @@ struct Pass {
         });
     }
 
-    // Returns scale, shift and gate, C values each, by which a condition modulates a branch. All layers have the same
-    // number of branches.
-    const float* modulation(int64_t m, int branch) const {
-        return cond(m / n, slot + m % n) + (1 + 3 * branch) * spec.channels;
+    enum Modulation { SCALE, SHIFT, GATE };
+
+    // Returns the C values by which a condition modulates a branch. All layers have the same number of branches.
+    const float* modulation(int64_t m, int branch, Modulation which) const {
+        int all = spec.layers * spec.branches();
+        return cond(m / n, slot + m % n) + (1 + which * all + branch) * int64_t(spec.channels);
     }
 
     void adapt(int64_t m, int branch, float* to) const {
-        const float* scale = modulation(m, branch);
-        layer_norm(ws.h + m * padded(spec.channels), scale, scale + spec.channels, spec.channels, to);
+        const float *scale = modulation(m, branch, SCALE), *shift = modulation(m, branch, SHIFT);
+        layer_norm(ws.h + m * padded(spec.channels), scale, shift, spec.channels, to);
     }
 
     // Keeps the states, and replaces them by their modulated norm. Ends the phase.
@@ -122,7 +124,7 @@ struct Pass {
     void leave(int branch) const {
         int64_t C = padded(spec.channels);
         for (int64_t m = team.begin(values()); m < team.end(values()); ++m) {
-            const float* gate = modulation(m, branch) + 2 * spec.channels;
+            const float* gate = modulation(m, branch, GATE);
             for (int c = 0; c < spec.channels; c += LANES) {
                 Vec gated = load(gate + c, spec.channels - c) * load(ws.h + m * C + c);
                 store(ws.h + m * C + c, load(ws.outer + m * C + c) + gated);
@@ -136,7 +138,7 @@ struct Pass {
         for (int64_t m = 0; m < values(); ++m) adapt(m, branch, ws.normed + m * C);
         multiply_gated(weights.gate, weights.up, ws.normed, width, nullptr, nullptr, [](Vec v) { return silu(v); });
         multiply(weights.down, ws.hidden, [&](int64_t m, int64_t c, Vec v) {
-            const float* gate = modulation(m, branch) + 2 * spec.channels;
+            const float* gate = modulation(m, branch, GATE);
             float* at = ws.h + m * C + c;
             store(at, load(at) + load(gate + c, spec.channels - int(c)) * v);
         });

@@ -68,14 +68,18 @@ class AdaptiveCondition(nn.Module):
         x = self.project(features)
         branches, C = self.norm_weight.shape
         normed = F.layer_norm(x, (C,)).view(B * T, C) * self.norm_weight[:, None] + self.norm_bias[:, None]
-        scale, shift = torch.baddbmm(self.bias[:, None], normed, self.weight.mT).transpose(0, 1).split(C, -1)
-        gate = self.gate(x).view(B * T, branches, C)
-        modulations = torch.stack([scale.sigmoid(), shift, gate.sigmoid()], 2).view(B, T, 3 * branches * C)
+        scale, shift = (
+            torch.baddbmm(self.bias[:, None, part], normed, self.weight[:, part].mT).transpose(0, 1)
+            for part in (slice(C), slice(C, 2 * C))
+        )
         if self.positions is None:
             added = torch.zeros_like(x)
         else:
             added = (self.positions if slot is None else self.positions[slot]).expand(B, T, C)
-        return torch.cat([added, modulations], -1)
+        # These are the largest tensors of a flow; in place saves memory that must be fetched from the system.
+        modulations = [scale.sigmoid_(), shift, self.gate(x).sigmoid_()]
+        parts = [added.reshape(B * T, 1, C), *(part.reshape(B * T, branches, C) for part in modulations)]
+        return torch.cat(parts, 1).view(B, T, C + 3 * branches * C)
 
 
 class AtomFeatures(nn.Module):

@@ -53,9 +53,8 @@ def check_finite(**inputs: torch.Tensor | None) -> None:
             continue
         if value.is_meta:
             raise ValueError(f"{name}: on meta, a device without values")
-        # vector_norm takes one pass; for small tensors it needs a third of the time of isfinite().all().
-        if not math.isfinite(torch.linalg.vector_norm(value, math.inf).item()):
-            bad = (~value.isfinite()).sum().item()
+        # A finite sum, the fastest pass over memory, has finite terms; finite terms may have an infinite sum.
+        if not math.isfinite(value.sum().item()) and (bad := int((~value.isfinite()).sum())):
             raise NonFiniteError(f"{name}: {bad} of {value.numel()} values are not finite")
 
 

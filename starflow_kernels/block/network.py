@@ -157,7 +157,7 @@ def adaptive_branches(cond: torch.Tensor | None, h: torch.Tensor, spec: BlockSpe
     if cond is None or not spec.adaptive:
         return h.new_empty(0)
     cond = (cond if cond.ndim == 3 else cond.unsqueeze(1))[..., spec.channels :].to(h.dtype)
-    return cond.unflatten(-1, (spec.layers, spec.branches, 3, spec.channels)).permute(2, 3, 4, 0, 1, 5)
+    return cond.unflatten(-1, (3, spec.layers, spec.branches, spec.channels)).permute(3, 4, 2, 0, 1, 5)
 
 
 def modulate(h: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:

@@ -47,8 +47,10 @@ def naive_network(x, w, spec, cond=None, prefix=None, cos=None, sin=None, temper
         h = torch.cat([linear(prefix, "proj_text"), h], 1)
     d, q_end, k_end = spec.head_dim, spec.heads * spec.head_dim, (spec.heads + spec.kv_heads) * spec.head_dim
     visible = naive_visible(range(h.shape[1]), h.shape[1], None)
-    # Scale, shift and gate of the adaptive branches, in the order in which they run.
-    modulations = iter(() if cond is None else cond.split(spec.channels, -1)[1:])
+    # The condition has all scales, then all shifts, then all gates; here they are in the order in which they run.
+    third = spec.channels * spec.layers * spec.branches
+    parts = () if cond is None else cond[..., spec.channels :].split([third] * 3, -1)
+    modulations = (part for branch in zip(*(part.split(spec.channels, -1) for part in parts)) for part in branch)
     for i in range(spec.layers):
         layer, outer = f"layers.{i}", h
         if spec.adaptive:
