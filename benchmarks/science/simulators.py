@@ -77,6 +77,18 @@ class TwoMoons(Uniform):
             shares.append(2 * inside.double().mean() / (2 * self.bound) ** 2)
         return torch.stack(shares).log()
 
+    def posterior(self, x: torch.Tensor, count: int, random: torch.Generator) -> torch.Tensor:
+        """Return exact posterior samples (count, 2) of the parameters given an observation (2,)."""
+        found = torch.empty(0, 2)
+        while len(found) < count:
+            angle = (torch.rand(count, generator=random) - 0.5) * math.pi
+            a, b = (x - crescent(0.1 + 0.01 * torch.randn(count, generator=random), angle)).div(math.sqrt(2)).unbind(-1)
+            # See log_evidence for the two solutions.
+            a_sign = torch.randint(2, (count,), generator=random) * 2 - 1
+            theta = torch.stack([a_sign * a - b, a_sign * a + b], -1)
+            found = torch.cat([found, theta[(a <= 0) & (theta.abs() <= self.bound).all(-1)]])
+        return found[:count]
+
 
 def crescent(radius: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Return points (..., 2)."""
@@ -105,6 +117,67 @@ class SLCP(Uniform):
         first, second = torch.randn(2, len(y), 4, generator=random)
         second = rho * first + (1 - rho.square()).sqrt() * second
         return (mean + std * torch.stack([first, second], -1)).flatten(1)
+
+    def log_likelihood(self, theta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return the log density (n,) of an observation (8,) given parameters (n, 5)."""
+        theta = theta[:, None].double()
+        first, second = ((x.view(4, 2) - theta[..., :2]) / theta[..., 2:4].square()).unbind(-1)
+        rho = theta[..., 4].tanh()
+        given = normal_log_prob(second, rho * first, (1 - rho.square()).sqrt())
+        return (normal_log_prob(first, 0, 1) + given - theta[..., 2:4].square().log().sum(-1)).sum(-1)
+
+    def posterior(self, x: torch.Tensor, count: int, random: torch.Generator) -> torch.Tensor:
+        """Return posterior samples (count, 5) given an observation (8,): rounds of importance resampling.
+
+        Each proposal is a sum of Gaussians around the resampled points of the round before, and the prior.
+        """
+        kernels, draws, prior = 500, 50_000, 0.05
+        theta = (2 * torch.rand(40 * draws, 5, generator=random) - 1) * self.bound
+        weights = self.log_likelihood(theta, x).nan_to_num(-torch.inf).softmax(0)
+        for share in (0.6,) * 5 + (0.4,):
+            centers = theta[torch.multinomial(weights, kernels, replacement=True, generator=random)]
+            width = share * torch.cat([centers[:, :2], centers[:, 2:4].abs(), centers[:, 4:]], 1).std(0)
+            # The posterior is the same for both signs of the third and of the fourth parameter.
+            centers[:, 2:4] *= torch.randint(2, (kernels, 2), generator=random) * 2 - 1
+            around = torch.randint(kernels, (draws,), generator=random)
+            theta = centers[around] + width * torch.randn(draws, 5, generator=random)
+            uniform = (2 * torch.rand(draws, 5, generator=random) - 1) * self.bound
+            theta = theta.where(torch.rand(draws, 1, generator=random) > prior, uniform)
+            density = [
+                normal_log_prob(part[:, None], centers, width).sum(-1).logsumexp(1) for part in theta.split(10_000)
+            ]
+            density = torch.cat(density).double() - math.log(kernels) + math.log(1 - prior)
+            density = torch.logaddexp(density, density.new_tensor(math.log(prior) - 5 * math.log(2 * self.bound)))
+            inside = (theta.abs() <= self.bound).all(-1)
+            weights = self.log_likelihood(theta, x) - density
+            weights = weights.where(inside, -torch.inf).nan_to_num(-torch.inf).softmax(0)
+        return theta[torch.multinomial(weights, count, replacement=True, generator=random)]
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianLinear:
+    """The mean of a normal distribution with known variance, under a normal prior."""
+
+    name: str = "Gaussian linear"
+    parameters: int = 10
+    observed: int = 10
+    variance: float = 0.1
+
+    def prior(self, count: int, random: torch.Generator) -> torch.Tensor:
+        """Return parameters (count, 10)."""
+        return math.sqrt(self.variance) * torch.randn(count, self.parameters, generator=random)
+
+    def theta(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the parameters, which are unbounded."""
+        return y
+
+    def simulate(self, y: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+        """Return an observation (n, 10) per row of parameters."""
+        return y + math.sqrt(self.variance) * torch.randn(y.shape, generator=random)
+
+    def posterior(self, x: torch.Tensor, count: int, random: torch.Generator) -> torch.Tensor:
+        """Return exact posterior samples (count, 10) given an observation (10,)."""
+        return x / 2 + math.sqrt(self.variance / 2) * torch.randn(count, self.parameters, generator=random)
 
 
 @dataclasses.dataclass(frozen=True)
