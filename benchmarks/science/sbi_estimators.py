@@ -3,10 +3,10 @@
     pip install 'starflow-kernels[adapters]'
     python -m benchmarks.science.sbi_estimators --json benchmarks/results/sbi_estimators_cpu.json
 
-All estimators get the same simulations and the same CPU time of one thread, keep the parameters that were best on
-held-out simulations, and sample as sbi's posterior does, which rejects what is outside of the prior. C2ST is the accuracy
-of a classifier between samples and reference samples of a posterior: 0.5 is best, and 1 means that they are told apart
-every time. "reference" is a second reference sample. Defaults of sbi 0.27 are used throughout.
+All estimators get the same simulations and the same CPU time of one thread, and keep the parameters that were best on
+held-out simulations. They sample as sbi's posterior does, which rejects what is outside of the prior. C2ST is the
+accuracy of a classifier between samples and reference samples of a posterior: 0.5 is best, and 1 means that they are
+told apart every time. "reference" is a second reference sample. Defaults of sbi 0.27 are used throughout.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def estimate(kind: str, simulator, simulations: int, seconds: float):
         rows = torch.randint(simulations, (BATCH,), generator=random)
         return estimator.loss(theta[rows], condition=x[rows]).mean()
 
-    steps = fit(estimator, loss, seconds, RATE, lambda: estimator.loss(held_out[0], condition=held_out[1]).mean().item())
+    def validate() -> float:
+        return estimator.loss(held_out[0], condition=held_out[1]).mean().item()
+
+    steps = fit(estimator, loss, seconds, RATE, validate)
     return NPE(prior(simulator), show_progress_bars=False).build_posterior(estimator.eval()), steps
 
 

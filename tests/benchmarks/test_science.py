@@ -38,6 +38,17 @@ def test_posteriors(tmp_path):
     assert all(0 <= p <= 1 for row in rows for p in row.get("p_values", {}).values())
 
 
+def test_estimators_of_sbi(tmp_path):
+    pytest.importorskip("sbi", reason="estimators are those of sbi")
+    from benchmarks.science import sbi_estimators
+
+    sizes = ["--seconds", "0.1", "--simulations", "300", "--observations", "1", "--compared", "50", "--drawn", "50"]
+    sbi_estimators.main([*sizes, "--simulators", "Gaussian linear", "--json", str(tmp_path / "found.json")])
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert rows[0]["case"] == "Gaussian linear, reference" and len(rows) == 4
+    assert all(0.3 <= row["c2st"] <= 1 for row in rows)
+
+
 def test_posterior_sampling(tmp_path):
     sizes = ["--seconds", "0.1", "--simulations", "300", "--tests", "40", "--count", "20", "--repeats", "1"]
     posterior_sampling.main([*sizes, "--json", str(tmp_path / "found.json")])

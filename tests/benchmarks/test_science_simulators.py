@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.science.simulators import SLCP, EightSchools, TwoMoons, normal_log_prob
+from benchmarks.science.simulators import SLCP, EightSchools, GaussianLinear, TwoMoons, normal_log_prob
 
 F64 = torch.float64
 
@@ -91,3 +91,35 @@ def test_posterior_of_eight_schools_is_likelihood_times_prior():
     found = simulator.log_posterior(y, x.expand(2, -1))
     first, second = (joint(row) for row in y.tolist())
     assert (found[0] - found[1]).item() == pytest.approx(first - second)
+
+
+def test_posterior_samples_of_two_moons_have_its_density():
+    simulator, random = TwoMoons(), generator(1)
+    x = simulator.simulate(simulator.prior(1, random), random)
+    theta = simulator.posterior(x[0], 4000, random)
+    axis = torch.linspace(-6, 6, 1201)
+    grid = torch.cartesian_prod(axis, axis)
+    weights = simulator.log_posterior(grid, x).softmax(0)
+    for moment in (lambda t: t, torch.square, torch.abs):
+        values = moment(simulator.theta(grid)).double()
+        mean = (weights[:, None] * values).sum(0)
+        error = ((weights[:, None] * values.square()).sum(0) - mean.square()).sqrt() / math.sqrt(len(theta))
+        assert ((moment(theta).mean(0) - mean).abs() < 4 * error + 0.003).all()
+
+
+def test_likelihood_of_slcp_is_that_of_four_draws_in_the_plane():
+    theta, x = torch.tensor([[0.7, -2.9, -1.0, 1.5, 0.6]]).double(), torch.randn(8, generator=generator()).double()
+    rho = math.tanh(0.6)
+    covariance = torch.tensor([[1.0, 2.25 * rho], [2.25 * rho, 2.25**2]], dtype=F64)
+    expected = torch.distributions.MultivariateNormal(theta[0, :2], covariance).log_prob(x.view(4, 2)).sum()
+    torch.testing.assert_close(SLCP().log_likelihood(theta, x)[0], expected)
+
+
+def test_posterior_of_gaussian_linear_has_half_of_the_variance():
+    simulator, random = GaussianLinear(), generator()
+    y = simulator.prior(100_000, random)
+    x = simulator.simulate(y, random)
+    # Of all pairs, y - x / 2 is what the posterior says it is, and does not depend on x.
+    expected = simulator.posterior(torch.zeros(10), 100_000, random)
+    torch.testing.assert_close((y - x / 2).T.cov(), expected.T.cov(), rtol=0, atol=2e-3)
+    assert ((y - x / 2).T @ x / len(x)).abs().max() < 3e-3
