@@ -27,22 +27,23 @@ from .reference import Reference, simulate
 from .systems import Chain, LennardJones
 
 BATCH = 256
-# Width of a TokenFlow, better on the double wells than the 64 of the preset.
-CHANNELS = 32
 # Energies beyond this one, above the mean, count by their logarithm in training, as in arXiv 1812.01729.
 CUT = 20.0
 RATES = {"likelihood": 2e-3, "both": 2e-4}
 # Stages and their shares of the CPU time; a flow is judged after each.
 PLANS = [("likelihood", 1.0)], [("likelihood", 0.5), ("both", 0.5)]
-# Each with the number of couplings of its simulation.
-SYSTEMS = {"double wells": (Chain(), 8), "Lennard-Jones": (LennardJones(), 16)}
+# Each with the number of couplings of its simulation, and settings of a TokenFlow that differ from those of the preset.
+SYSTEMS = {
+    "double wells": (Chain(), 8, {"channels": 32}),
+    "Lennard-Jones": (LennardJones(), 16, {"layers": (2,) * 8}),
+}
 
 
-def build(kind: str, system) -> nn.Module:
+def build(kind: str, system, settings: dict) -> nn.Module:
     """Return an untrained flow on vectors of all coordinates."""
     features = system.particles * system.dim
     if kind == "TokenFlow":
-        return token_flow(features, token_dim=system.dim, channels=CHANNELS)
+        return token_flow(features, token_dim=system.dim, **settings)
     return Peer(kind, features)
 
 
@@ -65,12 +66,12 @@ class Problem:
     def draw(self, source: torch.Tensor, count: int) -> torch.Tensor:
         """Return random reference samples (count, F)."""
         x = source[torch.randint(len(source), (count,), generator=self.random)]
-        return self.system.equivalent(x, self.random).flatten(1) / self.scale
+        return self.system.coordinates(self.system.equivalent(x, self.random) / self.scale)
 
     def energy(self, y: torch.Tensor) -> torch.Tensor:
-        """Return the energy (n,) of vectors (n, F), with the volume of the change of units."""
-        x = (y * self.scale).unflatten(1, (self.system.particles, self.system.dim))
-        return self.system.energy(x) - y.shape[1] * torch.tensor(self.scale).log()
+        """Return the energy (n,) of coordinates (n, F), with the volume of the change to them."""
+        x, volume = self.system.positions(y)
+        return self.system.energy(x * self.scale) - volume - y.shape[1] * torch.tensor(self.scale).log()
 
     def losses(self, flow: nn.Module) -> dict:
         """Return the losses of both stages."""
@@ -109,7 +110,7 @@ class Problem:
 
 def rows(name: str, kinds: list[str], seconds: float, count: int, **simulation) -> tuple[list[dict], dict]:
     """Return the rows of a system, and its reference."""
-    system, couplings = SYSTEMS[name]
+    system, couplings, settings = SYSTEMS[name]
     reference = simulate(system, couplings, **simulation)
     simulated = {
         "free_energy": -reference.log_z, "error": reference.error, "halves": [-value for value in reference.halves],
@@ -121,7 +122,7 @@ def rows(name: str, kinds: list[str], seconds: float, count: int, **simulation) 
     for kind in kinds:
         for plan in PLANS:
             torch.manual_seed(0)
-            flow, training, steps = build(kind, system), [], []
+            flow, training, steps = build(kind, system, settings), [], []
             losses = problem.losses(flow)
             for stage, share in plan:
                 steps.append(fit(flow, losses[stage], seconds * share, RATES[stage]))

@@ -11,6 +11,7 @@ import math
 import torch
 
 CLOSEST = 1e-2
+CLOSEST_GAP = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,14 @@ class Chain:
         """Return positions (n, N, 1) of the same energy: reflected and in reverse order at random."""
         sign, reverse = torch.randint(2, (2, len(x), 1, 1), generator=random)
         return torch.where(reverse == 1, x.flip(1), x) * (2 * sign - 1)
+
+    def coordinates(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what a flow learns (n, F), for positions (n, N, 1): the positions."""
+        return x.flatten(1)
+
+    def positions(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return positions (n, N, 1) for coordinates (n, F), and the log volume (n,) of the map."""
+        return y[..., None], y.new_zeros(len(y))
 
     @property
     def start_log_z(self) -> float:
@@ -82,12 +91,30 @@ class LennardJones:
         return coupling * (inverse.square() - 2 * inverse).sum(-1) + x.square().sum((-2, -1)) / 2
 
     def equivalent(self, x: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-        """Return positions (n, N, D) of the same energy: with particles renamed, rotated and reflected at random."""
+        """Return positions (n, N, D) of the same energy: rotated and reflected at random."""
         n, _, dim = x.shape
-        names = torch.rand(x.shape[:2], generator=random).argsort(1)
         turn = torch.linalg.qr(torch.randn(n, dim, dim, generator=random))[0]
         mirror = torch.randint(2, (n, 1, dim), generator=random) * 2 - 1
-        return x.gather(1, names[..., None].expand_as(x)) @ (turn * mirror)
+        return x @ (turn * mirror)
+
+    def coordinates(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what a flow learns (n, F), for positions (n, N, D): those of the particles in ascending order of x.
+
+        So a flow need not learn the N! names that the particles can have. In place of x of a particle there is the
+        inverse softplus of its difference to the one before, which keeps the order.
+        """
+        x = x.gather(1, x[..., :1].argsort(1).expand_as(x))
+        gap = x[..., 0].diff(dim=1).clamp_min(CLOSEST_GAP)
+        first = torch.cat([x[:, :1, 0], gap + (-torch.expm1(-gap)).log()], 1)
+        return torch.cat([first[..., None], x[..., 1:]], -1).flatten(1)
+
+    def positions(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return positions (n, N, D) for coordinates (n, F), and the log volume (n,) of the map, of all N! names."""
+        y = y.unflatten(1, (self.particles, self.dim))
+        gap = torch.nn.functional.softplus(y[:, 1:, 0])
+        first = torch.cat([y[:, :1, 0], gap], 1).cumsum(1)
+        volume = torch.nn.functional.logsigmoid(y[:, 1:, 0]).sum(1) + math.lgamma(self.particles + 1)
+        return torch.cat([first[..., None], y[..., 1:]], -1), volume
 
     @property
     def start_log_z(self) -> float:

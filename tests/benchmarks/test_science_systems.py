@@ -77,6 +77,24 @@ def test_equivalent_positions_have_the_same_energy(system):
 
 
 @every_system
+def test_coordinates_are_a_change_of_variables(system):
+    x = positions(system).double()
+    y = system.coordinates(x)
+    again, volume = system.positions(y)
+    torch.testing.assert_close(system.energy(again), system.energy(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(system.coordinates(again), y)
+    names = math.lgamma(14) if system.dim == 3 else 0
+    for row, log_volume in zip(y, volume):
+        jacobian = torch.autograd.functional.jacobian(lambda row: system.positions(row[None])[0].flatten(), row)
+        assert log_volume == pytest.approx(torch.linalg.slogdet(jacobian)[1].item() + names, abs=1e-9)
+
+
+def test_coordinates_do_not_depend_on_names():
+    x = positions(LennardJones())
+    torch.testing.assert_close(LennardJones().coordinates(x[:, torch.randperm(13)]), LennardJones().coordinates(x))
+
+
+@every_system
 def test_path_starts_at_a_gaussian_of_known_volume(system):
     n = system.particles * system.dim
     flat = positions(system).flatten()
