@@ -9,7 +9,7 @@
 
 namespace starflow::STARFLOW_ISA {
 
-constexpr int K_BLOCK = 64;
+constexpr int K_BLOCK = 256;
 constexpr int MAX_ROWS = ACCUMULATORS < MOST_ROWS ? ACCUMULATORS : MOST_ROWS;
 constexpr int MAX_TILES = ACCUMULATORS < 4 ? ACCUMULATORS : 4;
 // Column tiles per pass over x.
