@@ -138,6 +138,11 @@ def posterior_cells(row: dict) -> set[str]:
     return cells | ({f"{min(row['p_values'].values()):.1g}"} if "p_values" in row else set())
 
 
+def estimator_cells(row: dict) -> set[str]:
+    cells = {*row["case"].split(", "), f"{row['c2st']:.3f}"}
+    return cells | ({f"{row['sampling_seconds']:.2f}"} if "sampling_seconds" in row else set())
+
+
 def sampling_cells(row: dict) -> set[str]:
     flow, inverse = row["case"].split(", ", 1)
     return {flow, inverse, f"{row['samples_per_second']:,.0f}"}
@@ -150,6 +155,7 @@ def sampling_cells(row: dict) -> set[str]:
         ("boltzmann_lennard_jones", boltzmann_cells),
         ("posteriors", posterior_cells),
         ("posterior_sampling", sampling_cells),
+        ("sbi_estimators", estimator_cells),
     ],
 )
 def test_tables_of_the_science_guide_show_the_measured_rows(results, cells):
