@@ -2,6 +2,7 @@
 
 from ._core.dispatch import backends
 from ._triton.runtime import warmup
+from .accelerate.api import accelerate, restore
 from .affine_flow.api import affine_flow
 from .affine_flow_inverse.api import affine_flow_inverse
 from .attention_flow.api import attention_flow
@@ -25,6 +26,7 @@ __all__ = [
     "SolveReport",
     "Solver",
     "__version__",
+    "accelerate",
     "affine_flow",
     "affine_flow_inverse",
     "attention_flow",
@@ -38,6 +40,7 @@ __all__ = [
     "flow_head",
     "linear",
     "residual_norm",
+    "restore",
     "solve_inverse",
     "warmup",
 ]

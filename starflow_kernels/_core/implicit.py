@@ -124,21 +124,44 @@ def solve_transposed(
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         z, minus_log_sigma = density(x)
-    B, T, _ = x.shape
     given = None if given is None else given[..., None]
     sigma = minus_log_sigma.detach().neg().exp().to(g.dtype)
     sigma = sigma if given is None else sigma.masked_fill(given, 1)
+
+    def pull(u: torch.Tensor) -> torch.Tensor:
+        # A given token is its own equation, x = data.
+        own = u if given is None else u.masked_fill(given, 0)
+        (pulled,) = torch.autograd.grad(z, x, own.to(z.dtype), retain_graph=True)
+        return pulled.to(g.dtype) + (u - own)
+
+    return sweep_transposed(pull, g, sigma, rank.to(x.device), dtype)
+
+
+def sweep_transposed(
+    pull: Callable[[torch.Tensor], torch.Tensor],
+    g: torch.Tensor,
+    sigma: torch.Tensor,
+    rank: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Solve J^T u = g for u (B, T, D) by the sweeps of `solve_transposed`.
+
+    Args:
+        pull: pull(u) returns J^T u.
+        g: (B, T, D) right-hand side.
+        sigma: (B, T, D) or (1, 1, 1), inverse of the diagonal of J.
+        rank: (T,) or (B, T), the place of each token in the order in which they depend on each other.
+        dtype: the least precise one that `pull` computes in.
+    """
+    B, T, _ = g.shape
     # Place of a token from the end, where the solution begins.
-    rank = T - 1 - rank.to(x.device).expand(B, T)[..., None]
+    rank = T - 1 - rank.expand(B, T)[..., None]
     tolerance = torch.finfo(dtype).eps
     limit = DIVERGED * _largest(sigma) * _largest(g).clamp(min=1)
     u, exact = torch.zeros_like(g), torch.zeros_like(limit, dtype=torch.int64)
     single, sizes = torch.zeros_like(limit, dtype=torch.bool), []
     while True:
-        # A given token is its own equation, x = data.
-        own = u if given is None else u.masked_fill(given, 0)
-        (pulled,) = torch.autograd.grad(z, x, own.to(z.dtype), retain_graph=True)
-        pulled = pulled.to(g.dtype) + (u - own)
+        pulled = pull(u)
         residual = g - pulled
         terms = torch.maximum(_largest(g), _largest(pulled)).clamp(min=torch.finfo(g.dtype).tiny)
         sizes.append(_largest(residual) / terms)

@@ -1,0 +1,1 @@
+"""Faster methods for modules of other libraries, by one call. Importing it needs only torch."""

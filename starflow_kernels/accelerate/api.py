@@ -1,0 +1,103 @@
+"""Functions `accelerate` and `restore`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from ..spec import check_not_negative
+from . import zuko
+from .swap import Accelerated, fast_class, original_class
+
+LIBRARIES = (zuko,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A module that `accelerate` knows.
+
+    Attributes:
+        name: its name in the model, "" for the model itself.
+        kind: its class.
+        method: what replaced its slow method, None if it was left alone.
+        reason: why it was left alone, "" if it was not.
+    """
+
+    name: str
+    kind: str
+    method: str | None
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Acceleration:
+    """Report of `accelerate`, printed as a table.
+
+    Attributes:
+        parts: modules that `accelerate` knows, in the order of `model.modules()`.
+    """
+
+    parts: tuple[Part, ...]
+
+    @property
+    def accelerated(self) -> tuple[Part, ...]:
+        """Parts that are fast now."""
+        return tuple(part for part in self.parts if part.method)
+
+    def __str__(self) -> str:
+        if not self.parts:
+            return "accelerate knows no module of this model"
+        rows = [(p.name or "(model)", p.kind, p.method or f"left alone: {p.reason}") for p in self.parts]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join(f"{name:{widths[0]}}  {kind:{widths[1]}}  {text}" for name, kind, text in rows)
+
+
+def accelerate(model: nn.Module, *, tol: float | None = None) -> Acceleration:
+    """Make the slow methods of the known modules in a model fast, in place. The results stay the same.
+
+    The classes of the modules are exchanged. Weights are neither copied nor changed: training, saving, copying and
+    moving the model work as before, and the fast methods use the weights as they are when they are called. Before an
+    exchange, the fast method is compared with the original one on random inputs.
+
+    Args:
+        model: a model with modules of zuko.
+        tol: iterations end when no value v changes by more than tol max(1, |v|). The default is the rounding error.
+
+    Returns:
+        What was done to each known module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    tol = None if tol is None else check_not_negative("tol", tol)
+    restore(model)
+    found = [candidate for library in LIBRARIES for candidate in library.candidates(model)]
+    places = {id(module): place for place, module in enumerate(model.modules())}
+    found.sort(key=lambda candidate: places[id(candidate[1])])
+    return Acceleration(tuple(_exchange(name, module, fast, tol) for name, module, fast in found))
+
+
+def restore(model: nn.Module) -> None:
+    """Give the modules of a model their original classes back.
+
+    Args:
+        model: a model, accelerated or not.
+    """
+    for module in model.modules():
+        if isinstance(module, Accelerated):
+            module.__class__ = original_class(module)
+
+
+def _exchange(name: str, module: nn.Module, fast: type[Accelerated] | str, tol: float | None) -> Part:
+    kind = type(module).__name__
+    if isinstance(fast, str):
+        return Part(name, kind, None, fast)
+    cls = fast_class(fast, type(module), tol)
+    try:
+        reason = cls.check(module)
+        if reason is None:
+            module.__class__ = cls
+    # Whatever a module of another library raises, the module stays as it is.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    return Part(name, kind, None, reason) if reason else Part(name, kind, fast.description)

@@ -1,0 +1,181 @@
+"""Inverse of autoregressive transforms of any library, by Jacobi iteration instead of one network pass per value.
+
+A library's own loop applies x <- step(x, y) as often as there are values, where value i of step(x, y) depends on y_i
+and on the values of x before i. So does this one, but a sample leaves the loop as soon as it repeats.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._core.implicit import needs_gradient, sweep_transposed
+from .._core.torch_private import apply_outside_transforms, is_batched, is_intercepted
+from .swap import Accelerated, disagreement, seen_as
+
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# Values are taken as repeated where they change by at most this many units in the last place.
+REPEATED = 4
+# Samples of the check.
+ROWS = 8
+
+
+def loaded(module: str, name: str) -> Any:
+    """Return a class of a library that has been imported, or (), of which nothing is an instance."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+class Autoregressive(Accelerated):
+    """Base of the fast classes here: their check, and where they apply."""
+
+    description = "Jacobi iteration"
+
+    def sizes(self) -> tuple[int, int]:
+        """Return the number of values and that of the context, 0 for none."""
+        raise NotImplementedError
+
+    def places(self) -> torch.Tensor:
+        """Return the place (D,) of each value in the order in which they depend on each other."""
+        raise NotImplementedError
+
+    def step(self, x: torch.Tensor, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """Return x (N, D) of y (N, D), by the parameters that belong to another x and a context (N, C)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def inverse_rows(module: nn.Module, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """Return x (N, D) of y by the public methods of the library."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, module: nn.Module) -> str | None:
+        """Return why the module cannot be accelerated, or None."""
+
+        def compare(copied: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+            fast, like = seen_as(cls, copied), next(copied.parameters())
+            generator = torch.Generator().manual_seed(0)
+            y, context = (torch.randn(ROWS, size, generator=generator).to(like) for size in fast.sizes())
+            context = context if context.shape[1] else None
+            _check_order(fast, y, context)
+            return cls.inverse_rows(copied, y, context), cls.inverse_rows(fast, y, context)
+
+        return disagreement(module, compare)
+
+
+def _check_order(fast: Autoregressive, y: torch.Tensor, context: torch.Tensor | None) -> None:
+    """Raise ValueError if a value depends on one that comes later."""
+    place = fast.places()
+    with torch.enable_grad():
+        x = y.clone().requires_grad_()
+        for i, value in enumerate(fast.step(x, y, context).unbind(1)):
+            (grad,) = torch.autograd.grad(value.sum(), x, retain_graph=True, allow_unused=True)
+            if grad is not None and (later := grad.ne(0).any(0) & (place >= place[i])).any():
+                raise ValueError(f"value {i} depends on value {int(later.nonzero()[0])}, which is no earlier one")
+
+
+def applies(module: nn.Module, y: torch.Tensor) -> bool:
+    """Return whether the iteration has the result of the library's own loop."""
+    if not y.numel() or not y.is_floating_point() or torch.is_autocast_enabled(y.device.type) or is_intercepted():
+        return False
+    return not (module.training and any(map(_changes_in_training, module.modules())))
+
+
+def _changes_in_training(module: nn.Module) -> bool:
+    return isinstance(module, nn.BatchNorm1d) or (isinstance(module, nn.Dropout) and module.p > 0)
+
+
+def solve(
+    step: Step,
+    y: torch.Tensor,
+    context: torch.Tensor | None,
+    rank: torch.Tensor,
+    tol: float | None,
+    original: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+    parameters: Iterator[nn.Parameter],
+) -> torch.Tensor:
+    """Return the solution of x = step(x, y, context), with its gradient.
+
+    Args:
+        step: one pass on rows, step(x (N, D), y (N, D), context (N, C) or None), returns (N, D).
+        y: (N, D) values.
+        context: (N, C), or None.
+        rank: (D,) place of each value in the order in which they depend on each other; values may share one.
+        tol: largest change of a value v that counts as none, relative to max(1, |v|); None for the rounding error.
+        original: original(y, context) returns the result of the library's own loop, for derivatives of the gradient.
+        parameters: parameters of `step`.
+    """
+    places = int(rank.max()) + 1
+    with torch.no_grad():
+        x = _iterate(step, y, context, places, REPEATED * torch.finfo(y.dtype).eps if tol is None else tol)
+    inputs = [t for t in (y, context, *parameters) if t is not None and t.requires_grad]
+    if not needs_gradient(*inputs):
+        return x
+    leaf = x.requires_grad_()
+    # The last place is that of the last value, see `sweep_transposed`.
+    rank = rank + (len(rank) - places)
+    return apply_outside_transforms(
+        _Solution, step(leaf, y, context), leaf, rank, lambda: original(y, context), *inputs
+    )
+
+
+def _iterate(step: Step, y: torch.Tensor, context: torch.Tensor | None, places: int, tol: float) -> torch.Tensor:
+    found = x = torch.zeros_like(y)
+    rows = None
+    for _ in range(places):
+        new = step(x, y, context)
+        # Not a number never repeats, so that such a sample takes all passes of the original.
+        moves = ~((new - x).abs() <= tol * new.abs().clamp(min=1)).all(1)
+        count, x = int(moves.sum()), new
+        if 2 * count <= len(x):
+            # The samples that are done leave.
+            if rows is None:
+                found = x
+            else:
+                found[rows] = x
+            kept = moves.nonzero()[:, 0]
+            rows = kept if rows is None else rows[kept]
+            x, y = x[kept], y[kept]
+            context = None if context is None else context[kept]
+            if not count:
+                return found
+    if rows is None:
+        return x
+    found[rows] = x
+    return found
+
+
+class _Solution(torch.autograd.Function):
+    """Result of `step` at its fixed point, with the gradient of the fixed point by the implicit function theorem.
+
+    With G the derivative of step by x, dx = G dx + (the derivatives by the other inputs). So the gradient g of the
+    result becomes (1 - G)^-T g, the gradient of a step whose x is constant.
+    """
+
+    @staticmethod
+    def forward(ctx, out, leaf, rank, original, *inputs):
+        ctx.original, ctx.count = original, len(inputs)
+        ctx.save_for_backward(out, leaf, rank, *inputs)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        out, leaf, rank, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(grad):
+            # The gradient is to be differentiated, or comes in a batch: by the loop itself.
+            with torch.enable_grad():
+                x = ctx.original()
+            create = torch.is_grad_enabled()
+            found = torch.autograd.grad(x, inputs, grad, create_graph=create, allow_unused=True)
+            return None, None, None, None, *found
+
+        def pull(u: torch.Tensor) -> torch.Tensor:
+            (pulled,) = torch.autograd.grad(out, leaf, u[..., 0], retain_graph=True)
+            return u - pulled[..., None]
+
+        one = grad.new_ones(1, 1, 1)
+        u = sweep_transposed(pull, grad[..., None], one, rank, grad.dtype)[..., 0]
+        return u, None, None, None, *[None] * ctx.count
