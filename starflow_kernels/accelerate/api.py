@@ -7,10 +7,10 @@ import dataclasses
 from torch import nn
 
 from ..spec import check_not_negative
-from . import zuko
+from . import nflows, normflows, pyro, zuko
 from .swap import Accelerated, fast_class, original_class
 
-LIBRARIES = (zuko,)
+LIBRARIES = (zuko, nflows, normflows, pyro)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def accelerate(model: nn.Module, *, tol: float | None = None) -> Acceleration:
     exchange, the fast method is compared with the original one on random inputs.
 
     Args:
-        model: a model with modules of zuko.
+        model: a model with modules of zuko, nflows, normflows or Pyro.
         tol: iterations end when no value v changes by more than tol max(1, |v|). The default is the rounding error.
 
     Returns:

@@ -38,6 +38,14 @@ class Autoregressive(Accelerated):
         """Return the number of values and that of the context, 0 for none."""
         raise NotImplementedError
 
+    def like(self) -> torch.Tensor:
+        """Return a tensor with the dtype and the device of the weights."""
+        return next(self.parameters())
+
+    def on_unit_interval(self) -> bool:
+        """Return whether values are from 0 to 1 instead of any."""
+        return False
+
     def places(self) -> torch.Tensor:
         """Return the place (D,) of each value in the order in which they depend on each other."""
         raise NotImplementedError
@@ -54,16 +62,23 @@ class Autoregressive(Accelerated):
     @classmethod
     def check(cls, module: nn.Module) -> str | None:
         """Return why the module cannot be accelerated, or None."""
+        return disagreement(module, cls.compare)
 
-        def compare(copied: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-            fast, like = seen_as(cls, copied), next(copied.parameters())
-            generator = torch.Generator().manual_seed(0)
-            y, context = (torch.randn(ROWS, size, generator=generator).to(like) for size in fast.sizes())
-            context = context if context.shape[1] else None
-            _check_order(fast, y, context)
-            return cls.inverse_rows(copied, y, context), cls.inverse_rows(fast, y, context)
+    @classmethod
+    def compare(cls, module: nn.Module, bound: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return results of the library's own inverse and of this one, for random values.
 
-        return disagreement(module, compare)
+        Args:
+            module: the module, of its original class.
+            bound: context (ROWS, C) that already belongs to it, None for none.
+        """
+        fast = seen_as(cls, module)
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.rand if fast.on_unit_interval() else torch.randn
+        y, context = (draw(ROWS, size, generator=generator).to(fast.like()) for size in fast.sizes())
+        context = context if context.shape[1] else bound
+        _check_order(fast, y, context)
+        return cls.inverse_rows(module, y, context), cls.inverse_rows(fast, y, context)
 
 
 def _check_order(fast: Autoregressive, y: torch.Tensor, context: torch.Tensor | None) -> None:

@@ -53,7 +53,11 @@ def fast_class(fast: type[Accelerated], original: type, tol: float | None) -> An
     key = fast, original, tol
     if key not in _classes:
         fields = {"original": original, "fast": fast, "tol": tol, "__module__": original.__module__}
-        _classes[key] = type(f"Fast{original.__name__}", (fast, original), fields)
+        # Python exchanges classes if their first bases are alike, so `original` comes first there, but not in the
+        # order in which methods are looked up.
+        ordered = {"mro": lambda cls: [cls, *fast.__mro__[:-1], *original.__mro__]}
+        kind = type("FastType", (type(original),), ordered)
+        _classes[key] = kind(f"Fast{original.__name__}", (original, fast), fields)
     return _classes[key]
 
 
