@@ -6,9 +6,7 @@ and on the values of x before i. So does this one, but a sample leaves the loop 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,11 +20,6 @@ Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 REPEATED = 4
 # Samples of the check.
 ROWS = 8
-
-
-def loaded(module: str, name: str) -> Any:
-    """Return a class of a library that has been imported, or (), of which nothing is an instance."""
-    return getattr(sys.modules.get(module), name, ())
 
 
 class Autoregressive(Accelerated):

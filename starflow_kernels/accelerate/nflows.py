@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .._core.torch_private import outside_graphs
-from .autoregressive import Autoregressive, applies, loaded, solve
-from .swap import Accelerated, original_class
+from .autoregressive import Autoregressive, applies, solve
+from .swap import Accelerated, loaded, original_class
 
 
 class FastInverse(Autoregressive):

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from . import nflows
-from .autoregressive import loaded
-from .swap import Accelerated
+from .swap import Accelerated, loaded
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Accelerated] | str]]:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .._core.torch_private import outside_graphs
-from .autoregressive import ROWS, Autoregressive, applies, loaded, solve
-from .swap import Accelerated, disagreement, fast_class, original_class, seen_as
+from .autoregressive import ROWS, Autoregressive, applies, solve
+from .swap import Accelerated, disagreement, fast_class, loaded, original_class, seen_as
 
 # Arguments of the class after its network.
 OPTIONS = ("log_scale_min_clip", "log_scale_max_clip", "sigmoid_bias", "stable")

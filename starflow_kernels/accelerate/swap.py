@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -43,6 +44,11 @@ class Accelerated:
 def _rebuild(fast: type[Accelerated], original: type, tol: float | None, *arguments: Any) -> Any:
     cls = fast_class(fast, original, tol)
     return cls.__new__(cls, *arguments)
+
+
+def loaded(module: str, name: str) -> Any:
+    """Return a class of a library that has been imported, or (), of which nothing is an instance."""
+    return getattr(sys.modules.get(module), name, ())
 
 
 _classes: dict[tuple, type] = {}

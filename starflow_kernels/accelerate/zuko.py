@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from .._core.torch_private import outside_graphs
-from .autoregressive import Autoregressive, applies, loaded, solve
+from .autoregressive import Autoregressive, applies, solve
 from .networks import masked_dependences, places
-from .swap import Accelerated, original_class
+from .swap import Accelerated, loaded, original_class
 
 
 class FastTransform(Autoregressive):
