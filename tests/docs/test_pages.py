@@ -20,7 +20,7 @@ PAGES = [*READMES, *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("starfl
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?:\]\(|href=\")([^)\s\"]+)")
 # Libraries that an example needs beside this one.
-ADAPTED = re.compile(r"starflow_kernels\.adapters\.(zuko|nflows|normflows|pyro|sbi)\b")
+ADAPTED = re.compile(r"(?:starflow_kernels\.adapters\.|^import )(zuko|nflows|normflows|pyro|sbi)\b", re.MULTILINE)
 # Commands of other programs, which are not looked into.
 FOREIGN = {"pip", "mkdocs", "ruff"}
 
