@@ -17,6 +17,8 @@ FLOWS = {
     "maf of residual networks": lambda: zuko.flows.MAF(D, C, transforms=2, residual=True),
     "nsf": lambda: zuko.flows.NSF(D, C, transforms=3),
     "sums of squares": lambda: zuko.flows.SOSPF(D, C, transforms=2),
+    "circular splines": lambda: zuko.flows.NCSF(D, C, transforms=2),
+    "monotonic networks": lambda: zuko.flows.NAF(D, C, transforms=2),
     "bernstein": lambda: zuko.flows.BPF(D, C, transforms=2),
     "graph": lambda: zuko.flows.Flow(
         [zuko.flows.MaskedAutoregressiveTransform(D, C, adjacency=chains())],
