@@ -27,7 +27,7 @@ KERNELS = [
     f"csrc/cpu/{name}.cpp"
     for name in (
         *("affine_flow", "affine_flow_inverse", "block", "cached_attention", "causal_attention", "elementary"),
-        *("fingerprint", "flow_head", "jacobi", "linear", "table", "transposed"),
+        *("fingerprint", "flow_head", "jacobi", "linear", "masked_inverse", "table", "transposed"),
     )
 ]
 COMMON = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "model", "team")]
@@ -35,7 +35,7 @@ COMMON += [
     f"csrc/bindings/{name}.cpp"
     for name in (
         *("affine_flow", "affine_flow_inverse", "attention", "block", "fingerprint", "flow_head", "linear"),
-        *("machine", "transposed"),
+        *("machine", "masked_inverse", "transposed"),
     )
 ]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]

@@ -12,6 +12,7 @@ from .cached_attention.api import cached_attention
 from .causal_attention.api import causal_attention
 from .flow_head.api import flow_head
 from .linear.api import linear
+from .masked_inverse.api import masked_inverse
 from .residual_norm.api import residual_norm
 from .solve_inverse.api import solve_inverse
 from .solver import Inverse, Solver, SolveReport
@@ -39,6 +40,7 @@ __all__ = [
     "causal_attention",
     "flow_head",
     "linear",
+    "masked_inverse",
     "residual_norm",
     "restore",
     "solve_inverse",

@@ -222,6 +222,47 @@ struct AttentionCall {
     int64_t first_key(int64_t t) const { return window && t >= window ? t - window + 1 : 0; }
 };
 
+// Names of masked_inverse/network.py, in their order.
+enum class Activation { identity, relu, leaky_relu, elu, tanh, sigmoid, silu, gelu, gelu_tanh, softplus };
+enum class Univariate { soft_clip, softplus, sigmoid, clamp, convex, spline_soft_clip, spline_softmax };
+
+// One layer of a masked network. Its units are sorted by the step in which they are ready.
+struct MaskedLayer {
+    int64_t rows, columns;
+    const void *weight, *offset;          // (rows, columns) and (rows,)
+    Activation activation;                // of the inputs
+    int64_t skip;                         // layer whose outputs are added, or -1
+    int64_t sample_offset, sample_scale;  // first columns of the values per sample, or -1
+    const int64_t* unit;                  // (rows,): unit of each row
+    const int64_t* skip_row;              // (rows,): row of the layer `skip`
+    const int64_t* ready;                 // (steps,): rows that are ready after each step
+    int64_t input, output;                // places in the workspace, in rows
+};
+
+// Inverse of an autoregressive transform of y (B, D); P parameters per feature.
+struct MaskedCall {
+    int64_t B, D, P, steps, count_layers;
+    bool is_double;
+    const MaskedLayer* layers;
+    const int64_t* column;  // (D,): features by the step in which they are solved
+    const int64_t* solved;  // (steps + 1,): features solved before each step
+    const void* samples;    // (B, samples_width): offsets and scales per sample
+    int64_t samples_width;
+    int64_t params;     // place in the workspace of P + 2 rows
+    int64_t work_rows;  // rows of the workspace
+    const void* y;
+    void *x, *logdet;  // (B, D) and (B,)
+    Univariate kind;
+    // Constants of the map, see network.py.
+    bool scale_first;
+    double inverse_log_slope, epsilon, bias, low, high;
+    int64_t bins;  // 0 for an affine map
+    double bound, min_width, min_height, min_derivative, inverse_divisor;
+};
+
+// Most samples that are solved together, and so the values of a row of the workspace.
+constexpr int64_t MASKED_SAMPLES = 32;
+
 enum class Elementary { exp, log, log1p, tanh, gelu, gelu_tanh, softplus_one };
 
 struct Bytes {
@@ -258,6 +299,8 @@ struct Kernels {
     void (*linear)(const LinearCall& call, int64_t first_row, int64_t last_row, float* scratch);
     // Computes the sums over all rows for the outputs first .. last - 1.
     void (*linear_weight_gradient)(const LinearCall& call, int64_t first, int64_t last);
+    // Solves the samples first .. last - 1. work: work_rows rows of MASKED_SAMPLES values.
+    void (*masked_inverse)(const MaskedCall& call, int64_t first, int64_t last, void* work);
     void (*elementary)(Elementary which, const float* x, float* y, int64_t n);
     // Returns a digest of n pieces of memory.
     uint64_t (*fingerprint)(const Bytes* pieces, int64_t n);

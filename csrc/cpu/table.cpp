@@ -17,6 +17,7 @@ void causal_attention_backward(const AttentionCall&, int64_t, int64_t, float*);
 void pack(const LinearCall&, int64_t, int64_t);
 void linear(const LinearCall&, int64_t, int64_t, float*);
 void linear_weight_gradient(const LinearCall&, int64_t, int64_t);
+void masked_inverse(const MaskedCall&, int64_t, int64_t, void*);
 void run_elementary(Elementary, const float*, float*, int64_t);
 uint64_t fingerprint(const Bytes*, int64_t);
 
@@ -37,6 +38,7 @@ const Kernels kernels{
     .pack = pack,
     .linear = linear,
     .linear_weight_gradient = linear_weight_gradient,
+    .masked_inverse = masked_inverse,
     .elementary = run_elementary,
     .fingerprint = fingerprint,
 };

@@ -1,0 +1,1 @@
+"""Inverse of an autoregressive transform with a masked network."""
