@@ -22,6 +22,7 @@ __all__ = [
     "flash_attention_backward_cuda",
     "flash_attention_cpu",
     "flash_attention_cuda",
+    "has_hooks",
     "has_tangent",
     "is_batched",
     "is_in_transform",
@@ -69,6 +70,11 @@ def _in_transform() -> bool:
 def version(tensor: torch.Tensor) -> int:
     """Return the number of in-place changes of a tensor, 0 if torch does not count them."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Return whether a call of a module or of a part of it does more than its forward method."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:

@@ -100,4 +100,4 @@ def _exchange(name: str, module: nn.Module, fast: type[Accelerated] | str, tol: 
     # Whatever a module of another library raises, the module stays as it is.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-    return Part(name, kind, None, reason) if reason else Part(name, kind, fast.description)
+    return Part(name, kind, None, reason) if reason else Part(name, kind, str(module.description))

@@ -6,13 +6,14 @@ and on the values of x before i. So does this one, but a sample leaves the loop 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from .._core.implicit import needs_gradient, sweep_transposed
 from .._core.torch_private import apply_outside_transforms, is_batched, is_intercepted
+from .columns import Recognized, solve_columns
 from .swap import Accelerated, disagreement, seen_as
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -25,7 +26,12 @@ ROWS = 8
 class Autoregressive(Accelerated):
     """Base of the fast classes here: their check, and where they apply."""
 
-    description = "Jacobi iteration"
+    @property
+    def description(self) -> str:
+        """Name of the solver."""
+        like = self.like()
+        context = like.new_zeros(1, self.sizes()[1]) if self.sizes()[1] else None
+        return "one pass by columns" if self.recognized(context) else "Jacobi iteration"
 
     def sizes(self) -> tuple[int, int]:
         """Return the number of values and that of the context, 0 for none."""
@@ -43,6 +49,18 @@ class Autoregressive(Accelerated):
         """Return the place (D,) of each value in the order in which they depend on each other."""
         raise NotImplementedError
 
+    def network(self) -> nn.Module:
+        """Return the network, with all weights that a step uses."""
+        raise NotImplementedError
+
+    def recognized(self, context: torch.Tensor | None) -> Recognized | None:
+        """Return the arguments of `masked_inverse` under a context (N, C), or None if it has no such module."""
+        return None
+
+    def loop(self, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """Return x (N, D) of y by the library's own loop."""
+        raise NotImplementedError
+
     def step(self, x: torch.Tensor, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """Return x (N, D) of y (N, D), by the parameters that belong to another x and a context (N, C)."""
         raise NotImplementedError
@@ -51,6 +69,30 @@ class Autoregressive(Accelerated):
     def inverse_rows(module: nn.Module, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """Return x (N, D) of y by the public methods of the library."""
         raise NotImplementedError
+
+    def solve(self, y: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Solve x = step(x, y, context).
+
+        Args:
+            y: (N, D) values.
+            context: (N, C), or None.
+
+        Returns:
+            x (N, D), with its gradient, and log|det dx/dy| (N,) where it is known and needs no gradient.
+        """
+        inputs = [t for t in (y, context, *self.network().parameters()) if t is not None and t.requires_grad]
+        with torch.no_grad():
+            place = self.places()
+            x, logdet = solve_columns(self.network(), self.recognized, y, context, place)
+            if x is None:
+                x = iterate(self.step, y, context, int(place.max()) + 1, self.tol)
+        if not needs_gradient(*inputs):
+            return x, logdet
+        leaf = x.requires_grad_()
+        # The last place is that of the last value, see `sweep_transposed`.
+        place = place + (len(place) - 1 - place.max())
+        solution = _Solution, self.step(leaf, y, context), leaf, place, lambda: self.loop(y, context), *inputs
+        return apply_outside_transforms(*solution), None
 
     @classmethod
     def check(cls, module: nn.Module) -> str | None:
@@ -96,44 +138,20 @@ def _changes_in_training(module: nn.Module) -> bool:
     return isinstance(module, nn.BatchNorm1d) or (isinstance(module, nn.Dropout) and module.p > 0)
 
 
-def solve(
-    step: Step,
-    y: torch.Tensor,
-    context: torch.Tensor | None,
-    rank: torch.Tensor,
-    tol: float | None,
-    original: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
-    parameters: Iterator[nn.Parameter],
-) -> torch.Tensor:
-    """Return the solution of x = step(x, y, context), with its gradient.
+def iterate(step: Step, y: torch.Tensor, context: torch.Tensor | None, passes: int, tol: float | None) -> torch.Tensor:
+    """Return the solution of x = step(x, y, context).
 
     Args:
         step: one pass on rows, step(x (N, D), y (N, D), context (N, C) or None), returns (N, D).
         y: (N, D) values.
         context: (N, C), or None.
-        rank: (D,) place of each value in the order in which they depend on each other; values may share one.
+        passes: number of passes after which x is the solution.
         tol: largest change of a value v that counts as none, relative to max(1, |v|); None for the rounding error.
-        original: original(y, context) returns the result of the library's own loop, for derivatives of the gradient.
-        parameters: parameters of `step`.
     """
-    places = int(rank.max()) + 1
-    with torch.no_grad():
-        x = _iterate(step, y, context, places, REPEATED * torch.finfo(y.dtype).eps if tol is None else tol)
-    inputs = [t for t in (y, context, *parameters) if t is not None and t.requires_grad]
-    if not needs_gradient(*inputs):
-        return x
-    leaf = x.requires_grad_()
-    # The last place is that of the last value, see `sweep_transposed`.
-    rank = rank + (len(rank) - places)
-    return apply_outside_transforms(
-        _Solution, step(leaf, y, context), leaf, rank, lambda: original(y, context), *inputs
-    )
-
-
-def _iterate(step: Step, y: torch.Tensor, context: torch.Tensor | None, places: int, tol: float) -> torch.Tensor:
+    tol = REPEATED * torch.finfo(y.dtype).eps if tol is None else tol
     found = x = torch.zeros_like(y)
     rows = None
-    for _ in range(places):
+    for _ in range(passes):
         new = step(x, y, context)
         # Not a number never repeats, so that such a sample takes all passes of the original.
         moves = ~((new - x).abs() <= tol * new.abs().clamp(min=1)).all(1)

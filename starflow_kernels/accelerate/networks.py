@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..masked_inverse.network import MaskedLayer
 from .swap import loaded
-
-
-class Layer(NamedTuple):
-    """A layer: scale * (weight @ activation(input) + offset) + (output of layer `skip`).
-
-    Its input is the output of the layer before it; that of the first layer is x.
-
-    weight: (out, in), zero outside the mask. offset: (out,), or (N, out) under a context. activation: name of the
-    function in `torch.nn.functional`, or "identity". scale: (N, out) or None for 1. skip: number of an earlier layer,
-    or None for none.
-    """
-
-    weight: torch.Tensor
-    offset: torch.Tensor
-    activation: str | None = "identity"
-    scale: torch.Tensor | None = None
-    skip: int | None = None
-
 
 _ACTIVATIONS: dict[str, nn.Module] = {
     "relu": nn.ReLU(),
@@ -55,19 +38,7 @@ def _options(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in vars(module).items() if key[0] != "_" and key not in ("training", "inplace")}
 
 
-def evaluate(layers: list[Layer], x: torch.Tensor) -> torch.Tensor:
-    """Return the output (N, out) of layers for x (N, D)."""
-    outputs: list[torch.Tensor] = []
-    for layer in layers:
-        before = outputs[-1] if outputs else x
-        active = before if layer.activation == "identity" else getattr(F, layer.activation)(before)
-        value = active @ layer.weight.T + layer.offset
-        value = value if layer.scale is None else layer.scale * value
-        outputs.append(value if layer.skip is None else value + outputs[layer.skip])
-    return outputs[-1]
-
-
-def zuko_layers(network: nn.Module, features: int, context: torch.Tensor | None) -> list[Layer] | None:
+def zuko_layers(network: nn.Module, features: int, context: torch.Tensor | None) -> list[MaskedLayer] | None:
     """Return the layers of a `zuko.nn.MaskedMLP`, or None if there are others in it.
 
     Args:
@@ -76,7 +47,7 @@ def zuko_layers(network: nn.Module, features: int, context: torch.Tensor | None)
         context: (N, C), or None.
     """
     masked, residual = loaded("zuko.nn", "MaskedLinear"), loaded("zuko.nn", "Residual")
-    layers: list[Layer] = []
+    layers: list[MaskedLayer] = []
     activation: str | None = "identity"
     for part in network if type(network) is loaded("zuko.nn", "MaskedMLP") else ():
         if type(part) is masked:
@@ -92,7 +63,7 @@ def zuko_layers(network: nn.Module, features: int, context: torch.Tensor | None)
     return _known(layers)
 
 
-def made_layers(network: nn.Module, context: torch.Tensor | None) -> list[Layer] | None:
+def made_layers(network: nn.Module, context: torch.Tensor | None) -> list[MaskedLayer] | None:
     """Return the layers of a MADE of nflows, or of its copy in normflows, or None if there are others in it.
 
     Args:
@@ -126,7 +97,7 @@ def made_layers(network: nn.Module, context: torch.Tensor | None) -> list[Layer]
     return _known(layers)
 
 
-def pyro_layers(network: nn.Module, context: torch.Tensor | None) -> list[Layer] | None:
+def pyro_layers(network: nn.Module, context: torch.Tensor | None) -> list[MaskedLayer] | None:
     """Return the layers of a `pyro.nn.AutoRegressiveNN`, or None if it has a layer from input to output.
 
     Args:
@@ -150,7 +121,7 @@ def _masked(
     more: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     skip: int | None = None,
-) -> Layer:
+) -> MaskedLayer:
     """Return a masked linear layer.
 
     Args:
@@ -168,10 +139,10 @@ def _masked(
         offset = F.linear(context, weight[:, given], offset)
         kept = slice(given.stop, None) if given.start == 0 else slice(0, given.start)
         weight = weight[:, kept]
-    return Layer(weight, offset if more is None else offset + more, activation, scale, skip)
+    return MaskedLayer(weight, offset if more is None else offset + more, activation, scale, skip)  # type: ignore[arg-type]
 
 
-def _known(layers: list[Layer]) -> list[Layer] | None:
+def _known(layers: list[MaskedLayer]) -> list[MaskedLayer] | None:
     return layers if layers and all(layer.activation for layer in layers) else None
 
 

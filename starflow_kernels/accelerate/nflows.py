@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from .._core.torch_private import outside_graphs
-from .autoregressive import Autoregressive, applies, solve
+from ..masked_inverse.network import Univariate
+from .autoregressive import Autoregressive, applies
+from .columns import Recognized
+from .networks import made_layers
 from .swap import Accelerated, loaded, original_class
 
 
@@ -29,6 +34,16 @@ class FastInverse(Autoregressive):
         net = self.autoregressive_net
         return net.final_layer.degrees.unflatten(0, (net.initial_layer.in_features, -1))[:, 0] - 1
 
+    def network(self) -> nn.Module:
+        """Return the network."""
+        return self.autoregressive_net
+
+    def recognized(self, context: torch.Tensor | None) -> Recognized | None:
+        """Return the layers and the univariate transform, or None."""
+        transform = _univariate(self)
+        layers = made_layers(self.autoregressive_net, context) if transform else None
+        return Recognized(layers, transform) if layers and transform else None
+
     def step(self, x: torch.Tensor, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """Return x of y by the parameters that belong to another x."""
         return self.with_logdet(x, y, context)[0]
@@ -47,19 +62,14 @@ class FastInverse(Autoregressive):
     @outside_graphs("values decide how many passes follow")
     def inverse(self, inputs: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x (N, D) of inputs (N, D) and a context (N, C), and the log-determinant (N,)."""
-        original = super().inverse
         if inputs.ndim != 2 or not applies(self, inputs):
-            return original(inputs, context)
-        x = solve(
-            self.step,
-            inputs,
-            context,
-            self.places(),
-            self.tol,
-            lambda y, context: original(y, context)[0],
-            self.parameters(),
-        )
-        return self.with_logdet(x, inputs, context)
+            return super().inverse(inputs, context)
+        x, logdet = self.solve(inputs, context)
+        return (x, logdet) if logdet is not None else self.with_logdet(x, inputs, context)
+
+    def loop(self, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """Return x of y by the library's own loop."""
+        return super().inverse(y, context)[0]
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Accelerated] | str]]:
@@ -84,3 +94,27 @@ def _fast(module: nn.Module, transform: type, made: type) -> type[Accelerated] |
     if original_class(module).inverse is not transform.inverse:
         return "its class has an inverse of its own"
     return FastInverse if isinstance(module.autoregressive_net, made) else "its network is no MADE of the library"
+
+
+def _univariate(module: Any) -> Univariate | None:
+    """Return the univariate transform of a module, or None if `masked_inverse` has no such."""
+    kind, autoregressive = original_class(module), "nflows.transforms.autoregressive"
+    if kind is loaded(autoregressive, "MaskedAffineAutoregressiveTransform"):
+        return Univariate("affine_softplus", scale_first=True)
+    if kind is loaded("normflows.flows.affine.autoregressive", "MaskedAffineAutoregressive"):
+        return Univariate("affine_sigmoid", scale_first=True)
+    splines = (
+        loaded(autoregressive, "MaskedPiecewiseRationalQuadraticAutoregressiveTransform"),
+        loaded("normflows.flows.neural_spline.autoregressive", "MaskedPiecewiseRationalQuadraticAutoregressive"),
+    )
+    if kind not in splines or module.tails != "linear" or isinstance(module.tail_bound, torch.Tensor):
+        return None
+    return Univariate(
+        "spline_softmax",
+        bins=module.num_bins,
+        bound=float(module.tail_bound),
+        min_width=module.min_bin_width,
+        min_height=module.min_bin_height,
+        min_derivative=module.min_derivative,
+        divisor=math.sqrt(getattr(module.autoregressive_net, "hidden_features", 1)),
+    )

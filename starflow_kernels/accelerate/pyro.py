@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from .._core.torch_private import outside_graphs
-from .autoregressive import ROWS, Autoregressive, applies, solve
+from ..masked_inverse.network import Univariate
+from .autoregressive import ROWS, Autoregressive, applies
+from .columns import Recognized
+from .networks import pyro_layers
 from .swap import Accelerated, disagreement, fast_class, loaded, original_class, seen_as
 
 # Arguments of the class after its network.
@@ -36,6 +39,19 @@ class FastInverse(Autoregressive):
     def places(self) -> torch.Tensor:
         """Return the place (D,) of each value in the order in which they depend on each other."""
         return self.conditioner()[0].permutation.argsort()
+
+    def network(self) -> nn.Module:
+        """Return the network."""
+        return self.conditioner()[0]
+
+    def recognized(self, context: torch.Tensor | None) -> Recognized | None:
+        """Return the layers and the univariate transform, or None."""
+        layers = pyro_layers(self.network(), context)
+        if self.stable:
+            transform = Univariate("affine_convex", bias=self.sigmoid_bias)
+        else:
+            transform = Univariate("affine_clamp", low=self.log_scale_min_clip, high=self.log_scale_max_clip)
+        return Recognized(layers, transform, interleaved=False) if layers else None
 
     def step(self, x: torch.Tensor, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """Return x of y by the parameters that belong to another x."""
@@ -74,7 +90,7 @@ class FastInverse(Autoregressive):
         rows = y.reshape(-1, y.shape[-1])
         if context is not None:
             context = context.expand(*y.shape[:-1], -1).reshape(len(rows), -1)
-        x = solve(self.step, rows, context, self.places(), self.tol, self._original, net.parameters())
+        x, _ = self.solve(rows, context)
         x, log_scale = self.with_log_scale(x, rows, context)
         if not x.isfinite().all():
             # Pyro's loop keeps values at zero until it reaches them, so theirs cannot overflow in between.
@@ -84,7 +100,7 @@ class FastInverse(Autoregressive):
             self._cached_x_y = x, y
         return x
 
-    def _original(self, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+    def loop(self, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """Return x (N, D) of y by Pyro's loop."""
         net, _ = self.conditioner()
         view = seen_as(self.original, self)
@@ -97,7 +113,7 @@ class FastInverse(Autoregressive):
 class FastCondition(Accelerated):
     """Transforms that `ConditionalAffineAutoregressive` returns, with a fast inverse."""
 
-    description = FastInverse.description
+    description = "transforms with a fast inverse"
 
     @classmethod
     def check(cls, module: nn.Module) -> str | None:

@@ -24,7 +24,7 @@ class Accelerated:
         tol: tolerance that `accelerate` was called with, None for the default.
     """
 
-    description: ClassVar[str]
+    description: Any
     original: ClassVar[type]
     fast: ClassVar[type[Accelerated]]
     tol: ClassVar[float | None]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from .._core.torch_private import outside_graphs
-from .autoregressive import Autoregressive, applies, solve
-from .networks import masked_dependences, places
+from ..masked_inverse.network import Univariate
+from .autoregressive import Autoregressive, applies
+from .columns import Recognized
+from .networks import masked_dependences, places, zuko_layers
 from .swap import Accelerated, loaded, original_class
 
 
@@ -27,6 +30,16 @@ class FastTransform(Autoregressive):
         if self.order is not None:
             return self.order
         return places(masked_dependences(self.hyper, self.sizes()[0]))
+
+    def network(self) -> nn.Module:
+        """Return all that has weights."""
+        return self
+
+    def recognized(self, context: torch.Tensor | None) -> Recognized | None:
+        """Return the layers and the univariate transform, or None."""
+        transform = _univariate(self)
+        layers = zuko_layers(self.hyper, self.sizes()[0], context) if transform else None
+        return Recognized(layers, transform) if layers and transform else None
 
     def step(self, x: torch.Tensor, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """Return x of y by the parameters that belong to another x."""
@@ -46,16 +59,30 @@ class FastTransform(Autoregressive):
     @outside_graphs("values decide how many passes follow")
     def solve_rows(self, y: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
         """Return x (*, D) of y (*, D) under a context (*, C)."""
-
-        def original(y: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
-            return super(FastTransform, self).forward(c).inv(y)
-
         if not applies(self, y):
-            return original(y, c)
+            return self.loop(y, c)
         batch = y.shape[:-1] if c is None else torch.broadcast_shapes(y.shape[:-1], c.shape[:-1])
         y, c = (None if t is None else t.expand(*batch, -1).reshape(-1, t.shape[-1]) for t in (y, c))
-        x = solve(self.step, y, c, self.places(), self.tol, original, self.parameters())
-        return x.reshape(*batch, -1)
+        return self.solve(y, c)[0].reshape(*batch, -1)
+
+    def loop(self, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """Return x of y by the library's own loop."""
+        return super().forward(context).inv(y)
+
+
+def _univariate(module: Any) -> Univariate | None:
+    """Return the univariate transform of a module, or None if `masked_inverse` has no such."""
+    function, options = module.univariate, {}
+    if type(function) is functools.partial and not function.args:
+        function, options = function.func, function.keywords
+    shapes = [tuple(shape) for shape in module.shapes]
+    if function is loaded("zuko.transforms", "MonotonicAffineTransform") and shapes == [(), ()]:
+        return Univariate("affine_soft_clip", **options) if options.keys() <= {"slope"} else None
+    if function is loaded("zuko.transforms", "MonotonicRQSTransform") and options.keys() <= {"slope", "bound"}:
+        bins = shapes[0][0]
+        if shapes == [(bins,), (bins,), (bins - 1,)]:
+            return Univariate("spline_soft_clip", bins=bins, **options)
+    return None
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Accelerated] | str]]:

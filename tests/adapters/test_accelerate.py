@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from starflow_kernels import accelerate, restore
-from starflow_kernels.accelerate.autoregressive import solve
+from starflow_kernels.accelerate.autoregressive import Autoregressive
 from starflow_kernels.accelerate.networks import places
 from starflow_kernels.accelerate.swap import Accelerated, disagreement, fast_class
 
@@ -41,18 +41,29 @@ def coupled(sizes):
     return step
 
 
-def run(context, y, sizes=None, **options):
-    rank = torch.arange(y.shape[1])
-    step = coupled([] if sizes is None else sizes)
+class Solved(Autoregressive):
+    tol = None
 
-    def original(y, context):
+    def __init__(self, sizes):
+        self.step = coupled(sizes)
+
+    def network(self):
+        return nn.Identity()
+
+    def places(self):
+        return torch.arange(D)
+
+    def loop(self, y, context):
         x = torch.zeros_like(y)
-        for _ in rank:
-            x = step(x, y, context)
+        for _ in range(D):
+            x = self.step(x, y, context)
         return x
 
-    arguments = {"rank": rank, "tol": None, "original": original, "parameters": iter(()), **options}
-    return solve(step, y, context, **arguments), original(y, context)
+
+def run(context, y, sizes=None):
+    """What the iteration finds, and the result of a plain loop."""
+    solved = Solved([] if sizes is None else sizes)
+    return solved.solve(y, context)[0], solved.loop(y, context)
 
 
 def test_samples_that_are_done_leave_the_batch():

@@ -1,0 +1,74 @@
+"""Inverse by `masked_inverse`, where the network and the univariate transform of a module are recognized."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .._core.compiled import native_unavailable
+from .._core.torch_private import has_hooks
+from ..masked_inverse.api import MaskedLayer, MaskedPlan, Univariate, masked_inverse
+from ..masked_inverse.native import DTYPES
+
+
+class Recognized(NamedTuple):
+    """Arguments of `masked_inverse`."""
+
+    layers: list[MaskedLayer]
+    transform: Univariate
+    interleaved: bool = True
+
+
+# Of each network, what its plan depends on, and the plan.
+_plans: weakref.WeakKeyDictionary[nn.Module, tuple[Any, MaskedPlan | None]] = weakref.WeakKeyDictionary()
+
+
+def solve_columns(
+    network: nn.Module,
+    recognize: Callable[[torch.Tensor | None], Recognized | None],
+    y: torch.Tensor,
+    context: torch.Tensor | None,
+    order: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Return x (N, D) and log|det dx/dy| (N,), or None where the compiled kernel cannot run.
+
+    Args:
+        network: the network, with all its weights and masks.
+        recognize: recognize(context) returns the arguments of the op.
+        y: (N, D) values.
+        context: (N, C), or None.
+        order: (D,) place of each value.
+    """
+    weights = [*network.parameters(), *network.buffers()]
+    if y.device.type != "cpu" or y.dtype not in DTYPES or native_unavailable() or has_hooks(network):
+        return None, None
+    if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != y.dtype) for t in weights):
+        return None, None
+    found = recognize(context)
+    if found is None:
+        return None, None
+    state = _digest([*weights, order]), y.dtype, context is None, found.transform
+    kept = _plans.get(network)
+    if kept is None or kept[0] != state:
+        kept = _plans[network] = state, _plan(found, order)
+    if kept[1] is None:
+        return None, None
+    return masked_inverse(y, found.layers, order, found.transform, interleaved=found.interleaved, plan=kept[1])
+
+
+def _plan(found: Recognized, order: torch.Tensor) -> MaskedPlan | None:
+    try:
+        return MaskedPlan(found.layers, order, found.transform, found.interleaved)
+    except ValueError:
+        # A value depends on a later one.
+        return None
+
+
+def _digest(tensors: list[torch.Tensor]) -> int:
+    """Return a digest of all values; fused optimizers change weights without incrementing their versions."""
+    tensors = [t.contiguous() for t in tensors]
+    return torch.ops.starflow_native.fingerprint(torch.tensor([[t.data_ptr(), t.nbytes] for t in tensors]))
