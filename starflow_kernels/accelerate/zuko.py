@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._core.torch_private import outside_graphs
+from .._core.torch_private import outside_graphs, version
 from ..masked_inverse.network import Univariate
 from .autoregressive import Autoregressive, applies
 from .columns import Recognized
@@ -53,21 +53,43 @@ class FastTransform(Autoregressive):
     def forward(self, c: torch.Tensor | None = None):
         """Return the transform under a context (*, C)."""
         transform = super().forward(c)
-        vars(transform)["_inverse"] = functools.partial(self.solve_rows, c=c)
+        inverse = _Inverse(self, c)
+        vars(transform).update(_inverse=inverse, log_abs_det_jacobian=inverse.log_abs_det_jacobian)
         return transform
 
     @outside_graphs("values decide how many passes follow")
-    def solve_rows(self, y: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
-        """Return x (*, D) of y (*, D) under a context (*, C)."""
+    def solve_rows(self, y: torch.Tensor, c: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return x (*, D) of y (*, D) under a context (*, C), and its log-determinant (*) if `solve` has it."""
         if not applies(self, y):
-            return self.loop(y, c)
+            return self.loop(y, c), None
         batch = y.shape[:-1] if c is None else torch.broadcast_shapes(y.shape[:-1], c.shape[:-1])
         y, c = (None if t is None else t.expand(*batch, -1).reshape(-1, t.shape[-1]) for t in (y, c))
-        return self.solve(y, c)[0].reshape(*batch, -1)
+        x, logdet = self.solve(y, c)
+        return x.reshape(*batch, -1), None if logdet is None else logdet.reshape(batch)
 
     def loop(self, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """Return x of y by the library's own loop."""
         return super().forward(context).inv(y)
+
+
+class _Inverse:
+    """Inverse under one context, which remembers its last result, as zuko asks for the log-determinant afterwards."""
+
+    def __init__(self, fast: Any, c: torch.Tensor | None) -> None:
+        self.fast, self.c = fast, c
+        self.last: tuple[torch.Tensor, int, torch.Tensor] | None = None
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        """Return x (*, D) of y (*, D)."""
+        x, logdet = self.fast.solve_rows(y, self.c)
+        self.last = None if logdet is None else (x, version(x), logdet)
+        return x
+
+    def log_abs_det_jacobian(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return log|det dy/dx| (*)."""
+        if self.last and self.last[0] is x and self.last[1] == version(x) and not torch.is_grad_enabled():
+            return -self.last[2]
+        return self.fast.meta(self.c, x).log_abs_det_jacobian(x, y)
 
 
 def _univariate(module: Any) -> Univariate | None:

@@ -146,6 +146,29 @@ def test_samples_and_their_log_density(name):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
+def test_log_density_of_samples_without_a_gradient(monkeypatch):
+    results = []
+    for flow in pair("nsf"):
+        _, c = inputs()
+        torch.manual_seed(3)
+        with torch.no_grad():
+            results.append(flow(c).rsample_and_log_prob((4,)))
+        monkeypatch.setattr(zuko.nn.MaskedMLP, "forward", None)
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
+
+
+def test_log_determinants_of_other_values():
+    flow, fast = pair("maf")
+    z, c = inputs()
+    transform = fast.transform.transforms[0](c)
+    with torch.no_grad():
+        x = transform.inv(z)
+        x += 1
+        expected = flow.transform.transforms[0](c).log_abs_det_jacobian(x, z)
+        torch.testing.assert_close(transform.log_abs_det_jacobian(x, z), expected)
+        torch.testing.assert_close(transform.log_abs_det_jacobian(x.clone(), z), expected)
+
+
 def gradients(flow, z, c):
     z, c = z.clone().requires_grad_(), c.clone().requires_grad_()
     x, ladj = flow(c).transform.inv.call_and_ladj(z)
