@@ -7,10 +7,12 @@ import torch
 from support.backends import needs_native
 from support.bindings import Recorded, assert_checked
 from support.blocks import STARFLOW, tame_block
+from support.masked import masked_layers
 from support.naive import angles
 
 import starflow_kernels as ops
 from starflow_kernels import BlockSpec, Solver
+from starflow_kernels.masked_inverse.api import Univariate
 
 pytestmark = needs_native
 LIBRARY = "starflow_native::"
@@ -69,11 +71,17 @@ def run_gradient_of_sampling() -> None:
     found.x.sum().backward()
 
 
+def run_masked() -> None:
+    transform, order = Univariate("spline_softmax", bins=4), torch.tensor([2, 0, 1])
+    layers = masked_layers(order, transform, B=5, residual=True, per_sample=True)
+    ops.masked_inverse(torch.randn(5, 3, dtype=torch.float64), layers, order, transform, backend="native")
+
+
 def describe() -> None:
     torch.ops.starflow_native.elementary(torch.ones(3), 0, torch.ones(3))
 
 
-RUNS = (attend, transform, run_block, run_sampling, run_jacobi, run_gradient_of_sampling, describe)
+RUNS = (attend, transform, run_block, run_sampling, run_jacobi, run_gradient_of_sampling, run_masked, describe)
 
 
 @pytest.fixture
@@ -151,3 +159,14 @@ def test_progress_outside_of_the_sequence_is_refused(column, value, recorded):
     args[place_of("places", op)][1, column] = value
     with pytest.raises(RuntimeError, match="the progress of a sequence is out of range"):
         op(*args)
+
+
+@pytest.mark.parametrize("value", [-2, 2**40])
+def test_a_number_of_a_masked_plan_that_is_out_of_range_is_refused(value, recorded):
+    run_masked()
+    op, args = recorded.calls["masked_inverse"]
+    for i in range(args[1].numel()):
+        plan = args[1].clone()
+        plan[i] = value
+        with pytest.raises(RuntimeError, match=r"the plan does not fit|too small"):
+            op(args[0], plan, *args[2:])
