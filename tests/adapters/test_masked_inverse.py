@@ -102,7 +102,7 @@ def test_normflows(spline):
     flows = pytest.importorskip("normflows").flows
     if spline:
         module = larger(flows.AutoregressiveRationalQuadraticSpline(D, 2, 20, init_identity=False)).mprqat
-        transform = Univariate("spline_softmax", bins=8, bound=3.0, divisor=20**0.5)
+        transform = Univariate("spline_softmax", bins=8, bound=3.0)
     else:
         module = larger(flows.MaskedAffineAutoregressive(D, 20))
         transform = Univariate("affine_sigmoid", scale_first=True)
