@@ -6,8 +6,10 @@ import pickle
 
 import pytest
 import torch
+from support.backends import needs_native
 
 from starflow_kernels import accelerate, restore
+from starflow_kernels.accelerate import columns
 
 zuko = pytest.importorskip("zuko")
 D, C = 7, 3
@@ -81,7 +83,8 @@ def test_fewer_passes_than_values():
     assert 2 <= len(passes) < 16
 
 
-@pytest.mark.parametrize("name", ["maf", "maf of residual networks", "nsf", "graph"])
+@needs_native
+@pytest.mark.parametrize("name", SMOOTH)
 def test_no_pass_of_known_networks(name, monkeypatch):
     flow, fast = pair(name)
     z, c = inputs()
@@ -89,6 +92,15 @@ def test_no_pass_of_known_networks(name, monkeypatch):
     monkeypatch.setattr(zuko.nn.MaskedMLP, "forward", None)
     with torch.no_grad():
         torch.testing.assert_close(fast(c).transform.inv(z), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_without_the_compiled_kernel(name, monkeypatch):
+    monkeypatch.setattr(columns, "native_unavailable", lambda: "not here")
+    flow, fast = pair(name)
+    z, c = inputs()
+    torch.testing.assert_close(fast(c).transform.inv(z), flow(c).transform.inv(z), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients(fast, z, c), gradients(flow, z, c), rtol=1e-8, atol=1e-8)
 
 
 def test_hooks_of_a_network_run():
@@ -146,6 +158,7 @@ def test_samples_and_their_log_density(name):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
+@needs_native
 def test_log_density_of_samples_without_a_gradient(monkeypatch):
     results = []
     for flow in pair("nsf"):
