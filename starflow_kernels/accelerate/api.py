@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, cast
 
 from torch import nn
 
@@ -89,15 +90,17 @@ def restore(model: nn.Module) -> None:
 
 
 def _exchange(name: str, module: nn.Module, fast: type[Accelerated] | str, tol: float | None) -> Part:
-    kind = type(module).__name__
+    original: Any = type(module)
     if isinstance(fast, str):
-        return Part(name, kind, None, fast)
-    cls = fast_class(fast, type(module), tol)
+        return Part(name, original.__name__, None, fast)
+    cls = fast_class(fast, original, tol)
     try:
         reason = cls.check(module)
         if reason is None:
             module.__class__ = cls
+            return Part(name, original.__name__, cast(Any, module).description)
     # Whatever a module of another library raises, the module stays as it is.
     except Exception as error:
+        module.__class__ = original
         reason = f"{type(error).__name__}: {error}"
-    return Part(name, kind, None, reason) if reason else Part(name, kind, str(module.description))
+    return Part(name, original.__name__, None, reason)

@@ -13,7 +13,7 @@ from torch import nn
 
 from .._core.implicit import needs_gradient, sweep_transposed
 from .._core.torch_private import apply_outside_transforms, is_batched, is_intercepted
-from .columns import Recognized, solve_columns
+from .columns import Recognized, can_run, solve_columns
 from .swap import Accelerated, disagreement, seen_as
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -29,9 +29,9 @@ class Autoregressive(Accelerated):
     @property
     def description(self) -> str:
         """Name of the solver."""
-        like = self.like()
-        context = like.new_zeros(1, self.sizes()[1]) if self.sizes()[1] else None
-        return "one pass by columns" if self.recognized(context) else "Jacobi iteration"
+        like, (_, size) = self.like(), self.sizes()
+        by_columns = can_run(self.network(), like) and self.recognized(like.new_zeros(1, size) if size else None)
+        return "one pass by columns" if by_columns else "Jacobi iteration"
 
     def sizes(self) -> tuple[int, int]:
         """Return the number of values and that of the context, 0 for none."""
@@ -88,7 +88,7 @@ class Autoregressive(Accelerated):
                 x = iterate(self.step, y, context, int(place.max()) + 1, self.tol)
         if not needs_gradient(*inputs):
             return x, logdet
-        leaf = x.requires_grad_()
+        leaf = x.detach().requires_grad_()
         # The last place is that of the last value, see `sweep_transposed`.
         place = place + (len(place) - 1 - place.max())
         solution = _Solution, self.step(leaf, y, context), leaf, place, lambda: self.loop(y, context), *inputs
@@ -108,9 +108,10 @@ class Autoregressive(Accelerated):
             bound: context (ROWS, C) that already belongs to it, None for none.
         """
         fast = seen_as(cls, module)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         draw = torch.rand if fast.on_unit_interval() else torch.randn
-        y, context = (draw(ROWS, size, generator=generator).to(fast.like()) for size in fast.sizes())
+        drawn = (draw(ROWS, size, generator=generator, device="cpu") for size in fast.sizes())
+        y, context = (values.to(fast.like()) for values in drawn)
         context = context if context.shape[1] else bound
         _check_order(fast, y, context)
         return cls.inverse_rows(module, y, context), cls.inverse_rows(fast, y, context)
@@ -159,7 +160,8 @@ def iterate(step: Step, y: torch.Tensor, context: torch.Tensor | None, passes: i
         if 2 * count <= len(x):
             # The samples that are done leave.
             if rows is None:
-                found = x
+                # A step may return y itself.
+                found = x.clone()
             else:
                 found[rows] = x
             kept = moves.nonzero()[:, 0]

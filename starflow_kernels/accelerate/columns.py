@@ -43,14 +43,10 @@ def solve_columns(
         context: (N, C), or None.
         order: (D,) place of each value.
     """
-    weights = [*network.parameters(), *network.buffers()]
-    if y.device.type != "cpu" or y.dtype not in DTYPES or native_unavailable() or has_hooks(network):
-        return None, None
-    if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != y.dtype) for t in weights):
-        return None, None
-    found = recognize(context)
+    found = recognize(context) if can_run(network, y) else None
     if found is None:
         return None, None
+    weights = [*network.parameters(), *network.buffers()]
     state = _digest([*weights, order]), y.dtype, context is None, found.transform
     kept = _plans.get(network)
     if kept is None or kept[0] != state:
@@ -60,9 +56,20 @@ def solve_columns(
     return masked_inverse(y, found.layers, order, found.transform, interleaved=found.interleaved, plan=kept[1])
 
 
+def can_run(network: nn.Module, y: torch.Tensor) -> bool:
+    """Return whether the compiled kernel takes the values y and the weights of a network."""
+    if native_unavailable() or has_hooks(network):
+        return False
+    weights = [*network.parameters(), *network.buffers()]
+    same = all(t.dtype == y.dtype or not t.is_floating_point() for t in weights)
+    return same and y.dtype in DTYPES and all(t.device.type == "cpu" for t in (y, *weights))
+
+
 def _plan(found: Recognized, order: torch.Tensor) -> MaskedPlan | None:
     try:
-        return MaskedPlan(found.layers, order, found.transform, found.interleaved)
+        # A plan that is made in inference mode serves later calls too.
+        with torch.inference_mode(False):
+            return MaskedPlan(found.layers, order, found.transform, found.interleaved)
     except ValueError:
         # A value depends on a later one.
         return None
@@ -71,4 +78,5 @@ def _plan(found: Recognized, order: torch.Tensor) -> MaskedPlan | None:
 def _digest(tensors: list[torch.Tensor]) -> int:
     """Return a digest of all values; fused optimizers change weights without incrementing their versions."""
     tensors = [t.contiguous() for t in tensors]
-    return torch.ops.starflow_native.fingerprint(torch.tensor([[t.data_ptr(), t.nbytes] for t in tensors]))
+    places = torch.tensor([[t.data_ptr(), t.nbytes] for t in tensors], dtype=torch.int64, device="cpu")
+    return torch.ops.starflow_native.fingerprint(places)

@@ -103,6 +103,14 @@ def test_without_the_compiled_kernel(name, monkeypatch):
     torch.testing.assert_close(gradients(fast, z, c), gradients(flow, z, c), rtol=1e-8, atol=1e-8)
 
 
+def test_inference_mode_comes_first():
+    flow, fast = pair("maf")
+    z, c = inputs()
+    with torch.inference_mode():
+        fast(c).transform.inv(z)
+    torch.testing.assert_close(gradients(fast, z, c), gradients(flow, z, c), rtol=1e-8, atol=1e-8)
+
+
 def test_hooks_of_a_network_run():
     z, c = inputs()
     results = []
