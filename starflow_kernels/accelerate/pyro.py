@@ -120,7 +120,8 @@ class FastCondition(Accelerated):
         """Return why the transform under a random context cannot be accelerated, or None."""
 
         def compare(copied: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            context = torch.randn(ROWS, copied.nn.context_dim, generator=torch.Generator().manual_seed(0))
+            generator = torch.Generator("cpu").manual_seed(0)
+            context = torch.randn(ROWS, copied.nn.context_dim, generator=generator, device="cpu")
             context = context.to(next(copied.parameters()))
             transform = copied.condition(context)
             return fast_class(FastInverse, type(transform), cls.tol).compare(transform, context)
@@ -138,12 +139,10 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Accelera
     """Return name, module, and fast class or reason of the transforms in a model."""
     library = "pyro.distributions.transforms.affine_autoregressive"
     nets = loaded("pyro.nn.auto_reg_nn", "ConditionalAutoRegressiveNN")
-    for name, fast, net in (
-        ("AffineAutoregressive", FastInverse, "arn"),
-        ("ConditionalAffineAutoregressive", FastCondition, "nn"),
-    ):
-        kind = loaded(library, name)
-        for name, module in model.named_modules():
-            if original_class(module) is kind:
-                known = isinstance(getattr(module, net), nets)
-                yield name, module, fast if known else "its network is not one of the library"
+    plain, conditional = loaded(library, "AffineAutoregressive"), loaded(library, "ConditionalAffineAutoregressive")
+    for name, module in model.named_modules():
+        if original_class(module) in (plain, conditional):
+            of_context = original_class(module) is conditional
+            known = isinstance(module.nn if of_context else module.arn, nets)
+            fast = FastCondition if of_context else FastInverse
+            yield name, module, fast if known else "its network is not one of the library"
