@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from starflow import Flow, FlowConfig
+from starflow_kernels.accelerate.upstream.structure import read
 
 from ..machine import description, peak_flops
-from ..peers.released import convert, load_peer, timed
+from ..peers.released import load_peer, timed
 
 CONFIG = FlowConfig(image_size=32, image_channels=3, patch_size=2, channels=128, layers=(4, 4, 4, 4))
 
@@ -29,9 +30,9 @@ def make(peer):
     torch.manual_seed(0)
     model, flow = peer.Model(3, 32, 2, 128, 4, 4), Flow(CONFIG)
     with torch.no_grad():
-        for index, (theirs, own) in enumerate(zip(model.blocks, flow.blocks, strict=True)):
+        for theirs, own in zip(model.blocks, flow.blocks, strict=True):
             torch.nn.init.normal_(theirs.proj_out.weight, std=0.02)
-            _, weights = convert(theirs, index)
+            _, weights = read(theirs)
             for name, weight in own.weights().items():
                 weight.copy_(weights[name])
     return model, flow

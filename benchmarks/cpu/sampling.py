@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 
 from starflow_kernels import Inverse, block_inverse
+from starflow_kernels.accelerate.upstream.structure import read
 
 from ..machine import description, peak_flops, read_bandwidth
-from ..peers.released import convert, load_peer, median_seconds, timed
+from ..peers.released import load_peer, median_seconds, timed
 from ..peers.sliced_cache import sliced_inverse
 
 
@@ -80,7 +81,7 @@ def ours(
     """Return a function that inverts all blocks with our op, or with another `inverse` of the same arguments."""
     blocks = []
     for index, block in enumerate(model.blocks):
-        spec, weights = convert(block, index)
+        spec, weights = read(block, flip=index % 2 == 1)
         spec = dataclasses.replace(spec, positions=z.shape[1])
         weights["pos_embed"] = weights["pos_embed"][: z.shape[1]]
         options = {"backend": backend} if backend else {}
@@ -89,7 +90,9 @@ def ours(
             options["cond"] = torch.cat([embed[labels], embed.mean(0).expand(len(labels), -1)]).to(z.dtype)
             options["guidance"] = case.guidance
         # Rounded to the dtype of the case first, so that the error is of the arithmetic alone.
-        blocks.append(({name: weight.to(case.dtype).to(dtype) for name, weight in weights.items()}, spec, options))
+        blocks.append(
+            ({name: weight.detach().to(case.dtype).to(dtype) for name, weight in weights.items()}, spec, options)
+        )
 
     def run() -> torch.Tensor:
         x = z
@@ -103,7 +106,7 @@ def ours(
 
 def floor_seconds(model, case: Case) -> tuple[float, str]:
     """Return the floor of a token step, which reads all weights and on average half of the KV cache."""
-    spec, _ = convert(model.blocks[0], 0)
+    spec, _ = read(model.blocks[0])
     shapes = [shape for shape in spec.weight_shapes.values() if len(shape) == 2 and shape[0] != spec.positions]
     products = sum(a * b for a, b in shapes)
     weight_bytes = products * torch.finfo(case.dtype).bits // 8

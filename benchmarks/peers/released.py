@@ -14,14 +14,7 @@ import torch
 
 from starflow import Flow, FlowConfig
 from starflow_kernels import BlockSpec
-
-RENAMED = {
-    "attention.norm": "attn_norm",
-    "attention.": "",
-    "mlp.norm": "mlp_norm",
-    "mlp.main.0": "up",
-    "mlp.main.2": "down",
-}
+from starflow_kernels.accelerate.upstream.names import upstream_name
 
 
 def load_peer(folder: Path):
@@ -30,26 +23,6 @@ def load_peer(folder: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def convert(block, index: int) -> tuple[BlockSpec, dict[str, torch.Tensor]]:
-    """Return spec and weights of a released block."""
-    tokens, channels = block.pos_embed.shape
-    heads = block.attn_blocks[0].attention.num_heads
-    spec = BlockSpec(
-        token_dim=block.proj_in.in_features, channels=channels, layers=len(block.attn_blocks), heads=heads,
-        head_dim=channels // heads, kv_heads=heads, mlp_dim=4 * channels, positions=tokens, flip=index % 2 == 1,
-    )  # fmt: skip
-    weights = {own_name(name): weight.detach() for name, weight in block.named_parameters()}
-    return spec, {name: weight for name, weight in weights.items() if name in spec.weight_shapes}
-
-
-def own_name(name: str) -> str:
-    """Return our name of a weight of a released block."""
-    name = name.replace("attn_blocks", "layers")
-    for theirs, own in RENAMED.items():
-        name = name.replace(theirs, own)
-    return name
 
 
 @torch.no_grad()
@@ -70,9 +43,9 @@ def released_model(peer, flow: Flow):
         config.layers[0], num_classes=config.num_classes,
     ).eval()  # fmt: skip
     for theirs, block in zip(model.blocks, flow.blocks, strict=True):
-        weights = {**block.weights(), "class_embed": block.class_embed}
-        for name, weight in theirs.named_parameters():
-            weight.copy_(weights[own_name(name)].reshape(weight.shape))
+        _copy_weights(theirs, block.weights())
+        if block.class_embed is not None:
+            theirs.class_embed.copy_(block.class_embed[:, None])
     return model
 
 
@@ -91,9 +64,14 @@ def released_block(peer, weights: dict[str, torch.Tensor], spec: BlockSpec):
     order = peer.PermutationFlip(T) if spec.flip else peer.PermutationIdentity(T)
     device = weights["pos_embed"].device
     block = peer.MetaBlock(D, C, T, order, spec.layers).to(device).eval()
-    for name, weight in block.named_parameters():
-        weight.copy_(weights[own_name(name)])
+    _copy_weights(block, weights)
     return block
+
+
+def _copy_weights(block, weights: dict[str, torch.Tensor]) -> None:
+    """Give a released block weights with our names."""
+    for name, weight in weights.items():
+        block.get_parameter(upstream_name(name, "gelu")).copy_(weight)
 
 
 @torch.no_grad()

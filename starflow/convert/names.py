@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Literal
 
 import torch
+
+from starflow_kernels.accelerate.upstream.names import upstream_name
 
 from ..models.config import FlowConfig
 from ..models.flow import Flow
 
 Family = Literal["tarflow", "starflow"]
-LAYER = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(\w+)\.(weight|bias)")
-BLOCK = {"proj_text.weight": "proj_txt.weight", "proj_text.bias": "proj_txt.bias", "start": "sos_embed"}
-MODULES = {
-    "attn_norm": "attention.norm",
-    "qkv": "attention.qkv",
-    "q_norm": "attention.query_norm",
-    "k_norm": "attention.key_norm",
-    "proj": "attention.proj",
-    "attn_post_norm": "attention.post_norm",
-    "mlp_norm": "mlp.norm",
-    "mlp_post_norm": "mlp.post_norm",
-    "gate": "mlp.gate_proj",
-}
-LINEAR = {"gelu": {"up": "mlp.main.0", "down": "mlp.main.2"}, "swiglu": {"up": "mlp.up_proj", "down": "mlp.down_proj"}}
 
 
 def family(config: FlowConfig) -> Family:
@@ -59,11 +46,8 @@ def upstream_names(config: FlowConfig) -> dict[str, str]:
 def _upstream_name(name: str, config: FlowConfig) -> str:
     if name == "prior_variance":
         return "var"
-    if match := LAYER.fullmatch(name):
-        block, layer, module, leaf = match.groups()
-        return f"blocks.{block}.attn_blocks.{layer}.{(MODULES | LINEAR[config.mlp])[module]}.{leaf}"
-    block, _, leaf = name.removeprefix("blocks.").partition(".")
-    return f"blocks.{block}.{BLOCK.get(leaf, leaf)}"
+    block, _, weight = name.removeprefix("blocks.").partition(".")
+    return f"blocks.{block}.{upstream_name(weight, config.mlp)}"
 
 
 def upstream_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

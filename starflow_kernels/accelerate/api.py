@@ -8,10 +8,10 @@ from typing import Any, cast
 from torch import nn
 
 from ..spec import check_not_negative
-from . import nflows, normflows, pyro, zuko
+from . import nflows, normflows, pyro, upstream, zuko
 from .swap import Accelerated, fast_class, original_class
 
-LIBRARIES = (zuko, nflows, normflows, pyro)
+LIBRARIES = (upstream, zuko, nflows, normflows, pyro)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,8 @@ def accelerate(model: nn.Module, *, tol: float | None = None) -> Acceleration:
     exchange, the fast method is compared with the original one on random inputs.
 
     Args:
-        model: a model with modules of zuko, nflows, normflows or Pyro.
+        model: a model with modules of zuko, nflows, normflows or Pyro, or with flow blocks structured as in
+            apple/ml-tarflow, apple/ml-starflow or apple/ml-itarflow.
         tol: iterations end when no value v changes by more than tol max(1, |v|). The default is the rounding error.
 
     Returns:

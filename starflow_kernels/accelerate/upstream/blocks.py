@@ -1,0 +1,198 @@
+"""Flow blocks of the TarFlow, STARFlow and iTARFlow code that Apple released, and of code with their structure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..._core.checks import NonFiniteError
+from ..swap import Accelerated
+from .calls import density, grid_density, grid_inverse, inverse
+from .check import check_starflow, check_tarflow
+from .structure import Unfit, is_block, read
+
+METHODS = "packed inverse, fused density"
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Accelerated] | str]]:
+    """Return the parts of upstream flows in a model: name, module, and its fast class or why there is none.
+
+    Args:
+        model: any model.
+    """
+    for name, module in model.named_modules():
+        if _passes_caches(module):
+            yield name, module, StarFlow
+        if not is_block(module):
+            continue
+        try:
+            read(module)
+        except Unfit as reason:
+            yield name, module, str(reason)
+        else:
+            tarflow = ITarFlowBlock if hasattr(module, "time_embed") else TarFlowBlock
+            yield name, module, tarflow if hasattr(module, "nvp") else StarFlowBlock
+
+
+def _passes_caches(module: nn.Module) -> bool:
+    """Return whether a module passes caches and any further options to the inverses of its blocks."""
+    blocks = getattr(module, "blocks", None)
+    if not (hasattr(module, "reverse_deep") and isinstance(blocks, nn.ModuleList)):
+        return False
+    signatures = [inspect.signature(part.reverse).parameters for part in (module, *blocks)]  # type: ignore[arg-type]
+    any_option = inspect.Parameter.VAR_KEYWORD
+    return all(any(p.kind is any_option for p in parameters.values()) for parameters in signatures)
+
+
+class TarFlowBlock(Accelerated):
+    """Block of apple/ml-tarflow (arXiv 2412.06329)."""
+
+    description = METHODS
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map data to noise, as the original method does."""
+        try:
+            return density(self, x, y, None)
+        except Unfit:
+            return super().forward(x, y)  # type: ignore[misc]
+
+    def reverse(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | None = None,
+        guidance: float = 0,
+        guide_what: str = "ab",
+        attn_temp: float = 1.0,
+        annealed_guidance: bool = False,
+    ) -> torch.Tensor:
+        """Map noise to data, as the original method does, and keep the noise."""
+        try:
+            if guidance > 0 and guide_what and not {"a", "b"}.issubset(guide_what):
+                raise Unfit("guidance acts on one of the two parameters")
+            weight = guidance if guide_what else 0
+            return inverse(self, x, y, None, weight, "tarflow", attn_temp, annealed_guidance)
+        except (Unfit, NonFiniteError):
+            options = guidance, guide_what, attn_temp, annealed_guidance
+            return super().reverse(x, y, *options)  # type: ignore[misc]
+
+    @classmethod
+    def check(cls, module: nn.Module) -> str | None:
+        """Return in what the fast methods differ from the original ones on random tokens, or None."""
+        return check_tarflow(module, None, "tarflow")
+
+
+class ITarFlowBlock(Accelerated):
+    """Block of apple/ml-itarflow (arXiv 2604.20041), which also takes a noise level."""
+
+    description = METHODS
+
+    def forward(
+        self, x: torch.Tensor, y: torch.Tensor | None = None, t: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map data to noise, as the original method does."""
+        try:
+            return density(self, x, y, t)
+        except Unfit:
+            return super().forward(x, y, t)  # type: ignore[misc]
+
+    def reverse(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | None = None,
+        guidance: float = 0,
+        guide_what: str = "ab",
+        attn_temp: float = 1.0,
+        annealed_guidance: bool = False,
+        t: torch.Tensor | None = None,
+        lerp_style: str = "tarflow",
+    ) -> torch.Tensor:
+        """Map noise to data, as the original method does, and keep the noise."""
+        weight = guidance if guide_what else 0
+        try:
+            # Under STARFlow's rule, the original takes the ratio of deviations of the first sample for all samples.
+            if weight > 0 and (lerp_style != "starflow" or len(x) > 1):
+                raise Unfit("guidance is linear in the standard deviation, or depends on the batch")
+            return inverse(self, x, y, t, weight, "starflow", attn_temp, annealed_guidance)
+        except (Unfit, NonFiniteError):
+            options = guidance, guide_what, attn_temp, annealed_guidance, t, lerp_style
+            return super().reverse(x, y, *options)  # type: ignore[misc]
+
+    @classmethod
+    def check(cls, module: nn.Module) -> str | None:
+        """Return in what the fast methods differ from the original ones on random tokens, or None."""
+        return check_tarflow(module, -2.0, "starflow")
+
+
+class StarFlowBlock(Accelerated):
+    """Block of apple/ml-starflow (arXiv 2506.06276)."""
+
+    description = METHODS
+
+    def forward(
+        self: Any,
+        x: torch.Tensor,
+        y: torch.Tensor | None = None,
+        rope: nn.Module | None = None,
+        kv_cache: Any = None,
+        guidance: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Map data to noise, as the original method does, which also returns the text states of a block with text."""
+        try:
+            if kv_cache is not None or self.txt_dim:
+                raise Unfit("it fills a cache or returns text states")
+            if guidance or (self.training and (self.use_checkpoint or self.use_checkpoint_mlp)):
+                raise Unfit("it guides the density or computes values again in the backward pass")
+            z, logdet = grid_density(self, x, None, rope)
+        except Unfit:
+            return super().forward(x, y, rope, kv_cache, guidance)
+        return z, None, logdet
+
+    def reverse(
+        self: Any,
+        z: torch.Tensor,
+        y: torch.Tensor | None = None,
+        guidance: float = 0,
+        guide_what: str = "ab",
+        attn_temp: float = 1.0,
+        annealed_guidance: bool = False,
+        rope: nn.Module | None = None,
+        *rest: Any,
+        keep_cache: bool = True,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Map noise to data, as the original method does. Without `keep_cache`, no cache needs to be filled."""
+        try:
+            if keep_cache or self.local_attn_window or attn_temp != 1 or (guidance > 0 and not guide_what):
+                raise Unfit("it fills a cache, has a window, or a temperature in both branches")
+            # Without text, both branches of guidance are the same.
+            return grid_inverse(self, z, *((y, guidance) if self.txt_dim else (None, 0)), rope)
+        except (Unfit, NonFiniteError):
+            given = guidance, guide_what, attn_temp, annealed_guidance, rope
+            return super().reverse(z, y, *given, *rest, **options)
+
+    @classmethod
+    def check(cls, module: nn.Module) -> str | None:
+        """Return in what the fast methods differ from the original ones on random tokens, or None."""
+        return check_starflow(module)
+
+
+class StarFlow(Accelerated):
+    """Model of apple/ml-starflow, whose blocks fill a cache only for a caller that passes one."""
+
+    description = "lets its blocks sample without a cache"
+
+    def reverse(self: Any, *arguments: Any, **options: Any) -> Any:
+        """Map noise to data, as the original method does."""
+        given = dict(zip(inspect.signature(super().reverse).parameters, arguments)) | options
+        if given.get("kv_caches") is None:
+            options["keep_cache"] = False
+        return super().reverse(*arguments, **options)
+
+    @classmethod
+    def check(cls, module: nn.Module) -> str | None:
+        """Return None: it computes nothing itself."""
+        return None

@@ -1,0 +1,141 @@
+"""Calls of the block ops with the weights and conditions of upstream flow blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..._core.implicit import needs_gradient
+from ..._core.torch_private import is_intercepted
+from ...block.api import block_forward, block_inverse
+from ...spec import BlockSpec, GuidanceRule
+from .structure import Unfit, read
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Tokens of a batch times squared width from which the density ops save more time than their calls take.
+DENSITY_FROM = 2**20
+
+
+def _ready(
+    block: Any, x: torch.Tensor, rotary: bool = False, sampling: bool = False, least: int = 0
+) -> tuple[torch.Tensor, BlockSpec, dict[str, torch.Tensor]]:
+    """Return tokens (B, T, D) in float32, and the spec and weights of a call.
+
+    Args:
+        block: upstream flow block.
+        x: (B, ..., D) tokens.
+        rotary: whether the call has rotary positions.
+        sampling: whether the call is an inverse.
+        least: tokens times squared width from which the ops compute the call.
+
+    Raises:
+        Unfit: the original method must compute the call.
+    """
+    if x.shape[:-1].numel() * getattr(block.proj_in, "out_features", 0) ** 2 < least:
+        raise Unfit("it is small")
+    if is_intercepted():
+        raise Unfit("torch compiles, traces or transforms the call")
+    order = torch.arange(math.prod(x.shape[1:-1]))
+    own = block.permutation(order.view(1, *x.shape[1:-1], 1)).flatten()
+    flip = not torch.equal(own, order)
+    if flip and not torch.equal(own, order.flip(0)):
+        raise Unfit("its order of the tokens is neither that of the data nor the reverse")
+    spec, weights = read(block, flip, rotary)
+    if not {x.dtype, *(weight.dtype for weight in weights.values())}.issubset(DTYPES):
+        raise Unfit("its dtype is neither float32 nor bfloat16")
+    # With a gradient, the density is composed of operations on which autocast acts.
+    if torch.is_autocast_enabled(x.device.type) and (sampling or not torch.is_grad_enabled()):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    return x.float().flatten(1, -2), spec, weights
+
+
+def _condition(block: Any, y: torch.Tensor | None, t: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    """Return what a block of TarFlow adds to every token, (rows, C): embeddings of classes and of noise levels."""
+    terms = [] if t is None else [block.time_embed(t)]
+    if block.class_embed is not None:
+        terms.append(block.class_embed.mean(0) if y is None else block.class_embed[y].flatten(0, -2))
+    return sum(terms).expand(rows, -1) if terms else None
+
+
+def density(
+    block: Any, x: torch.Tensor, y: torch.Tensor | None, t: torch.Tensor | None, least: int = DENSITY_FROM
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return noise and mean log-determinant (B,) of data x (B, T, D) by a block of TarFlow or iTARFlow."""
+    if block.training and getattr(block, "attn_dropout", 0):
+        raise Unfit("its attention drops values")
+    tokens, spec, weights = _ready(block, x, least=least)
+    cond = _condition(block, y, t, len(x))
+    if cond is not None and y is not None and (y < 0).any():
+        cond = torch.where((y < 0)[:, None], _condition(block, None, t, len(x)), cond)
+    z, logdet = block_forward(tokens, weights, spec, cond=cond, logdet="mean")
+    return z.to(x.dtype), logdet.to(x.dtype)
+
+
+def inverse(
+    block: Any,
+    z: torch.Tensor,
+    y: torch.Tensor | None,
+    t: torch.Tensor | None,
+    guidance: float,
+    rule: GuidanceRule,
+    temperature: float,
+    annealed: bool,
+) -> torch.Tensor:
+    """Return data (B, T, D) by a block of TarFlow or iTARFlow."""
+    tokens, spec, weights = _ready(block, z, sampling=True)
+    B, T, _ = tokens.shape
+    if spec.positions > T:
+        # The original inverts the first tokens of its own order alone.
+        table = weights["pos_embed"]
+        weights["pos_embed"] = table[-T:] if spec.flip else table[:T]
+        spec = dataclasses.replace(spec, positions=T)
+    cond = _condition(block, y, t, B)
+    guided: dict[str, Any] = {}
+    if guidance > 0:
+        if needs_gradient(z):
+            raise Unfit("guided samples have no gradient")
+        if cond is not None:
+            cond = torch.cat([cond, _condition(block, None, t, B)]).detach()  # type: ignore[list-item]
+        ramp = torch.arange(T, dtype=torch.float64, device=z.device) / max(T - 1, 1) if annealed else 1.0
+        guided = {"guidance": guidance * ramp, "rule": rule, "temperature": temperature}
+    return block_inverse(tokens, weights, spec, cond=cond, **guided).x.to(z.dtype)
+
+
+def grid_density(
+    block: Any, x: torch.Tensor, y: torch.Tensor | None, rope: nn.Module | None, least: int = DENSITY_FROM
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return noise and log-determinant of data x (B, ..., D) by a block of STARFlow, the latter (B, T, D)."""
+    tokens, spec, weights = _ready(block, x, rotary=rope is not None, least=least)
+    z, logdet = block_forward(tokens, weights, spec, prefix=y, **_angles(block, x, y, rope), logdet="none")
+    # The original log-determinant is in the block's own order.
+    return z.to(x.dtype).view_as(x), logdet.flip(1) if spec.flip else logdet
+
+
+def grid_inverse(
+    block: Any, z: torch.Tensor, y: torch.Tensor | None, guidance: float, rope: nn.Module | None
+) -> torch.Tensor:
+    """Return data (B, ..., D) by a block of STARFlow."""
+    tokens, spec, weights = _ready(block, z, rotary=rope is not None, sampling=True)
+    guided: dict[str, Any] = {"guidance": guidance, "rule": "starflow"} if guidance > 0 else {}
+    if spec.text_dim and (y is None or len(y) != len(z) * (2 if guided else 1)):
+        raise Unfit("it has no text states, or those of another batch")
+    if guided and needs_gradient(z, y):
+        raise Unfit("guided samples have no gradient")
+    x = block_inverse(tokens, weights, spec, prefix=y, **_angles(block, z, y, rope), **guided).x
+    return x.to(z.dtype).view_as(z)
+
+
+def _angles(block: Any, x: torch.Tensor, y: torch.Tensor | None, rope: nn.Module | None) -> dict[str, torch.Tensor]:
+    """Return cosines and sines of the rotary angles of text states y and tokens x (B, ..., D) of STARFlow."""
+    if rope is None:
+        return {}
+    angles = block.get_freqs_cis(x.float(), y, rope)
+    half, positions = angles[:, ::2], math.prod(x.shape[1:-1]) + (0 if y is None else y.shape[1])
+    if len(angles) != positions or not torch.equal(half, angles[:, 1::2]):
+        raise Unfit("its rotary angles are of another kind")
+    return {"cos": half.cos(), "sin": half.sin()}
