@@ -40,16 +40,20 @@ TARFLOWS = [name for name in MODELS if name.startswith("tarflow")]
 STARFLOWS = [name for name in MODELS if name.startswith("starflow")]
 
 
-def make(name):
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
+def tame(model):
+    """Give a model a head with which samples stay small, and norms that are not plain."""
     with torch.no_grad():
         for block in model.blocks:
             block.proj_out.weight.mul_(0.3)
             for norm in block.modules():
                 if isinstance(norm, (nn.LayerNorm, released.RMSNorm)):
                     norm.weight.add_(0.1 * torch.randn_like(norm.weight))
-    return model
+    return model.eval()
+
+
+def make(name):
+    torch.manual_seed(0)
+    return tame(MODELS[name]())
 
 
 def pair(name):
@@ -102,7 +106,7 @@ def originals_are_unused(monkeypatch):
 def dense(monkeypatch):
     """Let the ops compute the density of small blocks too."""
     for function in (calls.density, calls.grid_density):
-        monkeypatch.setattr(function, "__defaults__", (0,))
+        monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], 0))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -276,11 +280,22 @@ def test_a_layer_that_is_replaced_later_takes_part(dense):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_surrounding_model_compiles(dense):
-    model, fast = pair("tarflow")
-    x, _ = data("tarflow")
+@pytest.mark.parametrize("name", ["tarflow", "starflow"])
+def test_the_surrounding_model_compiles(name, dense):
+    model, fast = pair(name)
+    x, context = data(name)
     compiled = torch.compile(fast, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled(x, *context), model(x, *context), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tarflow", "starflow"])
+@torch.no_grad()
+def test_a_compiled_model_calls_the_inverse_between_graphs(name, monkeypatch):
+    model, fast = pair(name)
+    expected = 2 * sample(model, name)
+    originals_are_unused(monkeypatch)
+    compiled = torch.compile(lambda: 2 * sample(fast, name), backend="eager")
+    torch.testing.assert_close(compiled(), expected, rtol=1e-5, atol=1e-5)
 
 
 class Adapted(nn.Linear):
@@ -298,6 +313,26 @@ class Doubled(released.TarFlowBlock):
     def guide(self, *arguments):
         a, b = super().guide(*arguments)
         return a, 2 * b
+
+
+class Plain(released.TarFlowBlock):
+    """Block without guidance, with an option of its own."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+    def reverse(self, x, scale=1.0):
+        return scale * super().reverse(x)
+
+
+@torch.no_grad()
+def test_a_block_may_have_other_options():
+    fast = tame(tarflow(Plain))
+    model = copy.deepcopy(fast)
+    assert accelerate(fast).accelerated
+    z, _ = data("tarflow")
+    torch.testing.assert_close(fast.reverse(z), model.reverse(z), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fast.reverse(z, scale=2.0), model.reverse(z, scale=2.0), rtol=1e-5, atol=1e-5)
 
 
 def with_part(name, part):

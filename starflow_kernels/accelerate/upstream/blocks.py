@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..._core.checks import NonFiniteError
+from ..._core.torch_private import outside_graphs
 from ..swap import Accelerated
 from .calls import density, grid_density, grid_inverse, inverse
 from .check import check_starflow, check_tarflow
 from .structure import Unfit, is_block, read
 
+# Arguments of the inverse of TarFlow and iTARFlow that concern guidance.
+GUIDANCE = ("guidance", "guide_what", "attn_temp", "annealed_guidance", "lerp_style")
 METHODS = "packed inverse, fused density"
+OUTSIDE = "an accelerated inverse runs between two graphs"
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Accelerated] | str]]:
@@ -34,8 +38,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Accelera
         except Unfit as reason:
             yield name, module, str(reason)
         else:
-            tarflow = ITarFlowBlock if hasattr(module, "time_embed") else TarFlowBlock
-            yield name, module, tarflow if hasattr(module, "nvp") else StarFlowBlock
+            yield name, module, TarFlowBlock if hasattr(module, "nvp") else StarFlowBlock
 
 
 def _passes_caches(module: nn.Module) -> bool:
@@ -49,82 +52,56 @@ def _passes_caches(module: nn.Module) -> bool:
 
 
 class TarFlowBlock(Accelerated):
-    """Block of apple/ml-tarflow (arXiv 2412.06329)."""
+    """Block of apple/ml-tarflow (arXiv 2412.06329), or of apple/ml-itarflow (arXiv 2604.20041) with its noise level."""
 
     description = METHODS
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Map data to noise, as the original method does."""
+        original = super().forward  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            return original(x, *arguments, **options)
         try:
-            return density(self, x, y, None)
+            return density(self, x, **_named(original, ("y", "t"), x, *arguments, **options))
         except Unfit:
-            return super().forward(x, y)  # type: ignore[misc]
+            return original(x, *arguments, **options)
 
-    def reverse(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor | None = None,
-        guidance: float = 0,
-        guide_what: str = "ab",
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-    ) -> torch.Tensor:
+    @outside_graphs(OUTSIDE)
+    def reverse(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         """Map noise to data, as the original method does, and keep the noise."""
+        original = super().reverse  # type: ignore[misc]
         try:
-            if guidance > 0 and guide_what and not {"a", "b"}.issubset(guide_what):
-                raise Unfit("guidance acts on one of the two parameters")
-            weight = guidance if guide_what else 0
-            return inverse(self, x, y, None, weight, "tarflow", attn_temp, annealed_guidance)
+            return inverse(self, x, **_named(original, ("y", "t", *GUIDANCE), x, *arguments, **options))
         except (Unfit, NonFiniteError):
-            options = guidance, guide_what, attn_temp, annealed_guidance
-            return super().reverse(x, y, *options)  # type: ignore[misc]
+            return original(x, *arguments, **options)
 
     @classmethod
     def check(cls, module: nn.Module) -> str | None:
         """Return in what the fast methods differ from the original ones on random tokens, or None."""
-        return check_tarflow(module, None, "tarflow")
+        return check_tarflow(module)
 
 
-class ITarFlowBlock(Accelerated):
-    """Block of apple/ml-itarflow (arXiv 2604.20041), which also takes a noise level."""
+def _named(method: Callable, known: tuple[str, ...], *arguments: Any, **options: Any) -> dict[str, Any]:
+    """Return the arguments of a call by name, from the second on, and the defaults of those that are not given.
 
-    description = METHODS
+    Args:
+        method: original method.
+        known: names of the arguments that the ops know, of which the method takes some.
+        arguments: positional arguments.
+        options: keyword arguments.
 
-    def forward(
-        self, x: torch.Tensor, y: torch.Tensor | None = None, t: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map data to noise, as the original method does."""
-        try:
-            return density(self, x, y, t)
-        except Unfit:
-            return super().forward(x, y, t)  # type: ignore[misc]
-
-    def reverse(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor | None = None,
-        guidance: float = 0,
-        guide_what: str = "ab",
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-        t: torch.Tensor | None = None,
-        lerp_style: str = "tarflow",
-    ) -> torch.Tensor:
-        """Map noise to data, as the original method does, and keep the noise."""
-        weight = guidance if guide_what else 0
-        try:
-            # Under STARFlow's rule, the original takes the ratio of deviations of the first sample for all samples.
-            if weight > 0 and (lerp_style != "starflow" or len(x) > 1):
-                raise Unfit("guidance is linear in the standard deviation, or depends on the batch")
-            return inverse(self, x, y, t, weight, "starflow", attn_temp, annealed_guidance)
-        except (Unfit, NonFiniteError):
-            options = guidance, guide_what, attn_temp, annealed_guidance, t, lerp_style
-            return super().reverse(x, y, *options)  # type: ignore[misc]
-
-    @classmethod
-    def check(cls, module: nn.Module) -> str | None:
-        """Return in what the fast methods differ from the original ones on random tokens, or None."""
-        return check_tarflow(module, -2.0, "starflow")
+    Raises:
+        Unfit: an argument is not known.
+    """
+    signature = inspect.signature(method)
+    _, *names = signature.parameters
+    try:
+        given = signature.bind(*arguments, **options).arguments
+    except TypeError as error:
+        raise Unfit(str(error)) from None
+    if unknown := [name for name in names if name in given and name not in known]:
+        raise Unfit(f"its argument {unknown[0]} is not known")
+    return {name: given.get(name, signature.parameters[name].default) for name in names if name in known}
 
 
 class StarFlowBlock(Accelerated):
@@ -142,8 +119,8 @@ class StarFlowBlock(Accelerated):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Map data to noise, as the original method does, which also returns the text states of a block with text."""
         try:
-            if kv_cache is not None or self.txt_dim:
-                raise Unfit("it fills a cache or returns text states")
+            if torch.compiler.is_compiling() or kv_cache is not None or self.txt_dim:
+                raise Unfit("it is compiled, fills a cache or returns text states")
             if guidance or (self.training and (self.use_checkpoint or self.use_checkpoint_mlp)):
                 raise Unfit("it guides the density or computes values again in the backward pass")
             z, logdet = grid_density(self, x, None, rope)
@@ -151,6 +128,7 @@ class StarFlowBlock(Accelerated):
             return super().forward(x, y, rope, kv_cache, guidance)
         return z, None, logdet
 
+    @outside_graphs(OUTSIDE)
     def reverse(
         self: Any,
         z: torch.Tensor,

@@ -12,7 +12,7 @@ from torch import nn
 from ..._core.implicit import needs_gradient
 from ..._core.torch_private import is_intercepted
 from ...block.api import block_forward, block_inverse
-from ...spec import BlockSpec, GuidanceRule
+from ...spec import BlockSpec
 from .structure import Unfit, read
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -63,7 +63,11 @@ def _condition(block: Any, y: torch.Tensor | None, t: torch.Tensor | None, rows:
 
 
 def density(
-    block: Any, x: torch.Tensor, y: torch.Tensor | None, t: torch.Tensor | None, least: int = DENSITY_FROM
+    block: Any,
+    x: torch.Tensor,
+    y: torch.Tensor | None = None,
+    t: torch.Tensor | None = None,
+    least: int = DENSITY_FROM,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return noise and mean log-determinant (B,) of data x (B, T, D) by a block of TarFlow or iTARFlow."""
     if block.training and getattr(block, "attn_dropout", 0):
@@ -79,14 +83,21 @@ def density(
 def inverse(
     block: Any,
     z: torch.Tensor,
-    y: torch.Tensor | None,
-    t: torch.Tensor | None,
-    guidance: float,
-    rule: GuidanceRule,
-    temperature: float,
-    annealed: bool,
+    y: torch.Tensor | None = None,
+    t: torch.Tensor | None = None,
+    guidance: float = 0,
+    guide_what: str = "ab",
+    attn_temp: float = 1.0,
+    annealed_guidance: bool = False,
+    lerp_style: str | None = None,
 ) -> torch.Tensor:
-    """Return data (B, T, D) by a block of TarFlow or iTARFlow."""
+    """Return data (B, T, D) by a block of TarFlow, or of iTARFlow with its `lerp_style`."""
+    guides = guidance > 0 and guide_what
+    if guides and lerp_style is None and not {"a", "b"}.issubset(guide_what):
+        raise Unfit("guidance acts on one of the two parameters")
+    # Under STARFlow's rule, iTARFlow takes the ratio of deviations of the first sample for all samples.
+    if guides and lerp_style is not None and (lerp_style != "starflow" or len(z) > 1):
+        raise Unfit("guidance is linear in the standard deviation, or depends on the batch")
     tokens, spec, weights = _ready(block, z, sampling=True)
     B, T, _ = tokens.shape
     if spec.positions > T:
@@ -96,13 +107,14 @@ def inverse(
         spec = dataclasses.replace(spec, positions=T)
     cond = _condition(block, y, t, B)
     guided: dict[str, Any] = {}
-    if guidance > 0:
+    if guides:
         if needs_gradient(z):
             raise Unfit("guided samples have no gradient")
         if cond is not None:
             cond = torch.cat([cond, _condition(block, None, t, B)]).detach()  # type: ignore[list-item]
-        ramp = torch.arange(T, dtype=torch.float64, device=z.device) / max(T - 1, 1) if annealed else 1.0
-        guided = {"guidance": guidance * ramp, "rule": rule, "temperature": temperature}
+        ramp = torch.arange(T, dtype=torch.float64, device=z.device) / max(T - 1, 1) if annealed_guidance else 1.0
+        rule = "tarflow" if lerp_style is None else lerp_style
+        guided = {"guidance": guidance * ramp, "rule": rule, "temperature": attn_temp}
     return block_inverse(tokens, weights, spec, cond=cond, **guided).x.to(z.dtype)
 
 

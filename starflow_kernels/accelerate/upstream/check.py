@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...spec import GuidanceRule
 from ..swap import AGREEMENT, seen_as
 from .calls import density, grid_density, grid_inverse, inverse
 
@@ -53,32 +52,27 @@ def _with_random_head(module: Any) -> tuple[Any, Callable[..., torch.Tensor]]:
 
 
 @torch.no_grad()
-def check_tarflow(module: nn.Module, level: float | None, rule: GuidanceRule) -> str | None:
-    """Return in what the calls of a block of TarFlow or iTARFlow differ from its own methods, or None.
-
-    Args:
-        module: the block.
-        level: logarithm of a noise level, if the block takes one.
-        rule: rule of guidance.
-    """
+def check_tarflow(module: nn.Module) -> str | None:
+    """Return in what the calls of a block of TarFlow or iTARFlow differ from its own methods, or None."""
     block, normal = _with_random_head(module)
     z = normal(2, len(block.pos_embed), block.proj_in.in_features)
-    y = None if block.class_embed is None else torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    t = None if level is None else z.new_full((1, 1), level)
-    x = inverse(block, z, y, t, 0, rule, 1, False)
-    found, found_logdet = density(block, x, y, t, least=0)
-    noise, logdet = block(x, y) if t is None else block(x, y, t)
+    context: dict[str, Any] = {"t": z.new_full((1, 1), -2.0)} if hasattr(block, "time_embed") else {}
+    if block.class_embed is not None:
+        context["y"] = torch.zeros(1, dtype=torch.int64, device=z.device)
+    x = inverse(block, z, **context)
+    found, found_logdet = density(block, x, **context, least=0)
+    noise, logdet = block(x, **context)
+    pairs = {"inverse": (noise, z), "noise": (found, noise), "log-determinant": (found_logdet, logdet)}
     # A few tokens, since the original is slow.
-    few, label = z[:1, :8], None if y is None else y[:1]
-    found_guided = inverse(block, few, label, t, 1.5, rule, 0.8, True)
-    options = {} if t is None else {"t": t, "lerp_style": rule}
-    guided = block.reverse(few.clone(), label, 1.5, "ab", 0.8, True, **options)
-    return _difference(
-        inverse=(noise, z),
-        noise=(found, noise),
-        logdet=(found_logdet, logdet),
-        guided_inverse=(found_guided, guided),
-    )
+    few = z[:1, :8]
+    options = {"guidance": 1.5, "attn_temp": 0.8, "annealed_guidance": True}
+    parameters = inspect.signature(block.reverse).parameters
+    if "lerp_style" in parameters:
+        options["lerp_style"] = "starflow"
+    if "guidance" in parameters:
+        expected = block.reverse(few.clone(), **context, **options)
+        pairs["guided inverse"] = inverse(block, few, **context, **options), expected
+    return _difference(pairs)
 
 
 @torch.no_grad()
@@ -94,23 +88,23 @@ def check_starflow(module: nn.Module) -> str | None:
     x = grid_inverse(block, z, text, 0, rope)
     found, found_logdet = grid_density(block, x, text, rope, least=0)
     noise, _, logdet = block(x, text, rope)
+    expected = block.reverse(z, texts, weight, rope=rope, kv_cache=type(cache)())
     return _difference(
-        inverse=(noise, z),
-        noise=(found, noise),
-        logdet=(found_logdet, logdet),
-        guided_inverse=(
-            grid_inverse(block, z, texts, weight, rope),
-            block.reverse(z, texts, weight, rope=rope, kv_cache=type(cache)()),
-        ),
+        {
+            "inverse": (noise, z),
+            "noise": (found, noise),
+            "log-determinant": (found_logdet, logdet),
+            "guided inverse": (grid_inverse(block, z, texts, weight, rope), expected),
+        }
     )
 
 
-def _difference(**pairs: tuple[torch.Tensor, torch.Tensor]) -> str | None:
-    """Return which tensor found differs from the expected one by more than rounding, or None."""
+def _difference(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> str | None:
+    """Return by its name which tensor found differs from the expected one by more than rounding, or None."""
     for name, (found, expected) in pairs.items():
         scale = expected.abs().max().clamp(min=1)
         error = float((found - expected).abs().max() / scale)
         # Not a number is no agreement.
         if not error <= AGREEMENT.get(expected.dtype, BFLOAT16_AGREEMENT):
-            return f"the fast {name.replace('_', ' ')} differs from the original by {error:.1e}"
+            return f"the fast {name} differs from the original by {error:.1e}"
     return None
