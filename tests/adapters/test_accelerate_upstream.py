@@ -105,8 +105,7 @@ def originals_are_unused(monkeypatch):
 @pytest.fixture
 def dense(monkeypatch):
     """Let the ops compute the density of small blocks too."""
-    for function in (calls.density, calls.grid_density):
-        monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], 0))
+    monkeypatch.setattr(calls, "DENSITY_FROM", 0)
 
 
 @pytest.mark.parametrize("name", MODELS)

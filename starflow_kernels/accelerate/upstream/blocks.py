@@ -12,7 +12,7 @@ from torch import nn
 from ..._core.checks import NonFiniteError
 from ..._core.torch_private import outside_graphs
 from ..swap import Accelerated
-from .calls import density, grid_density, grid_inverse, inverse
+from .calls import density, grid_density, grid_inverse, inverse, stays_original
 from .check import check_starflow, check_tarflow
 from .structure import Unfit, is_block, read
 
@@ -59,7 +59,7 @@ class TarFlowBlock(Accelerated):
     def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Map data to noise, as the original method does."""
         original = super().forward  # type: ignore[misc]
-        if torch.compiler.is_compiling():
+        if stays_original(self, x):
             return original(x, *arguments, **options)
         try:
             return density(self, x, **_named(original, ("y", "t"), x, *arguments, **options))
@@ -119,8 +119,8 @@ class StarFlowBlock(Accelerated):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Map data to noise, as the original method does, which also returns the text states of a block with text."""
         try:
-            if torch.compiler.is_compiling() or kv_cache is not None or self.txt_dim:
-                raise Unfit("it is compiled, fills a cache or returns text states")
+            if stays_original(self, x) or kv_cache is not None or self.txt_dim:
+                raise Unfit("it is compiled or small, fills a cache, or returns text states")
             if guidance or (self.training and (self.use_checkpoint or self.use_checkpoint_mlp)):
                 raise Unfit("it guides the density or computes values again in the backward pass")
             z, logdet = grid_density(self, x, None, rope)

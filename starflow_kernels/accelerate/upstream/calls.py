@@ -20,8 +20,19 @@ DTYPES = (torch.float32, torch.bfloat16)
 DENSITY_FROM = 2**20
 
 
+def stays_original(block: Any, x: torch.Tensor) -> bool:
+    """Return whether the original method computes the density: it is traced, or so small that it takes less time.
+
+    Args:
+        block: upstream flow block.
+        x: (B, ..., D) tokens.
+    """
+    width = getattr(block.proj_in, "out_features", 0)
+    return torch.compiler.is_compiling() or x.shape[:-1].numel() * width**2 < DENSITY_FROM
+
+
 def _ready(
-    block: Any, x: torch.Tensor, rotary: bool = False, sampling: bool = False, least: int = 0
+    block: Any, x: torch.Tensor, rotary: bool = False, sampling: bool = False
 ) -> tuple[torch.Tensor, BlockSpec, dict[str, torch.Tensor]]:
     """Return tokens (B, T, D) in float32, and the spec and weights of a call.
 
@@ -30,13 +41,10 @@ def _ready(
         x: (B, ..., D) tokens.
         rotary: whether the call has rotary positions.
         sampling: whether the call is an inverse.
-        least: tokens times squared width from which the ops compute the call.
 
     Raises:
         Unfit: the original method must compute the call.
     """
-    if x.shape[:-1].numel() * getattr(block.proj_in, "out_features", 0) ** 2 < least:
-        raise Unfit("it is small")
     if is_intercepted():
         raise Unfit("torch compiles, traces or transforms the call")
     order = torch.arange(math.prod(x.shape[1:-1]))
@@ -63,16 +71,12 @@ def _condition(block: Any, y: torch.Tensor | None, t: torch.Tensor | None, rows:
 
 
 def density(
-    block: Any,
-    x: torch.Tensor,
-    y: torch.Tensor | None = None,
-    t: torch.Tensor | None = None,
-    least: int = DENSITY_FROM,
+    block: Any, x: torch.Tensor, y: torch.Tensor | None = None, t: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return noise and mean log-determinant (B,) of data x (B, T, D) by a block of TarFlow or iTARFlow."""
     if block.training and getattr(block, "attn_dropout", 0):
         raise Unfit("its attention drops values")
-    tokens, spec, weights = _ready(block, x, least=least)
+    tokens, spec, weights = _ready(block, x)
     cond = _condition(block, y, t, len(x))
     if cond is not None and y is not None and (y < 0).any():
         cond = torch.where((y < 0)[:, None], _condition(block, None, t, len(x)), cond)
@@ -119,10 +123,10 @@ def inverse(
 
 
 def grid_density(
-    block: Any, x: torch.Tensor, y: torch.Tensor | None, rope: nn.Module | None, least: int = DENSITY_FROM
+    block: Any, x: torch.Tensor, y: torch.Tensor | None, rope: nn.Module | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return noise and log-determinant of data x (B, ..., D) by a block of STARFlow, the latter (B, T, D)."""
-    tokens, spec, weights = _ready(block, x, rotary=rope is not None, least=least)
+    tokens, spec, weights = _ready(block, x, rotary=rope is not None)
     z, logdet = block_forward(tokens, weights, spec, prefix=y, **_angles(block, x, y, rope), logdet="none")
     # The original log-determinant is in the block's own order.
     return z.to(x.dtype).view_as(x), logdet.flip(1) if spec.flip else logdet

@@ -60,7 +60,7 @@ def check_tarflow(module: nn.Module) -> str | None:
     if block.class_embed is not None:
         context["y"] = torch.zeros(1, dtype=torch.int64, device=z.device)
     x = inverse(block, z, **context)
-    found, found_logdet = density(block, x, **context, least=0)
+    found, found_logdet = density(block, x, **context)
     noise, logdet = block(x, **context)
     pairs = {"inverse": (noise, z), "noise": (found, noise), "log-determinant": (found_logdet, logdet)}
     # A few tokens, since the original is slow.
@@ -86,7 +86,7 @@ def check_starflow(module: nn.Module) -> str | None:
     text = None if texts is None else texts[:2]
     weight = 0 if texts is None else 1.5
     x = grid_inverse(block, z, text, 0, rope)
-    found, found_logdet = grid_density(block, x, text, rope, least=0)
+    found, found_logdet = grid_density(block, x, text, rope)
     noise, _, logdet = block(x, text, rope)
     expected = block.reverse(z, texts, weight, rope=rope, kv_cache=type(cache)())
     return _difference(
