@@ -7,8 +7,8 @@ namespace starflow {
 
 namespace {
 
-// Samples that a thread takes at a time. A row has the same bits in every chunk.
-constexpr int64_t SAMPLES = MASKED_SAMPLES;
+// Samples that a thread takes at a time, and largest number in a plan.
+constexpr int64_t SAMPLES = MASKED_SAMPLES, MOST = int64_t(1) << 31;
 
 void check(bool condition) { STD_TORCH_CHECK(condition, "native kernels: the plan does not fit"); }
 
@@ -36,16 +36,6 @@ public:
     }
     void finish() const { check(next == end); }
 };
-
-constexpr int64_t MOST = int64_t(1) << 31;
-
-template <class Value>
-void solve(MaskedCall& call) {
-    torch::stable::parallel_for(0, (call.B + SAMPLES - 1) / SAMPLES, 1, [&](int64_t first, int64_t last) {
-        Floats work(call.work_rows * SAMPLES * sizeof(Value) / sizeof(float), Floats::anything);
-        kernels().masked_inverse(call, first * SAMPLES, std::min(call.B, last * SAMPLES), work.data());
-    });
-}
 
 void masked_inverse(Tensor y, Tensor plan, Tensor weights, Tensor offsets, Tensor samples, int64_t kind,
                     std::vector<double> constants, Tensor x, Tensor logdet) {
@@ -114,7 +104,10 @@ void masked_inverse(Tensor y, Tensor plan, Tensor weights, Tensor offsets, Tenso
         call.scale_first = constants[0] != 0, call.epsilon = constants[2], call.bias = constants[3];
         call.low = constants[4], call.high = constants[5];
     }
-    call.is_double ? solve<double>(call) : solve<float>(call);
+    torch::stable::parallel_for(0, (call.B + SAMPLES - 1) / SAMPLES, 1, [&](int64_t first, int64_t last) {
+        Floats work(call.work_rows * SAMPLES * size / int64_t(sizeof(float)), Floats::anything);
+        kernels().masked_inverse(call, first * SAMPLES, std::min(call.B, last * SAMPLES), work.data());
+    });
 }
 
 }  // namespace

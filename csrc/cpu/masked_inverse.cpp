@@ -113,7 +113,8 @@ INLINE V solve_spline(const MaskedCall& call, V y, typename Lanes<V>::Value* par
     for (int64_t k = 0; k < call.bins; ++k) {
         V w = fma(load(widths + k * stride), width_scale, constant<V>(2 * call.bound * least_width));
         V h = fma(load(heights + k * stride), height_scale, constant<V>(2 * call.bound * least_height));
-        auto here = k ? y > low : y > -bound - one;
+        // The first bin also stands in for values outside of the spline, whose results are not used.
+        auto here = k ? y > low : bound > zero;
         x0 = select(here, left, x0), y0 = select(here, low, y0);
         width = select(here, w, width), height = select(here, h, height);
         raw0 = select(here, k ? load(slopes + (k - 1) * stride) : zero, raw0);

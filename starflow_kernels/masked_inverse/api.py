@@ -12,7 +12,7 @@ from .._core.checks import check_same_dtype, check_tensor
 from .._core.torch_private import outside_graphs
 from . import native, reference
 from .network import Activation, MaskedLayer, Univariate
-from .plan import MaskedPlan
+from .plan import MaskedPlan, form_of
 
 dispatch.register("masked_inverse", "reference", reference.masked_inverse)
 compiled.register("masked_inverse", native, backward=False)
@@ -53,7 +53,8 @@ def masked_inverse(
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
-        ValueError: an argument of the wrong shape or value; parameters that depend on features solved later.
+        ValueError: an argument of the wrong shape or value. The native backend also refuses parameters that depend on
+            features solved later.
 
     Equivalent to:
         ```python
@@ -64,6 +65,8 @@ def masked_inverse(
         ```
     """
     _check(y, layers, order, transform)
+    if plan is not None and plan.form != form_of(layers, transform, interleaved):
+        raise ValueError("plan: it was made for layers, parameters or a layout of another form")
     with torch.no_grad():
         return dispatch.run("masked_inverse", backend, y, layers, order, transform, interleaved, plan)
 

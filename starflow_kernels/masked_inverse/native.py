@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from .._core.compiled import empty, refuse_tensors
+from ..spec import choice_index
+from .network import Kind
 from .plan import MaskedPlan
 
 DTYPES = (torch.float32, torch.float64)
@@ -24,7 +26,7 @@ def masked_inverse(y, layers, order, transform, interleaved, plan) -> tuple[torc
         per_sample += [layer.offset] if layer.offset.ndim == 2 else []
         per_sample += [] if layer.scale is None else [layer.scale]
     samples = torch.cat(per_sample, 1) if per_sample else y.new_empty(len(y), 0)
-    torch.ops.starflow_native.masked_inverse(
-        y.contiguous(), plan.numbers, plan.weights, plan.offsets, samples, plan.kind, plan.constants, x, logdet
-    )
+    tensors = y.contiguous(), plan.numbers, plan.weights, plan.offsets, samples
+    kind = choice_index(transform.kind, Kind)
+    torch.ops.starflow_native.masked_inverse(*tensors, kind, transform.constants, x, logdet)
     return x, logdet

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 
 from ..spec import choice_index
-from .network import Activation, Kind, MaskedLayer, Univariate
+from .network import Activation, MaskedLayer, Univariate
 
 
 class MaskedPlan:
@@ -28,11 +27,12 @@ class MaskedPlan:
     """
 
     def __init__(self, layers: Sequence[MaskedLayer], order: torch.Tensor, transform: Univariate, interleaved: bool):
-        with torch.no_grad():
-            self._build(layers, order.cpu(), transform, interleaved)
+        self.form = form_of(layers, transform, interleaved)
+        with torch.no_grad(), torch.device("cpu"):
+            self._build(layers, order.cpu(), transform.params, interleaved)
 
-    def _build(self, layers, order, transform, interleaved) -> None:
-        D, P = len(order), transform.params
+    def _build(self, layers: Sequence[MaskedLayer], order: torch.Tensor, P: int, interleaved: bool) -> None:
+        D = len(order)
         rank = torch.unique(order, return_inverse=True)[1]
         steps = int(rank.max()) + 1
         every = torch.arange(steps + 1)
@@ -71,8 +71,16 @@ class MaskedPlan:
             levels.append(level)
             places.append(rows)
         self.numbers = torch.tensor(numbers)
-        self.weights, self.offsets, self.width = torch.cat(weights), torch.cat(offsets), width
-        self.kind, self.constants = get_args(Kind).index(transform.kind), transform.constants
+        self.weights, self.offsets = torch.cat(weights), torch.cat(offsets)
+
+
+def form_of(layers: Sequence[MaskedLayer], transform: Univariate, interleaved: bool) -> tuple:
+    """Return what a plan has in common with the calls that may use it."""
+    per_layer = [
+        (layer.weight.shape, layer.weight.dtype, layer.offset.ndim, layer.activation, layer.scale is None, layer.skip)
+        for layer in layers
+    ]
+    return transform.params, interleaved, per_layer
 
 
 def _below(values: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:

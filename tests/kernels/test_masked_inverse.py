@@ -218,6 +218,21 @@ def test_a_plan_gives_the_same_bits_with_other_values_per_sample():
         assert all(map(torch.equal, planned, masked_inverse(y, given, order, TRANSFORMS[5], backend="native")))
 
 
+@pytest.mark.parametrize("change", [{"dtype": torch.float32}, {"per_sample": True}, {"residual": True}, {"width": 5}])
+def test_a_plan_of_another_form_is_refused(change):
+    y, layers, order = solve(TRANSFORMS[0])
+    _, others, _ = solve(TRANSFORMS[0], order=order, **change)
+    with pytest.raises(ValueError, match="plan: it was made for layers"):
+        masked_inverse(y, layers, order, TRANSFORMS[0], plan=MaskedPlan(others, order, TRANSFORMS[0], True))
+
+
+def test_defaults_of_torch_do_not_matter(hostile, backend):
+    y, layers, order = solve(TRANSFORMS[5], per_sample=True)
+    expected = masked_inverse(y, layers, order, TRANSFORMS[5], backend=backend)
+    hostile()
+    assert all(map(torch.equal, masked_inverse(y, layers, order, TRANSFORMS[5], backend=backend), expected))
+
+
 @needs_native
 def test_a_network_that_is_not_autoregressive_is_refused():
     y, layers, order = solve(TRANSFORMS[0])
