@@ -7,8 +7,9 @@ namespace starflow {
 
 namespace {
 
-// Samples that a thread takes at a time, and largest number in a plan.
-constexpr int64_t SAMPLES = MASKED_SAMPLES, MOST = int64_t(1) << 31;
+// SAMPLES: samples that a thread takes at a time. SERIAL: below about this many multiply-adds, threads cost more than they
+// save. MOST: largest number in a plan.
+constexpr int64_t SAMPLES = MASKED_SAMPLES, SERIAL = 1 << 20, MOST = int64_t(1) << 31;
 
 void check(bool condition) { STD_TORCH_CHECK(condition, "native kernels: the plan does not fit"); }
 
@@ -104,7 +105,8 @@ void masked_inverse(Tensor y, Tensor plan, Tensor weights, Tensor offsets, Tenso
         call.scale_first = constants[0] != 0, call.epsilon = constants[2], call.bias = constants[3];
         call.low = constants[4], call.high = constants[5];
     }
-    torch::stable::parallel_for(0, (call.B + SAMPLES - 1) / SAMPLES, 1, [&](int64_t first, int64_t last) {
+    int64_t chunks = (call.B + SAMPLES - 1) / SAMPLES, at_least = SERIAL / (SAMPLES * weights_read) + 1;
+    torch::stable::parallel_for(0, chunks, at_least, [&](int64_t first, int64_t last) {
         Floats work(call.work_rows * SAMPLES * size / int64_t(sizeof(float)), Floats::anything);
         kernels().masked_inverse(call, first * SAMPLES, std::min(call.B, last * SAMPLES), work.data());
     });

@@ -28,7 +28,8 @@ class MaskedPlan:
 
     def __init__(self, layers: Sequence[MaskedLayer], order: torch.Tensor, transform: Univariate, interleaved: bool):
         self.form = form_of(layers, transform, interleaved)
-        with torch.no_grad(), torch.device("cpu"):
+        # A plan made in inference mode or under another default device is good outside of it.
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             self._build(layers, order.cpu(), transform.params, interleaved)
 
     def _build(self, layers: Sequence[MaskedLayer], order: torch.Tensor, P: int, interleaved: bool) -> None:

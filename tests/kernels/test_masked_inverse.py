@@ -137,7 +137,8 @@ def test_error_contract_in_float32(transform, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("transform", [TRANSFORMS[1], TRANSFORMS[5]], ids=["affine", "spline"])
 def test_a_row_has_the_same_bits_at_any_batch_and_thread_count(transform, dtype, backend):
-    y, layers, order = solve(transform, 150, 9, dtype=dtype, per_sample=True, activation="elu")
+    # Wide enough for several threads.
+    y, layers, order = solve(transform, 150, 9, dtype=dtype, per_sample=True, activation="elu", width=200)
 
     def run(i=slice(None)):
         given = [
