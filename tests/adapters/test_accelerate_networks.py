@@ -51,7 +51,7 @@ MADE = [
 ]
 
 
-@pytest.mark.parametrize("options", MADE, ids=str)
+@pytest.mark.parametrize("options", MADE)
 @pytest.mark.parametrize("library", ["nflows.transforms.made", "normflows.nets.made"])
 def test_made(library, options):
     made = pytest.importorskip(library).MADE
