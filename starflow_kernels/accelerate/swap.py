@@ -79,6 +79,17 @@ def original_class(module: nn.Module) -> type:
     return module.original if isinstance(module, Accelerated) else type(module)
 
 
+def _copied(module: nn.Module) -> nn.Module:
+    """Return a copy of a module, in which cached results are constants, since torch copies no part of a graph."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            for cached in value if isinstance(value, tuple) else (value,):
+                if isinstance(cached, torch.Tensor) and not cached.is_leaf:
+                    memo[id(cached)] = cached.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
 def disagreement(module: nn.Module, compare: Callable[[nn.Module], tuple[torch.Tensor, torch.Tensor]]) -> str | None:
     """Return how far apart two ways of one computation are, or None if they agree.
 
@@ -92,9 +103,9 @@ def disagreement(module: nn.Module, compare: Callable[[nn.Module], tuple[torch.T
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
-            expected, found = compare(copy.deepcopy(module).eval().double())
+            expected, found = compare(_copied(module).eval().double())
         except (RuntimeError, TypeError):
-            expected, found = compare(copy.deepcopy(module).eval())
+            expected, found = compare(_copied(module).eval())
     scale = expected.abs().amax().clamp(min=1)
     error = float(((found - expected).abs() / scale).amax())
     limit = AGREEMENT.get(expected.dtype, AGREEMENT[torch.float32])

@@ -63,6 +63,15 @@ def test_the_inverse_is_that_of_pyro(options, shape):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_transform_that_has_just_been_trained():
+    """Pyro's transform remembers its last result, with its graph, which torch cannot copy."""
+    transform = AffineAutoregressive(AutoRegressiveNN(D, [2 * D]))
+    x = torch.randn(4, D)
+    transform.log_abs_det_jacobian(x, transform(x)).sum().backward()
+    (part,) = accelerate(transform).parts
+    assert part.method, part.reason
+
+
 def gradients(transform, parameters, inputs):
     y = inputs[0]
     x = transform.inv(y)
