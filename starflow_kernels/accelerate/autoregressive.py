@@ -108,9 +108,10 @@ class Autoregressive(Accelerated):
             bound: context (ROWS, C) that already belongs to it, None for none.
         """
         fast = seen_as(cls, module)
-        generator = torch.Generator("cpu").manual_seed(0)
+        generator = torch.Generator(device="cpu").manual_seed(0)
         draw = torch.rand if fast.on_unit_interval() else torch.randn
-        drawn = (draw(ROWS, size, generator=generator, device="cpu") for size in fast.sizes())
+        options = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        drawn = (draw(ROWS, size, **options) for size in fast.sizes())
         y, context = (values.to(fast.like()) for values in drawn)
         context = context if context.shape[1] else bound
         _check_order(fast, y, context)

@@ -120,8 +120,9 @@ class FastCondition(Accelerated):
         """Return why the transform under a random context cannot be accelerated, or None."""
 
         def compare(copied: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            generator = torch.Generator("cpu").manual_seed(0)
-            context = torch.randn(ROWS, copied.nn.context_dim, generator=generator, device="cpu")
+            generator = torch.Generator(device="cpu").manual_seed(0)
+            size = ROWS, copied.nn.context_dim
+            context = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
             context = context.to(next(copied.parameters()))
             transform = copied.condition(context)
             return fast_class(FastInverse, type(transform), cls.tol).compare(transform, context)

@@ -28,21 +28,22 @@ class MaskedPlan:
 
     def __init__(self, layers: Sequence[MaskedLayer], order: torch.Tensor, transform: Univariate, interleaved: bool):
         self.form = form_of(layers, transform, interleaved)
-        # A plan made in inference mode or under another default device is good outside of it.
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        # A plan made in inference mode is good outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             self._build(layers, order.cpu(), transform.params, interleaved)
 
     def _build(self, layers: Sequence[MaskedLayer], order: torch.Tensor, P: int, interleaved: bool) -> None:
         D = len(order)
         rank = torch.unique(order, return_inverse=True)[1]
         steps = int(rank.max()) + 1
-        every = torch.arange(steps + 1)
+        every = torch.arange(steps + 1, dtype=torch.int64, device="cpu")
         # A unit of level r needs the inputs of the positions before r.
         columns = torch.argsort(rank, stable=True)
         level, places = rank + 1, [columns]
         numbers = [D, steps, P, len(layers), *columns.tolist(), *_below(rank, every).tolist()]
         weights, offsets, levels, width = [], [], [], 0
-        outputs = torch.arange(D * P).view(D, P) if interleaved else torch.arange(D * P).view(P, D).T
+        outputs = torch.arange(D * P, dtype=torch.int64, device="cpu")
+        outputs = outputs.view(D, P) if interleaved else outputs.view(P, D).T
         for i, layer in enumerate(layers):
             weight = layer.weight.detach()
             level = torch.where(weight.cpu() != 0, level, 0).amax(1)
@@ -71,7 +72,7 @@ class MaskedPlan:
             offsets.append(layer.offset.detach()[rows] if shared else weight.new_zeros(len(rows)))
             levels.append(level)
             places.append(rows)
-        self.numbers = torch.tensor(numbers)
+        self.numbers = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         self.weights, self.offsets = torch.cat(weights), torch.cat(offsets)
 
 

@@ -47,7 +47,7 @@ def _ready(
     """
     if is_intercepted():
         raise Unfit("torch compiles, traces or transforms the call")
-    order = torch.arange(math.prod(x.shape[1:-1]))
+    order = torch.arange(math.prod(x.shape[1:-1]), dtype=torch.int64, device="cpu")
     own = block.permutation(order.view(1, *x.shape[1:-1], 1)).flatten()
     flip = not torch.equal(own, order)
     if flip and not torch.equal(own, order.flip(0)):

@@ -24,7 +24,7 @@ class _Rotary:
     pt_seq_len = 2
 
     def __init__(self, head_dim: int):
-        self.frequencies = torch.arange(1, head_dim // 2 + 1).repeat_interleave(2)
+        self.frequencies = torch.arange(1, head_dim // 2 + 1, dtype=torch.float32, device="cpu").repeat_interleave(2)
 
     def __call__(self, positions: torch.Tensor) -> torch.Tensor:
         return positions.sum(1, keepdim=True) * self.frequencies.to(positions)
@@ -35,11 +35,11 @@ def _with_random_head(module: Any) -> tuple[Any, Callable[..., torch.Tensor]]:
 
     A new block has a head of zeros, with which a wrong network would go unnoticed.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     head = copy.copy(module.proj_out)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(head.weight)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(head.weight)
 
     block = seen_as(type(module), module)
     vars(block)["_modules"] = {**vars(module)["_modules"], "proj_out": head}
