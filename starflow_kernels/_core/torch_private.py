@@ -74,7 +74,11 @@ def version(tensor: torch.Tensor) -> int:
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Return whether a call of a module or of a part of it does more than its forward method."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    calls = torch.nn.modules.module
+    if calls._global_forward_hooks or calls._global_forward_pre_hooks:
+        return True
+    own = ((vars(part), part._forward_hooks, part._forward_pre_hooks) for part in module.modules())
+    return any("forward" in attributes or hooks or pre_hooks for attributes, hooks, pre_hooks in own)
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:

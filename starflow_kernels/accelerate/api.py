@@ -64,13 +64,12 @@ def accelerate(model: nn.Module, *, tol: float | None = None) -> Acceleration:
     Args:
         model: a model with modules of zuko, nflows, normflows or Pyro, or with flow blocks structured as in
             apple/ml-tarflow, apple/ml-starflow or apple/ml-itarflow.
-        tol: iterations end when no value v changes by more than tol max(1, |v|). The default is the rounding error.
+        tol: iterations end when no value v of a sample changes by more than tol |v|, or by tol times the
+            largest value of the sample, at most 1. The default is the rounding error.
 
     Returns:
         What was done to each known module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     tol = None if tol is None else check_not_negative("tol", tol)
     restore(model)
     found = [candidate for library in LIBRARIES for candidate in library.candidates(model)]
@@ -85,6 +84,8 @@ def restore(model: nn.Module) -> None:
     Args:
         model: a model, accelerated or not.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, Accelerated):
             module.__class__ = original_class(module)
@@ -94,8 +95,8 @@ def _exchange(name: str, module: nn.Module, fast: type[Accelerated] | str, tol: 
     original: Any = type(module)
     if isinstance(fast, str):
         return Part(name, original.__name__, None, fast)
-    cls = fast_class(fast, original, tol)
     try:
+        cls = fast_class(fast, original, tol)
         reason = cls.check(module)
         if reason is None:
             module.__class__ = cls

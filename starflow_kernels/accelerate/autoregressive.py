@@ -13,7 +13,7 @@ from torch import nn
 
 from .._core.implicit import needs_gradient, sweep_transposed
 from .._core.torch_private import apply_outside_transforms, is_batched, is_intercepted
-from .columns import Recognized, can_run, solve_columns
+from .columns import Recognized, attribute_tensors, can_run, solve_columns
 from .swap import Accelerated, disagreement, seen_as
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -129,15 +129,23 @@ def _check_order(fast: Autoregressive, y: torch.Tensor, context: torch.Tensor | 
                 raise ValueError(f"value {i} depends on value {int(later.nonzero()[0])}, which is no earlier one")
 
 
-def applies(module: nn.Module, y: torch.Tensor) -> bool:
+def applies(module: nn.Module, y: torch.Tensor, context: torch.Tensor | None) -> bool:
     """Return whether the iteration has the result of the library's own loop."""
-    if not y.numel() or not y.is_floating_point() or torch.is_autocast_enabled(y.device.type) or is_intercepted():
+    if y.is_meta or not y.numel() or torch.is_autocast_enabled(y.device.type) or is_intercepted():
+        return False
+    dtypes = {t.dtype for t in (y, context, next(module.parameters(), None)) if t is not None}
+    if len(dtypes) > 1 or not y.is_floating_point():
+        return False
+    # The gradient of weights that are no parameters, as in replicas, goes through the library's own loop.
+    if torch.is_grad_enabled() and any(t.requires_grad for t in attribute_tensors(module)):
         return False
     return not (module.training and any(map(_changes_in_training, module.modules())))
 
 
 def _changes_in_training(module: nn.Module) -> bool:
-    return isinstance(module, nn.BatchNorm1d) or (isinstance(module, nn.Dropout) and module.p > 0)
+    if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout)):
+        return module.p > 0
+    return isinstance(module, (nn.BatchNorm1d, nn.SyncBatchNorm))
 
 
 def iterate(step: Step, y: torch.Tensor, context: torch.Tensor | None, passes: int, tol: float | None) -> torch.Tensor:
@@ -148,7 +156,8 @@ def iterate(step: Step, y: torch.Tensor, context: torch.Tensor | None, passes: i
         y: (N, D) values.
         context: (N, C), or None.
         passes: number of passes after which x is the solution.
-        tol: largest change of a value v that counts as none, relative to max(1, |v|); None for the rounding error.
+        tol: largest change of a value v that counts as none, relative to |v|, and at least to 1 or to
+            the largest value of the sample if that is smaller; None for the rounding error.
     """
     tol = REPEATED * torch.finfo(y.dtype).eps if tol is None else tol
     found = x = torch.zeros_like(y)
@@ -156,7 +165,9 @@ def iterate(step: Step, y: torch.Tensor, context: torch.Tensor | None, passes: i
     for _ in range(passes):
         new = step(x, y, context)
         # Not a number never repeats, so that such a sample takes all passes of the original.
-        moves = ~((new - x).abs() <= tol * new.abs().clamp(min=1)).all(1)
+        sizes = new.abs()
+        sizes = torch.maximum(sizes, sizes.amax(1, keepdim=True).clamp(max=1))
+        moves = ~((new - x).abs() <= tol * sizes).all(1)
         count, x = int(moves.sum()), new
         if 2 * count <= len(x):
             # The samples that are done leave.
@@ -188,7 +199,8 @@ class _Solution(torch.autograd.Function):
     def forward(ctx, out, leaf, rank, original, *inputs):
         ctx.original, ctx.count = original, len(inputs)
         ctx.save_for_backward(out, leaf, rank, *inputs)
-        return out.detach()
+        # A caller may change the result in place.
+        return out.detach().clone()
 
     @staticmethod
     def backward(ctx, grad):

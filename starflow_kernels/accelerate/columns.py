@@ -43,14 +43,21 @@ def solve_columns(
         context: (N, C), or None.
         order: (D,) place of each value.
     """
-    found = recognize(context) if can_run(network, y) else None
+    if not can_run(network, y):
+        return None, None
+    weights = [*network.parameters(), *network.buffers(), order]
+    digest = _digest(weights)
+    found = recognize(context)
     if found is None:
         return None, None
-    weights = [*network.parameters(), *network.buffers()]
-    state = _digest([*weights, order]), y.dtype, context is None, found.transform
+    forms = tuple((each.activation, each.skip, each.offset.ndim, each.scale is None) for each in found.layers)
+    state = digest, y.dtype, forms, found.transform
     kept = _plans.get(network)
     if kept is None or kept[0] != state:
-        kept = _plans[network] = state, _plan(found, order)
+        kept = state, _plan(found, order)
+        # Another thread may have changed the weights meanwhile.
+        if _digest(weights) == digest:
+            _plans[network] = kept
     if kept[1] is None:
         return None, None
     return masked_inverse(y, found.layers, order, found.transform, interleaved=found.interleaved, plan=kept[1])
@@ -60,9 +67,17 @@ def can_run(network: nn.Module, y: torch.Tensor) -> bool:
     """Return whether the compiled kernel takes the values y and the weights of a network."""
     if native_unavailable() or has_hooks(network):
         return False
-    weights = [*network.parameters(), *network.buffers()]
-    same = all(t.dtype == y.dtype or not t.is_floating_point() for t in weights)
-    return same and y.dtype in DTYPES and all(t.device.type == "cpu" for t in (y, *weights))
+    tensors = [y, *network.parameters(), *network.buffers()]
+    same = all(t.dtype == y.dtype or not t.is_floating_point() for t in tensors)
+    # Weights that are no parameters would change unnoticed, and subclasses may have no memory.
+    plain = all(type(t) in (torch.Tensor, nn.Parameter) for t in tensors) and not attribute_tensors(network)
+    return same and plain and y.dtype in DTYPES and all(t.device.type == "cpu" for t in tensors)
+
+
+def attribute_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Return the weights and biases in a module that are attributes instead of parameters, as in replicas."""
+    values = (vars(part).get(name) for part in module.modules() for name in ("weight", "bias"))
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _plan(found: Recognized, order: torch.Tensor) -> MaskedPlan | None:

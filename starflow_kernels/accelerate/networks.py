@@ -50,6 +50,8 @@ def zuko_layers(network: nn.Module, features: int, context: torch.Tensor | None)
     layers: list[MaskedLayer] = []
     activation: str | None = "identity"
     for part in network if type(network) is loaded("zuko.nn", "MaskedMLP") else ():
+        if activation is None:
+            return None
         if type(part) is masked:
             given = slice(features, None) if context is not None and not layers else None
             layers.append(_masked(part, activation, context, given))
@@ -70,10 +72,12 @@ def made_layers(network: nn.Module, context: torch.Tensor | None) -> list[Masked
         network: the network.
         context: (N, C), or None.
     """
-    copied = type(network).__module__.startswith("normflows.")
+    copied = type(network).__module__ == "normflows.nets.made"
+    if (not copied and type(network).__module__ != "nflows.transforms.made") or not _is_original(network):
+        return None
     blocks = list(network.blocks)
     residual = getattr(network, "use_residual_blocks", any(hasattr(block, "linear_layers") for block in blocks))
-    normalized = any(isinstance(module, nn.BatchNorm1d) for module in network.modules())
+    normalized = any(isinstance(module, (nn.BatchNorm1d, nn.SyncBatchNorm)) for module in network.modules())
     if normalized or (copied and not isinstance(network.preprocessing, nn.Identity)):
         return None
     first = None if context is None else network.context_layer(context)
@@ -104,13 +108,19 @@ def pyro_layers(network: nn.Module, context: torch.Tensor | None) -> list[Masked
         network: the network, of inputs context (N, C) and x (N, D) side by side.
         context: (N, C), or None.
     """
-    if network.skip_layer is not None:
+    if type(network).__module__ != "pyro.nn.auto_reg_nn" or not _is_original(network) or network.skip_layer is not None:
         return None
     first, *others = network.layers
     given = None if context is None else slice(0, network.context_dim)
     layers = [_masked(first, "identity", context, given)]
     layers += [_masked(layer, activation_name(network.f)) for layer in others]
     return _known(layers)
+
+
+def _is_original(network: nn.Module) -> bool:
+    """Return whether all parts of a network are of classes of its own library or of torch."""
+    modules = (type(part).__module__ for part in network.modules())
+    return all(module == type(network).__module__ or module.startswith("torch.nn.modules.") for module in modules)
 
 
 def _masked(

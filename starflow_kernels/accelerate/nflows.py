@@ -17,6 +17,10 @@ from .networks import made_layers
 from .swap import Accelerated, loaded, original_class
 
 
+def _networks() -> tuple[type, ...]:
+    return loaded("nflows.transforms.made", "MADE"), loaded("normflows.nets.made", "MADE")
+
+
 class FastInverse(Autoregressive):
     """Inverse of `nflows.transforms.autoregressive.AutoregressiveTransform`, and of its copy in normflows."""
 
@@ -62,7 +66,9 @@ class FastInverse(Autoregressive):
     @outside_graphs("values decide how many passes follow")
     def inverse(self, inputs: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x (N, D) of inputs (N, D) and a context (N, C), and the log-determinant (N,)."""
-        if inputs.ndim != 2 or not applies(self, inputs):
+        known = isinstance(self.autoregressive_net, _networks()) and inputs.ndim == 2
+        of_rows = context is None or (context.ndim == 2 and len(context) == len(inputs))
+        if not (known and of_rows and applies(self, inputs, context)):
             return super().inverse(inputs, context)
         x, logdet = self.solve(inputs, context)
         return (x, logdet) if logdet is not None else self.with_logdet(x, inputs, context)
@@ -100,7 +106,7 @@ def _univariate(module: Any) -> Univariate | None:
     """Return the univariate transform of a module, or None if `masked_inverse` has no such."""
     kind, autoregressive = original_class(module), "nflows.transforms.autoregressive"
     if kind is loaded(autoregressive, "MaskedAffineAutoregressiveTransform"):
-        return Univariate("affine_softplus", scale_first=True)
+        return Univariate("affine_softplus", scale_first=True, epsilon=vars(module)["_epsilon"])
     if kind is loaded("normflows.flows.affine.autoregressive", "MaskedAffineAutoregressive"):
         return Univariate("affine_sigmoid", scale_first=True)
     splines = (

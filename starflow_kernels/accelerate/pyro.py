@@ -85,7 +85,7 @@ class FastInverse(Autoregressive):
     @outside_graphs("values decide how many passes follow")
     def _inv_call(self, y: torch.Tensor) -> torch.Tensor:
         net, context = self.conditioner()
-        if (self._cache_size and y is self._cached_x_y[1]) or not applies(net, y):
+        if (self._cache_size and y is self._cached_x_y[1]) or not applies(net, y, context):
             return super()._inv_call(y)
         rows = y.reshape(-1, y.shape[-1])
         if context is not None:

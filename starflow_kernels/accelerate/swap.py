@@ -59,10 +59,15 @@ def fast_class(fast: type[Accelerated], original: type, tol: float | None) -> An
     key = fast, original, tol
     if key not in _classes:
         fields = {"original": original, "fast": fast, "tol": tol, "__module__": original.__module__}
+
         # Python exchanges classes if their first bases are alike, so `original` comes first there, but not in the
         # order in which methods are looked up.
-        ordered = {"mro": lambda cls: [cls, *fast.__mro__[:-1], *original.__mro__]}
-        kind = type("FastType", (type(original),), ordered)
+        def mro(cls: Any) -> list[type]:
+            # Other tools make subclasses of the class, which have the usual order.
+            own = cls.__bases__ == (original, fast)
+            return [cls, *fast.__mro__[:-1], *original.__mro__] if own else type.mro(cls)
+
+        kind = type("FastType", (type(original),), {"mro": mro})
         _classes[key] = kind(f"Fast{original.__name__}", (original, fast), fields)
     return _classes[key]
 
@@ -79,17 +84,6 @@ def original_class(module: nn.Module) -> type:
     return module.original if isinstance(module, Accelerated) else type(module)
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """Return a copy of a module, in which cached results are constants, since torch copies no part of a graph."""
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        for value in vars(part).values():
-            for cached in value if isinstance(value, tuple) else (value,):
-                if isinstance(cached, torch.Tensor) and not cached.is_leaf:
-                    memo[id(cached)] = cached.detach().clone()
-    return copy.deepcopy(module, memo)
-
-
 def disagreement(module: nn.Module, compare: Callable[[nn.Module], tuple[torch.Tensor, torch.Tensor]]) -> str | None:
     """Return how far apart two ways of one computation are, or None if they agree.
 
@@ -103,9 +97,9 @@ def disagreement(module: nn.Module, compare: Callable[[nn.Module], tuple[torch.T
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
-            expected, found = compare(_copied(module).eval().double())
+            expected, found = compare(copy.deepcopy(module).eval().double())
         except (RuntimeError, TypeError):
-            expected, found = compare(_copied(module).eval())
+            expected, found = compare(copy.deepcopy(module).eval())
     scale = expected.abs().amax().clamp(min=1)
     error = float(((found - expected).abs() / scale).amax())
     limit = AGREEMENT.get(expected.dtype, AGREEMENT[torch.float32])

@@ -60,7 +60,7 @@ class FastTransform(Autoregressive):
     @outside_graphs("values decide how many passes follow")
     def solve_rows(self, y: torch.Tensor, c: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return x (*, D) of y (*, D) under a context (*, C), and its log-determinant (*) if `solve` has it."""
-        if not applies(self, y):
+        if not isinstance(self.hyper, loaded("zuko.nn", "MaskedMLP")) or not applies(self, y, c):
             return self.loop(y, c), None
         batch = y.shape[:-1] if c is None else torch.broadcast_shapes(y.shape[:-1], c.shape[:-1])
         y, c = (None if t is None else t.expand(*batch, -1).reshape(-1, t.shape[-1]) for t in (y, c))
@@ -81,6 +81,9 @@ class _Inverse:
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         """Return x (*, D) of y (*, D)."""
+        if not isinstance(self.fast, FastTransform):
+            # The module was restored meanwhile.
+            return self.fast(self.c).inv(y)
         x, logdet = self.fast.solve_rows(y, self.c)
         self.last = None if logdet is None else (x, version(x), logdet)
         return x
@@ -116,6 +119,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Accelera
 
 
 def _fast(module: nn.Module, transform: type) -> type[Accelerated] | str:
-    if original_class(module).forward is not transform.forward:
-        return "its class has a forward of its own"
+    original: Any = original_class(module)
+    if (original.forward, original.meta) != (transform.forward, transform.meta):  # type: ignore[attr-defined]
+        return "its class has a forward or a meta of its own"
     return FastTransform if module.passes > 2 else f"its inverse takes {module.passes} passes"

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import elu
 
 from starflow_kernels import accelerate, restore
+from starflow_kernels._core.compiled import native_unavailable
 
 D, C = 6, 3
 
@@ -172,3 +173,67 @@ def test_an_inverse_of_ones_own_is_left_alone():
 
     (part,) = accelerate(Other(D, 16)).parts
     assert part.method is None and "inverse" in part.reason
+
+
+@pytest.mark.skipif(native_unavailable() is not None, reason="the kernels are not compiled")
+@pytest.mark.parametrize("name", ["nflows, affine", "nflows, spline", "normflows, affine", "normflows, spline"])
+def test_known_networks_are_solved_by_columns(name):
+    (part,) = accelerate(TRANSFORMS[name]()).parts
+    assert part.method == "one pass by columns"
+
+
+@pytest.mark.parametrize("shape", [(C,), (1, C)])
+def test_one_context_of_all_rows(shape):
+    """nflows adds such a context to each row."""
+    transform, fast, y, _ = pair("nflows, affine")
+    for seed in range(2):
+        c = torch.randn(shape, dtype=y.dtype, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(fast.inverse(y, c), transform.inverse(y, c), rtol=1e-8, atol=1e-8)
+
+
+def test_weights_that_are_no_parameters():
+    transform, fast, y, c = pair("nflows, affine")
+    for seed in range(2):
+        for each in (transform, fast):
+            layer = each.autoregressive_net.initial_layer
+            weight = (layer.weight.detach() * (seed + 1)).requires_grad_()
+            layer._parameters.pop("weight", None)
+            layer.weight = weight
+        torch.testing.assert_close(fast.inverse(y, c), transform.inverse(y, c), rtol=1e-8, atol=1e-8)
+    assert fast.requires_grad_(False).inverse(y, c)[0].requires_grad
+
+
+class Half(torch.nn.Module):
+    """Layer that is part of no library."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    weight = property(lambda self: self.layer.weight)
+    bias = property(lambda self: self.layer.bias)
+    mask = property(lambda self: self.layer.mask)
+
+    def forward(self, x):
+        return 0.5 * self.layer(x)
+
+
+def test_layers_that_are_exchanged_later():
+    transform, fast, y, c = pair("nflows, affine")
+    for each in (transform, fast):
+        layers = each.autoregressive_net.blocks[0].linear_layers
+        layers[0] = Half(layers[0])
+    torch.testing.assert_close(fast.inverse(y, c), transform.inverse(y, c), rtol=1e-8, atol=1e-8)
+
+
+def test_subclasses_that_other_tools_make():
+    transform, fast, y, c = pair("nflows, affine")
+    fast.__class__ = type("Sub", (type(fast),), {})
+    torch.testing.assert_close(fast.inverse(y, c), transform.inverse(y, c), rtol=1e-8, atol=1e-8)
+    restore(fast)
+    assert type(fast) is type(transform)
+
+
+def test_shapes_on_the_meta_device():
+    _, fast, y, c = pair("nflows, affine")
+    assert fast.to("meta").inverse(y.to("meta"), c.to("meta"))[0].shape == y.shape

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from starflow_kernels import accelerate, restore
+from starflow_kernels._core.compiled import native_unavailable
 
 pytest.importorskip("pyro")
 from pyro.distributions import Normal, TransformedDistribution
@@ -156,3 +157,8 @@ def test_restore():
     transform, fast = pair({})
     restore(fast)
     assert type(fast) is type(transform)
+
+
+def test_known_networks_are_solved_by_columns():
+    (part,) = accelerate(AffineAutoregressive(AutoRegressiveNN(D, [2 * D]))).parts
+    assert part.method == "one pass by columns" or native_unavailable()

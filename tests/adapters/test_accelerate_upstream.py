@@ -342,9 +342,18 @@ def with_part(name, part):
     return model
 
 
+def with_formula():
+    """A TarFlow with another MLP in all layers of a block."""
+    model = make("tarflow")
+    for layer in model.blocks[1].attn_blocks:
+        layer.mlp = OtherGELU(C)
+    return model
+
+
 LEFT_ALONE = {
     "another activation": (lambda: with_part("mlp.main.1", nn.ReLU()), "another activation"),
-    "another formula of a layer": (lambda: with_part("mlp", OtherGELU(C)), "differs from the original"),
+    "another formula": (with_formula, "differs from the original"),
+    "another formula of a layer": (lambda: with_part("mlp", OtherGELU(C)), "its layers differ"),
     "another rule of guidance": (lambda: tarflow(Doubled, classes=CLASSES), "guided inverse differs"),
     "another linear layer": (lambda: with_part("attention.proj", Adapted(C, C)), "proj is no torch.nn.Linear"),
     "a linear layer without bias": (lambda: with_part("mlp.main.2", nn.Linear(4 * C, C, bias=False)), "has no bias"),
@@ -367,6 +376,6 @@ def test_a_block_of_another_structure_is_left_alone(case):
 
 
 def test_a_head_of_zeros_hides_no_difference():
-    model = LEFT_ALONE["another formula of a layer"][0]()
+    model = with_formula()
     nn.init.zeros_(model.blocks[1].proj_out.weight)
     assert "differs from the original" in accelerate(model).parts[1].reason

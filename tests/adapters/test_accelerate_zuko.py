@@ -395,3 +395,72 @@ def test_a_wrong_tol_is_refused(tol):
 def test_no_module_is_refused():
     with pytest.raises(TypeError, match="Module"):
         accelerate(make("maf")().transform)
+
+
+class OwnMeta(zuko.flows.MaskedAutoregressiveTransform):
+    """Transform whose parameters are those of other values."""
+
+    def meta(self, c, x):
+        return super().meta(c, x.clamp(-1, 1))
+
+
+def test_a_class_with_its_own_parameters_is_left_alone():
+    (part,) = accelerate(OwnMeta(D)).parts
+    assert part.method is None and "meta of its own" in part.reason
+
+
+def test_a_context_of_another_dtype():
+    flow, fast = pair("maf", torch.float32)
+    y, _ = inputs(torch.float32)
+    c = torch.nn.functional.one_hot(torch.arange(5) % C, C)
+    torch.testing.assert_close(fast(c).transform.inv(y), flow(c).transform.inv(y), rtol=1e-4, atol=1e-4)
+
+
+def test_samples_may_be_changed_in_place():
+    _, fast = pair("maf")
+    y, c = inputs()
+    x = fast(c).transform.inv(y)
+    x *= 2.0
+    x.sum().backward()
+    assert all(p.grad is not None for p in fast.parameters())
+
+
+def test_a_network_may_be_wrapped_and_its_activation_exchanged():
+    flow, fast = pair("maf")
+    y, c = inputs()
+    for change in (
+        lambda hyper: torch.nn.utils.parametrizations.weight_norm(hyper[0]),
+        lambda hyper: hyper.__setitem__(1, torch.nn.Tanh()),
+    ):
+        with torch.no_grad():
+            fast(c).transform.inv(y)
+        change(flow.transform.transforms[0].hyper), change(fast.transform.transforms[0].hyper)
+        torch.testing.assert_close(fast(c).transform.inv(y), flow(c).transform.inv(y), rtol=1e-8, atol=1e-8)
+    for each in (flow, fast):
+        first = each.transform.transforms[0]
+        first.hyper = torch.nn.Sequential(first.hyper)
+    torch.testing.assert_close(fast(c).transform.inv(y), flow(c).transform.inv(y), rtol=1e-8, atol=1e-8)
+
+
+def test_a_distribution_outlives_restore():
+    flow, fast = pair("maf")
+    y, c = inputs()
+    transform = fast(c).transform
+    restore(fast)
+    torch.testing.assert_close(transform.inv(y), flow(c).transform.inv(y))
+
+
+def test_values_of_a_small_scale():
+    """The tolerance of the iteration is relative for such, too."""
+    scale = 1e-7
+    torch.manual_seed(0)
+    flow = zuko.flows.MAF(D, transforms=1, hidden_features=(16,), activation=torch.nn.Mish)
+    hyper = flow.transform.transforms[0].hyper
+    with torch.no_grad():
+        hyper[0].weight.mul_(2 / scale)
+        hyper[-1].weight.view(D, 2, -1)[:, 0].mul_(scale)
+        hyper[-1].bias.view(D, 2)[:, 0].mul_(scale)
+    fast = copy.deepcopy(flow)
+    accelerate(fast)
+    y = scale * torch.randn(5, D)
+    torch.testing.assert_close(fast.transform().inv(y) / scale, flow.transform().inv(y) / scale, rtol=1e-5, atol=1e-5)

@@ -37,6 +37,9 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Accelera
             read(module)
         except Unfit as reason:
             yield name, module, str(reason)
+        # Whatever code of another structure raises, the block is left alone.
+        except Exception as error:
+            yield name, module, f"{type(error).__name__}: {error}"
         else:
             yield name, module, TarFlowBlock if hasattr(module, "nvp") else StarFlowBlock
 
@@ -45,6 +48,8 @@ def _passes_caches(module: nn.Module) -> bool:
     """Return whether a module passes caches and any further options to the inverses of its blocks."""
     blocks = getattr(module, "blocks", None)
     if not (hasattr(module, "reverse_deep") and isinstance(blocks, nn.ModuleList)):
+        return False
+    if not all(callable(getattr(part, "reverse", None)) for part in (module, *blocks)):
         return False
     signatures = [inspect.signature(part.reverse).parameters for part in (module, *blocks)]  # type: ignore[arg-type]
     any_option = inspect.Parameter.VAR_KEYWORD

@@ -44,7 +44,8 @@ def read(block: nn.Module, flip: bool = False, rotary: bool = False) -> tuple[Bl
     lists = [name for name in LISTS if isinstance(modules.get(name), nn.ModuleList)]
     prefixes = tuple(f"{name}.{i}" for name in lists for i in range(len(modules[name])))  # type: ignore[arg-type]
     layers = {_layer(modules, prefix) for prefix in prefixes}
-    if len(layers) != 1:
+    kinds = {tuple(type(modules.get(f"{prefix}{part}")) for part in ("", ".attention", ".mlp")) for prefix in prefixes}
+    if len(layers) != 1 or len(kinds) != 1:
         raise Unfit("its layers differ" if layers else "it has no layers")
     proj_in, positions = _linear(modules, "proj_in"), getattr(block, "pos_embed", None)
     spec = _spec(
@@ -88,7 +89,7 @@ def _norm(modules: Modules, name: str) -> Norm:
     if type(module) is nn.LayerNorm and module.eps == NORM_EPS["layer_norm"] and module.bias is not None:
         return "layer_norm"
     leaves = [] if module is None else [leaf for leaf, _ in module.named_parameters()]
-    if leaves == ["weight"] and getattr(module, "eps", 0) == NORM_EPS["rms_norm"]:
+    if type(module) is not nn.RMSNorm and leaves == ["weight"] and getattr(module, "eps", 0) == NORM_EPS["rms_norm"]:
         return "rms_norm"
     raise Unfit(f"{name} is no norm of TarFlow or STARFlow")
 
