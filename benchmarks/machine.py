@@ -41,14 +41,19 @@ float multiply_add(long rounds) {
 FLOPS_PER_ROUND = 16 * 16 * 2
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
+def compile_c(source: str) -> ctypes.CDLL:
+    """Return a library compiled for this processor."""
     folder = Path(tempfile.mkdtemp())
-    (folder / "ceilings.c").write_text(SOURCE)
+    (folder / "library.c").write_text(source)
     # Not -ffast-math: a library that is linked with it flushes denormal numbers to zero in the whole process.
     command = ["cc", "-O3", "-march=native", "-funroll-loops", "-shared", "-fPIC", "-Wno-psabi"]
-    subprocess.run([*command, "ceilings.c", "-o", "ceilings.so"], cwd=folder, check=True)
-    library = ctypes.CDLL(str(folder / "ceilings.so"))
+    subprocess.run([*command, "library.c", "-o", "library.so"], cwd=folder, check=True)
+    return ctypes.CDLL(str(folder / "library.so"))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = compile_c(SOURCE)
     library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
     library.multiply_add.argtypes = [ctypes.c_long]
     return library
@@ -99,16 +104,20 @@ def copy_bandwidth(total_bytes: int, repeats: int = 20) -> float:
     return 8 * source.numel() / best
 
 
+def peak_flops() -> float:
+    """Return float32 operations per second of fused multiply-adds on torch's number of threads, measured once."""
+    return _peak_flops(torch.get_num_threads())
+
+
 @functools.cache
-def peak_flops(repeats: int = 25) -> float:
-    """Return float32 operations per second of fused multiply-adds on torch's number of threads."""
+def _peak_flops(threads: int) -> float:
     rounds = 2_000_000
-    calls = [functools.partial(_library().multiply_add, rounds)] * torch.get_num_threads()
-    return len(calls) * rounds * FLOPS_PER_ROUND / _seconds(calls, repeats)
+    calls = [functools.partial(_library().multiply_add, rounds)] * threads
+    return threads * rounds * FLOPS_PER_ROUND / _seconds(calls, repeats=25)
 
 
-def description() -> dict[str, str | int]:
-    """Return CPU, threads, versions, commit and date, for the head of a result."""
+def description() -> dict[str, str | int | float]:
+    """Return CPU, its ceilings on torch's number of threads, versions, commit and date, for the head of a result."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     cpu = "{model name}, family {cpu family}, model {model}".format_map(fields) if "cpu family" in fields else ""
@@ -119,6 +128,8 @@ def description() -> dict[str, str | int]:
         "cpu": cpu or platform.processor(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "float32_gflops": round(peak_flops() / 1e9, 1),
+        "read_gb_per_second": round(read_bandwidth(2**28) / 1e9, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

@@ -1,7 +1,7 @@
 """Flows of other packages before and after `accelerate`: same weights, same noise, one process.
 
     pip install 'starflow-kernels[adapters,models]'
-    python -m benchmarks.cpu.accelerate --tarflow DIR --json benchmarks/results/accelerate_cpu.json
+    python -m benchmarks.cpu.accelerate --peer DIR --json benchmarks/results/accelerate_cpu.json
 
 Five autoregressive transforms of zuko, nflows, normflows and Pyro over the 64 pixels of scikit-learn's digits, after a
 short training, in their slow direction; and, with the folder of transformer_flow.py of github.com/apple/ml-tarflow, its
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import nn
 from starflow.data.datasets import DataConfig, dequantize, load
 from starflow_kernels import accelerate
 
-from ..machine import description
+from ..command import benchmark
 from ..peers.released import load_peer, median_seconds, timed
 
 D, TRANSFORMS, HIDDEN, BATCH = 64, 5, 64, 256
@@ -211,28 +210,27 @@ def tarflow(folder: Path, batch: int, repeats: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flows", nargs="*", choices=FLOWS, default=list(FLOWS))
-    parser.add_argument("--tarflow", type=Path, help="folder of the released transformer_flow.py")
+    parser.add_argument("--peer", type=Path, help="folder with the released transformer_flow.py")
     parser.add_argument("--batch", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--steps", type=int, default=300, help="training steps of each flow")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+
+
+def results(args: argparse.Namespace) -> dict:
     rows = []
     for name in args.flows:
         flow = train(name, args.steps)
         for batch in args.batch:
             rows.append(compare(name, flow, batch, args.repeats))
-            print(json.dumps(rows[-1]), flush=True)
-    for batch in (1, 16) if args.tarflow else ():
-        rows += tarflow(args.tarflow, batch, args.repeats)
-        print(json.dumps(rows[-3:], indent=1), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": description(), "rows": rows}, indent=2) + "\n")
+            print(rows[-1], flush=True)
+    for batch in (1, 16) if args.peer else ():
+        rows += tarflow(args.peer, batch, args.repeats)
+    return {"rows": rows}
+
+
+main = benchmark(__doc__, results, options)
 
 
 if __name__ == "__main__":

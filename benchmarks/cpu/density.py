@@ -3,14 +3,12 @@
     python -m benchmarks.cpu.density --peer DIR --json benchmarks/results/density_cpu.json
 
 `DIR` holds transformer_flow.py of github.com/apple/ml-tarflow. The model is the 32x32x3 one of benchmarks.cpu.sampling.
-The
-floor is operations / peak, measured in the same run; a training step does three times those of a density pass.
+The floor is operations / peak, measured in the same run; a training step does three times those of a density pass.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
@@ -19,7 +17,8 @@ import torch
 from starflow import Flow, FlowConfig
 from starflow_kernels.accelerate.upstream.structure import read
 
-from ..machine import description, peak_flops
+from ..command import benchmark
+from ..machine import peak_flops
 from ..peers.released import load_peer, timed
 
 CONFIG = FlowConfig(image_size=32, image_channels=3, patch_size=2, channels=128, layers=(4, 4, 4, 4))
@@ -110,19 +109,17 @@ def measure(peer, batch: int, repeats: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer", type=Path, required=True, help="folder with the released transformer_flow.py")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = measure(load_peer(args.peer), args.batch, args.repeats)
-    print(json.dumps(rows, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": description(), "rows": rows}, indent=2) + "\n")
+
+
+def results(args: argparse.Namespace) -> dict:
+    return {"rows": measure(load_peer(args.peer), args.batch, args.repeats)}
+
+
+main = benchmark(__doc__, results, options)
 
 
 if __name__ == "__main__":

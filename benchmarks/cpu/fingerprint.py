@@ -8,17 +8,15 @@ Every row has the times of the fingerprint and of a call with its weights, which
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from starflow_kernels import BlockSpec, block_forward, block_inverse
 from starflow_kernels.block import native
 
-from ..machine import description
+from ..command import benchmark
 
 # Name -> values per token, channels, layers, heads, tokens, and batch sizes of the calls.
 BLOCKS = {
@@ -75,16 +73,13 @@ def markdown(found: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def results(args: argparse.Namespace) -> dict:
     found = [row for name in BLOCKS for row in rows(name)]
     print(markdown(found))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": description(), "rows": found}, indent=2) + "\n")
+    return {"rows": found}
+
+
+main = benchmark(__doc__, results)
 
 
 if __name__ == "__main__":

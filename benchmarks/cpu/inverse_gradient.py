@@ -10,20 +10,16 @@ more than `--limit` bytes of memory is recorded as such. A result counts only wh
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from starflow_kernels import BlockSpec, block_inverse
 
-from ..machine import description
+from ..command import benchmark, in_fresh_process
 
 SPEC = BlockSpec(token_dim=8, channels=128, layers=4, heads=4, head_dim=32, kv_heads=4, mlp_dim=512, start=True)
 BATCH = 4
@@ -78,8 +74,9 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(way: str, tokens: int, repeats: int, limit: int) -> dict:
+def measure(way: str, tokens: int, repeats: int, limit: int, threads: int) -> dict:
     """Return median seconds of both passes, peak memory beyond that at the start, and a digest of the gradients."""
+    torch.set_num_threads(threads)
     z, w = inputs(tokens)
     WAYS[way](*inputs(2)).sum().backward()
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -102,12 +99,10 @@ def measure(way: str, tokens: int, repeats: int, limit: int) -> dict:
 
 def run(way: str, tokens: int, args: argparse.Namespace) -> dict:
     """Return the result of a case, measured in a process of its own."""
-    options = ["--way", way, "--tokens", str(tokens), "--repeats", str(args.repeats), "--limit", str(args.limit)]
-    command = [sys.executable, "-m", "benchmarks.cpu.inverse_gradient", *options, "--threads", str(args.threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1]}
-    return json.loads(done.stdout)
+    try:
+        return in_fresh_process(measure, way, tokens, args.repeats, args.limit, args.threads)
+    except (MemoryError, RuntimeError) as error:
+        return {"failed": str(error).splitlines()[0]}
 
 
 def compare(tokens: int, args: argparse.Namespace) -> dict:
@@ -123,23 +118,17 @@ def compare(tokens: int, args: argparse.Namespace) -> dict:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=int, default=16 * 2**30, help="bytes of address space per case")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--way", choices=WAYS, help="measure this one alone, in this process")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.way:
-        print(json.dumps(measure(args.way, args.tokens[0], args.repeats, args.limit)))
-        return
-    rows = [compare(tokens, args) for tokens in args.tokens]
-    print(json.dumps(rows, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": description(), "rows": rows}, indent=2) + "\n")
+
+
+def results(args: argparse.Namespace) -> dict:
+    return {"rows": [compare(tokens, args) for tokens in args.tokens]}
+
+
+main = benchmark(__doc__, results, options)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import zuko
@@ -24,7 +22,7 @@ import zuko
 from starflow.data.datasets import DataConfig, dequantize, load
 from starflow_kernels import Solver, solve_inverse
 
-from ..machine import description
+from ..command import benchmark
 from ..peers.released import timed
 
 D, TRANSFORMS, STEPS, BATCH = 64, 5, 3000, 256
@@ -130,14 +128,12 @@ def measure(flow, dtype: torch.dtype, batch: int, repeats: int) -> list[dict]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+
+
+def results(args: argparse.Namespace) -> dict:
     (flow, nats), seconds = timed(train)
     print(f"trained in {seconds:.0f} s, held-out log-density {nats:.2f} nats")
     rows = [
@@ -146,12 +142,12 @@ def main() -> None:
         for batch in args.batch
         for row in measure(flow, dtype, batch, args.repeats)
     ]
-    print(json.dumps(rows, indent=2))
-    if args.json:
-        machine = {**description(), "zuko": zuko.__version__}
-        tolerances = {str(dtype): tol for dtype, tol in TOLERANCES.items()}
-        trained = {"seconds": seconds, "held_out_nats": nats, "tolerances": tolerances}
-        args.json.write_text(json.dumps({"machine": machine, "trained": trained, "rows": rows}, indent=2) + "\n")
+    tolerances = {str(dtype): tol for dtype, tol in TOLERANCES.items()}
+    trained = {"seconds": seconds, "held_out_nats": nats, "tolerances": tolerances}
+    return {"machine": {"zuko": zuko.__version__}, "trained": trained, "rows": rows}
+
+
+main = benchmark(__doc__, results, options, threads=1)
 
 
 if __name__ == "__main__":

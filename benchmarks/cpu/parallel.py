@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import re
 import statistics
@@ -30,7 +29,7 @@ from starflow.models.certificate import certificate
 from starflow.seeds import generator
 from starflow_kernels import Solver, block_inverse
 
-from ..machine import description
+from ..command import benchmark
 from ..peers.published import STARFLOW, EagerBlock, Rule, gs_jacobi_rules, sejd_rules, solve
 from ..peers.released import load_peer, released_model, timed
 
@@ -283,8 +282,7 @@ def load(checkpoint: str, dtype: torch.dtype = torch.float32) -> tuple[str, Flow
     return Path(checkpoint).name, Flow.from_pretrained(checkpoint, dtype=dtype).requires_grad_(False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", nargs="+", help="folders, or names of bundled checkpoints")
     parser.add_argument("--peer", type=Path, help="folder with the released transformer_flow.py")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
@@ -296,10 +294,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0, help="only compare so many samples with the sequential ones")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget", type=float, default=120, help="seconds of a case after which its repeats end")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+
+
+def results(args: argparse.Namespace) -> dict:
     peer, rows = load_peer(args.peer) if args.peer else None, []
 
     def wanted(method: str) -> bool:
@@ -320,8 +317,10 @@ def main() -> None:
             print(markdown(rows[-len(methods) :]), flush=True)
     if args.samples:
         print(markdown_samples(rows))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": description(), "rows": rows}, indent=2) + "\n")
+    return {"rows": rows}
+
+
+main = benchmark(__doc__, results, options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 from starflow.inversion.request import neighbours
 from starflow_kernels.solve_inverse.quasi_newton import QuasiNewton
 
-from ..machine import description
+from ..command import benchmark
 from ..peers.published import SEJD, STARFLOW, EagerBlock, Rule, gs_jacobi_rules, solve
 from .parallel import Case, inputs_and_results, load
 
@@ -107,22 +106,22 @@ def draw(blocks: list[dict[str, list[float]]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder, or name of a bundled checkpoint")
     parser.add_argument("--picture", type=Path, required=True, help="PNG to write")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--passes", type=int, default=100, help="passes of the methods that work on all tokens")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the errors and the machine here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+
+
+def results(args: argparse.Namespace) -> dict:
     name, flow = load(args.checkpoint)
     case = Case(name, flow, args.batch)
     found = traces(case, min(args.passes, case.z.shape[1]))
     draw(found, f"{name}: error of {args.batch} samples against sequential, blocks as they are sampled", args.picture)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": description(), "blocks": found}, indent=2) + "\n")
+    return {"blocks": found}
+
+
+main = benchmark(__doc__, results, options)
 
 
 if __name__ == "__main__":

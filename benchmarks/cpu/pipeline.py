@@ -10,9 +10,7 @@ flow and denoising are operations / peak, measured in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -20,7 +18,8 @@ from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from starflow.pipelines import FlowModel, STARFlowPipeline
 
-from ..machine import description, peak_flops
+from ..command import benchmark
+from ..machine import peak_flops
 
 TEXT_DIM, TEXT_LEN, GUIDANCE, CERTIFICATE = 256, 128, 3.6, 1e-4
 
@@ -97,18 +96,16 @@ def measure(batch: int, repeats: int) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = [measure(batch, args.repeats) for batch in args.batch]
-    print(json.dumps(rows, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": description(), "rows": rows}, indent=2) + "\n")
+
+
+def results(args: argparse.Namespace) -> dict:
+    return {"rows": [measure(batch, args.repeats) for batch in args.batch]}
+
+
+main = benchmark(__doc__, results, options, threads=1)
 
 
 if __name__ == "__main__":

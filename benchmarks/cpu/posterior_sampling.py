@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import zuko
@@ -25,8 +23,9 @@ from torch import nn
 
 from starflow_kernels import AffineSpec, Solver, solve_inverse
 
+from ..command import benchmark
 from ..floor import Work, block_work
-from ..machine import copy_bandwidth, description, peak_flops
+from ..machine import copy_bandwidth, peak_flops
 from ..science.posteriors import FLOWS, SIMULATORS, Simulations, train
 
 SIMULATOR = SIMULATORS["eight schools"]
@@ -104,16 +103,15 @@ def measure(flows: dict[str, nn.Module], condition: torch.Tensor, count: int, re
     return rows
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=240, help="CPU time of the training of each flow")
     parser.add_argument("--simulations", type=int, default=50_000, help="simulations to train on")
     parser.add_argument("--tests", type=int, default=2000, help="simulations to test with")
     parser.add_argument("--count", type=int, default=10_000, help="samples of the posterior")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+
+
+def results(args: argparse.Namespace) -> dict:
     data = Simulations(SIMULATOR, args.simulations, 0)
     test = Simulations(SIMULATOR, args.tests, 2, data.scale)
     flows, nats = {}, {"exact posterior": SIMULATOR.log_posterior(test.y, test.x)}
@@ -127,17 +125,16 @@ def main(arguments: list[str] | None = None) -> dict:
     }
     rows = measure(flows, test.condition[0], args.count, args.repeats)
     settings = {name: getattr(args, name) for name in ("seconds", "simulations", "tests", "count")}
-    result = {
-        "machine": {**description(), "zuko": zuko.__version__},
+    return {
+        "machine": {"zuko": zuko.__version__},
         "settings": settings,
         "held_out": likelihoods,
         "floor_seconds": floor(flows["TokenFlow"], args.count),
         "rows": rows,
     }
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+
+
+main = benchmark(__doc__, results, options, threads=1)
 
 
 if __name__ == "__main__":

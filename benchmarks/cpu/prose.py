@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import nn
 
 from starflow.convert.prose import read_prose
 
-from ..machine import description
+from ..command import benchmark
 from ..peers.released import timed
 
 AGREEMENT = 1e-5
@@ -90,8 +89,7 @@ def compare(batch: int, args: argparse.Namespace) -> dict:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--upstream", type=Path, required=True, help="folder src of transferable-samplers")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--atoms", type=int, default=64)
@@ -99,14 +97,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = [compare(batch, args) for batch in args.batch]
-    print(json.dumps(rows, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": description(), "rows": rows}, indent=2) + "\n")
+
+
+def results(args: argparse.Namespace) -> dict:
+    return {"rows": [compare(batch, args) for batch in args.batch]}
+
+
+main = benchmark(__doc__, results, options)
 
 
 if __name__ == "__main__":

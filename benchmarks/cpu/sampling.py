@@ -1,20 +1,25 @@
-"""Sampling on the CPU against a plain KV cache and the released TarFlow loop: same weights, same noise, one process.
+"""Sampling on the CPU against the strongest peers: same weights, same noise, one process.
 
     python -m benchmarks.cpu.sampling --peer DIR --json benchmarks/results/sampling_cpu.json
+    python -m benchmarks tables    # into README.md and docs/
 
-`DIR` holds transformer_flow.py of github.com/apple/ml-tarflow, which is not part of this repository. Every time stands
-beside its floor, the larger of bytes / read bandwidth of that working set and operations / peak, measured in the same
-run, and beside the error against float64.
+`DIR` holds transformer_flow.py of github.com/apple/ml-tarflow, which is not part of this repository. The peers are its
+loop ("released"), a plain KV cache sliced to the prefix ("plain"), that with its step under torch.compile ("compiled"),
+and ONNX Runtime with the step as a graph ("onnxruntime"). Every time stands beside its floor, the larger of bytes /
+read bandwidth of that working set and operations / peak, measured in the same run, and beside the error against
+float64. With `--cases`, a results file keeps its rows of the other cases.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import importlib.util
 import itertools
-import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,9 +27,12 @@ import torch
 from starflow_kernels import Inverse, block_inverse
 from starflow_kernels.accelerate.upstream.structure import read
 
-from ..machine import description, peak_flops, read_bandwidth
-from ..peers.released import load_peer, median_seconds, timed
-from ..peers.sliced_cache import sliced_inverse
+from ..command import benchmark
+from ..machine import peak_flops, read_bandwidth
+from ..peers.released import load_peer, timed
+from ..peers.sliced_cache import compiled_inverse, sliced_inverse
+
+PEERS = ("released", "plain", "compiled", "onnxruntime")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,38 +125,45 @@ def floor_seconds(model, case: Case) -> tuple[float, str]:
     return max((by_bytes, f"bytes at {bandwidth / 1e9:.0f} GB/s"), (by_flops, f"{peak_flops() / 1e9:.0f} GFLOP/s"))
 
 
-def compiled_peer(model, z, labels, case: Case) -> float | str:
-    """Return the seconds of the released loop with its step under torch.compile, or the reason why that fails."""
-    try:
-        for block in model.blocks:
-            block.reverse_step = torch.compile(block.reverse_step, dynamic=True)
-        run = lambda: model.reverse(z.clone(), labels, guidance=case.guidance)  # noqa: E731
-        run()
-        return median_seconds(run, case.repeats)
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+def peers(model, z: torch.Tensor, labels, case: Case) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Return the peers by name, and why others do not run."""
+
+    def released() -> torch.Tensor:
+        return model.patchify(model.reverse(z.clone(), labels, guidance=case.guidance))
+
+    runs, left_out = {"released": released}, {}
+    ways = {"plain": sliced_inverse, "compiled": compiled_inverse()}
+    if case.dtype != torch.float32:
+        left_out["onnxruntime"] = f"no products in {case.dtype} on a CPU"
+    elif importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+        from ..peers.onnx_runtime import OnnxInverse
+
+        ways["onnxruntime"] = OnnxInverse()
+    else:
+        left_out["onnxruntime"] = "needs the packages onnx and onnxruntime"
+    if case.guidance:
+        return runs, dict.fromkeys(PEERS[1:], "written without guidance")
+    for name, inverse in ways.items():
+        runs[name] = ours(model, z, labels, case, case.dtype, inverse=inverse)
+    return runs, left_out
 
 
 @torch.no_grad()
-def measure(peer, case: Case, compile_peer: bool) -> dict:
+def measure(peer, case: Case) -> dict:
     """Return one row of the table, with times per token step."""
     model = make_peer(peer, case)
     z = torch.randn(case.batch, model.num_patches, case.image[0] * case.patch**2)
     labels = torch.arange(case.batch) % 10 if case.guidance else None
     checked = case.checked or model.num_patches
     exact = ours(model, z[:, :checked].double(), labels, case, torch.float64, "reference")()
-    own, reference = ours(model, z, labels, case, case.dtype), ours(model, z, labels, case, case.dtype, "reference")
-    plain = ours(model, z, labels, case, case.dtype, inverse=sliced_inverse)
-
-    def released() -> torch.Tensor:
-        return model.patchify(model.reverse(z.clone(), labels, guidance=case.guidance))
-
-    def floor_of_case() -> tuple[float, str]:
-        return floor_seconds(model, case)
-
+    others, left_out = peers(model, z, labels, case)
+    runs = {"ours": ours(model, z, labels, case, case.dtype), **others}
+    if not case.checked:
+        runs["reference"] = ours(model, z, labels, case, case.dtype, "reference")
+    floor_of_case = functools.partial(floor_seconds, model, case)
     steps = case.blocks * (model.num_patches - 1)
-    runs = {"ours": own, "released": released} | ({} if case.checked else {"plain": plain, "reference": reference})
-    found, times = {"ours": own()}, {name: [] for name in runs}
+    # A first call compiles.
+    found, times = {name: runs[name]() for name in ("ours", "compiled") if name in runs}, {name: [] for name in runs}
     # The speed of a shared machine moves within seconds, so methods take turns, each long enough to be warm, and the
     # better of two floors counts.
     before = floor_of_case()
@@ -165,7 +180,7 @@ def measure(peer, case: Case, compile_peer: bool) -> dict:
     if case.dtype != torch.float32:
         del found["released"]  # it runs other weights
     errors = {name: (result[:, :checked] - exact).abs().max().item() for name, result in found.items()}
-    row = {
+    return {
         "case": case.name,
         "microseconds": {name: 1e6 * value for name, value in seconds.items()},
         "floor_microseconds": 1e6 * floor,
@@ -173,52 +188,29 @@ def measure(peer, case: Case, compile_peer: bool) -> dict:
         "of_floor": floor / seconds["ours"],
         **{f"ratio_{name}": value / seconds["ours"] for name, value in seconds.items() if name != "ours"},
         "error": errors,
+        "left_out": left_out,
     }
-    if compile_peer:
-        found = compiled_peer(model, z, labels, case)
-        row["ratio_compiled"] = found if isinstance(found, str) else found / steps / seconds["ours"]
-    return row
 
 
-def markdown(rows: list[dict]) -> str:
-    """Format the rows as a table."""
-    lines = [
-        "| case | ours, us per step | floor, us (bound) | plain / ours | released / ours | our reference / ours "
-        "| error (plain, released) |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        errors = [f"{row['error'][name]:.1e}" for name in ("plain", "released") if name in row["error"]]
-        plain, reference = (
-            f"{row[f'ratio_{name}']:.1f}x" if f"ratio_{name}" in row else "not timed" for name in ("plain", "reference")
-        )
-        lines.append(
-            f"| {row['case']} | {row['microseconds']['ours']:.1f} | {row['floor_microseconds']:.1f} ({row['floor']}) "
-            f"| {plain} | {row['ratio_released']:.1f}x | {reference} | {row['error']['ours']:.1e} "
-            f"({', '.join(errors)}) |"
-        )
-    return "\n".join(lines)
+def strongest(row: dict) -> str:
+    """Return the name of the fastest peer of a row."""
+    return min((name for name in PEERS if name in row["microseconds"]), key=row["microseconds"].get)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer", type=Path, required=True, help="folder with the released transformer_flow.py")
-    parser.add_argument("--cases", default="", help="only cases whose name contains one of these, by '|'")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", default="none", help="cases to try the released step under torch.compile in, too")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+
+
+def results(args: argparse.Namespace) -> dict:
     peer, rows = load_peer(args.peer), []
     for case in CASES:
-        wanted, compiled = (any(p in case.name for p in names.split("|")) for names in (args.cases, args.compile))
-        if wanted:
-            rows.append(measure(peer, case, compiled))
-            print(json.dumps(rows[-1]), flush=True)
-    print(markdown(rows))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": description(), "rows": rows}, indent=2) + "\n")
+        if case.name in args.cases:
+            rows.append(measure(peer, case))
+            print(rows[-1], flush=True)
+    return {"rows": rows}
 
+
+main = benchmark(__doc__, results, options, cases=[case.name for case in CASES])
 
 if __name__ == "__main__":
     main()

@@ -30,7 +30,7 @@ from starflow.sampling.budget import denoise_bytes, image_bytes
 from starflow.sampling.sample import pixels
 from starflow.seeds import generator
 
-from ..machine import description
+from ..command import benchmark, in_fresh_process
 
 IMAGE = {"image_channels": 3, "num_classes": 10, "layers": [2, 2]}
 SHAPES = {
@@ -94,6 +94,7 @@ def model(name: str) -> Flow:
 
 def memory(name: str, way: str) -> dict:
     """Return a row of the table of memory."""
+    torch.set_num_threads(1)
     flow, (method, window, weight, certify, denoise) = model(name), WAYS[way]
     inversion, tokens = Inversion(method, window), flow.config.grid[0] * flow.config.grid[1]
     said = denoise_bytes(flow, tokens) if denoise else image_bytes(flow, Guidance(weight), inversion, certify=certify)
@@ -153,18 +154,13 @@ def throughput(name: str, count: int, batch_size: int, processes: int, form: str
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--photos", help="folder of a flow on photographs, timed and measured too")
     parser.add_argument("--digits-count", type=int, default=4000)
     parser.add_argument("--photos-count", type=int, default=48)
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    parser.add_argument("--memory-of", nargs=2, metavar=("SHAPE", "WAY"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.memory_of:
-        print(json.dumps(memory(*args.memory_of)))
-        return
+
+
+def results(args: argparse.Namespace) -> dict:
     load, rows, used = os.getloadavg(), [], []
     cases = [("digits", args.digits_count, (10, 100, 1000), ("npz", "png"))]
     if args.photos:
@@ -174,19 +170,16 @@ def main() -> None:
             for processes in (1, 2):
                 for form in forms if batch_size == max(batches) else forms[:1]:
                     rows.append(throughput(name, count, batch_size, processes, form))
-                    print(json.dumps(rows[-1]), flush=True)
+                    print(rows[-1], flush=True)
     for name in (*SHAPES, "digits", *([args.photos] if args.photos else [])):
         for way in WAYS:
-            # The peak memory of a process never falls, so each case has a process of its own.
-            command = [sys.executable, "-m", "benchmarks.cpu.throughput", "--memory-of", name, way]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            used.append(json.loads(done.stdout))
-            print(json.dumps(used[-1]), flush=True)
-    if args.json:
-        note = "other processes were running"
-        loads = {"load_average_before": load, "load_average_after": os.getloadavg(), "note": note}
-        machine = {**description(), **loads}
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows, "memory": used}, indent=2) + "\n")
+            used.append(in_fresh_process(memory, name, way))
+            print(used[-1], flush=True)
+    loads = {"load_average_before": load, "load_average_after": os.getloadavg()}
+    return {"machine": loads, "rows": rows, "memory": used}
+
+
+main = benchmark(__doc__, results, options, threads=1)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 import zuko
 from torch import nn
 
-from ..machine import description
+from ..command import benchmark
 from .estimators import bridge_log_z, effective_sample_size, log_z, with_error
 from .flows import Peer, fit, token_flow
 from .reference import Reference, simulate
@@ -134,28 +133,27 @@ def rows(name: str, kinds: list[str], seconds: float, count: int, **simulation) 
     return found, {"system": system.name, "free_energy": -truth, "simulation": simulated}
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--flows", nargs="+", choices=("TokenFlow", "NSF"), default=["TokenFlow", "NSF"])
     parser.add_argument("--seconds", type=float, default=240, help="CPU time of the training of each flow")
     parser.add_argument("--count", type=int, default=20_000, help="samples that judge a flow")
     parser.add_argument("--steps", type=int, default=2000, help="steps of the reference simulation")
     parser.add_argument("--warmup", type=int, default=500, help="steps before them")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+
+
+def results(args: argparse.Namespace) -> dict:
     table, references = [], []
     for name in args.systems:
         found, reference = rows(name, args.flows, args.seconds, args.count, steps=args.steps, warmup=args.warmup)
         table += found
         references.append(reference)
     settings = {name: getattr(args, name) for name in ("seconds", "count", "steps", "warmup")}
-    machine = {**description(), "zuko": zuko.__version__}
-    result = {"machine": machine, "settings": settings, "references": references, "rows": table}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    machine = {"zuko": zuko.__version__}
+    return {"machine": machine, "settings": settings, "references": references, "rows": table}
+
+
+main = benchmark(__doc__, results, options, threads=1)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from pathlib import Path
 
 import torch
 import zuko
 from torch import nn
 
-from ..machine import description
+from ..command import benchmark
 from .estimators import ranks, uniformity
 from .flows import Peer, fit, token_flow
 from .simulators import SLCP, EightSchools, TwoMoons
@@ -107,24 +106,23 @@ def rows(simulator, kinds: list[str], simulations: int, tests: int, draws: int, 
     return found
 
 
-def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--simulators", nargs="+", choices=SIMULATORS, default=["two moons", "SLCP"])
     parser.add_argument("--flows", nargs="+", choices=FLOWS, default=FLOWS)
     parser.add_argument("--simulations", type=int, default=20_000, help="simulations to train on")
     parser.add_argument("--tests", type=int, default=2000, help="simulations to test with")
     parser.add_argument("--draws", type=int, default=99, help="posterior samples per test simulation")
     parser.add_argument("--seconds", type=float, default=240, help="CPU time of the training of each flow")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+
+
+def results(args: argparse.Namespace) -> dict:
     sizes = args.flows, args.simulations, args.tests, args.draws, args.seconds
     table = [row for name in args.simulators for row in rows(SIMULATORS[name], *sizes)]
-    if args.json:
-        settings = {"simulations": args.simulations, "tests": args.tests, "draws": args.draws, "seconds": args.seconds}
-        result = {"machine": {**description(), "zuko": zuko.__version__}, "settings": settings, "rows": table}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    return table
+    settings = {name: getattr(args, name) for name in ("simulations", "tests", "draws", "seconds")}
+    return {"machine": {"zuko": zuko.__version__}, "settings": settings, "rows": table}
+
+
+main = benchmark(__doc__, results, options, threads=1)
 
 
 if __name__ == "__main__":

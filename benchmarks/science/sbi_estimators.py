@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import sbi
 import torch
@@ -27,7 +26,7 @@ from torch.distributions import MultivariateNormal
 
 from starflow_kernels.adapters.sbi import tarflow_builder
 
-from ..machine import description
+from ..command import benchmark
 from .flows import fit, token_flow
 from .simulators import SLCP, GaussianLinear, TwoMoons
 
@@ -98,8 +97,7 @@ def rows(simulator, kinds: list[str], simulations: int, seconds: float, observat
     return found
 
 
-def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--simulators", nargs="+", choices=SIMULATORS, default=list(SIMULATORS))
     parser.add_argument("--estimators", nargs="+", choices=BUILDERS, default=list(BUILDERS))
     parser.add_argument("--simulations", type=int, default=10_000, help="simulations to train on")
@@ -107,17 +105,17 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--observations", type=int, default=5, help="observations whose posteriors are compared")
     parser.add_argument("--compared", type=int, default=1000, help="samples of each posterior that are compared")
     parser.add_argument("--drawn", type=int, default=10_000, help="samples of a posterior whose drawing is timed")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+
+
+def results(args: argparse.Namespace) -> dict:
     sizes = args.simulations, args.seconds, args.observations, args.compared, args.drawn
     table = [row for name in args.simulators for row in rows(SIMULATORS[name], args.estimators, *sizes)]
-    if args.json:
-        names = ("simulations", "seconds", "observations", "compared", "drawn")
-        settings = {name: getattr(args, name) for name in names}
-        result = {"machine": {**description(), "sbi": sbi.__version__}, "settings": settings, "rows": table}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    return table
+    names = ("simulations", "seconds", "observations", "compared", "drawn")
+    settings = {name: getattr(args, name) for name in names}
+    return {"machine": {"sbi": sbi.__version__}, "settings": settings, "rows": table}
+
+
+main = benchmark(__doc__, results, options, threads=1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The decoder in plain PyTorch that benchmarks compare with, and the floor of sampling."""
+"""The decoders that benchmarks compare with, and the floor of sampling."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from support.blocks import BLOCKS, GPU_BLOCKS, block
 
 from benchmarks.floor import Work, block_work
+from benchmarks.ops.bench_block import random_weights
+from benchmarks.peers.sliced_cache import sliced_inverse
 from benchmarks.peers.static_cache import PlainDecoder
 from starflow_kernels import BlockSpec, block_inverse
 
@@ -38,6 +40,26 @@ def test_decoder_in_bfloat16_is_as_near_as_the_reference():
     exact = block_inverse(z.double(), *wide, **{n: t.double() for n, t in context.items()}, backend="reference").x
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() <= 2 * (usual - exact).abs().max() + torch.finfo(torch.bfloat16).eps
+
+
+def onnx_inverse():
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from benchmarks.peers.onnx_runtime import OnnxInverse
+
+    return OnnxInverse()
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["", "flip"])
+@pytest.mark.parametrize("make", [lambda: sliced_inverse, onnx_inverse], ids=["sliced cache", "ONNX Runtime"])
+def test_peers_are_the_inverse_of_a_tarflow_block(make, flip):
+    spec = BlockSpec(
+        token_dim=4, channels=64, layers=2, heads=2, head_dim=32, kv_heads=2, mlp_dim=96, positions=T, flip=flip
+    )
+    weights, z, inverse = random_weights(spec), torch.randn(B, T, 4), make()
+    for noise in (z, -z):  # a second call over a cache that is full
+        expected = block_inverse(noise, weights, spec, backend="reference").x
+        torch.testing.assert_close(inverse(noise, weights, spec), expected, rtol=0, atol=2e-6)
 
 
 SPEC = BlockSpec(token_dim=2, channels=8, layers=3, heads=4, head_dim=2, kv_heads=2, mlp_dim=16, positions=5)

@@ -1,0 +1,119 @@
+"""The tables of README.md and docs/ that show results: written between two comments from the files in results/."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from .cpu.sampling import strongest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks" / "index.md"]
+# A page names the table that it wants: <!-- speed --> ... <!-- end -->.
+PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+PEER_NAMES = {"released": "released", "plain": "plain", "compiled": "compiled", "onnxruntime": "ONNX Runtime"}
+
+
+def results(name: str) -> dict:
+    """Return a results file."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Format a table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def machine(found: dict) -> str:
+    """Return a line about the machine of a run, with its ceilings where the run measured them."""
+    facts = found["machine"]
+    line = f"{facts['cpu']}, {facts['threads']} threads"
+    if "float32_gflops" in facts:
+        line += (
+            f", {facts['float32_gflops']:.0f} GFLOP/s in float32, {facts['read_gb_per_second']:.0f} GB/s from memory"
+        )
+    return f"Measured on {facts['date']}: {line}.\n"
+
+
+def times(row: dict, name: str) -> str:
+    """Return how many times longer a peer takes, or that it does not run."""
+    return (
+        f"{row['microseconds'][name] / row['microseconds']['ours']:.1f}x" if name in row["microseconds"] else "not run"
+    )
+
+
+def error(row: dict, name: str) -> str:
+    """Return a largest error."""
+    return f"{row['error'][name]:.1e}" if name in row["error"] else "not compared"
+
+
+def speed() -> str:
+    """Return the table of README.md: the strongest peer of each case that has more than one."""
+    found = results("sampling")
+    header = ["case", "ours, µs per step", "strongest peer / ours", "strongest peer", "our largest error"]
+    rows = [
+        [
+            row["case"],
+            f"{row['microseconds']['ours']:.1f}",
+            times(row, strongest(row)),
+            PEER_NAMES[strongest(row)],
+            error(row, "ours"),
+        ]
+        for row in found["rows"]
+        if "plain" in row["microseconds"]
+    ]
+    return machine(found) + "\n" + table(header, rows)
+
+
+def sampling() -> str:
+    """Return all peers of all cases."""
+    found = results("sampling")
+    header = ["case", "ours, µs per step", "floor, µs", "bound of the floor", "strongest peer / ours"]
+    header += [f"{name} / ours" for name in PEER_NAMES.values()]
+    rows = [
+        [
+            row["case"],
+            f"{row['microseconds']['ours']:.1f}",
+            f"{row['floor_microseconds']:.1f}",
+            row["floor"].removeprefix("bytes at "),
+            times(row, strongest(row)),
+            *(times(row, name) for name in PEER_NAMES),
+        ]
+        for row in found["rows"]
+    ]
+    return machine(found) + "\n" + table(header, rows)
+
+
+def errors() -> str:
+    """Return the largest errors of sampling against float64."""
+    ways = {"ours": "ours", **PEER_NAMES}
+    rows = [[row["case"], *(error(row, name) for name in ways)] for row in results("sampling")["rows"]]
+    return table(["case", *ways.values()], rows)
+
+
+def long() -> str:
+    """Return the times per token of long sequences."""
+    found = results("long")
+    header = ["block", "tokens", "ours, µs per token", "floor, µs", "share of the floor", "error"]
+    rows = [
+        [
+            row["block"],
+            str(row["tokens"]),
+            f"{row['microseconds']:.0f}",
+            f"{row['floor_microseconds']:.0f}",
+            f"{row['of_floor']:.0%}",
+            f"{row['error']:.1e}",
+        ]
+        for row in found["rows"]
+    ]
+    return machine(found) + "\n" + table(header, rows)
+
+
+TABLES = {"speed": speed, "sampling": sampling, "errors": errors, "long": long}
+
+
+def filled(page: str) -> str:
+    """Return the text of a page with its tables."""
+    return PLACE.sub(lambda place: f"<!-- {place[1]} -->\n{TABLES[place[1]]()}<!-- end -->", page)
