@@ -4,9 +4,10 @@
     python -m benchmarks.cpu.accelerate --peer DIR --json benchmarks/results/accelerate_cpu.json
 
 Five autoregressive transforms of zuko, nflows, normflows and Pyro over the 64 pixels of scikit-learn's digits, after a
-short training, in their slow direction; and, with the folder of transformer_flow.py of github.com/apple/ml-tarflow, its
-model on 32x32 images with random weights. Times are medians of runs in turns. Errors are largest differences from the
-package's own result in float64; that of the package in float32 stands beside ours.
+short training, in their slow direction. With the folder of transformer_flow.py of github.com/apple/ml-tarflow, also its
+model on 32x32 images; with that of github.com/apple/ml-starflow, which must be on PYTHONPATH too, its text-conditional
+model on latents, with guidance; both with random weights. Times are medians of runs in turns. Errors are largest
+differences from the package's own result in float64; that of the package in float32 stands beside ours.
 """
 
 from __future__ import annotations
@@ -168,6 +169,21 @@ def compare(name: str, flow: nn.Module, batch: int, repeats: int) -> dict:
     }
 
 
+def compare_released(case: str, run: Callable, model: nn.Module, fast: nn.Module, repeats: int) -> dict:
+    """Return the row of a case that `run` runs with a model."""
+    expected, found = run(model).clone(), run(fast).clone()
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    assert difference < AGREEMENT, f"{case}: results differ by {difference}"
+    ways = {"library": model, "accelerated": fast}
+    median = {way: median_seconds(functools.partial(run, each), repeats) for way, each in ways.items()}
+    return {
+        "case": case,
+        "milliseconds": {way: 1e3 * value for way, value in median.items()},
+        "ratio": median["library"] / median["accelerated"],
+        "difference": difference,
+    }
+
+
 def tarflow(folder: Path, batch: int, repeats: int) -> list[dict]:
     """Return the rows of the released model on 32x32 images: sampling, density and a training step."""
     torch.manual_seed(0)
@@ -194,25 +210,39 @@ def tarflow(folder: Path, batch: int, repeats: int) -> list[dict]:
 
     rows = []
     for name, run in {"sampling": sample, "density": density, "training step": step}.items():
-        expected, found = run(model).clone(), run(fast).clone()
-        difference = ((found - expected).abs().max() / expected.abs().max()).item()
-        assert difference < AGREEMENT, f"{name}: results differ by {difference}"
-        ways = {"library": model, "accelerated": fast}
-        median = {way: median_seconds(functools.partial(run, each), repeats) for way, each in ways.items()}
-        rows.append(
-            {
-                "case": f"ml-tarflow 32x32, {name}, batch {batch}",
-                "milliseconds": {way: 1e3 * value for way, value in median.items()},
-                "ratio": median["library"] / median["accelerated"],
-                "difference": difference,
-            }
-        )
+        rows.append(compare_released(f"ml-tarflow 32x32, {name}, batch {batch}", run, model, fast, repeats))
     return rows
+
+
+def starflow(folder: Path, channels: int, size: int, repeats: int) -> dict:
+    """Return the row of the released text-conditional model: guided samples of batch 1 on size x size latents."""
+    torch.manual_seed(0)
+    model = load_peer(folder).Model(
+        in_channels=4, img_size=size, patch_size=1, channels=channels, num_blocks=4, layers_per_block=[2, 2, 2, 6],
+        rope=True, hf_style_rope=True, pt_seq_len=size, sos=True, txt_size=16, txt_dim=64, cond_top_only=True,
+        use_softplus=True, soft_clip=4.0, seq_order="L2R", norm_type="rms_norm", use_final_norm=True, use_swiglu=True,
+        use_qk_norm=True, use_post_norm=True, use_bias=False, num_heads=channels // 64, num_kv_heads=channels // 128,
+    ).eval()  # fmt: skip
+    with torch.no_grad():  # some of the weights are zero
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape))
+    fast = copy.deepcopy(model)
+    assert {f"blocks.{i}" for i in range(len(model.blocks))} <= {part.name for part in accelerate(fast).accelerated}
+    z, text = torch.randn(1, 4, size, size), torch.randn(1, 16, 64)
+    both = torch.cat([text, torch.zeros_like(text)])
+
+    def sample(model: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model(z.clone(), both, reverse=True, guidance=2.0)
+
+    case = f"ml-starflow, {channels} channels, {size * size} tokens, guided sampling, batch 1"
+    return compare_released(case, sample, model, fast, repeats)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flows", nargs="*", choices=FLOWS, default=list(FLOWS))
-    parser.add_argument("--peer", type=Path, help="folder with the released transformer_flow.py")
+    parser.add_argument("--peer", type=Path, help="folder with the released transformer_flow.py of TarFlow")
+    parser.add_argument("--starflow", type=Path, help="folder with the released transformer_flow.py of STARFlow")
     parser.add_argument("--batch", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--steps", type=int, default=300, help="training steps of each flow")
     parser.add_argument("--repeats", type=int, default=3)
@@ -227,6 +257,8 @@ def results(args: argparse.Namespace) -> dict:
             print(rows[-1], flush=True)
     for batch in (1, 16) if args.peer else ():
         rows += tarflow(args.peer, batch, args.repeats)
+    for channels, size in ((128, 8), (256, 16)) if args.starflow else ():
+        rows.append(starflow(args.starflow, channels, size, args.repeats))
     return {"rows": rows}
 
 
