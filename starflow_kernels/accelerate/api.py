@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from ..spec import check_not_negative
 from . import nflows, normflows, pyro, upstream, zuko
-from .swap import Accelerated, fast_class, original_class
+from .swap import Accelerated, fast_class, original_class, seen_as
 
 LIBRARIES = (upstream, zuko, nflows, normflows, pyro)
 
@@ -71,11 +72,18 @@ def accelerate(model: nn.Module, *, tol: float | None = None) -> Acceleration:
         What was done to each known module.
     """
     tol = None if tol is None else check_not_negative("tol", tol)
-    restore(model)
+    check_module(model)
     found = [candidate for library in LIBRARIES for candidate in library.candidates(model)]
     places = {id(module): place for place, module in enumerate(model.modules())}
     found.sort(key=lambda candidate: places[id(candidate[1])])
-    return Acceleration(tuple(_exchange(name, module, fast, tol) for name, module, fast in found))
+    # The checks need gradients, and tensors that are made in inference mode have none.
+    with torch.inference_mode(False):
+        parts = tuple(_exchange(name, module, fast, tol) for name, module, fast in found)
+    known = {id(module) for _, module, _ in found}
+    for module in model.modules():
+        if id(module) not in known:
+            _restore(module)
+    return Acceleration(parts)
 
 
 def restore(model: nn.Module) -> None:
@@ -84,25 +92,35 @@ def restore(model: nn.Module) -> None:
     Args:
         model: a model, accelerated or not.
     """
+    check_module(model)
+    for module in model.modules():
+        _restore(module)
+
+
+def check_module(model: nn.Module) -> None:
+    """Raise TypeError if a model is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        if isinstance(module, Accelerated):
-            module.__class__ = original_class(module)
+
+
+def _restore(module: nn.Module) -> None:
+    if isinstance(module, Accelerated):
+        module.__class__ = original_class(module)
 
 
 def _exchange(name: str, module: nn.Module, fast: type[Accelerated] | str, tol: float | None) -> Part:
-    original: Any = type(module)
-    if isinstance(fast, str):
-        return Part(name, original.__name__, None, fast)
-    try:
-        cls = fast_class(fast, original, tol)
-        reason = cls.check(module)
-        if reason is None:
-            module.__class__ = cls
-            return Part(name, original.__name__, cast(Any, module).description)
+    original: Any = original_class(module)
+    reason = fast if isinstance(fast, str) else None
     # Whatever a module of another library raises, the module stays as it is.
+    try:
+        if not isinstance(fast, str):
+            cls = fast_class(fast, original, tol)
+            # A module that is fast already stays so for calls in other threads.
+            reason = cls.check(seen_as(original, module))
+            if reason is None:
+                module.__class__ = cls
+                return Part(name, original.__name__, cast(Any, module).description)
     except Exception as error:
-        module.__class__ = original
         reason = f"{type(error).__name__}: {error}"
-    return Part(name, original.__name__, None, reason)
+    _restore(module)
+    return Part(name, original.__name__, None, cast(str, reason))

@@ -131,7 +131,9 @@ def _check_order(fast: Autoregressive, y: torch.Tensor, context: torch.Tensor | 
 
 def applies(module: nn.Module, y: torch.Tensor, context: torch.Tensor | None) -> bool:
     """Return whether the iteration has the result of the library's own loop."""
-    if y.is_meta or not y.numel() or torch.is_autocast_enabled(y.device.type) or is_intercepted():
+    if y.is_meta or not y.numel() or (context is not None and not context.numel()):
+        return False
+    if torch.is_autocast_enabled(y.device.type) or is_intercepted():
         return False
     dtypes = {t.dtype for t in (y, context, next(module.parameters(), None)) if t is not None}
     if len(dtypes) > 1 or not y.is_floating_point():

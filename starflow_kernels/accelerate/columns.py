@@ -45,8 +45,7 @@ def solve_columns(
     """
     if not can_run(network, y):
         return None, None
-    weights = [*network.parameters(), *network.buffers(), order]
-    digest = _digest(weights)
+    digest = digest_of(network, order)
     found = recognize(context)
     if found is None:
         return None, None
@@ -56,7 +55,7 @@ def solve_columns(
     if kept is None or kept[0] != state:
         kept = state, _plan(found, order)
         # Another thread may have changed the weights meanwhile.
-        if _digest(weights) == digest:
+        if digest_of(network, order) == digest:
             _plans[network] = kept
     if kept[1] is None:
         return None, None
@@ -90,8 +89,13 @@ def _plan(found: Recognized, order: torch.Tensor) -> MaskedPlan | None:
         return None
 
 
-def _digest(tensors: list[torch.Tensor]) -> int:
-    """Return a digest of all values; fused optimizers change weights without incrementing their versions."""
-    tensors = [t.contiguous() for t in tensors]
+def planned(network: nn.Module) -> int:
+    """Return the digest for which the last plan of a network was made."""
+    return _plans[network][0][0]
+
+
+def digest_of(network: nn.Module, order: torch.Tensor) -> int:
+    """Return a digest of the weights, masks and order; fused optimizers change weights without raising versions."""
+    tensors = [t.contiguous() for t in (*network.parameters(), *network.buffers(), order)]
     places = torch.tensor([[t.data_ptr(), t.nbytes] for t in tensors], dtype=torch.int64, device="cpu")
     return torch.ops.starflow_native.fingerprint(places)

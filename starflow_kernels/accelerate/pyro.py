@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -110,7 +111,8 @@ class FastInverse(Autoregressive):
         return getattr(self.original, "_inverse_stable" if self.stable else "_inverse")(view, y)
 
 
-class FastCondition(Accelerated):
+# Python exchanges classes whose attributes lie alike: ABC is the first base of the original too.
+class FastCondition(abc.ABC, Accelerated):
     """Transforms that `ConditionalAffineAutoregressive` returns, with a fast inverse."""
 
     description = "transforms with a fast inverse"

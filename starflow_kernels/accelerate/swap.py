@@ -60,15 +60,7 @@ def fast_class(fast: type[Accelerated], original: type, tol: float | None) -> An
     if key not in _classes:
         fields = {"original": original, "fast": fast, "tol": tol, "__module__": original.__module__}
 
-        # Python exchanges classes if their first bases are alike, so `original` comes first there, but not in the
-        # order in which methods are looked up.
-        def mro(cls: Any) -> list[type]:
-            # Other tools make subclasses of the class, which have the usual order.
-            own = cls.__bases__ == (original, fast)
-            return [cls, *fast.__mro__[:-1], *original.__mro__] if own else type.mro(cls)
-
-        kind = type("FastType", (type(original),), {"mro": mro})
-        _classes[key] = kind(f"Fast{original.__name__}", (original, fast), fields)
+        _classes[key] = type(original)(f"Fast{original.__name__}", (fast, original), fields)
     return _classes[key]
 
 

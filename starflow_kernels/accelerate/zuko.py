@@ -12,7 +12,7 @@ from torch import nn
 from .._core.torch_private import outside_graphs, version
 from ..masked_inverse.network import Univariate
 from .autoregressive import Autoregressive, applies
-from .columns import Recognized
+from .columns import Recognized, digest_of, planned
 from .networks import masked_dependences, places, zuko_layers
 from .swap import Accelerated, loaded, original_class
 
@@ -77,7 +77,7 @@ class _Inverse:
 
     def __init__(self, fast: Any, c: torch.Tensor | None) -> None:
         self.fast, self.c = fast, c
-        self.last: tuple[torch.Tensor, int, torch.Tensor] | None = None
+        self.last: tuple[torch.Tensor, int, int, torch.Tensor] | None = None
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         """Return x (*, D) of y (*, D)."""
@@ -85,13 +85,15 @@ class _Inverse:
             # The module was restored meanwhile.
             return self.fast(self.c).inv(y)
         x, logdet = self.fast.solve_rows(y, self.c)
-        self.last = None if logdet is None else (x, version(x), logdet)
+        self.last = None if logdet is None else (x, version(x), planned(self.fast), logdet)
         return x
 
     def log_abs_det_jacobian(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return log|det dy/dx| (*)."""
-        if self.last and self.last[0] is x and self.last[1] == version(x) and not torch.is_grad_enabled():
-            return -self.last[2]
+        if self.last and self.last[0] is x and not torch.is_grad_enabled() and isinstance(self.fast, FastTransform):
+            _, *state, logdet = self.last
+            if state == [version(x), digest_of(self.fast, self.fast.places())]:
+                return -logdet
         return self.fast.meta(self.c, x).log_abs_det_jacobian(x, y)
 
 

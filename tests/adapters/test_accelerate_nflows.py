@@ -234,6 +234,12 @@ def test_subclasses_that_other_tools_make():
     assert type(fast) is type(transform)
 
 
+def test_modules_of_pyro_are_made_of_accelerated_ones():
+    transform, fast, y, c = pair("nflows, affine")
+    pytest.importorskip("pyro.nn.module").to_pyro_module_(fast)
+    torch.testing.assert_close(fast.inverse(y, c), transform.inverse(y, c), rtol=1e-8, atol=1e-8)
+
+
 def test_shapes_on_the_meta_device():
     _, fast, y, c = pair("nflows, affine")
     assert fast.to("meta").inverse(y.to("meta"), c.to("meta"))[0].shape == y.shape

@@ -1,6 +1,7 @@
 """Flows structured as the released TarFlow, STARFlow and iTARFlow code, made fast by one call."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from support import released_flows as released
 from torch import nn
 
 from starflow_kernels import accelerate
-from starflow_kernels.accelerate.upstream import calls
+from starflow_kernels.accelerate.upstream import blocks, calls
 
 D, C, T, B, CLASSES, TEXT = 3, 16, 20, 4, 5, 6
 GEMMA = {"kv_heads": 1, "norm": released.RMSNorm, "extras": True, "half": True}
@@ -277,6 +278,46 @@ def test_a_layer_that_is_replaced_later_takes_part(dense):
     x, _ = data("tarflow")
     expected, found = ((model(x)[0], model.reverse(x)) for model in models)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class HalfAttention(released.Attention):
+    def forward(self, *arguments):
+        return 0.5 * super().forward(*arguments)
+
+
+@torch.no_grad()
+def test_an_attention_that_is_exchanged_in_a_single_layer_takes_part(dense):
+    model = tame(released.TarFlow([released.TarFlowBlock(D, C, T, flip=False)]))
+    fast = copy.deepcopy(model)
+    accelerate(fast)
+    for each in (model, fast):
+        each.blocks[0].attn_blocks[0].attention.__class__ = HalfAttention
+    x, _ = data("tarflow")
+    expected, found = ((each(x)[0], each.reverse(x)) for each in (model, fast))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loaded_block_is_fast_without_another_call(monkeypatch):
+    _, fast = pair("tarflow")
+    monkeypatch.setattr(blocks, "_agreed", set())
+    loaded = pickle.loads(pickle.dumps(fast))
+    x, _ = data("tarflow")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loaded.reverse(x)
+        originals_are_unused(monkeypatch)
+        loaded.reverse(x)
+
+
+@pytest.mark.parametrize("name", ["tarflow", "starflow"])
+def test_noise_may_be_changed_in_place_before_the_gradient(name, dense):
+    x, context = data(name)
+    results = []
+    for model in pair(name):
+        noise, *_, logdet = model(x, *context)
+        noise *= 2
+        loss = noise.square().sum() + sum(part.sum() for part in logdet)
+        results.append(torch.autograd.grad(loss, model.blocks[0].proj_in.weight))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["tarflow", "starflow"])

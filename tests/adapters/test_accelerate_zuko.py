@@ -10,6 +10,7 @@ from support.backends import needs_native
 
 from starflow_kernels import accelerate, restore
 from starflow_kernels.accelerate import columns
+from starflow_kernels.accelerate.zuko import FastTransform
 
 zuko = pytest.importorskip("zuko")
 D, C = 7, 3
@@ -152,7 +153,7 @@ def test_without_a_context():
 def test_no_rows():
     _, fast = pair("maf")
     z, c = inputs()
-    assert fast(c[:0]).transform.inv(z[:0]).shape == (0, D)
+    assert fast(c[:0]).transform.inv(z[:0]).shape == fast(c[:0]).transform.inv(z[0]).shape == (0, D)
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -175,6 +176,19 @@ def test_log_density_of_samples_without_a_gradient(monkeypatch):
         with torch.no_grad():
             results.append(flow(c).rsample_and_log_prob((4,)))
         monkeypatch.setattr(zuko.nn.MaskedMLP, "forward", None)
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
+
+
+@torch.no_grad()
+def test_log_determinants_after_the_weights_have_changed():
+    results = []
+    for flow in pair("maf"):
+        z, c = inputs()
+        transform = flow.transform.transforms[0](c)
+        x = transform.inv(z)
+        for weight in flow.parameters():
+            weight.data.mul_(1.5)
+        results.append(transform.log_abs_det_jacobian(x, z))
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
 
 
@@ -279,6 +293,30 @@ def test_accelerate_twice_and_restore():
     assert fast != classes and accelerate(flow) == first and [type(module) for module in flow.modules()] == fast
     restore(flow)
     assert [type(module) for module in flow.modules()] == classes
+
+
+def test_accelerate_again_leaves_modules_fast_for_other_threads(monkeypatch):
+    _, fast = pair("maf")
+    first = fast.transform.transforms[0]
+    kinds, kind = [], type(first)
+    monkeypatch.setattr(FastTransform, "check", classmethod(lambda cls, module: kinds.append(type(first))))
+    accelerate(fast)
+    assert set(kinds) == {kind} and type(first) is kind
+
+
+def test_a_module_that_is_no_longer_known_is_restored():
+    _, fast = pair("maf")
+    first = fast.transform.transforms[0]
+    first.passes = 2
+    accelerate(fast)
+    assert type(first) is zuko.flows.MaskedAutoregressiveTransform
+
+
+def test_accelerate_in_inference_mode():
+    flow = make("maf")
+    with torch.inference_mode():
+        report = accelerate(flow)
+    assert report.accelerated == report.parts
 
 
 def saved(flow):

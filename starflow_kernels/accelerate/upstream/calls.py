@@ -81,7 +81,12 @@ def density(
     if cond is not None and y is not None and (y < 0).any():
         cond = torch.where((y < 0)[:, None], _condition(block, None, t, len(x)), cond)
     z, logdet = block_forward(tokens, weights, spec, cond=cond, logdet="mean")
-    return z.to(x.dtype), logdet.to(x.dtype)
+    return _own(z, x), logdet.to(x.dtype)
+
+
+def _own(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return noise z in the dtype of x, which a caller may change in place before the backward pass."""
+    return z.to(x.dtype, copy=z.requires_grad)
 
 
 def inverse(
@@ -129,7 +134,7 @@ def grid_density(
     tokens, spec, weights = _ready(block, x, rotary=rope is not None)
     z, logdet = block_forward(tokens, weights, spec, prefix=y, **_angles(block, x, y, rope), logdet="none")
     # The original log-determinant is in the block's own order.
-    return z.to(x.dtype).view_as(x), logdet.flip(1) if spec.flip else logdet
+    return _own(z, x).view_as(x), logdet.flip(1) if spec.flip else logdet
 
 
 def grid_inverse(
