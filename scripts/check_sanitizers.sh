@@ -12,5 +12,5 @@ LD_PRELOAD="$libraries" python -m pytest -q tests/kernels/test_block_cuda.py \
 unset STARFLOW_SANITIZE
 LD_PRELOAD="$libraries" python -m pytest -q -n 2 tests/kernels/test_block_{native,jacobi}.py \
     tests/kernels/test_{causal,cached}_attention.py tests/kernels/test_affine_flow{,_inverse}.py \
-    tests/kernels/test_{flow_head,linear,masked_inverse,transposed_solve}.py \
-    -k "(test_block_native or test_transposed or native) and not interrupt"
+    tests/kernels/test_{flow_head,instruction_sets,linear,masked_inverse,transposed_solve}.py \
+    -k "(test_block_native or test_instruction_sets or test_transposed or native) and not interrupt"

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from support.backends import cpu_backends, needs_native, run_on_isa
+from support.backends import cpu_backends, needs_native
 from support.blocks import WIDE_SPECS, every_wide_spec, rows, tame_block
 
 from starflow_kernels import BlockSpec, Solver, block_forward, block_inverse
@@ -173,12 +173,6 @@ def test_progress_counts_tokens_and_may_end_the_call(inverse):
 
     with pytest.raises(KeyboardInterrupt):
         inverse(z, w, spec, **context, solver=solver, progress=stop)
-
-
-@needs_native
-@pytest.mark.parametrize("isa", ["base", "avx2"])
-def test_narrower_instruction_sets(isa):
-    run_on_isa(isa, __file__, "without_a_tolerance and 40 or quasi_newton_takes")
 
 
 @needs_native

@@ -12,7 +12,7 @@ from pathlib import Path
 import mpmath
 import pytest
 import torch
-from support.backends import needs_native, run_on_isa
+from support.backends import needs_native
 from support.blocks import SIZES, STARFLOW, WIDE_SPECS, every_wide_spec, rows, tame_block
 from support.contract import assert_within_contract, strided
 
@@ -254,13 +254,6 @@ def test_exp_at_the_ends():
     found = torch.empty_like(x)
     torch.ops.starflow_native.elementary(x, 0, found)
     torch.testing.assert_close(found, torch.tensor([0, 0, 1, torch.inf, torch.inf, torch.nan]), equal_nan=True)
-
-
-@pytest.mark.parametrize("isa", ["base", "avx2"])
-def test_narrower_instruction_sets(isa):
-    """The contract and the bits hold on machines without the widest instructions."""
-    tests = ["parallel_pass", "narrower_isa_is_used", "test_guided_inverse", "error_contract_over_sizes and 63"]
-    run_on_isa(isa, __file__, " or ".join(tests))
 
 
 def test_the_narrower_isa_is_used():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.backends import cpu_backends, needs_native, on_backends, run_on_isa
+from support.backends import cpu_backends, needs_native, on_backends
 from support.contract import assert_same_row, assert_within_contract, compiled, strided
 from support.naive import angles, naive_attention, naive_rotate, naive_visible
 
@@ -151,12 +151,6 @@ def test_error_contract_over_sizes(T, d, n, H, H_kv, window, backend):
     assert_within_contract(
         cached_attention(*tensors, *caches, int32(lengths), **options, backend=backend), plain, exact
     )
-
-
-@pytest.mark.parametrize("isa", ["base", "avx2"])
-@needs_native
-def test_narrower_instruction_sets(isa):
-    run_on_isa(isa, __file__, "native and (over_sizes or bits)")
 
 
 @needs_native

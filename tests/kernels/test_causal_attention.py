@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.backends import cpu_backends, needs_native, on_backends, run_on_isa
+from support.backends import cpu_backends, needs_native, on_backends
 from support.causal_attention import inputs, naive, rotary_options
 from support.contract import assert_same_row, assert_within_contract, compiled, strided, with_gradients
 
@@ -128,12 +128,6 @@ def test_error_contract_over_sizes(T, d, B, H, H_kv, window, backend):
     exact = with_gradients(lambda *t: naive(*t, **options), [t.double() for t in tensors], seeds)
     for values in zip(actual, plain, exact):
         assert_within_contract(*values)
-
-
-@pytest.mark.parametrize("isa", ["base", "avx2"])
-@needs_native
-def test_narrower_instruction_sets(isa):
-    run_on_isa(isa, __file__, "native and (over_sizes or bits)")
 
 
 @every_dtype

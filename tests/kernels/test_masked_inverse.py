@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.backends import cpu_backends, needs_native, run_on_isa
+from support.backends import cpu_backends, needs_native
 from support.contract import assert_within_contract, strided
 from support.masked import ACTIVATIONS, masked_layers, naive_forward, naive_network
 
@@ -294,9 +294,3 @@ def test_native_refuses_with_the_reason():
     y, layers, order = solve(TRANSFORMS[0], dtype=torch.float16)
     with pytest.raises(ValueError, match=r"cannot run masked_inverse: y is torch\.float16, it takes"):
         masked_inverse(y, layers, order, TRANSFORMS[0], backend="native")
-
-
-@needs_native
-@pytest.mark.parametrize("isa", ["base", "avx2"])
-def test_on_narrower_instruction_sets(isa):
-    run_on_isa(isa, __file__, "equation or contract or activations or residuals or bits")

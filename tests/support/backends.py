@@ -1,11 +1,8 @@
-"""Backends of the ops on this machine, and runs on narrower instruction sets."""
+"""Backends of the ops on this machine."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -57,10 +54,3 @@ def require_interpreter() -> None:
     """Skip the file of the caller unless Triton's interpreter runs its kernels."""
     if not runtime.interpreted() or runtime.unavailable() is not None:
         pytest.skip("it needs TRITON_INTERPRET=1 and triton", allow_module_level=True)
-
-
-def run_on_isa(isa: str, file: str, tests: str) -> None:
-    """Run the tests of `file` that the expression picks once more, on a narrower instruction set."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", tests]
-    done = subprocess.run(command, env={**os.environ, "STARFLOW_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
