@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributions import Independent
 
 from starflow_kernels._core.checks import check_finite, check_tensor
-from starflow_kernels._core.token_order import check_counts, own_order, with_given
+from starflow_kernels._core.token_order import check_counts, with_given
 from starflow_kernels.adapters.distributions import normal
 from starflow_kernels.solver import Solver
 
@@ -22,9 +22,9 @@ from .hooks import runs_methods, with_forward_hooks
 from .results import FlowInverse, FlowOutput, FlowSample
 from .stack import BlockArguments, BlockStack
 from .token_config import TokenFlowConfig
+from .token_orders import Order, block_orders, of_known, shorter
 
 Condition = Labels | int | None
-Order = torch.Tensor | Sequence[torch.Tensor] | None
 
 
 class TokenFlow(BlockStack):
@@ -246,10 +246,10 @@ class TokenFlow(BlockStack):
         arguments = self._arguments(condition, lengths, order, known, tokens)
         given = None
         if data is not None and known is not None:
-            known = _shorter(known, lengths)
+            known = shorter(known, lengths)
             data, given = self._tokens(data, "data"), self._inside(known, len(z))
             start = (data - shift) / scale
-            _, latents = self._to_noise(start, _of_known(arguments, known, lengths, tokens), backend=backend)
+            _, latents = self._to_noise(start, of_known(arguments, known, lengths, tokens), backend=backend)
             for (_, options), latent in zip(arguments, [start, *latents]):
                 options.update(data=latent, known=known)
         # Padding may hold anything, even NaN.
@@ -362,34 +362,8 @@ class TokenFlow(BlockStack):
     ) -> list[BlockArguments]:
         """Return the arguments of the blocks for tokens (B, T, D)."""
         features = self._features(condition, lengths, tokens)
-        orders = self._orders(order, known, tokens)
+        orders = block_orders(self.blocks, self.config.orders, order, known, tokens)
         return [BlockArguments((features, None, (None, None)), {"order": own, "lengths": lengths}) for own in orders]
-
-    def _orders(self, order: Order, known: torch.Tensor | None, tokens: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return the order of each block that differs from the one in its description."""
-        count, T, _ = tokens.shape
-        each = None
-        if isinstance(order, Sequence):
-            if len(order) != len(self.blocks):
-                raise ValueError(f"order: {len(order)} of them for {len(self.blocks)} blocks")
-            each, order = [own_order(own, None, count, T, tokens.device)[0] for own in order], None
-        elif order is not None:
-            order, _ = own_order(order, None, count, T, tokens.device)
-        if known is not None:
-            known = check_counts("known", known, count, T)
-        found: list[torch.Tensor | None] = []
-        for i, block in enumerate(self.blocks):
-            own, flip = order, block.spec.flip
-            if each is not None:
-                own = each[i]
-            elif self.config.orders:
-                stored = torch.tensor(self.config.orders[i], dtype=torch.int64, device=tokens.device)
-                own = stored if order is None else order[:, stored]
-            elif order is not None and flip:
-                own = order.flip(1)
-            # Known tokens come first, as those beyond the lengths come last.
-            found.append(own if known is None else own_order(own, known, count, T, tokens.device, flip)[0])
-        return found
 
     def _features(self, condition: Condition, lengths: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
         """Return what the blocks embed of a condition, in the dtype and on the device of tokens `like` (B, T, D)."""
@@ -428,21 +402,3 @@ class TokenFlow(BlockStack):
             return check_atoms(condition, shape, like.device)
         check_tensor("condition", condition, shape, like=like)
         return cast("torch.Tensor", condition)
-
-
-def _of_known(
-    arguments: Sequence[BlockArguments], known: torch.Tensor, lengths: torch.Tensor | None, tokens: torch.Tensor
-) -> list[BlockArguments]:
-    """Return the arguments of the blocks for the known tokens alone, whose conditions look ahead to the others."""
-    found, (rows, count, _) = [], tokens.shape
-    for context, options in arguments:
-        order, _ = own_order(options["order"], lengths, rows, count, tokens.device)
-        found.append(BlockArguments(context, {"order": order, "lengths": known}))
-    return found
-
-
-def _shorter(known: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Return how many tokens of each sample are known, which are at most its length."""
-    if lengths is None:
-        return known
-    return torch.minimum(known.to(torch.int64), lengths.to(device=known.device, dtype=torch.int64))
