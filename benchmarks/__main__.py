@@ -36,7 +36,6 @@ BENCHMARKS = {
     "parallel_samples": "cpu.parallel digits --samples 1000",
     "fingerprint": "cpu.fingerprint",
     "inverse_gradient": "cpu.inverse_gradient",
-    "maf": "cpu.maf",
     "pipeline": "cpu.pipeline",
     "prose": "cpu.prose --upstream {upstream}",
     "throughput": "cpu.throughput",
