@@ -10,6 +10,7 @@ export PYTHONPATH="$PWD/build/triton-3.9.0"
 TRITON_INTERPRET=1 python -m pytest -q -n 2 tests/*/test_*_triton.py
 TRITON_INTERPRET=1 python -m pytest -q -n 2 tests/kernels/test_attention_flow.py \
     -k "triton and (error_contract or one_output or sum_exp or no_rows or bits or narrow)"
+python -m benchmarks.gpu smoke --dry
 python -m benchmarks.gpu --dry
 python -m benchmarks.gpu.triton_resources --check
 PYTHONPATH="$PWD/build/triton-3.6.0" python -m benchmarks.gpu.triton_resources --check --targets sm_90

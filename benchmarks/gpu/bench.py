@@ -1,4 +1,4 @@
-"""Device, clocks and counters of the GPU benchmarks, and the outcome of a check."""
+"""Device, timers and counters of the GPU benchmarks, and the outcome of a check."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ import torch
 
 from starflow_kernels._triton import runtime
 
+from .runner import Skip
+
 GIB = 2**30
-
-
-class Skip(Exception):
-    """Raised by a check that cannot run here; the message gives the reason."""
 
 
 class Bench:
@@ -153,19 +151,15 @@ class Bench:
             np.matmul = usual
 
 
-class Clock:
-    """Budget of seconds that starts now.
-
-    Args:
-        seconds: the whole budget.
-    """
-
-    def __init__(self, seconds: float):
-        self.end = time.perf_counter() + seconds
-
-    def left(self) -> float:
-        """Return the seconds that are left."""
-        return self.end - time.perf_counter()
+@contextlib.contextmanager
+def refusals_skipped() -> Iterator[None]:
+    """Turn the error of a backend that cannot run its arguments into Skip with the reason."""
+    try:
+        yield
+    except ValueError as error:
+        if "cannot run" in str(error):
+            raise Skip(str(error).split(": ", 1)[1]) from error
+        raise
 
 
 def attempt(function: Callable, *args) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ import torch
 import starflow_kernels
 from starflow_kernels.causal_attention.timings import Entry, chip
 
-from .bench import Bench
 from .op_cases import angles, randn
 
 TABLE = Path(starflow_kernels.__file__).parent / "causal_attention" / "timings.json"
@@ -105,9 +104,9 @@ def candidates(tensors: dict[str, torch.Tensor], window: int | None) -> list[str
     return names
 
 
-def measure(shape: tuple, dtype: torch.dtype, device: str, seconds: Callable) -> list[dict]:
-    """Return a row per backend and pass: its seconds, and why its results do not count, or ""."""
-    tensors, window, rows = draw(shape, dtype, device), shape[-1], []
+def measure(shape: tuple, dtype: torch.dtype, device: str, seconds: Callable) -> Iterator[dict]:
+    """Yield a row per backend and pass: its seconds, and why its results do not count, or ""."""
+    tensors, window = draw(shape, dtype, device), shape[-1]
     for backend in candidates(tensors, window):
         row = {"shape": shape, "dtype": str(dtype)[6:], "backend": backend}
         try:
@@ -118,26 +117,14 @@ def measure(shape: tuple, dtype: torch.dtype, device: str, seconds: Callable) ->
         except Exception as error:
             traceback.print_exc()
             times = {kind: {"verdict": f"{type(error).__name__}: {error}"[:300]} for kind in Passes._fields}
-        rows += [{**row, "pass": kind, **fields} for kind, fields in times.items()]
-    return rows
-
-
-def measure_all(bench: Bench) -> list[dict]:
-    """Return the rows of all shapes and dtypes."""
-    dtypes = [torch.float32] if bench.dry else [torch.bfloat16, torch.float16]
-    return [
-        row
-        for shape in (DRY if bench.dry else SHAPES)
-        for dtype in dtypes
-        for row in measure(shape, dtype, bench.device, bench.seconds)
-    ]
+        yield from ({**row, "pass": kind, **fields} for kind, fields in times.items())
 
 
 def entries(rows: list[dict], device: torch.device, machine: dict) -> list[Entry]:
     """Return an entry per shape, dtype and pass: the fastest backend among those whose results count."""
     table, groups = [], {}
     for row in rows:
-        groups.setdefault((row["shape"], row["dtype"], row["pass"]), []).append(row)
+        groups.setdefault((tuple(row["shape"]), row["dtype"], row["pass"]), []).append(row)
     for (shape, dtype, kind), group in groups.items():
         right = [row for row in group if not row["verdict"]]
         if not right:

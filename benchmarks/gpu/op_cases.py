@@ -45,9 +45,9 @@ class Case(NamedTuple):
 
 
 def randn(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    """Return tensors of normal numbers, the same on every device."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    """Return tensors of normal numbers."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
 
 
 def _bytes(tensors: list[torch.Tensor], *outputs: torch.Tensor) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from .bench import Bench, attempt
@@ -9,21 +11,27 @@ from .op_cases import MAKE
 from .op_checks import contract, ours, passes, plain
 
 
-def time_op(op: str, shape: tuple[int, ...], bench: Bench, ceilings: dict[str, float]) -> list[dict]:
-    """Time an op at one shape after the error contract holds; return a row per pass and code.
+def time_op(
+    op: str, shape: tuple[int, ...], bench: Bench, ceilings: dict[str, float], compiled: bool
+) -> Iterator[dict]:
+    """Time an op at one shape after the error contract holds; yield a row per pass and code.
 
     Args:
         op: name of the op.
         shape: sizes as the op's case takes them.
         bench: where everything runs.
         ceilings: measured rates of the device.
+        compiled: time the peers that torch.compile makes too.
     """
-    case, rows = MAKE[op](shape, bench.timed_dtype, bench.device), []
+    case = MAKE[op](shape, bench.timed_dtype, bench.device)
     error = contract(case, bench, torch.float64 if bench.timed_dtype == torch.float32 else torch.float32)
-    torch.compiler.reset()
-    compiled = torch.compile(plain(case), backend=bench.compiler)
     ones = [torch.ones_like(output) for output in plain(case)(case.tensors)]
-    codes = {"ours": ours(case), "eager reference": plain(case), "compiled reference": compiled, **case.peers}
+    codes = {"ours": ours(case), "eager reference": plain(case), **case.peers}
+    if compiled:
+        torch.compiler.reset()
+        codes["compiled reference"] = torch.compile(plain(case), backend=bench.compiler)
+    else:
+        codes = {name: code for name, code in codes.items() if not name.startswith("compiled")}
     for gradient in (False, True):
         moved = case.bytes * (1 + case.backward_bytes if gradient else 1)
         operations = case.flops * (1 + case.backward_flops if gradient else 1)
@@ -44,7 +52,4 @@ def time_op(op: str, shape: tuple[int, ...], bench: Bench, ceilings: dict[str, f
 
             result, value = attempt(measure)
             timings = value if result == "passed" else {"failed": value}
-            rows.append({**row, "code": name, "floor_seconds": floor, **timings})
-            if not bench.dry:
-                print(rows[-1], flush=True)
-    return rows
+            yield {**row, "code": name, "floor_seconds": floor, **timings}

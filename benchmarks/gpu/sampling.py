@@ -11,7 +11,6 @@ import functools
 import gc
 import math
 import statistics
-import traceback
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -21,13 +20,12 @@ from starflow_kernels import Solver, backends
 
 from ..peers.released import released_block, step_seconds
 from ..peers.static_cache import PlainDecoder
-from .bench import Bench, Clock, Skip, attempt
-from .sampling_cases import CASES, DRY_CASES, WEIGHTS, Block, Problem, Weights
+from .bench import Bench, attempt
+from .runner import Clock, Skip
+from .sampling_cases import WEIGHTS, Block, Case, Problem, Weights
 from .sampling_checks import inverse, launches_a_step
 
 REPEATS = 5
-# Seconds that must be left to start a case.
-LEAST = 5
 # Tokens of the short call that predicts the time of a whole one.
 TRIED = 16
 # Cache lengths at which steps of the released loop are timed if the whole loop takes too long.
@@ -50,12 +48,12 @@ class Code(NamedTuple):
     Args:
         start: start(problem) returns a function that solves it, whose first call may take longer.
         slack: additional allowed error.
-        most: allowed kernels per token for a number of layers; None if tokens have no kernels of their own.
+        most: allowed kernels per token for a number of layers; None to leave them uncounted.
     """
 
     start: Callable[[Problem], Run]
     slack: float = 0.0
-    most: Callable[[int], float] | None = lambda layers: math.inf
+    most: Callable[[int], float] | None = None
 
 
 def plain(attention: str, steps: int | None = None) -> Code:
@@ -140,10 +138,10 @@ def difference(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 class Timing:
-    """One case in one kind of weights, with its exact solution; raises Skip if the clock has no time for that.
+    """One problem in one kind of weights, with its exact solution; raises Skip if the clock has no time for that.
 
     Args:
-        name: of the case.
+        name: of the problem.
         kind: of weights.
         problem: blocks and noise.
         bench: where everything runs.
@@ -156,7 +154,7 @@ class Timing:
         self.weights, self.problem, self.bench, self.clock = WEIGHTS[kind], problem, bench, clock
         self.work = problem.work(self.weights, resident)
         self.row = {
-            "case": name,
+            "problem": name,
             "weights": kind,
             "blocks": len(problem.blocks),
             "layers": problem.blocks[-1].spec.layers,
@@ -263,27 +261,25 @@ def time_problem(
     bench,
     ceilings,
     clock: Clock,
-    seconds: float,
     resident: bool = False,
     released: bool = True,
 ) -> Iterator[dict]:
-    """Time the codes of a case; yield a row per code.
+    """Time the codes of a problem; yield a row per code.
 
     Args:
-        name: of the case.
+        name: of the problem.
         kind: of weights.
         problem: blocks and noise.
         timed: name -> code.
         peer: module of the released TarFlow, or None.
         bench: where everything runs.
         ceilings: measured rates of the device.
-        clock: seconds that are left.
-        seconds: for this case.
+        clock: seconds that are left, shared by the codes.
         resident: see benchmarks.floor.
         released: time the released loop too.
     """
     timing = Timing(name, kind, problem, bench, ceilings, clock, resident)
-    share = seconds / (len(timed) + 2)
+    share = clock.left() / (len(timed) + 2)
     runs = {code: functools.partial(timing.measure, function, share) for code, function in timed.items()}
     if released:
         runs["released loop"] = functools.partial(timing.released, peer, share) if peer else without_peer
@@ -298,59 +294,29 @@ def without_peer() -> None:
     raise Skip("it needs --peer DIR")
 
 
-def cases(bench: Bench, ceilings: dict, peer, clock: Clock, reserved: float = 0) -> Iterator[dict]:
-    """Yield the rows of all cases within the clock, minus the seconds reserved for others."""
-    clock = Clock(clock.left() - reserved)
-    chosen = [(case, kind) for case in (DRY_CASES if bench.dry else CASES) for kind in case.weights]
-    for i, (case, kind) in enumerate(chosen):
-        seconds, weights = clock.left() / (len(chosen) - i), WEIGHTS[kind]
-
-        def rows(case=case, kind=kind, weights=weights, seconds=seconds):
-            if clock.left() < LEAST:
-                raise Skip("the time for sampling is spent")
-            problem = case.problem(weights.dtype, bench.device)
-            return time_problem(
-                case.name, kind, problem, codes(weights), peer, bench, ceilings, clock, seconds, case.resident,
-                case.released,
-            )  # fmt: skip
-
-        yield from guarded(rows, {"case": case.name, "weights": kind, "code": "all"})
-        release(bench)
+def time_case(case: Case, kind: str, bench: Bench, ceilings: dict, peer, clock: Clock) -> Iterator[dict]:
+    """Yield the rows of a case in one kind of weights."""
+    weights = WEIGHTS[kind]
+    problem = case.problem(weights.dtype, bench.device)
+    return time_problem(
+        case.name, kind, problem, codes(weights), peer, bench, ceilings, clock, case.resident, case.released
+    )
 
 
-def guarded(rows: Callable[[], Iterator[dict]], row: dict) -> Iterator[dict]:
-    """Yield the rows until an error, which becomes the last row."""
-    try:
-        yield from rows()
-    except Skip as reason:
-        yield {**row, "skipped": str(reason)}
-    except Exception as error:
-        traceback.print_exc()
-        yield {**row, "failed": f"{type(error).__name__}: {error}"[:500]}
-
-
-def trained(checkpoint: str, bench: Bench, ceilings: dict, peer, clock: Clock) -> Iterator[dict]:
+def trained(checkpoint: str, batch: int, bench: Bench, ceilings: dict, peer, clock: Clock) -> Iterator[dict]:
     """Yield the rows of a trained flow, with its parallel inverses, whose speed depends on the weights."""
     from starflow.inversion.request import neighbours
 
     from ..cpu.parallel import Case as Trained
     from ..cpu.parallel import load
 
-    kind, batches = ("float32", (1, 2)) if bench.dry else ("bfloat16", (1, 256))
-    weights = WEIGHTS[kind]
-    name, flow = load(checkpoint, weights.dtype)
+    kind = "float32" if bench.dry else "bfloat16"
+    name, flow = load(checkpoint, WEIGHTS[kind].dtype)
     flow = flow.to(bench.device)
-    for i, batch in enumerate(batches):
-
-        def rows(batch=batch, seconds=clock.left() / (len(batches) - i)):
-            case = Trained(name, flow, batch)
-            given = [Block(w, spec, {n: v for n, v in more.items() if v is not None}) for w, spec, more in case.blocks]
-            timed = {**codes(weights), **parallel_codes(weights, batch, flow.config.grid, neighbours)}
-            return time_problem(f"{name}, batch {batch}", kind, Problem(given, case.z), timed, peer, bench, ceilings,
-                                clock, seconds)  # fmt: skip
-
-        yield from guarded(rows, {"case": f"{name}, batch {batch}", "weights": kind, "code": "all"})
-        release(bench)
+    case = Trained(name, flow, batch)
+    given = [Block(w, spec, {n: v for n, v in more.items() if v is not None}) for w, spec, more in case.blocks]
+    timed = {**codes(WEIGHTS[kind]), **parallel_codes(WEIGHTS[kind], batch, flow.config.grid, neighbours)}
+    return time_problem(f"{name}, batch {batch}", kind, Problem(given, case.z), timed, peer, bench, ceilings, clock)
 
 
 def release(bench: Bench) -> None:
@@ -367,17 +333,17 @@ def markdown(rows: list[dict]) -> str:
         "Sampling. benchmarks/floor.py counts the floors. Errors are against sequential float32. Peak memory excludes",
         "weights and noise. A call of a few tokens compiled the kernels before the first call.",
         "",
-        "| case | weights | code | s | us per token step | floor, us | of the floor | released / this | plain / this "
-        "| error | peak MiB | kernels per token | first call, s | repeats, note |",
+        "| problem | weights | code | s | us per token step | floor, us | of the floor | released / this "
+        "| plain / this | error | peak MiB | kernels per token | first call, s | repeats, note |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     best: dict[tuple, float] = {}
     for r in rows:
         if "seconds" in r:
-            key = r["case"], r["weights"], r["code"].split(",")[0]
+            key = r["problem"], r["weights"], r["code"].split(",")[0]
             best[key] = min(best.get(key, math.inf), r["seconds"])
     for r in rows:
-        where = f"| {r['case']} | {r['weights']} | {r['code']} "
+        where = f"| {r['problem']} | {r['weights']} | {r['code']} "
         if "seconds" not in r:
             why = next(f"{how}: {r[how]}" for how in ("failed", "skipped") if how in r)
             lines.append(f"{where}| " + "| " * 10 + why.replace("|", "/").replace("\n", " ") + " |")
@@ -385,7 +351,7 @@ def markdown(rows: list[dict]) -> str:
         us, floor = 1e6 * r["seconds"] / r["steps"], ""
         if r["floor_seconds"] is not None:
             floor = f"{1e6 * r['floor_seconds'] / r['steps']:.1f} | {r['floor_seconds'] / r['seconds']:.0%}"
-        peers = (best.get((r["case"], r["weights"], peer)) for peer in ("released loop", "plain decoder"))
+        peers = (best.get((r["problem"], r["weights"], peer)) for peer in ("released loop", "plain decoder"))
         ratios = " | ".join("" if other is None else f"{other / r['seconds']:.2f}x" for other in peers)
         memory = "" if r.get("peak_bytes") is None else f"{r['peak_bytes'] / 2**20:.0f}"
         launches = "" if r.get("launches") is None else f"{r['launches']:g}"

@@ -166,6 +166,7 @@ class Case(NamedTuple):
         weights: kinds of weights.
         released: time the released loop too.
         resident: see benchmarks.floor.
+        seconds: limit for each kind of weights.
     """
 
     name: str
@@ -176,6 +177,7 @@ class Case(NamedTuple):
     weights: tuple[str, ...] = ("bfloat16",)
     released: bool = True
     resident: bool = False
+    seconds: float = 15
 
     def problem(self, dtype: torch.dtype, device: str) -> Problem:
         """Return the problem with random weights."""
@@ -213,11 +215,20 @@ CASES = [
         1024,
         {"text": 128, **GUIDED},
         released=False,
+        seconds=60,
     ),
-    Case("AFHQ-256, batch 1, 8 blocks", tarflow(192, 768, 8, 8), 1, 1024),
-    Case("AFHQ-256, batch 1, 8 blocks", tarflow(192, 768, 8, 8), 1, 1024, weights=("int8", "fp8"), released=False),
-    Case("AFHQ-256, batch 16, 8 blocks", tarflow(192, 768, 8, 8), 16, 1024),
-    Case("AFHQ-256, batch 256, 1 of 8 blocks", tarflow(192, 768, 8), 256, 1024),
+    Case("AFHQ-256, batch 1, 8 blocks", tarflow(192, 768, 8, 8), 1, 1024, seconds=35),
+    Case("AFHQ-256, batch 16, 8 blocks", tarflow(192, 768, 8, 8), 16, 1024, seconds=35),
+    Case("AFHQ-256, batch 256, 1 of 8 blocks", tarflow(192, 768, 8), 256, 1024, seconds=35),
+    Case(
+        "AFHQ-256, batch 1, 8 blocks",
+        tarflow(192, 768, 8, 8),
+        1,
+        1024,
+        weights=("int8", "fp8"),
+        released=False,
+        seconds=25,
+    ),
     *(
         Case(f"C {C}, {layers} layers, T {T}, 10 000 samples", tarflow(4, C, layers), 10_000, T, resident=True)
         for C in (64, 128)

@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.cpu import parallel
 from benchmarks.gpu import sampling
-from benchmarks.gpu.bench import Bench, Clock, Skip
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.runner import Clock, Skip
 from benchmarks.gpu.sampling import Code, markdown, ours, plain, time_problem, trained
 from benchmarks.gpu.sampling_cases import CASES, GUIDED, WEIGHTS, Block, Problem, make, starflow, tarflow
 from benchmarks.gpu.sampling_checks import rows_of
@@ -82,7 +83,7 @@ def test_a_code_that_is_wrong_has_no_time_and_one_that_refuses_a_reason(bench):
         "cuda": ours("cuda", WEIGHTS["float32"], None),
         "Jacobi": ours("reference", WEIGHTS["float32"], None, solver=Solver("jacobi")),
     }
-    rows = list(time_problem("a case", "float32", problem, timed, None, bench, CEILINGS, Clock(60), 60))
+    rows = list(time_problem("a problem", "float32", problem, timed, None, bench, CEILINGS, Clock(60)))
     found = {row["code"]: row for row in rows}
     for name in ("right", "off, but allowed", "reference", "Jacobi"):
         assert found[name]["seconds"] > 0 and "failed" not in found[name]
@@ -98,13 +99,13 @@ def test_more_launches_than_allowed_are_a_failure(bench, monkeypatch):
     problem = make(tarflow(3, 64, 2), 1, 3, F32, "cpu")
     for most, failed in ((11, True), (12, False)):
         code = {"ours": Code(plain("fused").start, most=lambda layers, most=most: most)}
-        (row, _) = time_problem("a case", "float32", problem, code, None, bench, CEILINGS, Clock(60), 60)
+        (row, _) = time_problem("a problem", "float32", problem, code, None, bench, CEILINGS, Clock(60))
         assert ("12 kernels per token of 2 layers" in row.get("failed", "")) == failed
 
 
 def test_what_the_clock_has_no_time_for_is_skipped(bench):
     timing = sampling.Timing(
-        "a case", "float32", make(tarflow(3, 64, 1), 1, 3, F32, "cpu"), bench, CEILINGS, Clock(5), False
+        "a problem", "float32", make(tarflow(3, 64, 1), 1, 3, F32, "cpu"), bench, CEILINGS, Clock(5), False
     )
     timing.afford(1.0)
     with pytest.raises(Skip, match=r"it takes 6\.0 s at least, [345]\.\d s are left"):
@@ -124,15 +125,16 @@ def test_a_trained_flow_is_timed_with_its_parallel_inverses(bench, monkeypatch):
         block.weights()["proj_out.weight"].normal_(std=0.05)
     monkeypatch.setattr(parallel, "load", lambda *args: ("photos", flow))
     monkeypatch.setattr(sampling, "codes", lambda weights: {"plain decoder": plain("fused")})
-    rows = list(trained("photos", bench, CEILINGS, None, Clock(60)))
-    names = [row["code"] for row in rows if "seconds" in row and row["case"] == "photos, batch 1"]
+    rows = list(trained("photos", 1, bench, CEILINGS, None, Clock(60)))
+    assert {row["problem"] for row in rows} == {"photos, batch 1"}
+    names = [row["code"] for row in rows if "seconds" in row]
     assert "plain decoder" in names and "quasi-Newton, window 32, reference" in names
     assert not [row for row in rows if "failed" in row]
     assert all(row["error"] < 1e-3 and row.get("passes", 2) < 30 for row in rows if "seconds" in row)
 
 
 def test_page():
-    row = {"case": "c", "weights": "bfloat16", "steps": 100, "floor_seconds": 0.5, "error": 1e-3, "repeats": 3}
+    row = {"problem": "c", "weights": "bfloat16", "steps": 100, "floor_seconds": 0.5, "error": 1e-3, "repeats": 3}
     more = {"peak_bytes": 2**21, "launches": 11.0, "first_seconds": 2.0}
     rows = [
         {**row, "code": "ours, triton", "seconds": 1.0, **more},
@@ -140,8 +142,8 @@ def test_page():
         {**row, "code": "plain decoder, products", "seconds": 1.5, **more},
         {**row, "code": "released loop", "seconds": 10.0, "note": "from some steps"},
         {**row, "code": "Jacobi", "seconds": 0.5, "floor_seconds": None, "passes": 7, **more},
-        {"case": "c", "weights": "bfloat16", "code": "ours, cuda", "skipped": "no | room"},
-        {"case": "c", "weights": "bfloat16", "code": "wrong", "failed": "error 1"},
+        {"problem": "c", "weights": "bfloat16", "code": "ours, cuda", "skipped": "no | room"},
+        {"problem": "c", "weights": "bfloat16", "code": "wrong", "failed": "error 1"},
     ]
     page = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(rows).splitlines() if "|" in line]
     assert len({len(line) for line in page}) == 1
