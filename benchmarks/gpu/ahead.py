@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ class Session(NamedTuple):
 
 def compile_all(
     program: str,
+    checkpoint: str,
     cache: Path | None = None,
     capability: int | None = None,
     jobs: int | None = None,
@@ -49,6 +51,7 @@ def compile_all(
 
     Args:
         program: "smoke" or "bench".
+        checkpoint: trained flow, a folder or a bundled name.
         cache: folder of Triton's cache; None takes that of this process.
         capability: of the chip, such as 90; None takes that of the GPU of this process.
         jobs: number of processes.
@@ -61,7 +64,7 @@ def compile_all(
     if cache:
         environment["TRITON_CACHE_DIR"] = str(cache)
     command = [sys.executable, "-m", "benchmarks.gpu.ahead", program, "--capability", str(capability)]
-    command += ["--jobs", str(jobs or os.cpu_count())]
+    command += ["--checkpoint", checkpoint, "--jobs", str(jobs or os.cpu_count())]
     command += ["--wheel", str(wheel)] if wheel else []
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -155,12 +158,12 @@ def empty(dtype: torch.dtype, device: str, *shapes: tuple[int, ...]) -> list[tor
 def op(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Compile both passes of an op."""
     from . import op_cases
+    from .op_checks import ours, passes
 
     op_cases.randn = empty
     case = op_cases.MAKE[name](shape, dtype, "cpu")
-    tensors = [t.detach().requires_grad_() for t in case.tensors]
-    outputs = case.run(tensors, "triton")
-    outputs[0].grad_fn.apply(*(torch.empty_like(output) for output in outputs))
+    outputs = ours(case)(case.tensors)
+    passes(ours(case), case.tensors, [torch.empty_like(output) for output in outputs])
 
 
 def attention(shape: tuple, dtype: torch.dtype) -> None:
@@ -195,12 +198,34 @@ def session(given: Session) -> None:
     made = sweeps.JacobiSession if given.solver else sequential.TritonSession
     buffers = made.buffers(spec, kind.dtype, shape, n, *given.solver)
     of, w = made(model, shape, device, buffers, n, *given.solver), model.read(weights)
-    text = (shape.branches * shape.samples, shape.prefix, spec.text_dim)
+    text = (shape.branches, shape.samples, shape.prefix, spec.text_dim)
     of.begin(w, torch.empty(text, dtype=kind.dtype, device=device) if shape.prefix else None)
     of.launch(w)
 
 
-def jobs(program: str) -> Iterator[tuple[Callable, tuple]]:
+def trained(checkpoint: str) -> Iterator[tuple[Callable, tuple]]:
+    """Iterate over `session` with its arguments, for all that `sampling.trained` launches."""
+    from starflow.inversion.request import neighbours
+
+    from ..cpu.parallel import Case, load
+    from .sampling import WINDOWS
+    from .sampling_cases import WEIGHTS
+
+    kind = WEIGHTS["bfloat16"]
+    case = Case(*load(checkpoint, kind.dtype), batch=1)
+    T, blocks = case.z.shape[1], {spec: context for _, spec, context in case.blocks}
+    for (spec, context), batch in itertools.product(blocks.items(), (1, 256)):
+        cond, sizes = context.get("cond"), (0, 1)
+        slots = 0 if cond is None else T if cond.ndim == 3 else 1
+        for tokens in {min(T, few) for few in (T, 8, 16)}:
+            yield session, (Session(spec, kind, (batch, tokens, *sizes, slots, "tarflow")),)
+        for window in WINDOWS:
+            for near in ((), neighbours(case.flow.config.grid, window)):
+                solver = min(window, T - (not spec.start)), True, tuple(near)
+                yield session, (Session(spec, kind, (batch, T, *sizes, slots, "tarflow"), solver),)
+
+
+def jobs(program: str, checkpoint: str) -> Iterator[tuple[Callable, tuple]]:
     """Iterate over the functions above with their arguments, for all that a program launches."""
     from . import choice
     from .op_cases import CHECKED, MAKE, TIMED
@@ -223,6 +248,8 @@ def jobs(program: str) -> Iterator[tuple[Callable, tuple]]:
         for solver in SOLVERS.values() if block.thorough else ():
             options = solver.window, solver.slide, solver.neighbours
             yield session, (Session(block.spec, WEIGHTS[block.weights[0]], (block.samples, T, *sizes, rule), options),)
+    if whole:
+        yield from trained(checkpoint)
     for case in CASES if whole else ():
         for kind in case.weights:
             for spec in dict.fromkeys(case.specs):
@@ -260,13 +287,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", choices=("smoke", "bench"))
     parser.add_argument("--capability", type=int, default=90, help="of the chip")
+    parser.add_argument("--checkpoint", default="digits", help="trained flow: a folder or a bundled name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
     parser.add_argument("--wheel", type=Path, help="folder with the package triton for which the cache is made")
     args = parser.parse_args()
     if args.wheel:
         take_key(args.wheel)
     start = time.perf_counter()
-    _jobs.extend(jobs(args.program))
+    _jobs.extend(jobs(args.program, args.checkpoint))
     with multiprocessing.get_context("fork").Pool(args.jobs, _begin, (args.capability,)) as pool:
         found = pool.map(_compiled, range(len(_jobs)), chunksize=1)
     failed = [line for _, lines in found for line in lines]

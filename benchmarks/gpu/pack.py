@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     cache, notes = args.folder.absolute() / "triton", []
-    found = compile_all("bench", cache, args.capability, args.jobs, args.wheel)
+    found = compile_all("bench", str(args.checkpoint), cache, args.capability, args.jobs, args.wheel)
     notes.append(f"Triton: {found}")
     thin(cache)
     library = ROOT / "starflow_kernels" / "_cuda.abi3.so"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -34,7 +35,7 @@ def smoke(args: argparse.Namespace) -> list[Case]:
     """Return the cases of the first contact with a GPU: versions, a launch of every kernel, constants of the chip."""
     bench = Bench(args.dry)
     cases = [_case(bench, MACHINE, 30, lambda clock, rows: _machine(bench, args, ceilings=False))]
-    cases += _compilation(bench, "smoke")
+    cases += _compilation(bench, "smoke", args)
     for op in MAKE:
         cases.append(
             _case(bench, f"launch: {op}", 20, functools.partial(_checks, op, bench, ["error contract"]), "check")
@@ -55,14 +56,14 @@ def bench(args: argparse.Namespace) -> list[Case]:
     """Return the cases of the measurement: sampling first, then ops, the attention table, and all further checks."""
     bench = Bench(args.dry)
     cases = [_case(bench, MACHINE, 30, lambda clock, rows: _machine(bench, args, ceilings=True))]
-    cases += _compilation(bench, "bench")
+    cases += _compilation(bench, "bench", args)
     for case in DRY_CASES if args.dry else CASES:
         for kind in case.weights:
             run = functools.partial(_sampling, case, kind, bench, args)
             cases.append(_case(bench, f"sampling: {case.name}, {kind}", case.seconds, run, "sampling"))
     for batch in (1, 2) if args.dry else (1, 256):
         run = functools.partial(_trained, args, batch, bench)
-        cases.append(_case(bench, f"sampling: {args.checkpoint}, batch {batch}", 30, run, "sampling"))
+        cases.append(_case(bench, f"sampling: {Path(args.checkpoint).name}, batch {batch}", 30, run, "sampling"))
     for op in MAKE:
         for shape in (DRY if args.dry else TIMED)[op]:
             run = functools.partial(_times, op, shape, bench, args)
@@ -106,13 +107,13 @@ def _machine(bench: Bench, args: argparse.Namespace, ceilings: bool) -> Iterator
         yield {"ceilings": bench.ceilings()}
 
 
-def _compilation(bench: Bench, program: str) -> list[Case]:
+def _compilation(bench: Bench, program: str, args: argparse.Namespace) -> list[Case]:
     """Return the case that compiles the kernels of a program, unless it runs in the interpreter."""
 
     def run(clock: Clock, rows: Rows) -> Iterator[dict]:
         from .ahead import compile_all
 
-        yield compile_all(program)
+        yield compile_all(program, args.checkpoint)
 
     return [] if bench.dry else [_case(bench, "kernels compiled ahead", 60, run)]
 

@@ -36,8 +36,9 @@ COMPARED = 33
 RELEASED_ERROR = 10
 # Additional error of the parallel inverse.
 PARALLEL_ERROR = 1e-3
-# Tolerance of its sweeps.
+# Tolerance of its sweeps, and tokens per window.
 PARALLEL_TOL = 1e-4
+WINDOWS = (32, 64)
 
 Run = Callable[[], torch.Tensor]
 
@@ -123,7 +124,7 @@ def parallel_codes(weights: Weights, batch: int, grid: tuple[int, int], neighbou
     """Return the parallel inverses on every backend; the reference, one sample at a time, only at batch 1."""
     solvers = {}
     for backend in backends()["block_jacobi"]:
-        for window in (32, 64) if backend != "reference" or batch == 1 else ():
+        for window in WINDOWS if backend != "reference" or batch == 1 else ():
             for name, near in (("Jacobi", ()), ("quasi-Newton", neighbours(grid, window))):
                 solver = Solver("jacobi", window=window, tol=PARALLEL_TOL, neighbours=near)
                 solvers[f"{name}, window {window}, {backend}"] = ours(backend, weights, None, solver=solver)
