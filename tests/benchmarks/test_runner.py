@@ -94,7 +94,7 @@ def commands(monkeypatch):
 
     def run(command):
         started.append(command[2:])
-        return Namespace(returncode=int(command[2] == "benchmarks.cpu.maf"))
+        return Namespace(returncode=int(command[2] == "benchmarks.cpu.long"))
 
     monkeypatch.setattr(runner.subprocess, "run", run)
     return started
@@ -114,7 +114,7 @@ def test_a_run_leaves_out_what_lacks_an_option(commands, tmp_path, capsys):
 
 
 def test_a_run_goes_on_after_a_failure_and_reports_it(commands, tmp_path):
-    args = runner.parser().parse_args(["run", "--only", "maf", "fingerprint", "--results", str(tmp_path)])
+    args = runner.parser().parse_args(["run", "--only", "long", "fingerprint", "--results", str(tmp_path)])
     assert runner.run(args) == 1
     assert len(commands) == 2
 
