@@ -148,12 +148,11 @@ struct Pass {
     const float* normalized(const NormWeights& weights) const {
         if (spec.norm == Norm::none) return ws.h;
         int64_t C = padded(spec.channels);
-        for (int64_t m = 0; m < values(); ++m) {
-            if (spec.norm == Norm::layer_norm)
-                layer_norm(ws.h + m * C, weights.weight, weights.bias, spec.channels, ws.normed + m * C);
-            else
+        if (spec.norm == Norm::layer_norm)
+            layer_norm_rows(ws.h, values(), C, weights.weight, weights.bias, spec.channels, ws.normed);
+        else
+            for (int64_t m = 0; m < values(); ++m)
                 rms_norm(ws.h + m * C, weights.weight, spec.channels, ws.normed + m * C);
-        }
         return ws.normed;
     }
 

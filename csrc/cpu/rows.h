@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "elementary.h"
+#include "lanes.h"
 
 namespace starflow::STARFLOW_ISA {
 
@@ -12,22 +13,53 @@ constexpr float LAYER_NORM_EPS = 1e-5f, RMS_NORM_EPS = 1e-6f;
 
 INLINE float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 
-// Applies LayerNorm; y may be x.
-inline void layer_norm(const float* x, const float* weight, const float* bias, int n, float* y) {
+// Returns sums over every sixteenth of n values.
+INLINE Vec partial_sums(const float* x, int n) {
     Vec total = splat(0.0f);
     for (int i = 0; i < n; i += LANES) total = total + load(x + i, n - i);
-    Vec mean = splat(sum(total) / float(n));
+    return total;
+}
+
+// Does the same for the squares of x - mean.
+INLINE Vec partial_squares(const float* x, float mean, int n) {
     Vec square = splat(0.0f);
     for (int i = 0; i < n; i += LANES) {
-        Vec centred = load(x + i, n - i) - mean;
+        Vec centred = load(x + i, n - i) - splat(mean);
         if (n - i < LANES) centred = select(first(n - i), centred, splat(0.0f));
         square = fma(centred, centred, square);
     }
-    Vec scale = splat(inverse_root(sum(square) / float(n) + LAYER_NORM_EPS));
+    return square;
+}
+
+// Computes y = (x - mean) scale weight + bias.
+INLINE void standardize(const float* x, float mean, float scale, const float* weight, const float* bias, int n,
+                        float* y) {
     for (int i = 0; i < n; i += LANES) {
-        Vec normal = (load(x + i, n - i) - mean) * scale;
+        Vec normal = (load(x + i, n - i) - splat(mean)) * splat(scale);
         store(y + i, fma(normal, load(weight + i, n - i), load(bias + i, n - i)), n - i);
     }
+}
+
+// Applies LayerNorm; y may be x.
+inline void layer_norm(const float* x, const float* weight, const float* bias, int n, float* y) {
+    float mean = sum(partial_sums(x, n)) / float(n);
+    float scale = inverse_root(sum(partial_squares(x, mean, n)) / float(n) + LAYER_NORM_EPS);
+    standardize(x, mean, scale, weight, bias, n, y);
+}
+
+// Does the same for rows `stride` apart. Sixteen rows at a time share the steps from partial sums to sums.
+inline void layer_norm_rows(const float* x, int64_t rows, int64_t stride, const float* weight, const float* bias, int n,
+                            float* y) {
+    for (; rows >= LANES; rows -= LANES, x += LANES * stride, y += LANES * stride) {
+        Vec part[LANES], count = splat(float(n));
+        float mean[LANES], scale[LANES];
+        for (int r = 0; r < LANES; ++r) part[r] = partial_sums(x + r * stride, n);
+        store(mean, sums(part) / count);
+        for (int r = 0; r < LANES; ++r) part[r] = partial_squares(x + r * stride, mean[r], n);
+        store(scale, splat(1.0f) / root(sums(part) / count + splat(LAYER_NORM_EPS)));
+        for (int r = 0; r < LANES; ++r) standardize(x + r * stride, mean[r], scale[r], weight, bias, n, y + r * stride);
+    }
+    for (; rows; --rows, x += stride, y += stride) layer_norm(x, weight, bias, n, y);
 }
 
 // Computes four sums side by side, which shortens the chains of dependent additions.
