@@ -79,6 +79,9 @@ __attribute__((noinline)) void tile_each(const float* const* x, const float* con
     }
 }
 
+// Products with four column tiles whose sums fit into the registers.
+constexpr int MOST_WIDE = ACCUMULATORS >= 8 ? 2 : 1;
+
 inline void product_each(int count, const float* const* x, const float* const* w, int64_t stride, int64_t K, int tiles,
                          float* const* y) {
     int column = 0;
@@ -90,7 +93,7 @@ inline void product_each(int count, const float* const* x, const float* const* w
         column += TILES * LANES;
     };
     using std::integral_constant;
-    for (; tiles >= 4; tiles -= 4) columns(integral_constant<int, 1>(), integral_constant<int, 4>());
+    for (; tiles >= 4; tiles -= 4) columns(integral_constant<int, MOST_WIDE>(), integral_constant<int, 4>());
     for (; tiles >= 2; tiles -= 2) columns(integral_constant<int, 4>(), integral_constant<int, 2>());
     if (tiles) columns(integral_constant<int, 8>(), integral_constant<int, 1>());
 }
