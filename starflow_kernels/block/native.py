@@ -19,8 +19,9 @@ from .progress import report
 from .quantize import fake_quantize
 
 # Rows in sampling, and tokens in the density direction, that a team of threads takes at a time. They are enough to
-# reuse each weight, and few enough for the caches.
+# reuse each weight, and few enough for the caches; fewer where the weights are in an inner cache anyway.
 SAMPLING_ROWS = 64
+SMALL_SAMPLING_ROWS = 32
 DENSITY_TOKENS = 128
 # Longest kernel call in seconds (Python handles Ctrl-C between calls), and the speed of a slow core in floating point
 # operations and bytes of weights per second.
@@ -129,11 +130,12 @@ def sampling_group(B: int, branches: int, weight_bytes: int, threads: int) -> in
     Threads that share rows read the weights once, and wait for each other at barriers. Threads with rows of their own
     each read all weights, which is faster if the weights fit into the inner caches or if there are many rows.
     """
-    worth = 1 if weight_bytes <= SMALL_CACHE else 8 if weight_bytes <= LARGE_CACHE else SAMPLING_ROWS
-    rows = B * branches
+    small = weight_bytes <= SMALL_CACHE
+    worth = 1 if small else 8 if weight_bytes <= LARGE_CACHE else SAMPLING_ROWS
+    rows, most = B * branches, SMALL_SAMPLING_ROWS if small else SAMPLING_ROWS
     groups = max(1, min(rows // worth, threads))
-    if rows > groups * SAMPLING_ROWS:
-        groups = -(-rows // (SAMPLING_ROWS * threads)) * threads
+    if rows > groups * most:
+        groups = -(-rows // (most * threads)) * threads
     return max(1, -(-B // groups))
 
 
