@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from starflow_kernels import BlockSpec
+from starflow_kernels import BlockSpec, linear
 from starflow_kernels._core.token_order import own_order, take
 from starflow_kernels._core.torch_private import is_intercepted
 
@@ -66,20 +66,35 @@ class AdaptiveCondition(nn.Module):
             following = F.pad(take(features, index)[:, 1:], (0, 0, 0, 1))
             features = torch.cat([features, take(following, slot)], -1)
         x = self.project(features)
-        branches, C = self.norm_weight.shape
-        normed = F.layer_norm(x, (C,)).view(B * T, C) * self.norm_weight[:, None] + self.norm_bias[:, None]
-        scale, shift = (
-            torch.baddbmm(self.bias[:, None, part], normed, self.weight[:, part].mT).transpose(0, 1)
-            for part in (slice(C), slice(C, 2 * C))
-        )
         if self.positions is None:
             added = torch.zeros_like(x)
         else:
-            added = (self.positions if slot is None else self.positions[slot]).expand(B, T, C)
-        # These are the largest tensors of a flow; in place saves memory that must be fetched from the system.
-        modulations = [scale.sigmoid_(), shift, self.gate(x).sigmoid_()]
-        parts = [added.reshape(B * T, 1, C), *(part.reshape(B * T, branches, C) for part in modulations)]
-        return torch.cat(parts, 1).view(B, T, C + 3 * branches * C)
+            added = (self.positions if slot is None else self.positions[slot]).expand_as(x)
+        scales, shifts, gates = self._modulations(x)
+        return torch.cat([added, *(scale.sigmoid() for scale in scales), *shifts, gates.sigmoid()], -1)
+
+    def _modulations(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """Return the scales of all branches before the sigmoid, their shifts, and their gates before the sigmoid.
+
+        Scales and shifts are in one piece or in several.
+
+        Args:
+            x: (B, T, C) hidden states.
+        """
+        B, T, C = x.shape
+        normed = F.layer_norm(x, (C,))
+        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            # On a CPU the op is faster than torch's product of a batch, and on a GPU one call is faster than many.
+            branches = zip(self.norm_weight, self.norm_bias, self.weight, self.bias)
+            outputs = [linear(normed * scale + shift, weight, bias) for scale, shift, weight, bias in branches]
+            gates = linear(x, self.gate.weight, self.gate.bias)
+            return [output[..., :C] for output in outputs], [output[..., C:] for output in outputs], gates
+        normed = normed.view(B * T, C) * self.norm_weight[:, None] + self.norm_bias[:, None]
+        scale, shift = (
+            torch.baddbmm(self.bias[:, None, part], normed, self.weight[:, part].mT).transpose(0, 1).flatten(1)
+            for part in (slice(C), slice(C, 2 * C))
+        )
+        return [scale.unflatten(0, (B, T))], [shift.unflatten(0, (B, T))], self.gate(x)
 
 
 class AtomFeatures(nn.Module):

@@ -53,6 +53,16 @@ def test_float32_is_close_to_float64():
     torch.testing.assert_close(back.x.double(), x, rtol=1e-4, atol=1e-4)
 
 
+def test_bfloat16_autocast_is_close_to_float32():
+    flow = read_prose(prose.weights(), prose.HEAD).float()
+    x, atoms, orders = molecules()
+    exact = flow(x.float(), atoms, LENGTHS, orders)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = flow(x.float(), atoms, LENGTHS, orders)
+    assert not torch.equal(found.z, exact.z)
+    torch.testing.assert_close(found.z, exact.z, rtol=0.05, atol=0.05)
+
+
 def test_a_converted_flow_is_saved_and_read(tmp_path):
     flow = read_prose(prose.weights(), prose.HEAD)
     flow.save_pretrained(tmp_path / "flow")
