@@ -35,7 +35,7 @@ COMMON += [
     f"csrc/bindings/{name}.cpp"
     for name in (
         *("affine_flow", "affine_flow_inverse", "attention", "block", "fingerprint", "flow_head", "linear"),
-        *("machine", "masked_inverse", "transposed"),
+        *("machine", "masked_inverse", "stack", "transposed"),
     )
 ]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]

@@ -10,10 +10,12 @@
 
 namespace starflow {
 
+constexpr size_t SPEC_FIELDS = 23;
+
 // Reads `fields` in the order of Spec's members, see block/packing.py. Throws std::invalid_argument if a kernel could
 // not run such a block.
 inline Spec read_spec(const std::vector<int64_t>& fields, double clip) {
-    if (fields.size() != 23) throw std::invalid_argument("block spec: expected 23 fields");
+    if (fields.size() != SPEC_FIELDS) throw std::invalid_argument("block spec: expected 23 fields");
     constexpr int64_t MOST = std::numeric_limits<int>::max();
     auto field = fields.begin();
     auto number = [&](int64_t least, int64_t most) {

@@ -8,6 +8,7 @@ from .affine_flow_inverse.api import affine_flow_inverse
 from .attention_flow.api import attention_flow
 from .bias_gelu.api import bias_gelu
 from .block.api import block_forward, block_inverse, block_params
+from .block.stack import stack_inverse
 from .cached_attention.api import cached_attention
 from .causal_attention.api import causal_attention
 from .flow_head.api import flow_head
@@ -44,5 +45,6 @@ __all__ = [
     "residual_norm",
     "restore",
     "solve_inverse",
+    "stack_inverse",
     "warmup",
 ]

@@ -32,7 +32,7 @@ void block_run(Tensor tokens, Optional params, Optional log_sigma, Tensor packed
     int64_t slots = params || model.block.spec.start ? call.T : call.T - 1;
     check_plan(bool(params) != bool(log_sigma) && !(params && (guidance || known || call.filled)) && call.filled >= 0 &&
                call.first >= -call.L && call.last <= slots && call.group > 0 && call.chunk > 0);
-    run(call, call.group * call.copies * call.chunk, cache, workspace, plan[4]);
+    run({call}, call.group * call.copies * call.chunk, cache, workspace, plan[4]);
 }
 
 static_assert(sizeof(Place) == 7 * sizeof(int64_t), "a row of the tensor `places`");
@@ -77,7 +77,7 @@ void block_jacobi(Tensor tokens, Tensor log_sigma, Tensor noise, Tensor packed, 
                             place.last_end <= call.T,
                         "native kernels: the progress of a sequence is out of range");
     }
-    run(call, call.copies * solver.window, cache, workspace, plan[3]);
+    run({call}, call.copies * solver.window, cache, workspace, plan[3]);
 }
 
 }  // namespace

@@ -44,16 +44,20 @@ inline BlockCall call_of(const Model& model, const Tensor& tokens, const Optiona
 
 inline void check_plan(bool fits) { STD_TORCH_CHECK(fits, "native kernels: the plan does not fit the call"); }
 
-// Runs a call on up to `threads` threads. passed: tokens per pass, over all rows of a team.
-inline void run(const BlockCall& call, int64_t passed, const Tensor& cache, const Tensor& workspace, int64_t threads) {
-    const Spec& spec = call.block->spec;
+// Runs calls one after the other on up to `threads` threads, see run_groups. passed: tokens per pass, over all rows of a
+// team.
+inline void run(const std::vector<BlockCall>& calls, int64_t passed, const Tensor& cache, const Tensor& workspace,
+                int64_t threads, double* seconds = nullptr) {
     check_plan(threads > 0 && passed > 0);
-    int64_t slots = call.L + call.T, floats = workspace.numel() / threads;
-    int64_t rows = call.one_cache() ? call.copies * call.B : threads * call.group;
-    STD_TORCH_CHECK(
-        cache.numel() >= rows * cache_floats(spec, slots) && floats >= workspace_floats(spec, passed, slots),
-        "native kernels: the cache or the workspace is too small");
-    if (call.B && call.T) run_groups(parallel_for, int(threads), call, data(workspace), floats);
+    int64_t floats = workspace.numel() / threads;
+    for (const BlockCall& call : calls) {
+        const Spec& spec = call.block->spec;
+        int64_t slots = call.L + call.T, rows = call.one_cache() ? call.copies * call.B : 0;
+        int64_t cached = threads * own_cache_floats(call) + rows * cache_floats(spec, slots);
+        STD_TORCH_CHECK(cache.numel() >= cached && floats >= workspace_floats(spec, passed, slots),
+                        "native kernels: the cache or the workspace is too small");
+    }
+    if (calls[0].B && calls[0].T) run_groups(parallel_for, int(threads), calls, data(workspace), floats, seconds);
 }
 
 }  // namespace starflow

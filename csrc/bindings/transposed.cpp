@@ -51,7 +51,7 @@ void block_transposed(Tensor x, Tensor g, Tensor u, Tensor params, Tensor packed
     STD_TORCH_CHECK(cache.numel() >= 2 * call.B * cache_floats(sizes, cached) &&
                         workspace.numel() / plan[4] >= floats_per_thread(sizes, call.group, call.chunk, cached),
                     "native kernels: the cache or the workspace is too small");
-    run(call, call.group * call.chunk, cache, workspace, plan[4]);
+    run({call}, call.group * call.chunk, cache, workspace, plan[4]);
 }
 
 }  // namespace

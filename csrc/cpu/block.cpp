@@ -40,6 +40,11 @@ void run_block(const BlockCall& call, int64_t group, float* cache, float* shared
     const Spec& spec = call.block->spec;
     int64_t first = group * call.group, sequences = call.B - first < call.group ? call.B - first : call.group;
     Workspace ws(spec, call.group * call.copies * call.chunk, call.L + call.T, shared, own);
+    if (call.noise) {
+        int64_t values = call.T * spec.token_dim, from = first * values;
+        if (!team.rank) memcpy(call.state + from, call.noise + from, sequences * values * sizeof *call.state);
+        team.wait();
+    }
     for (int64_t slot = call.first; slot < call.last;) {
         Pass pass{call, spec, team, ws, cache, first, sequences, slot, 1};
         if (pass.fills() || !call.state) {

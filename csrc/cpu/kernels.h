@@ -88,6 +88,7 @@ struct BlockCall {
     int64_t cond_slots;   // T for a condition per token, 1 for one per row
     const float* input;   // density: (B, T, D) data
     float* state;         // sampling: (B, T, D), noise that becomes data
+    const float* noise;   // sampling without a further call: (B, T, D) noise, which the state takes first; else null
     float* log_sigma;     // sampling: (B, T, D) log scales of the tokens that are computed
     float* params;        // density: (B, T, P) raw parameters
     const float* cond;    // (copies B, cond_slots, cond_dim) or null
@@ -101,7 +102,8 @@ struct BlockCall {
     // values are exchanged; else null.
     float *kept, *exchanged;
     const Transposed* transposed;  // transposed solve, else null
-    float* cache;  // cache_floats(spec, L + T) per row: (copies B) rows if one_cache(), else `group` rows per thread
+    float*
+        cache;  // cache_floats(spec, L + T) per row: copies B rows if one_cache(), else copies `group` rows per thread
     const int64_t* known;  // sampling: (B,) numbers of first tokens that are data in the state; or null
     int64_t filled;        // sampling: slots whose inputs are all known; they only fill the cache
     int64_t first, last;   // slots to run, the prefix being slots -L .. -1
@@ -109,7 +111,7 @@ struct BlockCall {
     int64_t chunk;         // slots per pass where the inputs are known
 
     // Returns whether the rows of all groups have their own places in the cache, which later calls read.
-    bool one_cache() const { return state || kept; }
+    bool one_cache() const { return (state && !noise) || kept; }
 };
 
 // Largest number of values per token that the affine kernels take, see affine_flow/native.py.

@@ -1,5 +1,8 @@
 #include "model.h"
 
+#include <algorithm>
+#include <chrono>
+
 #include "packed.h"
 
 namespace starflow {
@@ -70,16 +73,24 @@ TransposedModel::TransposedModel(const Spec& spec, const float* packed, int64_t 
     weights.finish();
 }
 
-void run_groups(ParallelFor parallel_for, int threads, const BlockCall& call, float* workspace, int64_t floats) {
+int64_t own_cache_floats(const BlockCall& call) {
+    return call.one_cache() ? 0 : call.group * call.copies * cache_floats(call.block->spec, call.L + call.T);
+}
+
+void run_groups(ParallelFor parallel_for, int threads, const std::vector<BlockCall>& calls, float* workspace,
+                int64_t floats, double* seconds) {
     struct Work {
-        const BlockCall& call;
+        const std::vector<BlockCall>& calls;
         float* workspace;
-        int64_t floats;
+        int64_t floats, cache;
+        double* seconds;
         std::vector<Barrier> barriers;
-    } work{call, workspace, floats, std::vector<Barrier>(threads)};
+    } work{calls, workspace, floats, 0, seconds, std::vector<Barrier>(threads)};
+    for (const BlockCall& call : calls) work.cache = std::max(work.cache, own_cache_floats(call));
     auto member = [](int thread, int threads, void* context) {
         auto& work = *static_cast<Work*>(context);
-        int groups = int((work.call.B + work.call.group - 1) / work.call.group);
+        const BlockCall& any = work.calls[0];
+        int groups = int((any.B + any.group - 1) / any.group);
         // With fewer groups than threads, each group gets a team of threads. The teams are as equal in size as
         // possible.
         int teams = groups < threads ? groups : threads;
@@ -87,14 +98,15 @@ void run_groups(ParallelFor parallel_for, int threads, const BlockCall& call, fl
         auto leader = [&](int team) { return int((int64_t(team) * threads + teams - 1) / teams); };
         int first = leader(mine);
         Team team{thread - first, leader(mine + 1) - first, &work.barriers[mine]};
-        const BlockCall& call = work.call;
-        auto run = call.jacobi       ? kernels().run_jacobi
-                   : call.transposed ? kernels().run_transposed
-                                     : kernels().run_block;
-        int64_t cache = call.one_cache() ? 0 : call.group * cache_floats(call.block->spec, call.L + call.T);
+        auto run = any.jacobi ? kernels().run_jacobi : any.transposed ? kernels().run_transposed : kernels().run_block;
+        auto now = std::chrono::steady_clock::now;
         for (int group = mine; group < groups; group += teams)
-            run(call, group, call.cache + first * cache, work.workspace + first * work.floats,
-                work.workspace + thread * work.floats, team);
+            for (size_t i = 0; i < work.calls.size(); ++i) {
+                auto start = now();
+                run(work.calls[i], group, any.cache + first * work.cache, work.workspace + first * work.floats,
+                    work.workspace + thread * work.floats, team);
+                if (work.seconds && !thread) work.seconds[i] += std::chrono::duration<double>(now() - start).count();
+            }
     };
     run_together(parallel_for, threads, member, &work);
 }

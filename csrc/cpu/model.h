@@ -29,7 +29,13 @@ private:
     std::vector<Transposed::Layer> layers_;
 };
 
-// Runs every group of sequences on up to `threads` threads. workspace: `floats` floats per thread.
-void run_groups(ParallelFor parallel_for, int threads, const BlockCall& call, float* workspace, int64_t floats);
+// Returns the floats of a call's own part of the cache, per thread.
+int64_t own_cache_floats(const BlockCall& call);
+
+// Runs every group of sequences through `calls`, one after the other, on up to `threads` threads. The calls have the
+// same B and group, and read one cache only if there is one of them. workspace: `floats` floats per thread. seconds:
+// one per call, to which the time of the first group of threads is added; or null.
+void run_groups(ParallelFor parallel_for, int threads, const std::vector<BlockCall>& calls, float* workspace,
+                int64_t floats, double* seconds = nullptr);
 
 }  // namespace starflow

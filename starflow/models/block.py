@@ -12,7 +12,7 @@ from torch import nn
 from starflow_kernels import BlockSpec, Inverse, block_forward, block_inverse, block_params
 
 from .adaptive import AdaptiveCondition
-from .hooks import has_replaced_forward, runs_methods, views, with_forward_hooks
+from .hooks import has_hooks, has_replaced_forward, runs_methods, views, with_forward_hooks
 
 # Cosine and sine of rotary angles, or Nones.
 Rotary = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -93,20 +93,29 @@ class FlowBlock(nn.Module):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the parameters by name, in the order of `spec.weight_shapes`."""
-        # Modules are looked up by each call, since a caller may replace or share them. Dictionaries are read where they
-        # can be: getattr takes most of the time of a small block.
-        modules: dict[str, nn.Module] = {"": self}
-        for path, (parent, part) in self._paths.items():
-            modules[path] = modules[parent]._modules.get(part) or getattr(modules[parent], part)  # noqa: SLF001
+        modules = self._parts()
         weights = {}
         for name, (path, leaf) in self._slots.items():
             weight = modules[path]._parameters.get(leaf)  # noqa: SLF001
             weights[name] = getattr(modules[path], leaf) if weight is None else weight
         for path, module in modules.items():
-            if isinstance(module, LayerWeights) and has_replaced_forward(module):
+            if has_replaced_forward(module) and isinstance(module, LayerWeights):
                 loaded = module()
                 weights |= {n: loaded[leaf] for n, (owner, leaf) in self._slots.items() if owner == path}
         return views(weights) if has_replaced_forward(self) else weights
+
+    def _parts(self) -> dict[str, nn.Module]:
+        """Return the modules that own the weights by their paths."""
+        # Modules are looked up by each call, since a caller may replace or share them. Dictionaries are read where they
+        # can be: getattr takes most of the time of a small block.
+        modules: dict[str, nn.Module] = {"": self}
+        for path, (parent, part) in self._paths.items():
+            modules[path] = modules[parent]._modules.get(part) or getattr(modules[parent], part)  # noqa: SLF001
+        return modules
+
+    def has_hooks(self) -> bool:
+        """Return whether hooks run before the weights are read."""
+        return any(map(has_hooks, self._parts().values()))
 
     @runs_methods
     def forward(
@@ -165,8 +174,15 @@ class FlowBlock(nn.Module):
             rotary: see `context`.
             options: further arguments of `starflow_kernels.block_inverse`.
         """
+        weights, spec, options = self.inverse_arguments(classes, text, rotary, options)
+        return block_inverse(z, weights, spec, **options)
+
+    def inverse_arguments(
+        self, classes: torch.Tensor | None, text: torch.Tensor | None, rotary: Rotary, options: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], BlockSpec, dict[str, Any]]:
+        """Return the arguments of `starflow_kernels.block_inverse` beside the noise, see `inverse`."""
         context = self.context(classes, text, rotary, options)
-        return block_inverse(z, self.weights(), self._ordered(options), **context, **options)
+        return self.weights(), self._ordered(options), {**context, **options}
 
     def _ordered(self, options: dict[str, Any]) -> BlockSpec:
         """Return the block, without its own order if the options have one."""

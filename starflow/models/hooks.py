@@ -30,12 +30,17 @@ def with_forward_hooks(method: F) -> F:
 
     @functools.wraps(method)
     def run(module: Any, *arguments: Any, **options: Any) -> Any:
-        # FSDP has such hooks; torch has no public name for them.
-        if has_replaced_forward(module) or module._forward_pre_hooks:  # noqa: SLF001
+        if has_hooks(module):
             return module(*arguments, method=method, **options)
         return method(module, *arguments, **options)
 
     return cast("F", run)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks run before `forward`."""
+    # FSDP has such hooks; torch has no public name for them.
+    return "forward" in module.__dict__ or bool(module._forward_pre_hooks)  # noqa: SLF001
 
 
 def has_replaced_forward(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import reprlib
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import nn
 
+from starflow_kernels import stack_inverse
 from starflow_kernels._core.checks import NonFiniteError
 from starflow_kernels._core.torch_private import is_intercepted
 from starflow_kernels.adapters.distributions import FlowDistribution, InvertibleFlow, distribution
@@ -157,6 +159,7 @@ class BlockStack(nn.Module):
         solvers: Solver | Sequence[Solver],
         progress: Callable[[int, int], None] | None = None,
         after_block: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+        backend: str | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, list[Inverse]]:
         """Map noise to data.
@@ -167,6 +170,7 @@ class BlockStack(nn.Module):
             solvers: one solver for all blocks, or one per block in the order of `blocks`.
             progress: called as progress(done, total) with tokens of all blocks.
             after_block: called as after_block(block, tokens) with the result of each block; returns its replacement.
+            backend: name of the backend; None takes the first that can run.
             options: further arguments of `starflow_kernels.block_inverse`.
 
         Returns:
@@ -184,15 +188,22 @@ class BlockStack(nn.Module):
             raise TypeError(f"solvers: expected a Solver, or one per block, got {reprlib.repr(solvers)}")
         if len(solvers) != count:
             raise ValueError(f"solvers: {len(solvers)} of them for {count} blocks")
-        solved: list[Inverse] = []
+        given = [(context, {**own, **options, "solver": solver}) for (context, own), solver in zip(arguments, solvers)]
+        if not (progress or after_block or is_intercepted() or any(map(FlowBlock.has_hooks, self.blocks))):
+            calls = [block.inverse_arguments(*context, own) for block, (context, own) in zip(self.blocks, given)]
+            # Block by block, an error names the block.
+            with contextlib.suppress(NonFiniteError):
+                solved = stack_inverse(tokens, calls, backend=backend)
+                self._check_finite(0, solved[0].x)
+                return solved[0].x, solved
+        solved = []
         for i in reversed(range(count)):
-            context, own = arguments[i]
-            own = {**own, **options, "solver": solvers[i]}
+            context, own = given[i]
             if progress:
                 before = (count - 1 - i) * each
                 own["progress"] = lambda done, _, before=before: progress(before + done, count * each)
             try:
-                result = self.blocks[i].inverse(tokens, *context, **own)
+                result = self.blocks[i].inverse(tokens, *context, **own, backend=backend)
             except NonFiniteError as error:
                 if i + 1 < count:
                     self._check_finite(i + 1, tokens)

@@ -142,11 +142,16 @@ def call(op: str, *args, backend: str | None):
     if is_intercepted():
         return _dispatch(op, backend, *args)
     tensors = _tensors(args)
-    plain = PLAIN_TYPES.issuperset(map(type, tensors)) and all(map(is_on_cpu, tensors))
-    # torch may mark values as negated, without changing them; its dispatcher then does so.
-    if not plain or any(map(torch.Tensor.is_neg, tensors)):
+    if not are_plain(tensors):
         return _dispatch(op, backend, *args)
     return _with_gradient(_run, op, backend, args, tensors)
+
+
+def are_plain(tensors: list[torch.Tensor]) -> bool:
+    """Return whether torch's dispatcher does nothing for these tensors but to choose the CPU."""
+    plain = PLAIN_TYPES.issuperset(map(type, tensors)) and all(map(is_on_cpu, tensors))
+    # torch may mark values as negated, without changing them; its dispatcher then does so.
+    return plain and not any(map(torch.Tensor.is_neg, tensors))
 
 
 def differentiable(

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from .._core import compiled, dispatch
-from .._core.checks import check_guidance, check_range, check_tensor
+from .._core.checks import check_tensor
 from .._core.dispatch import disable_autocast, register, wrap
 from .._core.implicit import Equation, Unchanged, needs_gradient, with_gradient
 from .._core.numerics import accumulation_dtype
 from .._core.registration import call, define, refuse_transforms
-from .._core.torch_private import is_intercepted, outside_graphs
+from .._core.torch_private import outside_graphs
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
-from ..solver import Inverse, Solver, SolveReport, check_solver, sum_log_sigma
+from ..solver import Inverse, Solver, SolveReport, sum_log_sigma
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
 from . import composed, cuda, jacobi, native, native_transposed, reference
-from .checks import check_block, check_kinds, checked_inverse, checked_jacobi
+from .checks import check_block, check_inverse, check_kinds, checked_inverse, checked_jacobi
 from .layout import Layout, arrange
 from .progress import reporting_to
 
@@ -296,23 +296,12 @@ def block_inverse(
             x[:, t] = affine_flow_inverse(z, params, spec.affine)[:, t]
         ```
     """
-    check_choice("rule", rule, GuidanceRule)
-    check_choice("quantize", quantize, Quantize)
-    check_solver(solver)
     check_kinds(weights, spec)
-    tensors = list(weights.values())
-    refuse_transforms("block_inverse", INSTEAD, z, guess, tensors, cond, prefix, cos, sin, guidance)
-    check_range("temperature", temperature, 0)
-    check_tensor("z", z, ("B", "T", spec.token_dim))
-    if z.is_meta and not is_intercepted():
-        raise ValueError("z: on meta, a device without values")
-    B, T, _ = z.shape
-    if guidance is not None:
-        guidance = check_guidance(guidance, B, T, torch.float64, z.device)
-    elif temperature != 1:
-        raise ValueError(f"temperature={temperature} needs guidance: it acts on the branch without a condition")
-    branches = 1 if guidance is None else 2
-    tensors = check_block(z, weights, spec, cond, prefix, cos, sin, branches * B)
+    refuse_transforms("block_inverse", INSTEAD, z, guess, list(weights.values()), cond, prefix, cos, sin, guidance)
+    tensors, guidance = check_inverse(
+        z, weights, spec, cond, prefix, cos, sin, guidance, rule, temperature, solver, quantize
+    )
+    (B, T, _), branches = z.shape, 1 if guidance is None else 2
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     inputs = (cond, prefix, *tensors)
     # Samplers are called with weights that have gradients, and do not ask for them.
@@ -356,7 +345,7 @@ def block_inverse(
         seconds = 0.0 if traced else time.perf_counter() - start
         if layout.moves:
             x, log_sigma = layout.leave(x, z), layout.leave(log_sigma, torch.zeros_like(z, dtype=log_sigma.dtype))
-    report = functools.partial(_report, layout, known, seconds, B, *counters)
+    report = functools.partial(solve_report, layout, known, seconds, B, *counters)
     if not (plain and needs_gradient(z, data, *inputs)):
         return Inverse(x, functools.partial(sum_log_sigma, log_sigma), report)
     given = layout.given(known)
@@ -409,7 +398,9 @@ def _observed(run: Callable, progress: Callable[[int, int], None]) -> tuple[torc
         return run()
 
 
-def _report(layout: Layout, known: torch.Tensor | None, seconds: float, B: int, *counters: torch.Tensor) -> SolveReport:
+def solve_report(
+    layout: Layout, known: torch.Tensor | None, seconds: float, B: int, *counters: torch.Tensor
+) -> SolveReport:
     """Return the report of a sequential solve without counters, of Jacobi with sweeps, counts and residual."""
     first = 0 if layout.spec.start else 1
     if counters:

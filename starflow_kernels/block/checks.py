@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .._core.checks import FLOATS, NonFiniteError, check_finite, check_tensor
-from ..spec import BlockSpec
+from .._core.checks import FLOATS, NonFiniteError, check_finite, check_guidance, check_range, check_tensor
+from .._core.torch_private import is_intercepted
+from ..solver import Solver, check_solver
+from ..spec import BlockSpec, GuidanceRule, Quantize, check_choice
 
 
 def checked_inverse(run: Callable, z, weights, cond, prefix, cos, sin, guidance, *options):
@@ -102,3 +104,34 @@ def _alike(tensors: list, spec: BlockSpec, x: torch.Tensor) -> bool:
         and all(w.dtype == dtype and w.device == device for w in tensors)
         and [w.shape for w in tensors] == list(spec.weight_shapes.values())
     )
+
+
+def check_inverse(
+    z: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    spec: BlockSpec,
+    cond: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    guidance: float | torch.Tensor | None = None,
+    rule: GuidanceRule = "tarflow",
+    temperature: float = 1.0,
+    solver: Solver = Solver(),
+    quantize: Quantize = "none",
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Check arguments of `block_inverse`; return the weights in the order of the spec, and the guidance weights."""
+    check_choice("rule", rule, GuidanceRule)
+    check_choice("quantize", quantize, Quantize)
+    check_solver(solver)
+    check_range("temperature", temperature, 0)
+    check_tensor("z", z, ("B", "T", spec.token_dim))
+    if z.is_meta and not is_intercepted():
+        raise ValueError("z: on meta, a device without values")
+    B, T, _ = z.shape
+    if guidance is not None:
+        guidance = check_guidance(guidance, B, T, torch.float64, z.device)
+    elif temperature != 1:
+        raise ValueError(f"temperature={temperature} needs guidance: it acts on the branch without a condition")
+    branches = 1 if guidance is None else 2
+    return check_block(z, weights, spec, cond, prefix, cos, sin, branches * B), guidance

@@ -118,10 +118,14 @@ def float32(value: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value.to(torch.float32).contiguous()
 
 
+def token_seconds(weight_floats: int, rows: int) -> float:
+    """Return the seconds that a slow core takes for one token per row."""
+    return max(4 * weight_floats / SLOW_BYTES, 2 * rows * weight_floats / SLOW_FLOPS, 1e-9)
+
+
 def call_tokens(weight_floats: int, rows: int) -> int:
     """Return the number of tokens per row in one kernel call."""
-    seconds = max(4 * weight_floats / SLOW_BYTES, 2 * rows * weight_floats / SLOW_FLOPS)
-    return max(1, int(CALL_SECONDS / max(seconds, 1e-9)))
+    return max(1, int(CALL_SECONDS / token_seconds(weight_floats, rows)))
 
 
 def sampling_group(B: int, branches: int, weight_bytes: int, threads: int) -> int:

@@ -58,6 +58,11 @@ def run_sampling() -> None:
     ops.block_inverse(x, weights, SPEC, **context, guidance=0.5, backend="native")
 
 
+def run_stack() -> None:
+    x, weights, context = tame_block(SPEC, 4, 8, 5, copies=2)
+    ops.stack_inverse(x, [(weights, SPEC, {**context, "guidance": 0.5})] * 2, backend="native")
+
+
 def run_jacobi() -> None:
     x, weights, context = tame_block(SPEC, 4, 8, copies=2)
     solver = Solver("jacobi", window=6, neighbours=(1, 2))
@@ -81,7 +86,9 @@ def describe() -> None:
     torch.ops.starflow_native.elementary(torch.ones(3), 0, torch.ones(3))
 
 
-RUNS = (attend, transform, run_block, run_sampling, run_jacobi, run_gradient_of_sampling, run_masked, describe)
+RUNS = (
+    attend, transform, run_block, run_sampling, run_stack, run_jacobi, run_gradient_of_sampling, run_masked, describe,
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from support.backends import needs_native
 
 from starflow import ConfigError, Flow, FlowConfig, Guidance, InverseError, open_model
 from starflow.evaluation.metrics import logdet_error
 from starflow.models.certificate import certificate
 from starflow.models.tokens import patchify, rotary_angles, unpatchify
 from starflow_kernels import Solver
+from starflow_kernels.block import native_stack
 
 SMALL = {"image_size": 4, "image_channels": 2, "patch_size": 2, "channels": 16, "layers": (1, 2, 1), "head_dim": 8}
 STARFLOW = {
@@ -230,6 +232,27 @@ def test_solvers_are_one_a_block():
     for solvers in ("jacobi", [1] * 3, None):
         with pytest.raises(TypeError, match="solvers: expected a Solver, or one per block, got "):
             flow.inverse(inputs(flow)[0], solvers=solvers)
+
+
+@needs_native
+@pytest.mark.parametrize("weight", [0.0, 1.5])
+def test_blocks_are_inverted_in_one_call_unless_something_happens_between_them(weight, monkeypatch):
+    flow = make("starflow-classes").float().requires_grad_(False)
+    z, labels = torch.randn(3, 2, 4, 4), torch.tensor([0, 2, -1])
+    options, made, run = {"guidance": Guidance(weight)}, [], native_stack.stack_inverse
+    monkeypatch.setattr(native_stack, "stack_inverse", lambda *given: made.append(run(*given)) or made[-1])
+    found = flow.inverse(z, labels, **options)
+    assert len(made) == 1
+    for between in ({"progress": lambda done, total: None}, {"after_block": lambda block, x: x}):
+        other = flow.inverse(z, labels, **options, **between)
+        assert torch.equal(other.x, found.x)
+        assert torch.equal(other.logdet, found.logdet)
+    hook = flow.blocks[1].layers.register_forward_pre_hook(lambda module, given: None)
+    assert torch.equal(flow.inverse(z, labels, **options).x, found.x)
+    assert len(made) == 1
+    hook.remove()
+    flow.inverse(z, labels, **options)
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("option", [{"backend": "cuda9"}, {"quantize": "int4"}], ids=repr)

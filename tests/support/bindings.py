@@ -25,6 +25,7 @@ class Recorded:
             self.calls[name] = op, args
             return op(*args)
 
+        call.default = call
         return call
 
 
@@ -42,9 +43,12 @@ def assert_checked(op: Callable, args: tuple) -> None:
 
 
 def _wrong(value: object) -> Iterator[tuple[str, object]]:
-    if isinstance(value, (list, tuple)):
-        yield "without its last number", list(value[:-1])
-        yield "with a number too many", [*value, 1]
+    if isinstance(value, (list, tuple)) and value:
+        yield "without its last element", list(value[:-1])
+        yield "with an element too many", [*value, value[-1]]
+        for i, element in enumerate(value):
+            for what, other in _wrong(element):
+                yield f"with an element {what}", [*value[:i], other, *value[i + 1 :]]
     if not isinstance(value, torch.Tensor):
         return
     for dim, size in enumerate(value.shape):

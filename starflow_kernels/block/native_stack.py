@@ -1,0 +1,94 @@
+"""Blocks one after the other on the CPU, in one call of csrc/bindings/stack.cpp."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .._core.compiled import empty
+from ..spec import BlockSpec, GuidanceRule, choice_index
+from .cache_budget import cache_bytes
+from .native import CALL_SECONDS, DENSITY_TOKENS, float32, packed, sampling_group, token_seconds, useful_threads
+
+
+class BlockCall(NamedTuple):
+    """Arguments of the op `block_inverse` for one block, in its own order."""
+
+    weights: list[torch.Tensor]
+    context: tuple[torch.Tensor | None, ...]  # cond, prefix, cos, sin, guidance
+    spec: BlockSpec
+    rule: GuidanceRule
+    temperature: float
+    quantize: str
+
+
+class BlockSize(NamedTuple):
+    """What the plan of a call depends on: spec, floats of weights, rows per sequence and slots of the prefix."""
+
+    fields: tuple[int, ...]
+    weights: int
+    branches: int
+    prefix: int
+
+
+class StackPlan(NamedTuple):
+    """Plan of memory and threads, as `SamplingPlan`. chunks: prefix slots per pass of each block."""
+
+    group: int
+    threads: int
+    chunks: list[int]
+    cache: int
+    workspace: int
+
+
+@functools.lru_cache(maxsize=256)
+def plan_stack(blocks: tuple[BlockSize, ...], B: int, T: int, threads: int, budget: int) -> StackPlan | None:
+    """Plan memory and threads for B sequences of T tokens; None if the call needs more time or memory than it may."""
+    if sum((size.prefix + T) * token_seconds(size.weights, B * size.branches) for size in blocks) > CALL_SECONDS:
+        return None
+    weights, branches = max(size.weights for size in blocks), max(size.branches for size in blocks)
+    group = sampling_group(B, branches, 4 * weights, threads)
+    threads = useful_threads(threads, -(-B // group), weights, group * branches)
+    chunks = [max(1, min(size.prefix, DENSITY_TOKENS // (group * size.branches))) for size in blocks]
+    passed = max(group * size.branches * chunk for size, chunk in zip(blocks, chunks))
+    sizes = [torch.ops.starflow_native.block_sizes(size.fields, passed, size.prefix + T) for size in blocks]
+    cache = threads * group * max(size.branches * row for size, (row, _) in zip(blocks, sizes))
+    workspace = threads * max(floats for _, floats in sizes)
+    return StackPlan(group, threads, chunks, cache, workspace) if 4 * cache <= budget else None
+
+
+def stack_inverse(z: torch.Tensor, blocks: list[BlockCall]) -> tuple[torch.Tensor, torch.Tensor, list[float]] | None:
+    """Run the blocks, the last one first.
+
+    Args:
+        z: (B, T, D) noise.
+        blocks: arguments of each of the K blocks.
+
+    Returns:
+        Results x and log sigma of each block, (K, B, T, D), and its seconds; None if a call may not do all of it.
+    """
+    B, T, D = z.shape
+    models = [packed(block.spec.to_json(), block.weights, block.quantize) for block in blocks]
+    sizes = tuple(
+        BlockSize(
+            model.fields, len(model.buffer), 1 if guidance is None else 2, 0 if prefix is None else len(prefix[0])
+        )
+        for model, (_, (_, prefix, _, _, guidance), *_) in zip(models, blocks)
+    )
+    plan = plan_stack(sizes, B, T, torch.get_num_threads(), cache_bytes())
+    if plan is None:
+        return None
+    x, log_sigma = torch.zeros(2, len(blocks), B, T, D, dtype=torch.float32, device="cpu")
+    offsets, context, numbers, numbered = [], [], [], [plan.group, plan.threads]
+    for model, block, chunk in zip(models, blocks, plan.chunks):
+        offsets += model.offsets
+        context += map(float32, block.context)
+        numbers += block.spec.affine.soft_clip, block.temperature
+        numbered += *model.fields, choice_index(block.rule, GuidanceRule), chunk, len(model.offsets)
+    seconds = torch.ops.starflow_native.stack_run.default(
+        z.contiguous(), x, log_sigma, [model.buffer for model in models], offsets, context, numbers,
+        empty(plan.cache), empty(plan.workspace), numbered,
+    )  # fmt: skip
+    return x, log_sigma, seconds
