@@ -4,7 +4,7 @@
 namespace starflow {
 
 enum class Scale { exp, softplus, unit };
-enum class Rule { tarflow, starflow };
+enum class Rule { tarflow, starflow, itarflow };
 enum class Norm { layer_norm, rms_norm, none };
 enum class Mlp { gelu, swiglu };
 enum class Rotary { none, interleaved, half };

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 Scale = Literal["exp", "softplus", "unit"]
 Logdet = Literal["sum", "mean", "none"]
-GuidanceRule = Literal["tarflow", "starflow"]
+GuidanceRule = Literal["tarflow", "starflow", "itarflow"]
 Rotary = Literal["none", "interleaved", "half"]
 Norm = Literal["layer_norm", "rms_norm", "none"]
 NormKind = Literal["layer_norm", "rms_norm"]

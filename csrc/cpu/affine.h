@@ -56,7 +56,12 @@ INLINE Gaussian guided(Raw with, Raw without, float weight, Rule rule, Scale sca
         return gaussian_of(fma(w, with.b - without.b, with.b), a, scale);
     }
     Gaussian g = gaussian_of(with.b, with.a, scale);
-    Vec ratio = min(g.sigma / sigma_of(without.a, scale), splat(1.0f));
+    Vec other = sigma_of(without.a, scale);
+    if (rule == Rule::itarflow) {
+        Vec sigma = fma(w, g.sigma - other, g.sigma);
+        return {fma(w, with.b - without.b, with.b), sigma, log(abs(sigma))};
+    }
+    Vec ratio = min(g.sigma / other, splat(1.0f));
     Vec ws = w * ratio * ratio, precision = splat(1.0f) + w - ws;
     return {((splat(1.0f) + w) * g.mu - ws * without.b) / precision, g.sigma / root(precision),
             g.log_sigma - splat(0.5f) * log(precision)};

@@ -52,7 +52,12 @@ STARFLOW_DEVICE Gaussian gaussian(const float* params, const float* without, flo
     if (rule == Rule::tarflow)
         return gaussian_of(fmaf(weight, b - other_b, b), fmaf(weight, a - other_a, a), affine.scale);
     Gaussian g = gaussian_of(b, a, affine.scale);
-    float ratio = fminf(g.sigma / sigma_of(other_a, affine.scale), 1.0f);
+    float other_sigma = sigma_of(other_a, affine.scale);
+    if (rule == Rule::itarflow) {
+        float sigma = fmaf(weight, g.sigma - other_sigma, g.sigma);
+        return {fmaf(weight, b - other_b, b), sigma, logf(fabsf(sigma))};
+    }
+    float ratio = fminf(g.sigma / other_sigma, 1.0f);
     float ws = weight * ratio * ratio, precision = 1.0f + weight - ws;
     return {((1.0f + weight) * b - ws * other_b) / precision, g.sigma / sqrtf(precision),
             g.log_sigma - 0.5f * logf(precision)};

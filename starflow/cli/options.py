@@ -7,7 +7,7 @@ import math
 import sys
 from typing import get_args
 
-from starflow_kernels.spec import Quantize
+from starflow_kernels.spec import GuidanceRule, Quantize
 
 from ..errors import ConfigError
 from ..inversion.request import METHODS, TOLERANCE, Inversion
@@ -31,7 +31,7 @@ def guidance_arguments(parser: argparse._ActionsContainer, described: str) -> No
     )
     parser.add_argument(
         "--guidance-rule",
-        choices=("tarflow", "starflow"),
+        choices=get_args(GuidanceRule),
         help="Formula of the guidance. Default: tarflow, or starflow for text.",
     )
     parser.add_argument(

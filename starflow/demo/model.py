@@ -10,10 +10,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import PIL.Image
 import torch
+
+from starflow_kernels.spec import GuidanceRule
 
 from ..data.prompts import ASPECT_RATIOS, unknown_words
 from ..errors import CheckpointError, ConfigError
@@ -31,7 +33,7 @@ MAX_SEED = 2**53 - 1
 # Values of `Choices.condition` beside class numbers.
 EACH = "each in turn"
 NONE = "none"
-RULES = ("tarflow", "starflow")
+RULES = get_args(GuidanceRule)
 # The default number of images makes parameters x tokens x images about this large, which takes one second on a CPU.
 FIRST_WORK = 1e11
 

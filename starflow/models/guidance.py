@@ -20,7 +20,7 @@ class Guidance:
 
     Args:
         weight: guidance weight >= 0; 0 samples without guidance.
-        rule: "tarflow" or "starflow", see `starflow_kernels.affine_flow_inverse`.
+        rule: "tarflow", "starflow" or "itarflow", see `starflow_kernels.affine_flow_inverse`.
         annealed: let the weight grow linearly over the n transformed tokens of a block, from weight / n to weight.
         temperature: attention temperature > 0 of the branch without a condition. A value other than 1 guides a model
             that has no condition.

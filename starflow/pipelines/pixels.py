@@ -84,7 +84,7 @@ class TarFlowPipeline(FlowPipeline):
             window: tokens that "jacobi" iterates together; None for all.
             tol: tolerance of the parallel solvers.
             quantize: "int8" or "fp8" rounds weights to one byte per value; "none" does not.
-            guidance_rule: "tarflow" or "starflow".
+            guidance_rule: "tarflow", "starflow" or "itarflow".
             annealed: let the guidance weight grow over the tokens of a block.
             attention_temperature: attention temperature of the branch without a class.
             denoise: factor of the score step, 0 for none; the pipeline's own by default.

@@ -113,7 +113,7 @@ class STARFlowPipeline(FlowPipeline):
             window: tokens that "jacobi" iterates together; None for all.
             tol: tolerance of the parallel solvers.
             quantize: "int8" or "fp8" rounds weights to one byte per value; "none" does not.
-            guidance_rule: "starflow" or "tarflow".
+            guidance_rule: "starflow", "tarflow" or "itarflow".
             annealed: let the guidance weight grow over the tokens of a block.
             attention_temperature: attention temperature of the branch without the prompt.
             denoise: factor of the score step, 0 for none; the pipeline's own by default.

@@ -54,7 +54,8 @@ def affine_flow_inverse(
         spec: map from a and b to sigma and mu.
         guidance: weight w, a number or a tensor that broadcasts to (B, n); None for one set of parameters.
         rule: "tarflow" extrapolates the raw outputs after the soft clip, r_c + w (r_c - r_u). "starflow" takes the
-            Gaussian of density p_c^(1 + w) / p_u^(w k) with k = min(sigma_u / sigma_c, 1)^2.
+            Gaussian of density p_c^(1 + w) / p_u^(w k) with k = min(sigma_u / sigma_c, 1)^2. "itarflow" extrapolates
+            mu and sigma; its sigma may be negative.
         out: (B, n, D) tensor in the dtype of z to write into, which may be z itself. It takes no gradient.
         backend: name of a backend; None takes the first that can run.
 

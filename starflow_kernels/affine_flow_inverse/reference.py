@@ -26,6 +26,9 @@ def guided(
         return mu, *sigma_of(a, mu, scale)
     sigma, log_sigma = sigma_of(a, b, scale)
     (mu_c, mu_u), (sigma_c, sigma_u) = b.chunk(2), sigma.chunk(2)
+    if rule == "itarflow":
+        sigma = sigma_c + w * (sigma_c - sigma_u)
+        return mu_c + w * (mu_c - mu_u), sigma, sigma.abs().log()
     s = (sigma_c / sigma_u).clamp(max=1).square()
     precision = 1 + w - w * s
     mu = ((1 + w) * mu_c - w * s * mu_u) / precision

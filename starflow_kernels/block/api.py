@@ -262,7 +262,7 @@ def block_inverse(
         lengths: as in `block_forward`. There are as many steps as the longest sample has tokens.
         guidance: weight, a number or a tensor that broadcasts to (B, T), with token t in the block's own order; None
             for no guidance.
-        rule: "tarflow" or "starflow", as in `affine_flow_inverse`.
+        rule: "tarflow", "starflow" or "itarflow", as in `affine_flow_inverse`.
         temperature: attention temperature of the branch without a condition.
         solver: sequential, or Jacobi sweeps over windows of tokens; each sample then takes its own number of passes.
         guess: (B, T, D) finite initial values of Jacobi in the order of the data, in place of the solver's.
@@ -280,8 +280,8 @@ def block_inverse(
         tokens that are neither given nor beyond the lengths; and the report of the solve. x and logdet have gradients
         with respect to z, weights, cond, prefix and data, by the implicit function theorem: the backward pass runs
         block_forward at x and solves a triangular system, on the CPU in float32 token by token, else by sweeps of
-        vector-Jacobian products. The inverse stores
-        nothing for it. Under guidance, with quantization and in a compiled graph there are no gradients.
+        vector-Jacobian products. The inverse stores nothing for it. Under guidance, with quantization and in a
+        compiled graph there are no gradients.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.

@@ -23,8 +23,9 @@ def takes(backend, dtype=F64):
 
 
 in_float64 = on_backends("affine_flow_inverse", takes)
-every_rule = pytest.mark.parametrize("rule", ["tarflow", "starflow"])
-GUIDED = [None, "tarflow", "starflow"]
+RULES = ["tarflow", "starflow", "itarflow"]
+every_rule = pytest.mark.parametrize("rule", RULES)
+GUIDED = [None, *RULES]
 
 
 @pytest.fixture(params=cpu_backends("affine_flow_inverse"))
@@ -38,7 +39,7 @@ def inputs(spec, guided, B=2, T=5, D=3, dtype=F64):
 
 
 def naive(z, params, spec, guidance=None, rule=None):
-    """Return x = mu + sigma z with both guidance rules as their papers write them."""
+    """Return x = mu + sigma z with the guidance rules as their papers and released code write them."""
     if guidance is None:
         mu, sigma = naive_raw(params, spec)
         return mu + sigma * z
@@ -49,6 +50,8 @@ def naive(z, params, spec, guidance=None, rule=None):
         mu, sigma = naive_raw(r_c + w * (r_c - r_u), AffineSpec(spec.scale))
         return mu + sigma * z
     (mu_c, mu_u), (sigma_c, sigma_u) = (t.chunk(2) for t in naive_raw(params, spec))
+    if rule == "itarflow":
+        return mu_c + w * (mu_c - mu_u) + (sigma_c + w * (sigma_c - sigma_u)) * z
     s = torch.minimum(sigma_c / sigma_u, torch.ones_like(sigma_c)) ** 2
     D = 1 + w - w * s
     return ((1 + w) * mu_c - w * s * mu_u) / D + sigma_c / D.sqrt() * z
@@ -290,7 +293,7 @@ def test_large_raw_outputs(backend):
         ({"params": torch.zeros(4, 3, 4), "guidance": "strong"}, TypeError, "guidance: expected a number or a tensor"),
         ({"params": torch.zeros(4, 3, 4), "guidance": torch.zeros(2)}, ValueError, "guidance: shape"),
         ({"z": torch.zeros(2, 3, 2, requires_grad=True), "backend": "own"}, ValueError, "backend='own' cannot run"),
-        ({"rule": "cfg"}, ValueError, "rule='cfg': expected one of 'tarflow', 'starflow'"),
+        ({"rule": "cfg"}, ValueError, "rule='cfg': expected one of 'tarflow', 'starflow', 'itarflow'"),
         ({"out": torch.zeros(2, 3, 1)}, ValueError, "out: expected shape"),
         ({"out": torch.zeros(2, 3, 2, dtype=F64)}, TypeError, "out: dtype torch.float64"),
         ({"params": torch.zeros(2, 3, 4, device="meta")}, ValueError, "params: on meta"),

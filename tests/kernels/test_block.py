@@ -115,7 +115,7 @@ def test_round_trip_of_widths(D, head_dim, forward, inverse):
 
 
 @every_block
-@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("rule", ["tarflow", "starflow", "itarflow"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_guided_inverse_matches_two_passes(case, rule, temperature, inverse):
     z, w, spec, context = block(case, copies=2)
@@ -125,7 +125,7 @@ def test_guided_inverse_matches_two_passes(case, rule, temperature, inverse):
     torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("rule", ["tarflow", "starflow", "itarflow"])
 def test_guidance_is_by_token_of_the_blocks_own_order(rule, inverse):
     z, w, spec, context = block(BLOCKS["tarflow-flip"], copies=2)
     g = torch.tensor([0.0, 0.0, 0.0, 1.5, 0.0], dtype=F64)
@@ -179,7 +179,7 @@ def test_inverse_error_contract(dtype, name, backend):
 
 
 @on_backends("block_inverse", takes, dtype=[F32, BF16, F16])
-@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("rule", ["tarflow", "starflow", "itarflow"])
 def test_guided_error_contract(dtype, rule, backend):
     z, w, spec, context = block(BLOCKS["starflow-text"], B=8, tokens=17, copies=2, dtype=dtype, **WIDE)
     z64, w64, context64 = in_double(z, w, context)

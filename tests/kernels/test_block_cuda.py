@@ -150,7 +150,7 @@ def test_more_tokens_than_a_warp_has_lanes(reverse, emulated):
 
 
 @pytest.mark.parametrize("name", ["tarflow", "starflow", "unit"])
-@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("rule", ["tarflow", "starflow", "itarflow"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_guided_inverse(name, rule, temperature, emulated):
     spec = SPECS[name]

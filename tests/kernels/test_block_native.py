@@ -97,7 +97,17 @@ def test_error_contract_over_sizes(D, heads, head_dim, T, dtype):
     assert_within_contract(back, plain, block_inverse(x64, w64, spec, **context64, backend="reference").x)
 
 
-@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_the_logdet_of_a_negative_sigma_is_that_of_its_size(backend):
+    z, w, context = tame_block(WIDE_SPECS["starflow-text"], 5, 1, 4, copies=2)
+    options = {**context, "guidance": 100.0, "rule": "itarflow", "backend": backend}
+    first, second = (block_inverse(noise, w, WIDE_SPECS["starflow-text"], **options) for noise in (z, z + 1))
+    sigma = second.x - first.x
+    assert (sigma < 0).any()
+    torch.testing.assert_close(first.logdet, sigma.abs().log().sum((1, 2)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["tarflow", "starflow", "itarflow"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_guided_inverse(rule, temperature):

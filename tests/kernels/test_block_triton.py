@@ -43,7 +43,7 @@ def test_error_contract(name, dtype):
     assert_inverse(BLOCKS[name], dtype=dtype, B=2, tokens=3, token_dim=8, channels=48, mlp_dim=40)
 
 
-@pytest.mark.parametrize("rule", ["tarflow", "starflow"])
+@pytest.mark.parametrize("rule", ["tarflow", "starflow", "itarflow"])
 @pytest.mark.parametrize("name", ["tarflow-unit", "tarflow-flip", "starflow-text"])
 def test_guidance_and_temperature(name, rule):
     assert_inverse(BLOCKS[name], guided=True, rule=rule, dtype=F32, tokens=3, layers=1)

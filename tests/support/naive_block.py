@@ -120,6 +120,9 @@ def naive_inverse(z, w, spec, context, guidance=None, rule="tarflow", temperatur
                 clip = spec.affine.soft_clip
                 c, u = (clip * torch.tanh(r / clip) if clip else r for r in (c, u))
                 mu, sigma = naive_raw(c + g * (c - u), AffineSpec(spec.affine.scale))
+            elif rule == "itarflow":
+                mu_u, sigma_u = naive_raw(u, spec.affine)
+                mu, sigma = mu + g * (mu - mu_u), sigma + g * (sigma - sigma_u)
             else:
                 mu_u, sigma_u = naive_raw(u, spec.affine)
                 s = torch.clamp(sigma / sigma_u, max=1) ** 2

@@ -134,18 +134,19 @@ class TarFlowBlock(nn.Module):
     def guide(self, conditional, other, weight, what, style):
         (a, b), (a_u, b_u) = conditional, other
         a = a + weight * (a - a_u) if "a" in what else a
-        return a, b + weight * (b - b_u) if "b" in what else b
+        return a.exp(), b + weight * (b - b_u) if "b" in what else b
 
     def reverse(self, x, y=None, guidance=0, guide_what="ab", attn_temp=1.0, annealed_guidance=False, t=None, style=""):
         z = self.permutation(x)
         x = z.clone()
         for i in range(1, x.shape[1]):
-            found = self.params(x, y, t)
+            a, b = self.params(x, y, t)
+            sigma = a.exp()
             if guidance > 0 and guide_what:
                 weight = guidance * i / (x.shape[1] - 1) if annealed_guidance else guidance
                 other = self.params(x, None, t, attn_temp)
-                found = self.guide(found, other, weight, guide_what, style)
-            x[:, i] = z[:, i] * found[0][:, i].exp() + found[1][:, i]
+                sigma, b = self.guide((a, b), other, weight, guide_what, style)
+            x[:, i] = z[:, i] * sigma[:, i] + b[:, i]
         return self.permutation(x, inverse=True)
 
 
@@ -165,9 +166,8 @@ class ITarFlowBlock(TarFlowBlock):
     def guide(self, conditional, other, weight, what, style):
         (a, b), (a_u, b_u) = conditional, other
         if style == "starflow":
-            a, b = starflow_guidance(a.exp(), b, a_u.exp(), b_u, weight)
-            return a.log(), b
-        return (a.exp() + weight * (a.exp() - a_u.exp())).log(), b + weight * (b - b_u)
+            return starflow_guidance(a.exp(), b, a_u.exp(), b_u, weight)
+        return a.exp() + weight * (a.exp() - a_u.exp()), b + weight * (b - b_u)
 
     def reverse(
         self, x, y=None, guidance=0, guide_what="ab", attn_temp=1.0, annealed_guidance=False, t=None,

@@ -18,6 +18,8 @@ from .structure import Unfit, read
 DTYPES = (torch.float32, torch.bfloat16)
 # Tokens of a batch times squared width from which the density ops save more time than their calls take.
 DENSITY_FROM = 2**20
+# Rules of guidance by `lerp_style`, None in TarFlow; the style that iTARFlow names after TarFlow is a rule of its own.
+RULES = {None: "tarflow", "tarflow": "itarflow", "starflow": "starflow"}
 
 
 def stays_original(block: Any, x: torch.Tensor) -> bool:
@@ -105,8 +107,8 @@ def inverse(
     if guides and lerp_style is None and not {"a", "b"}.issubset(guide_what):
         raise Unfit("guidance acts on one of the two parameters")
     # Under STARFlow's rule, iTARFlow takes the ratio of deviations of the first sample for all samples.
-    if guides and lerp_style is not None and (lerp_style != "starflow" or len(z) > 1):
-        raise Unfit("guidance is linear in the standard deviation, or depends on the batch")
+    if guides and (lerp_style not in RULES or (lerp_style == "starflow" and len(z) > 1)):
+        raise Unfit("guidance depends on the batch, or has another style")
     tokens, spec, weights = _ready(block, z, sampling=True)
     B, T, _ = tokens.shape
     if spec.positions > T:
@@ -122,8 +124,7 @@ def inverse(
         if cond is not None:
             cond = torch.cat([cond, _condition(block, None, t, B)]).detach()  # type: ignore[list-item]
         ramp = torch.arange(T, dtype=torch.float64, device=z.device) / max(T - 1, 1) if annealed_guidance else 1.0
-        rule = "tarflow" if lerp_style is None else lerp_style
-        guided = {"guidance": guidance * ramp, "rule": rule, "temperature": attn_temp}
+        guided = {"guidance": guidance * ramp, "rule": RULES[lerp_style], "temperature": attn_temp}
     return block_inverse(tokens, weights, spec, cond=cond, **guided).x.to(z.dtype)
 
 

@@ -67,11 +67,11 @@ def check_tarflow(module: nn.Module) -> str | None:
     few = z[:1, :8]
     options = {"guidance": 1.5, "attn_temp": 0.8, "annealed_guidance": True}
     parameters = inspect.signature(block.reverse).parameters
-    if "lerp_style" in parameters:
-        options["lerp_style"] = "starflow"
-    if "guidance" in parameters:
-        expected = block.reverse(few.clone(), **context, **options)
-        pairs["guided inverse"] = inverse(block, few, **context, **options), expected
+    styles = [{"lerp_style": style} for style in ("tarflow", "starflow")] if "lerp_style" in parameters else [{}]
+    for style in styles if "guidance" in parameters else ():
+        given = {**context, **options, **style}
+        name = " ".join(["guided inverse", *style.values()])
+        pairs[name] = inverse(block, few, **given), block.reverse(few.clone(), **given)
     return _difference(pairs)
 
 

@@ -106,12 +106,17 @@ def mean_and_scale(
         else:
             sigma, log_sigma = sigma_of(a, SCALE)
             plain_sigma, _ = sigma_of(plain_a, SCALE)
-            s = tl.minimum(sigma / plain_sigma, 1.0)
-            s = s * s
-            precision = 1 + w - w * s
-            b = ((1 + w) * b - w * s * plain_b) / precision
-            sigma = sigma / tl.sqrt(precision)
-            log_sigma -= 0.5 * tl.log(precision)
+            if RULE == "itarflow":
+                b = b + w * (b - plain_b)
+                sigma = sigma + w * (sigma - plain_sigma)
+                log_sigma = tl.log(tl.abs(sigma))
+            else:
+                s = tl.minimum(sigma / plain_sigma, 1.0)
+                s = s * s
+                precision = 1 + w - w * s
+                b = ((1 + w) * b - w * s * plain_b) / precision
+                sigma = sigma / tl.sqrt(precision)
+                log_sigma -= 0.5 * tl.log(precision)
     else:
         sigma, log_sigma = sigma_of(a, SCALE)
     return b, sigma, log_sigma
