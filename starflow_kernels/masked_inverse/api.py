@@ -65,6 +65,8 @@ def masked_inverse(
         ```
     """
     _check(y, layers, order, transform)
+    if not isinstance(plan, (MaskedPlan, type(None))):
+        raise TypeError(f"plan: expected a MaskedPlan, got {type(plan).__name__}")
     if plan is not None and plan.form != form_of(layers, transform, interleaved):
         raise ValueError("plan: it was made for layers, parameters or a layout of another form")
     with torch.no_grad():
@@ -74,13 +76,19 @@ def masked_inverse(
 def _check(y: torch.Tensor, layers: Sequence[MaskedLayer], order: torch.Tensor, transform: Univariate) -> None:
     check_tensor("y", y, ("B", "D"))
     B, D = y.shape
+    if not isinstance(transform, Univariate):
+        raise TypeError(f"transform: expected a Univariate, got {type(transform).__name__}")
     if not isinstance(order, torch.Tensor) or order.shape != (D,) or order.dtype.is_floating_point:
         raise ValueError(f"order: expected a tensor of {D} integers")
+    if isinstance(layers, MaskedLayer) or not isinstance(layers, Sequence):
+        raise TypeError(f"layers: expected a sequence of MaskedLayer, got {type(layers).__name__}")
     if not layers:
         raise ValueError("layers: expected at least one")
     widths = [D]
     for i, layer in enumerate(layers):
         name = f"layers[{i}]"
+        if not isinstance(layer, MaskedLayer):
+            raise TypeError(f"{name}: expected a MaskedLayer, got {type(layer).__name__}")
         check_tensor(f"{name}.weight", layer.weight, ("out", widths[-1]), like=y)
         out = layer.weight.shape[0]
         offset_rows = (B,) if getattr(layer.offset, "ndim", 1) == 2 else ()
@@ -91,7 +99,8 @@ def _check(y: torch.Tensor, layers: Sequence[MaskedLayer], order: torch.Tensor, 
         check_same_dtype("y", {"y": y, **{f"{name}.{key}": value for key, value in tensors.items()}})
         if layer.activation not in get_args(Activation):
             raise ValueError(f"{name}.activation={layer.activation!r}: expected one of {get_args(Activation)}")
-        if layer.skip is not None and not (0 <= layer.skip < i and widths[layer.skip + 1] == out):
+        earlier = isinstance(layer.skip, int) and 0 <= layer.skip < i
+        if layer.skip is not None and not (earlier and widths[layer.skip + 1] == out):
             raise ValueError(f"{name}.skip={layer.skip!r}: expected the index of an earlier layer of the same width")
         widths.append(out)
     if widths[-1] != D * transform.params:

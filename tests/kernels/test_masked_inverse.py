@@ -267,6 +267,7 @@ def changed(layers, index, **values):
         (lambda y, n, o: (y, changed(n, 1, offset=n[0].weight), o), ValueError, r"layers\[1\].offset: expected shape"),
         (lambda y, n, o: (y, changed(n, 1, scale=y), o), ValueError, r"layers\[1\].scale: expected shape \(5, 11\)"),
         (lambda y, n, o: (y, changed(n, 1, skip=1), o), ValueError, r"layers\[1\].skip=1: expected the index"),
+        (lambda y, n, o: (y, changed(n, 1, skip="a"), o), ValueError, r"layers\[1\].skip='a': expected the index"),
         (lambda y, n, o: (y, changed(n, 3, skip=0), o), ValueError, r"layers\[3\].skip=0: expected the index"),
         (lambda y, n, o: (y, changed(n, 1, activation="mish"), o), ValueError, r"layers\[1\].activation='mish'"),
     ],
@@ -274,6 +275,23 @@ def changed(layers, index, **values):
 def test_errors_name_the_argument(change, error, message):
     with pytest.raises(error, match=message):
         masked_inverse(*change(*solve(TRANSFORMS[0])), TRANSFORMS[0])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"layers": torch.nn.Linear(7, 14)}, "layers: expected a sequence of MaskedLayer, got Linear"),
+        ({"layers": MaskedLayer(torch.eye(7), torch.zeros(7))}, "layers: expected a sequence of MaskedLayer"),
+        ({"layers": [torch.nn.Linear(7, 14)]}, r"layers\[0\]: expected a MaskedLayer, got Linear"),
+        ({"transform": "affine_softplus"}, "transform: expected a Univariate, got str"),
+        ({"plan": True}, "plan: expected a MaskedPlan, got bool"),
+    ],
+)
+def test_arguments_of_another_kind(wrong, message):
+    y, layers, order = solve(TRANSFORMS[0])
+    given = {"layers": layers, "order": order, "transform": TRANSFORMS[0], **wrong}
+    with pytest.raises(TypeError, match=message):
+        masked_inverse(y, **given)
 
 
 @pytest.mark.parametrize(
