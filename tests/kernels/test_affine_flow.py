@@ -73,7 +73,7 @@ def test_gradcheck(spec, shift, flip, logdet, backend):
     assert torch.autograd.gradcheck(lambda x, p: affine_flow(x, p, spec, **options), (x, params))
 
 
-@pytest.mark.parametrize("T", [1, 2, 63, 111])
+@pytest.mark.parametrize("T", [1, 63, 111])
 @pytest.mark.parametrize("D", [1, 3, 192])
 @pytest.mark.usefixtures("poisoned_memory")
 @in_float64
@@ -107,8 +107,8 @@ def test_error_contract(dtype, spec, backend):
 @except_reference
 @every_spec
 @every_order
-@pytest.mark.parametrize("D", [1, 2, 3, 12, 16, 48, 192])
-@pytest.mark.parametrize("T", [1, 2, 63, 111])
+@pytest.mark.parametrize("D", [1, 3, 16, 48, 192])
+@pytest.mark.parametrize("T", [1, 63, 111])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_error_contract_over_sizes(T, D, spec, shift, flip, backend):
     B = max(2, 512 // (T * D))  # enough values for plain PyTorch to show its usual error

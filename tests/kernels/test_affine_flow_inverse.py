@@ -139,7 +139,7 @@ def test_gradcheck(spec, rule):
     assert torch.autograd.gradcheck(inverse, tensors)
 
 
-@pytest.mark.parametrize("T", [1, 2, 63, 111])
+@pytest.mark.parametrize("T", [1, 63, 111])
 @pytest.mark.parametrize("D", [1, 3, 192])
 @pytest.mark.parametrize("rule", GUIDED)
 @pytest.mark.usefixtures("poisoned_memory")
@@ -165,8 +165,8 @@ def test_error_contract(dtype, spec, rule, backend):
 
 @every_spec
 @pytest.mark.parametrize("rule", GUIDED)
-@pytest.mark.parametrize("D", [1, 2, 3, 12, 16, 48, 192])
-@pytest.mark.parametrize("T", [1, 2, 63, 111])
+@pytest.mark.parametrize("D", [1, 3, 16, 48, 192])
+@pytest.mark.parametrize("T", [1, 63, 111])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_error_contract_over_sizes(T, D, rule, spec, backend):
     B = max(2, 4096 // (T * D))  # enough values for plain PyTorch to show its usual error
