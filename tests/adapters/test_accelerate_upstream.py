@@ -9,7 +9,7 @@ from support import released_flows as released
 from torch import nn
 
 from starflow_kernels import accelerate
-from starflow_kernels.accelerate.upstream import blocks, calls
+from starflow_kernels.accelerate.upstream import calls, checked
 
 D, C, T, B, CLASSES, TEXT = 3, 16, 20, 4, 5, 6
 GEMMA = {"kv_heads": 1, "norm": released.RMSNorm, "extras": True, "half": True}
@@ -296,7 +296,7 @@ def test_an_attention_that_is_exchanged_in_a_single_layer_takes_part(dense):
 
 def test_a_loaded_block_is_fast_without_another_call(monkeypatch):
     _, fast = pair("tarflow")
-    monkeypatch.setattr(blocks, "_agreed", set())
+    monkeypatch.setattr(checked, "_agreed", set())
     loaded = pickle.loads(pickle.dumps(fast))
     x, _ = data("tarflow")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

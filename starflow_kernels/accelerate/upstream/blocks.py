@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..._core.checks import NonFiniteError
 from ..._core.torch_private import outside_graphs
-from ..swap import Accelerated, original_class, seen_as
+from ..swap import Accelerated, original_class
 from .calls import density, grid_density, grid_inverse, inverse, stays_original
 from .check import check_starflow, check_tarflow
+from .checked import Checked
 from .structure import Unfit, is_block, read
 
 # Arguments of the inverse of TarFlow and iTARFlow that concern guidance.
@@ -56,44 +57,7 @@ def _passes_caches(module: nn.Module) -> bool:
     return all(any(p.kind is any_option for p in parameters.values()) for parameters in signatures)
 
 
-class Block(Accelerated):
-    """Base of the fast blocks."""
-
-    description = "packed inverse, fused density"
-    compare: ClassVar[Callable[[nn.Module], str | None]]
-
-    @classmethod
-    def check(cls, module: Any) -> str | None:
-        """Return in what the fast methods differ from the original ones on random tokens, or None."""
-        with torch.autocast(module.proj_in.weight.device.type, enabled=False):
-            reason = cls.compare(module)
-        if reason is None:
-            _agreed.add(_classes(module))
-        return reason
-
-    def check_parts(self: Any) -> None:
-        """Raise Unfit if parts of other classes have been put into the block that compute something else."""
-        if _classes(self) in _agreed:
-            return
-        try:
-            reason = self.check(seen_as(self.original, self))
-        # Whatever the code of another structure raises, the original method runs.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-        if reason:
-            raise Unfit(reason)
-
-
-# Classes of the parts of blocks that agree with their original methods.
-_agreed: set[tuple[type, ...]] = set()
-
-
-def _classes(block: nn.Module) -> tuple[type, ...]:
-    _, *parts = block.modules()
-    return original_class(block), *map(type, parts)
-
-
-class TarFlowBlock(Block):
+class TarFlowBlock(Checked):
     """Block of apple/ml-tarflow (arXiv 2412.06329), or of apple/ml-itarflow (arXiv 2604.20041) with its noise level."""
 
     compare = staticmethod(check_tarflow)
@@ -104,7 +68,6 @@ class TarFlowBlock(Block):
         if stays_original(self, x):
             return original(x, *arguments, **options)
         try:
-            self.check_parts()
             return density(self, x, **_named(original, ("y", "t"), x, *arguments, **options))
         except Unfit:
             return original(x, *arguments, **options)
@@ -114,7 +77,6 @@ class TarFlowBlock(Block):
         """Map noise to data, as the original method does, and keep the noise."""
         original = super().reverse  # type: ignore[misc]
         try:
-            self.check_parts()
             return inverse(self, x, **_named(original, ("y", "t", *GUIDANCE), x, *arguments, **options))
         except (Unfit, NonFiniteError):
             return original(x, *arguments, **options)
@@ -143,7 +105,7 @@ def _named(method: Callable, known: tuple[str, ...], *arguments: Any, **options:
     return {name: given.get(name, signature.parameters[name].default) for name in names if name in known}
 
 
-class StarFlowBlock(Block):
+class StarFlowBlock(Checked):
     """Block of apple/ml-starflow (arXiv 2506.06276)."""
 
     compare = staticmethod(check_starflow)
@@ -162,7 +124,6 @@ class StarFlowBlock(Block):
                 raise Unfit("it is compiled or small, fills a cache, or returns text states")
             if guidance or (self.training and (self.use_checkpoint or self.use_checkpoint_mlp)):
                 raise Unfit("it guides the density or computes values again in the backward pass")
-            self.check_parts()
             z, logdet = grid_density(self, x, None, rope)
         except Unfit:
             return super().forward(x, y, rope, kv_cache, guidance)
@@ -186,7 +147,6 @@ class StarFlowBlock(Block):
         try:
             if keep_cache or self.local_attn_window or attn_temp != 1 or (guidance > 0 and not guide_what):
                 raise Unfit("it fills a cache, has a window, or a temperature in both branches")
-            self.check_parts()
             # Without text, both branches of guidance are the same.
             return grid_inverse(self, z, *((y, guidance) if self.txt_dim else (None, 0)), rope)
         except (Unfit, NonFiniteError):

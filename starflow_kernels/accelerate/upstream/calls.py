@@ -13,6 +13,7 @@ from ..._core.implicit import needs_gradient
 from ..._core.torch_private import is_intercepted
 from ...block.api import block_forward, block_inverse
 from ...spec import BlockSpec
+from .checked import Checked
 from .structure import Unfit, read
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -54,7 +55,9 @@ def _ready(
     flip = not torch.equal(own, order)
     if flip and not torch.equal(own, order.flip(0)):
         raise Unfit("its order of the tokens is neither that of the data nor the reverse")
-    spec, weights = read(block, flip, rotary)
+    spec, weights, classes = read(block, flip, rotary)
+    if isinstance(block, Checked):
+        block.check_parts(classes)
     if not {x.dtype, *(weight.dtype for weight in weights.values())}.issubset(DTYPES):
         raise Unfit("its dtype is neither float32 nor bfloat16")
     # With a gradient, the density is composed of operations on which autocast acts.

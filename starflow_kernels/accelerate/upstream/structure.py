@@ -29,8 +29,10 @@ def is_block(module: nn.Module) -> bool:
     return callable(getattr(module, "reverse", None)) and all(hasattr(module, part) for part in parts)
 
 
-def read(block: nn.Module, flip: bool = False, rotary: bool = False) -> tuple[BlockSpec, dict[str, torch.Tensor]]:
-    """Return the spec of a block, and its parameters by their names in the spec.
+def read(
+    block: nn.Module, flip: bool = False, rotary: bool = False
+) -> tuple[BlockSpec, dict[str, torch.Tensor], tuple[type, ...]]:
+    """Return the spec of a block, its parameters by their names in the spec, and the classes of its parts.
 
     Args:
         block: upstream flow block.
@@ -72,7 +74,7 @@ def read(block: nn.Module, flip: bool = False, rotary: bool = False) -> tuple[Bl
         if weight is None:
             raise Unfit(f"{path or 'it'} has no {leaf}")
         weights[name] = weight.flatten() if name == "start" else weight
-    return spec, weights
+    return spec, weights, tuple(map(type, modules.values()))[1:]
 
 
 def _linear(modules: Modules, name: str) -> nn.Linear:
