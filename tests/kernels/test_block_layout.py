@@ -17,8 +17,8 @@ from support.naive import reduced
 
 from starflow_kernels import AffineSpec, BlockSpec, Solver, block_forward, block_inverse, block_params
 
-CALLS = 300
-PARTS = 15
+CALLS = 500
+PARTS = 25
 parts = pytest.mark.parametrize("part", range(PARTS))
 ORDER, LENGTHS = torch.tensor([3, 0, 4, 1, 2]), torch.tensor([4, 0, 5])
 JACOBI = Solver("jacobi", window=3, tol=0)
