@@ -11,11 +11,15 @@ import pytest
 import torch
 from support.checkout import checkout_files
 
+from starflow_kernels._core import compiled
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Kernels of torch run on one thread."""
+    """Kernels of torch run on one thread; the native ones use the threads that a test sets, whatever the cores."""
     torch.set_num_threads(1)
+    if compiled.native_unavailable() is None:
+        torch.ops.starflow_native.rehearse(0)
 
 
 @pytest.fixture(autouse=True)

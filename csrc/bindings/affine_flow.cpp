@@ -30,7 +30,7 @@ AffineCall affine_call(const Tensor& x, const Tensor& params, int64_t scale, dou
 template <class Kernel>
 void run_chunks(const AffineCall& call, Kernel kernel) {
     int64_t chunks = call.B * call.chunks(), grain = SERIAL / (call.chunk * call.D) + 1;
-    torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) { kernel(call, first, last); });
+    parallel_for(chunks, grain, [&](int64_t first, int64_t last) { kernel(call, first, last); });
 }
 
 void affine_flow(Tensor x, Tensor params, int64_t scale, double clip, bool shift, bool flip, int64_t logdet, Tensor z,

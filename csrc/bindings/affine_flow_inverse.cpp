@@ -23,8 +23,8 @@ void affine_flow_inverse(Tensor z, Tensor params, Optional guidance, int64_t sca
     call.guidance = data(guidance, call.B * call.n);
     call.z = z.data_ptr(), call.x = out.data_ptr();
     call.z_row = z.stride(0), call.z_token = z.stride(1), call.x_row = out.stride(0), call.x_token = out.stride(1);
-    torch::stable::parallel_for(0, call.B * call.n, SERIAL / call.D + 1,
-                                [&](int64_t first, int64_t last) { kernels().affine_flow_inverse(call, first, last); });
+    parallel_for(call.B * call.n, SERIAL / call.D + 1,
+                 [&](int64_t first, int64_t last) { kernels().affine_flow_inverse(call, first, last); });
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, 
 template <class Kernel>
 void run_heads(const AttentionCall& call, int64_t keys, int64_t floats, Kernel kernel) {
     int64_t work = call.T * (call.H / call.H_kv) * (call.window ? call.window : keys) * call.d;
-    torch::stable::parallel_for(0, call.B * call.H_kv, SERIAL / (work + 1) + 1, [&](int64_t first, int64_t last) {
+    parallel_for(call.B * call.H_kv, SERIAL / (work + 1) + 1, [&](int64_t first, int64_t last) {
         Floats scratch(floats, Floats::zeros);
         kernel(call, first, last, scratch.data());
     });

@@ -64,6 +64,17 @@ public:
     float* data() { return reinterpret_cast<float*>(lines.get()); }
 };
 
+inline void torch_parallel_for(int64_t n, int64_t grain, RangeFunction function, void* context) {
+    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { function(begin, end, context); });
+}
+
+// Calls function(begin, end) on ranges of [0, n), of at least `grain`, on the threads that have cores now.
+template <class Function>
+void parallel_for(int64_t n, int64_t grain, Function function) {
+    auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<Function*>(context))(begin, end); };
+    share(torch_parallel_for, n, grain, call, &function);
+}
+
 // Computes the log-determinant of each row from the sums of its chunks, added in order.
 inline void sum_logdets(const AffineCall& call) {
     for (int64_t row = 0; row < call.B; ++row) {

@@ -8,10 +8,6 @@
 
 namespace starflow {
 
-inline void parallel_for(int64_t n, RangeFunction function, void* context) {
-    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { function(begin, end, context); });
-}
-
 // Fills the arguments that all calls share, except tokens, weights and plan.
 inline BlockCall call_of(const Model& model, const Tensor& tokens, const Optional& cond, const Optional& prefix,
                          const Optional& cos, const Optional& sin, const Optional& guidance, int64_t rule,
@@ -57,7 +53,7 @@ inline void run(const std::vector<BlockCall>& calls, int64_t passed, const Tenso
         STD_TORCH_CHECK(cache.numel() >= cached && floats >= workspace_floats(spec, passed, slots),
                         "native kernels: the cache or the workspace is too small");
     }
-    if (calls[0].B && calls[0].T) run_groups(parallel_for, int(threads), calls, data(workspace), floats, seconds);
+    if (calls[0].B && calls[0].T) run_groups(torch_parallel_for, int(threads), calls, data(workspace), floats, seconds);
 }
 
 }  // namespace starflow

@@ -28,7 +28,7 @@ int64_t fingerprint(Tensor places) {
     int64_t n = pieces.size();
     if (all < PARALLEL) return int64_t(kernels().fingerprint(pieces.data(), n));
     std::vector<uint64_t> digests(n);
-    torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
+    parallel_for(n, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) digests[i] = kernels().fingerprint(&pieces[i], 1);
     });
     Bytes joined{reinterpret_cast<const char*>(digests.data()), int64_t(n * sizeof(uint64_t))};

@@ -64,7 +64,7 @@ void flow_head(Tensor x, Tensor h, Tensor weight, Optional bias, Optional norm, 
     affine.z = data(z, x.numel()), affine.logdets = data(out, affine.logdet == Logdet::none ? x.numel() : affine.B);
     std::vector<double> partial(affine.logdet == Logdet::none ? 0 : head.chunks());
     affine.partial = partial.data();
-    torch::stable::parallel_for(0, head.chunks(), head.grain(), [&](int64_t first, int64_t last) {
+    parallel_for(head.chunks(), head.grain(), [&](int64_t first, int64_t last) {
         HeadCall own = head.call;
         Floats room = head.room();
         own.room = room.data();
@@ -88,7 +88,7 @@ void flow_head_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor 
     Floats found(slabs * size, Floats::zeros);
     float* sums = found.data();
     int64_t grain = std::max<int64_t>(1, head.grain() * slabs / std::max<int64_t>(1, chunks));
-    torch::stable::parallel_for(0, slabs, grain, [&](int64_t first, int64_t last) {
+    parallel_for(slabs, grain, [&](int64_t first, int64_t last) {
         HeadCall own = head.call;
         Floats room = head.room();
         own.room = room.data();
@@ -105,7 +105,7 @@ void flow_head_backward(Optional grad_z, Optional grad_logdet, Tensor z, Tensor 
     };
     const float *from = data(weight), *given_norm = data(norm);
     float *to_weight = data(grad_weight, P * C), *to_norm = data(grad_norm, C), *to_bias = data(grad_bias, P);
-    torch::stable::parallel_for(0, C, SERIAL / (slabs * P) + 1, [&](int64_t first, int64_t last) {
+    parallel_for(C, SERIAL / (slabs * P) + 1, [&](int64_t first, int64_t last) {
         for (int64_t c = first; c < last; ++c) {
             double along = 0;
             for (int64_t p = 0; p < P; ++p) {

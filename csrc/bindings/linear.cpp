@@ -18,9 +18,9 @@ void multiply(const float* x, const float* weight, bool across, const float* bia
               float* y) {
     Floats packed(parts(N, 16) * 16 * K, Floats::anything);
     LinearCall call{M, N, K, x, weight, across, packed.data(), bias, y, nullptr};
-    torch::stable::parallel_for(0, parts(N, 16), SERIAL / (32 * K) + 1,
-                                [&](int64_t first, int64_t last) { kernels().pack(call, first, last); });
-    torch::stable::parallel_for(0, parts(M, ROWS), SERIAL / (ROWS * N * K) + 1, [&](int64_t first, int64_t last) {
+    parallel_for(parts(N, 16), SERIAL / (32 * K) + 1,
+                 [&](int64_t first, int64_t last) { kernels().pack(call, first, last); });
+    parallel_for(parts(M, ROWS), SERIAL / (ROWS * N * K) + 1, [&](int64_t first, int64_t last) {
         Floats scratch(ROWS * 64, Floats::anything);
         for (int64_t part = first; part < last; ++part)
             kernels().linear(call, part * ROWS, std::min(M, (part + 1) * ROWS), scratch.data());
@@ -41,7 +41,7 @@ void linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor grad_x, Tensor
     float *from = data(grad, M * N), *to = data(grad_weight, N * K);
     multiply(from, data(weight), true, nullptr, M, K, N, data(grad_x, M * K));
     LinearCall call{M, N, K, data(x, M * K), nullptr, false, nullptr, nullptr, from, to};
-    torch::stable::parallel_for(0, parts(N, OUTPUTS), SERIAL / (OUTPUTS * M * K) + 1, [&](int64_t first, int64_t last) {
+    parallel_for(parts(N, OUTPUTS), SERIAL / (OUTPUTS * M * K) + 1, [&](int64_t first, int64_t last) {
         kernels().linear_weight_gradient(call, first * OUTPUTS, std::min(N, last * OUTPUTS));
     });
 }

@@ -1,4 +1,4 @@
-// Ops that describe the machine, and the elementary functions on their own, for tests.
+// Ops that describe the machine, and parts of the kernels on their own, for tests.
 #include <sys/mman.h>
 
 #include <string>
@@ -29,12 +29,16 @@ std::string instruction_set() { return kernels().name; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
     m.def("instruction_set() -> str");
+    m.def("limit_cores(int cores) -> ()");
+    m.def("rehearse(int seed) -> int");
     m.def("elementary(Tensor x, int which, Tensor(a!) out) -> ()");
     m.def("use_huge_pages(Tensor tensor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(starflow_native, CompositeExplicitAutograd, m) {
     m.impl("instruction_set", TORCH_BOX(&instruction_set));
+    m.impl("limit_cores", TORCH_BOX(&limit_cores));
+    m.impl("rehearse", TORCH_BOX(&rehearse));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(starflow_native, CPU, m) {

@@ -106,7 +106,7 @@ void masked_inverse(Tensor y, Tensor plan, Tensor weights, Tensor offsets, Tenso
         call.low = constants[4], call.high = constants[5];
     }
     int64_t chunks = (call.B + SAMPLES - 1) / SAMPLES, at_least = SERIAL / (SAMPLES * weights_read) + 1;
-    torch::stable::parallel_for(0, chunks, at_least, [&](int64_t first, int64_t last) {
+    parallel_for(chunks, at_least, [&](int64_t first, int64_t last) {
         Floats work(call.work_rows * SAMPLES * size / int64_t(sizeof(float)), Floats::anything);
         kernels().masked_inverse(call, first * SAMPLES, std::min(call.B, last * SAMPLES), work.data());
     });

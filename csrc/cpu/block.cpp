@@ -36,7 +36,7 @@ void write_token(const Pass& pass, int64_t t) {
 
 }  // namespace
 
-void run_block(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, const Team& team) {
+void run_block(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, Team& team) {
     const Spec& spec = call.block->spec;
     int64_t first = group * call.group, sequences = call.B - first < call.group ? call.B - first : call.group;
     Workspace ws(spec, call.group * call.copies * call.chunk, call.L + call.T, shared, own);

@@ -119,7 +119,7 @@ struct Window {
 
 }  // namespace
 
-void run_jacobi(const BlockCall& call, int64_t sequence, float* cache, float* shared, float* own, const Team& team) {
+void run_jacobi(const BlockCall& call, int64_t sequence, float* cache, float* shared, float* own, Team& team) {
     const Spec& spec = call.block->spec;
     const Jacobi& solver = *call.jacobi;
     int64_t T = call.T;

@@ -276,13 +276,11 @@ struct Kernels {
     const char* name;
     // Runs one group of sequences; every member of the team calls it. cache: cache of the call's row 0 in sampling,
     // else of the group's row 0. shared: workspace of the team's first thread. own: workspace of the member.
-    void (*run_block)(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, const Team& team);
+    void (*run_block)(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, Team& team);
     // Does the same for one sequence by Jacobi.
-    void (*run_jacobi)(const BlockCall& call, int64_t sequence, float* cache, float* shared, float* own,
-                       const Team& team);
+    void (*run_jacobi)(const BlockCall& call, int64_t sequence, float* cache, float* shared, float* own, Team& team);
     // Solves for the slots first .. last - 1 of one group, the last one first.
-    void (*run_transposed)(const BlockCall& call, int64_t group, float* cache, float* shared, float* own,
-                           const Team& team);
+    void (*run_transposed)(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, Team& team);
     // Runs the chunks first .. last - 1 of all B chunks().
     void (*affine_flow)(const AffineCall& call, int64_t first, int64_t last);
     void (*affine_flow_backward)(const AffineCall& call, int64_t first, int64_t last);

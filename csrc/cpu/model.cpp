@@ -84,31 +84,21 @@ void run_groups(ParallelFor parallel_for, int threads, const std::vector<BlockCa
         float* workspace;
         int64_t floats, cache;
         double* seconds;
-        std::vector<Barrier> barriers;
-    } work{calls, workspace, floats, 0, seconds, std::vector<Barrier>(threads)};
+    } work{calls, workspace, floats, 0, seconds};
     for (const BlockCall& call : calls) work.cache = std::max(work.cache, own_cache_floats(call));
-    auto member = [](int thread, int threads, void* context) {
-        auto& work = *static_cast<Work*>(context);
-        const BlockCall& any = work.calls[0];
-        int groups = int((any.B + any.group - 1) / any.group);
-        // With fewer groups than threads, each group gets a team of threads. The teams are as equal in size as
-        // possible.
-        int teams = groups < threads ? groups : threads;
-        int mine = int(int64_t(thread) * teams / threads);
-        auto leader = [&](int team) { return int((int64_t(team) * threads + teams - 1) / teams); };
-        int first = leader(mine);
-        Team team{thread - first, leader(mine + 1) - first, &work.barriers[mine]};
+    auto group = [](int64_t group, int thread, int leader, Team& team, void* context) {
+        const auto& [calls, workspace, floats, cache, seconds] = *static_cast<const Work*>(context);
+        const BlockCall& any = calls[0];
         auto run = any.jacobi ? kernels().run_jacobi : any.transposed ? kernels().run_transposed : kernels().run_block;
         auto now = std::chrono::steady_clock::now;
-        for (int group = mine; group < groups; group += teams)
-            for (size_t i = 0; i < work.calls.size(); ++i) {
-                auto start = now();
-                run(work.calls[i], group, any.cache + first * work.cache, work.workspace + first * work.floats,
-                    work.workspace + thread * work.floats, team);
-                if (work.seconds && !thread) work.seconds[i] += std::chrono::duration<double>(now() - start).count();
-            }
+        for (size_t i = 0; i < calls.size(); ++i) {
+            auto start = now();
+            run(calls[i], group, any.cache + leader * cache, workspace + leader * floats, workspace + thread * floats,
+                team);
+            if (seconds && !leader && !team.rank) seconds[i] += std::chrono::duration<double>(now() - start).count();
+        }
     };
-    run_together(parallel_for, threads, member, &work);
+    run_pieces(parallel_for, threads, (calls[0].B + calls[0].group - 1) / calls[0].group, group, &work);
 }
 
 }  // namespace starflow

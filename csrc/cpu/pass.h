@@ -11,7 +11,7 @@ namespace starflow::STARFLOW_ISA {
 struct Pass {
     const BlockCall& call;
     const Spec& spec;
-    const Team& team;
+    Team& team;
     Workspace& ws;
     float* cache;
     int64_t first_sequence, sequences, slot, n;

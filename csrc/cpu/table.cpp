@@ -3,9 +3,9 @@
 
 namespace starflow::STARFLOW_ISA {
 
-void run_block(const BlockCall&, int64_t, float*, float*, float*, const Team&);
-void run_jacobi(const BlockCall&, int64_t, float*, float*, float*, const Team&);
-void run_transposed(const BlockCall&, int64_t, float*, float*, float*, const Team&);
+void run_block(const BlockCall&, int64_t, float*, float*, float*, Team&);
+void run_jacobi(const BlockCall&, int64_t, float*, float*, float*, Team&);
+void run_transposed(const BlockCall&, int64_t, float*, float*, float*, Team&);
 void affine_flow(const AffineCall&, int64_t, int64_t);
 void affine_flow_backward(const AffineCall&, int64_t, int64_t);
 void affine_flow_inverse(const InverseCall&, int64_t, int64_t);

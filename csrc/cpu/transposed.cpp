@@ -34,7 +34,7 @@ struct Step {
     const Spec& spec = pass.spec;
     const BlockCall& call = pass.call;
     const Transposed& solve = *call.transposed;
-    const Team& team = pass.team;
+    Team& team = pass.team;
     Slots slots{call};
     int64_t C = padded(spec.channels), slot = pass.slot, rows = pass.sequences;
 
@@ -353,7 +353,7 @@ struct Step {
 
 }  // namespace
 
-void run_transposed(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, const Team& team) {
+void run_transposed(const BlockCall& call, int64_t group, float* cache, float* shared, float* own, Team& team) {
     const Spec& spec = call.block->spec;
     int64_t first = group * call.group, sequences = std::min(call.group, call.B - first);
     GradientSpace ws(spec, call.group, call.L + call.T, shared, own);

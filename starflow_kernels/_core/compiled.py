@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from . import dispatch
+from .quota import granted_cores
 from .torch_private import constant_in_graphs
 
 FOLDER = Path(__file__).parents[1]
@@ -40,7 +41,10 @@ def load_error(name: str, title: str) -> str | None:
 
 @functools.cache
 def _native_load_error() -> str | None:
-    return load_error("native", "native")
+    error = load_error("native", "native")
+    if error is None and (cores := granted_cores()):
+        torch.ops.starflow_native.limit_cores(cores)
+    return error
 
 
 @constant_in_graphs
