@@ -76,14 +76,16 @@ def compare_commits(args: argparse.Namespace) -> int:
         folders = [compare.build(commit, args.keep or Path(temporary)) for commit in (args.a, args.b)]
         options = ["--threads", str(args.threads), "--seconds", str(args.seconds)]
         measured = compare.times(folders, cases, args.pairs, *options)
-        counts, note = [], "valgrind is not installed: instructions are not counted"
-        if args.count and shutil.which("valgrind"):
+        counts, note = [], "instructions are not counted"
+        if args.count and not shutil.which("valgrind"):
+            note += ": valgrind is not installed"
+        elif args.count:
             counts, kinds = zip(*(compare.instructions(folder, cases) for folder in folders), strict=True)
             note = f"instructions of one call on one thread under callgrind, in the instruction set {kinds[0]}"
         found = compare.rows(measured, counts)
     torch.set_num_threads(args.threads)
     machine = description()
-    print(f"A {args.a}, B {args.b}; {machine}\n{note}\n{compare.markdown(found)}")
+    print(f"A {args.a}, B {args.b}\n{tables.line(machine)}\n{note}\n\n{compare.markdown(found)}")
     if args.json:
         result = {"machine": machine, "commits": [args.a, args.b], "note": note, "rows": found}
         args.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -22,19 +22,31 @@ def results(name: str) -> dict:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Format a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    first, *others = (f"| {' | '.join(cells)} |\n" for cells in [header, *rows])
+    return first + "|---" * len(header) + "|\n" + "".join(others)
 
 
-def machine(found: dict) -> str:
-    """Return a line about the machine of a run, with its ceilings where the run measured them."""
-    facts = found["machine"]
-    line = f"{facts['cpu']}, {facts['threads']} threads"
-    if "float32_gflops" in facts:
-        line += (
-            f", {facts['float32_gflops']:.0f} GFLOP/s in float32, {facts['read_gb_per_second']:.0f} GB/s from memory"
-        )
-    return f"Measured on {facts['date']}: {line}.\n"
+def line(machine: dict) -> str:
+    """Return a machine, with its ceilings if its run measured them."""
+    text = f"{machine['date']}, {machine['cpu']}, {machine['threads']} threads"
+    if "float32_gflops" not in machine:
+        return text
+    return f"{text}, {machine['float32_gflops']:.0f} GFLOP/s, {machine['read_gb_per_second']:.0f} GB/s from memory"
+
+
+def runs(found: dict) -> str:
+    """Return a line per run: its machine, and its cases if there are more runs."""
+    cases: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        cases.setdefault(line(row.get("machine", found["machine"])), []).append(row["case"])
+    if len(cases) == 1:
+        return f"Measured {next(iter(cases))}.\n\n"
+    return "".join(f"- Measured {run}: {'; '.join(names)}.\n" for run, names in cases.items()) + "\n"
+
+
+def number(error: float) -> str:
+    """Format an error."""
+    return f"{error:.1e}".replace("e-0", "e-")
 
 
 def times(row: dict, name: str) -> str:
@@ -46,7 +58,7 @@ def times(row: dict, name: str) -> str:
 
 def error(row: dict, name: str) -> str:
     """Return a largest error."""
-    return f"{row['error'][name]:.1e}" if name in row["error"] else "not compared"
+    return number(row["error"][name]) if name in row["error"] else "not compared"
 
 
 def speed() -> str:
@@ -64,7 +76,7 @@ def speed() -> str:
         for row in found["rows"]
         if "plain" in row["microseconds"]
     ]
-    return machine(found) + "\n" + table(header, rows)
+    return runs(found) + table(header, rows)
 
 
 def sampling() -> str:
@@ -83,7 +95,7 @@ def sampling() -> str:
         ]
         for row in found["rows"]
     ]
-    return machine(found) + "\n" + table(header, rows)
+    return runs(found) + table(header, rows)
 
 
 def errors() -> str:
@@ -104,11 +116,11 @@ def long() -> str:
             f"{row['microseconds']:.0f}",
             f"{row['floor_microseconds']:.0f}",
             f"{row['of_floor']:.0%}",
-            f"{row['error']:.1e}",
+            number(row["error"]),
         ]
         for row in found["rows"]
     ]
-    return machine(found) + "\n" + table(header, rows)
+    return runs(found) + table(header, rows)
 
 
 TABLES = {"speed": speed, "sampling": sampling, "errors": errors, "long": long}

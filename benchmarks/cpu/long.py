@@ -29,7 +29,7 @@ from ..ops.bench_block import random_weights
 LAYERS = {128: 4, 768: 8}
 TOKENS = (1024, 4096, 16384, 65536)
 CASES = {
-    f"C {C}, {layers} layers, T {T}": (C, layers, T)
+    f"C {C}, {layers} layer{'s' * (layers > 1)}, T {T}": (C, layers, T)
     for (C, deep), T in itertools.product(LAYERS.items(), TOKENS)
     for layers in [1 if C * T > 2**24 else deep]
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tables
 from starflow import Flow
 from starflow.cli import parser
 
@@ -111,13 +112,11 @@ def test_readme_is_one_screen():
     assert text[: text.index("```python")].count("\n") < 30
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks/index.md"])
-def test_speed_tables_show_the_measured_rows(page):
-    table = [[cell.strip() for cell in line.split("|")] for line in (ROOT / page).read_text().splitlines()]
-    for row in json.loads((ROOT / "benchmarks" / "results" / "sampling_cpu.json").read_text())["rows"]:
-        if "ratio_plain" in row:
-            wanted = {row["case"], f"{row['microseconds']['ours']:.1f}", f"{row['ratio_plain']:.1f}x"}
-            assert any(wanted <= set(line) for line in table), row["case"]
+@pytest.mark.parametrize("page", tables.PAGES, ids=name)
+def test_tables_are_those_of_the_results(page):
+    text = page.read_text()
+    assert "<!-- end -->" in text
+    assert tables.filled(text) == text, "python -m benchmarks tables"
 
 
 def measured(value: float, error: float, digits: int) -> str:
