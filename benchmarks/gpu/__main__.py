@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu smoke --out DIR    # versions, every kernel once, constants of the chip, racecheck
     python -m benchmarks.gpu --out DIR          # sampling, ops, the table of attention backends, all other checks
-    python -m benchmarks.gpu --only block_inverse --peer DIR2 --checkpoint DIR3     # cases by their names
-    python -m benchmarks.gpu --only attention --write-table     # the package then chooses by these times
+    python -m benchmarks.gpu --only sampling --peer DIR2 --checkpoint DIR3     # cases by their names
+    python -m benchmarks.gpu --only "attention table" --write-table   # the package then chooses by these times
     python -m benchmarks.gpu smoke --dry        # the same code on the CPU in Triton's interpreter, at tiny shapes
 
 Each case runs in a process of its own and ends after its limit. Its rows go to DIR/smoke.jsonl or DIR/bench.jsonl as

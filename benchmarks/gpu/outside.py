@@ -27,11 +27,13 @@ def build(name: str, folder: Path, chip: str = "native") -> Path:
     if not nvcc:
         raise Skip("it needs nvcc, or a folder of benchmarks.gpu.pack")
     folder.mkdir(parents=True, exist_ok=True)
-    command = [nvcc, *OPTIONS, f"-arch={chip}", str(HERE / f"{name}.cu"), "-o", str(folder / name)]
+    # A program that a later run finds must be complete.
+    part = folder / f"{name}.part"
+    command = [nvcc, *OPTIONS, f"-arch={chip}", str(HERE / f"{name}.cu"), "-o", str(part)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-400:])
-    return folder / name
+    return part.replace(folder / name)
 
 
 def _program(name: str, pack: Path, dry: bool) -> Path:

@@ -48,7 +48,8 @@ def smoke(args: argparse.Namespace) -> list[Case]:
     for tool in ("", "memcheck", "racecheck"):
         name = f"driver of the CUDA kernels{', ' if tool else ''}{tool}"
         run = lambda clock, rows, tool=tool: onchip_driver(args.pack, args.dry, tool)  # noqa: E731
-        cases.append(_case(bench, name, 30 if tool else 15, run, "check"))
+        # The first one may have to compile it.
+        cases.append(_case(bench, name, 30 if tool else 60, run, "check"))
     return cases
 
 
