@@ -146,7 +146,7 @@ def _compile_launcher(kernel) -> None:
     from triton.backends.nvidia import driver
 
     if hasattr(driver, "make_launcher"):
-        with contextlib.suppress(AssertionError):
+        with contextlib.suppress(AssertionError, OSError):
             driver.CudaLauncher(kernel.src, kernel.metadata)
 
 
