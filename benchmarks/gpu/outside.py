@@ -36,7 +36,7 @@ def build(name: str, folder: Path, chip: str = "native") -> Path:
     return part.replace(folder / name)
 
 
-def _program(name: str, pack: Path, dry: bool) -> Path:
+def program(name: str, pack: Path, dry: bool = False) -> Path:
     """Return a program of the pack, which is compiled if it is not there."""
     if dry:
         raise Skip("it needs a GPU")
@@ -45,7 +45,7 @@ def _program(name: str, pack: Path, dry: bool) -> Path:
 
 def constants(pack: Path, dry: bool) -> Iterator[dict]:
     """Yield a row per constant of the chip."""
-    done = subprocess.run([_program("constants", pack, dry)], capture_output=True, text=True)
+    done = subprocess.run([program("constants", pack, dry)], capture_output=True, text=True)
     for line in done.stdout.splitlines():
         name, value, unit = line.rsplit(", ", 2)
         yield {"constant": name, "value": float(value), "unit": unit}
@@ -61,7 +61,7 @@ def onchip_driver(pack: Path, dry: bool, sanitizer: str) -> Iterator[dict]:
         dry: refuse, as there is no GPU.
         sanitizer: "memcheck", "racecheck" or "" for none.
     """
-    command = [str(_program("onchip_driver", pack, dry))]
+    command = [str(program("onchip_driver", pack, dry))]
     if sanitizer:
         found = tool("compute-sanitizer")
         if not found:

@@ -7,20 +7,21 @@ table on the page.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from ..peers.released import load_peer
-from . import choice, sampling, sampling_checks
+from . import choice, outside, sampling, sampling_checks
 from .bench import Bench
 from .facts import facts, libraries
 from .op_cases import CHECKED, DRY, MAKE, TIMED
 from .op_checks import CHECKS, check
 from .op_times import time_op
-from .outside import constants, onchip_driver
 from .runner import Case, Clock, Rows, Skip
 from .sampling_cases import CASES, DRY_CASES, checked
 
@@ -37,19 +38,17 @@ def smoke(args: argparse.Namespace) -> list[Case]:
     cases = [_case(bench, MACHINE, 30, lambda clock, rows: _machine(bench, args, ceilings=False))]
     cases += _compilation(bench, "smoke", args)
     for op in MAKE:
-        cases.append(
-            _case(bench, f"launch: {op}", 20, functools.partial(_checks, op, bench, ["error contract"]), "check")
-        )
+        run = functools.partial(_checks, op, bench, ["error contract"])
+        cases.append(_case(bench, f"launch: {op}", 20, run, "check"))
     for name, block in checked(args.dry).items():
         run = functools.partial(_sampling_checks, name, block, bench, True)
         cases.append(_case(bench, f"launch: block_inverse, {name}", 20, run, "check"))
-    run = lambda clock, rows: constants(args.pack, args.dry)  # noqa: E731
+    run = lambda clock, rows: outside.constants(args.pack, args.dry)  # noqa: E731
     cases.append(_case(bench, "constants of the chip", 20, run, "constant"))
-    for tool in ("", "memcheck", "racecheck"):
+    for tool in ("", "racecheck", "memcheck"):
         name = f"driver of the CUDA kernels{', ' if tool else ''}{tool}"
-        run = lambda clock, rows, tool=tool: onchip_driver(args.pack, args.dry, tool)  # noqa: E731
-        # The first one may have to compile it.
-        cases.append(_case(bench, name, 30 if tool else 60, run, "check"))
+        run = lambda clock, rows, tool=tool: outside.onchip_driver(args.pack, args.dry, tool)  # noqa: E731
+        cases.append(_case(bench, name, 25 if tool else 10, run, "check"))
     return cases
 
 
@@ -109,12 +108,17 @@ def _machine(bench: Bench, args: argparse.Namespace, ceilings: bool) -> Iterator
 
 
 def _compilation(bench: Bench, program: str, args: argparse.Namespace) -> list[Case]:
-    """Return the case that compiles the kernels of a program, unless it runs in the interpreter."""
+    """Return the case that compiles what the others need, unless they run in the interpreter."""
 
     def run(clock: Clock, rows: Rows) -> Iterator[dict]:
         from .ahead import compile_all
 
-        yield compile_all(program, args.checkpoint)
+        # What cannot be compiled is told by the case that needs it.
+        with ThreadPoolExecutor() as pool, contextlib.suppress(Skip, RuntimeError):
+            programs = [pool.submit(outside.program, name, args.pack) for name in outside.PROGRAMS]
+            yield compile_all(program, args.checkpoint)
+            for compiled in programs:
+                compiled.result()
 
     return [] if bench.dry else [_case(bench, "kernels compiled ahead", 60, run)]
 

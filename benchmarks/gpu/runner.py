@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Parts of a row that `describe` leaves out.
-QUIET = ("case", "machine", "log")
+QUIET = ("case", "kind", "machine", "backends")
 
 
 class Skip(Exception):
