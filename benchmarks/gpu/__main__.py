@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=float, help="for the whole program; default: 120 for smoke, 450 for bench")
     parser.add_argument("--peer", type=Path, help="folder with transformer_flow.py of the released TarFlow")
-    parser.add_argument("--checkpoint", help="trained flow for the parallel inverses: a folder or a bundled name")
+    parser.add_argument("--checkpoint", help="trained flow, a folder or a bundled name; default: digits")
     parser.add_argument("--compiled", action="store_true", help="time what torch.compile makes of each op too")
     parser.add_argument("--write-table", action="store_true", help="add the attention times to the package's table")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -68,7 +68,8 @@ def main() -> int:
     if not args.worker and not args.list:
         prepare(args)
     args.out = args.out or (Path(tempfile.mkdtemp()) if args.dry else Path("runs/gpu"))
-    args.checkpoint = args.checkpoint or next((str(path) for path in args.pack.glob("checkpoint/*")), "digits")
+    if not args.checkpoint and not args.dry:
+        args.checkpoint = next((str(path) for path in args.pack.glob("checkpoint/*")), "digits")
     # Only now, since Triton reads its environment when it is imported.
     from . import page
     from .programs import PROGRAMS, SECONDS

@@ -61,7 +61,7 @@ def bench(args: argparse.Namespace) -> list[Case]:
         for kind in case.weights:
             run = functools.partial(_sampling, case, kind, bench, args)
             cases.append(_case(bench, f"sampling: {case.name}, {kind}", case.seconds, run, "sampling"))
-    for batch in (1, 2) if args.dry else (1, 256):
+    for batch in ((1, 2) if args.dry else (1, 256)) if args.checkpoint else ():
         run = functools.partial(_trained, args, batch, bench)
         cases.append(_case(bench, f"sampling: {Path(args.checkpoint).name}, batch {batch}", 30, run, "sampling"))
     for op in MAKE:
