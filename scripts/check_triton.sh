@@ -14,3 +14,5 @@ python -m benchmarks.gpu smoke --dry
 python -m benchmarks.gpu --dry
 python -m benchmarks.gpu.triton_resources --check
 PYTHONPATH="$PWD/build/triton-3.6.0" python -m benchmarks.gpu.triton_resources --check --targets sm_90
+# Every launch of a small program, specialised as on a GPU.
+PYTHONPATH="$PWD/build/triton-3.6.0" python -m benchmarks.gpu.ahead smoke
