@@ -95,7 +95,8 @@ def main() -> int:
         if args.write_table:
             page.write_table(rows, page.choice.TABLE)
     failed = [row for row in results if "failed" in row or row.get("result") == "failed"]
-    print(*(f"no time was left for: {name}" for name in missing), sep="\n")
+    for name in missing:
+        print(f"no time was left for: {name}")
     print(f"{len(results)} rows, {len(failed)} failed: {rows.path.with_suffix('.md')}")
     return 1 if failed else 0
 

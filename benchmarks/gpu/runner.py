@@ -197,8 +197,8 @@ def run(cases: list[Case], rows: Rows, command: list[str], seconds: float) -> li
                 now.end()
             spent = time.perf_counter() - begin
             rows.add(case.name, state=state, seconds=round(spent, 2))
-            found = [describe(row) for row in rows.cases()[case.name] if "state" not in row]
-            print(f"{case.name}: {state}, {spent:.1f} s", *found, sep="\n    ", flush=True)
+            lines = [describe(row) for row in rows.cases()[case.name] if "state" not in row]
+            print(f"{case.name}: {state}, {spent:.1f} s", *filter(None, lines), sep="\n    ", flush=True)
     finally:
         if worker:
             worker.end()
