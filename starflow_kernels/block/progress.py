@@ -10,8 +10,8 @@ _callback: ContextVar[Callable[[int, int], None] | None] = ContextVar("progress"
 
 
 @contextlib.contextmanager
-def reporting_to(callback: Callable[[int, int], None]) -> Iterator[None]:
-    """Make `report` call `callback` inside the context."""
+def reporting_to(callback: Callable[[int, int], None] | None) -> Iterator[None]:
+    """Make `report` call `callback` inside the context, or nothing."""
     token = _callback.set(callback)
     try:
         yield
@@ -22,7 +22,9 @@ def reporting_to(callback: Callable[[int, int], None]) -> Iterator[None]:
 def report(done: int, total: int) -> None:
     """Call the callback, if one is set, with the number of finished tokens. An exception from it ends the op."""
     if callback := _callback.get():
-        callback(done, total)
+        # The callback may sample too, which is no progress of this op.
+        with reporting_to(None):
+            callback(done, total)
 
 
 def reporting() -> bool:

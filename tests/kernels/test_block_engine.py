@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
@@ -18,7 +19,9 @@ from starflow_kernels.block.triton.sessions import (
     Sessions,
     Shape,
     bucket,
+    captured,
     largest,
+    lend,
     loaded,
     parts,
     replay,
@@ -91,7 +94,7 @@ def test_sessions_are_opened_once_per_key_and_the_least_recently_used_are_closed
     get("of the other", 1, other)
     del other
     gc.collect()
-    assert all(key[1] != "of the other" for key in sessions._kept)
+    assert all("of the other" not in key for key in sessions._kept)
 
 
 def test_a_session_that_fails_to_open_is_not_kept():
@@ -99,6 +102,70 @@ def test_a_session_that_fails_to_open_is_not_kept():
     with pytest.raises(MemoryError):
         sessions.get(model, ("a",), 1, 10, lambda: (_ for _ in ()).throw(MemoryError()))
     assert len(sessions) == 0 and sessions.get(model, ("a",), 1, 10, lambda: "opened") == "opened"
+
+
+class Size(int):
+    """Number of bytes; reading it ends a model, as the garbage collector may at any time."""
+
+    models: list[Model]
+
+    def __radd__(self, other):
+        self.models.clear()
+        return other + int(self)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_that_ends_while_the_kept_sessions_are_read():
+    sessions, model, other = Sessions(), Model(), [Model()]
+    size = Size(1)
+    size.models = other
+    sessions.get(model, ("first",), size, 100, object)
+    sessions.get(other[0], ("of the other",), 1, 100, object)
+    sessions.get(model, ("second",), 1, 100, object)
+    assert not other and len(sessions) == 2
+
+
+def test_a_call_within_a_call_has_sessions_of_its_own():
+    sessions, model = Sessions(), Model()
+
+    def get():
+        return sessions.get(model, ("key",), 1, 100, object)
+
+    with sessions.reserved():
+        outer = get()
+        with sessions.reserved():
+            assert get() is not outer
+        assert get() is outer
+
+
+def test_a_graph_is_captured_on_its_device_while_other_threads_use_theirs(monkeypatch):
+    """torch's default stream of captures belongs to the device of the first capture of the process."""
+    seen = []
+
+    @contextlib.contextmanager
+    def graph(graph, stream, capture_error_mode):
+        seen.append((graph, stream, capture_error_mode))
+        yield
+        seen.append("ended")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    assert captured(lambda: seen.append("launched"), torch.device("cuda", 1)) == "graph"
+    assert seen == [("graph", "stream of cuda:1", "thread_local"), "launched", "ended"]
+
+
+@pytest.mark.parametrize("current, recorded", [("home", []), ("other", ["other"])])
+def test_memory_that_another_stream_reads_is_recorded(current, recorded, monkeypatch):
+    class Tensor:
+        streams: list[str] = []
+        record_stream = streams.append
+
+    Tensor.streams.clear()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    lend([Tensor()], "home", torch.device("cuda"))
+    assert Tensor.streams == recorded
+    lend([torch.zeros(1)], None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 16, 17, 1000])
@@ -122,10 +189,17 @@ def test_sweeps_end_one_replay_after_all_are_done(tokens):
         events.append("ask")
         return lambda: events.append("wait") or count
 
-    replay_until_done(lambda: events.append("replay"), ask, tokens, seen.append)
     needed = -(-tokens // 4)
+    replay_until_done(lambda: events.append("replay"), ask, tokens, needed, seen.append)
     assert events == ["replay", "ask", *["replay", "ask", "wait"] * needed]
     assert seen == [min(tokens, 4 * (i + 1)) for i in range(needed)]
+
+
+def test_a_device_without_progress_is_noticed():
+    replays = []
+    with pytest.raises(RuntimeError, match="3 of 5 tokens are done after 7 replays"):
+        replay_until_done(lambda: replays.append(1), lambda: lambda: 3, 5, 7, lambda count: None)
+    assert len(replays) == 8
 
 
 @pytest.mark.parametrize("name", ["tarflow-flip", "starflow-text-flip-cond", "starflow-identity-first"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,6 +152,40 @@ def test_progress():
     seen = []
     block_inverse(z, w, spec, **context, progress=lambda *at: seen.append(at), backend="triton")
     assert len(seen) <= 16 and seen == sorted(seen) and seen[-1] == (36, 36)
+
+
+def test_a_progress_callback_may_sample_the_same_model():
+    z, w, spec, context = block(BLOCKS["starflow"], dtype=F32, tokens=2, layers=1, heads=1, kv_heads=1)
+
+    def run(noise, **options):
+        return block_inverse(noise, w, spec, **context, **options, backend="triton").x
+
+    expected = run(z)
+    assert torch.equal(run(z, progress=lambda *at: run(2 * z)), expected)
+
+
+def test_a_failed_capture_is_made_anew_by_the_next_call(monkeypatch):
+    from starflow_kernels.block.triton import sequential
+
+    session = sequential.TritonSession.__new__(sequential.TritonSession)
+    session.device, session.graph, session.names, session.stream = torch.device("cuda"), None, [], None
+    for name in ("launch", "fill", "begin"):
+        setattr(session, name, lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    attempts = []
+
+    def captured(launch, device):
+        attempts.append(device)
+        if len(attempts) == 1:
+            raise MemoryError
+        return SimpleNamespace(replay="replay")
+
+    monkeypatch.setattr(sequential, "captured", captured)
+    running = sequential.Running(session, {}, 0)
+    with pytest.raises(MemoryError):
+        running.load(None, (None,) * 6, 1.0)
+    running.load(None, (None,) * 6, 1.0)
+    assert running.step == "replay" and len(attempts) == 2
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from ...spec import BlockSpec
 from ..cache_budget import cache_bytes
 from ..packing import refuse_spec
 from . import head_kernels, step_kernels
-from .sessions import Sessions, Shape, bucket, loaded, sample
+from .sessions import Sessions, Shape, bucket, captured, current_stream, lend, loaded, sample
 from .weights import Model, models
 
 # Bytes per weight -> widest token. For wider tokens, the head kernel spills registers on some chip.
@@ -137,6 +137,7 @@ class TritonSession:
     def __init__(self, model: Model, shape: Shape, device: torch.device, buffers: Buffers, n: int = 1):
         self.spec, self.one_byte, self.shape, self.device = model.spec, model.one_byte, shape, device
         self.rows, self.n = shape.samples * shape.branches, n
+        self.stream, self.names = current_stream(device), [*buffers]
         for name, (size, dtype) in buffers.items():
             setattr(self, name, torch.zeros(size, dtype=dtype, device=device))
         self.splits, self.pdl = self.split_out.shape[2], {"PDL": True, "launch_pdl": True} if pdl(device) else {}
@@ -319,9 +320,7 @@ class TritonSession:
     def capture(self, w: dict) -> None:
         """Capture a step as a CUDA graph, after one step that compiles the kernels."""
         self.launch(w)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.launch(w)
+        self.graph = captured(functools.partial(self.launch, w), self.device)
 
 
 class Running:
@@ -340,6 +339,7 @@ class Running:
     def load(self, z: torch.Tensor, context: tuple, temperature: float) -> None:
         """Copy a part of a batch into the session and start its first token; capture the graph if there is none."""
         session = self.session
+        lend([getattr(session, name) for name in session.names], session.stream, session.device)
         session.fill(z, context, temperature)
         if session.device.type == "cuda":
             if session.graph is None:
@@ -426,12 +426,12 @@ def block_inverse(
     z, weights, cond, prefix, cos, sin, guidance, spec_json: str, rule: str, temperature, quantize="none", known=None
 ):
     """Map noise to data token by token over the cache; a batch that is too large for the memory budget is split."""
-    model = models(spec_json, weights, quantize, quantize != "none")
-    spec, slots = model.spec, z.shape[1] - (not model.spec.start)
     if not len(z):
         return z.clone(), torch.zeros_like(z)
-    filled = 0 if known is None else max(0, int(known.min()) - (not spec.start))
     with exclusive(z.device):
+        model = models(spec_json, weights, quantize, quantize != "none")
+        spec, slots = model.spec, z.shape[1] - (not model.spec.start)
+        filled = 0 if known is None else max(0, int(known.min()) - (not spec.start))
         context = cond, prefix, cos, sin, guidance, known
         parts = loaded_sessions(model, weights, z, context, rule, temperature, TritonSession, filled)
         found = sample(z, slots - filled, functools.partial(wait, z.device), parts)
@@ -451,7 +451,7 @@ _ends: dict[torch.device, torch.cuda.Event] = {}
 @contextlib.contextmanager
 def exclusive(device: torch.device):
     """Reserve the buffers of all sessions for one call; the device runs it after the previous call, on any stream."""
-    with kept_sessions.lock:
+    with kept_sessions.reserved():
         if device in _ends:
             torch.cuda.current_stream(device).wait_event(_ends[device])
         try:

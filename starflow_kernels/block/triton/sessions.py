@@ -7,11 +7,12 @@ of a session, one that opens it, and one that waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -78,21 +79,38 @@ class Sessions:
     """
 
     def __init__(self):
-        self.lock = threading.RLock()
+        self._calls, self._depth = threading.RLock(), 0
         self._kept: OrderedDict[tuple, tuple[int, Session]] = OrderedDict()
         self._numbers = itertools.count()
         self._models: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        # Guards _kept and _models.
+        self._change = threading.Lock()
+        # Numbers of models that no longer exist.
+        self._ended: deque[int] = deque()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __iter__(self) -> Iterator[Session]:
-        return iter([session for _, session in self._kept.values()])
+        return iter([session for _, session in list(self._kept.values())])
 
     @property
     def bytes(self) -> int:
         """Bytes of all kept sessions."""
-        return sum(size for size, _ in self._kept.values())
+        return sum(size for size, _ in list(self._kept.values()))
+
+    @contextlib.contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Reserve all sessions for one call; calls of other threads wait.
+
+        A call within this one, such as that of a progress callback, gets sessions of its own.
+        """
+        with self._calls:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
 
     def get(self, model: object, key: tuple, size: int, budget: int, opened: Callable[[], Session]) -> Session:
         """Return a session of a model, and open it if it is not kept.
@@ -104,22 +122,59 @@ class Sessions:
             budget: bytes of all sessions; others are dropped before this one is opened.
             opened: opens the session.
         """
-        if model not in self._models:
-            self._models[model] = number = next(self._numbers)
-            weakref.finalize(model, self._drop, number)
-        place = (self._models[model], *key)
-        if place not in self._kept:
-            while self._kept and self.bytes + size > budget:
-                self._kept.popitem(last=False)
-            # Buffers made in inference mode could not be written outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept[place] = size, opened()
-        self._kept.move_to_end(place)
-        return self._kept[place][1]
+        self._drop_ended()
+        with self._change:
+            if model not in self._models:
+                self._models[model] = number = next(self._numbers)
+                weakref.finalize(model, self._end, number)
+            place = (self._models[model], self._depth, *key)
+            if place not in self._kept:
+                while self._kept and self.bytes + size > budget:
+                    self._kept.popitem(last=False)
+                # Buffers made in inference mode could not be written outside it.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._kept[place] = size, opened()
+            self._kept.move_to_end(place)
+            found = self._kept[place][1]
+        self._drop_ended()
+        return found
 
-    def _drop(self, number: int) -> None:
-        for place in [place for place in list(self._kept) if place[0] == number]:
-            self._kept.pop(place, None)
+    def _end(self, number: int) -> None:
+        self._ended.append(number)
+        self._drop_ended()
+
+    def _drop_ended(self) -> None:
+        # A finalizer runs in any thread at any time, also in one that holds the lock; then `get` drops them.
+        while self._ended and self._change.acquire(blocking=False):
+            try:
+                ended = {self._ended.popleft() for _ in range(len(self._ended))}
+                for place in [place for place in self._kept if place[0] in ended]:
+                    del self._kept[place]
+            finally:
+                self._change.release()
+
+
+def captured(launch: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of the kernels that `launch` launches on a device."""
+    graph = torch.cuda.CUDAGraph()
+    # The default stream of captures belongs to the device of the first one, and the default mode forbids other threads
+    # to allocate memory.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+        launch()
+    return graph
+
+
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return the current stream of a GPU, or None for another device."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def lend(tensors: Iterable[torch.Tensor], home: torch.cuda.Stream | None, device: torch.device) -> None:
+    """Let the current stream read tensors that were made on the stream `home`, also after they have been freed."""
+    stream = current_stream(device)
+    if stream is not None and stream != home:
+        for tensor in tensors:
+            tensor.record_stream(stream)
 
 
 def replay(step: Callable[[], None], steps: int, wait: Callable[[], None], done: Callable[[int], None]) -> None:
@@ -141,7 +196,9 @@ def replay(step: Callable[[], None], steps: int, wait: Callable[[], None], done:
         done(last)
 
 
-def replay_until_done(step: Callable[[], None], ask: Callable[[], Callable[[], int]], tokens: int, done) -> None:
+def replay_until_done(
+    step: Callable[[], None], ask: Callable[[], Callable[[], int]], tokens: int, most: int, done: Callable[[int], None]
+) -> None:
     """Run steps until all tokens are done.
 
     The count after one step is read while the next step runs. If all tokens were done, that step does nothing.
@@ -150,10 +207,14 @@ def replay_until_done(step: Callable[[], None], ask: Callable[[], Callable[[], i
         step: runs one step.
         ask: starts counting finished tokens on the device, and returns a function that waits for the count.
         tokens: number of all tokens.
+        most: number of steps after which all tokens are done.
         done: takes the number of tokens done.
+
+    Raises:
+        RuntimeError: after `most` steps, tokens are left.
     """
-    answer = None
-    while True:
+    count, answer = 0, None
+    for _ in range(most + 1):
         step()
         asked = ask()
         if answer:
@@ -161,6 +222,7 @@ def replay_until_done(step: Callable[[], None], ask: Callable[[], Callable[[], i
             if count == tokens:
                 return
         answer = asked
+    raise RuntimeError(f"{count} of {tokens} tokens are done after {most} replays: the device makes no progress")
 
 
 def loaded(

@@ -59,6 +59,7 @@ class JacobiSession(sequential.TritonSession):
         super().__init__(model, shape, device, buffers, n)
         # The kernels of sweeps do not support programmatic dependent launch.
         self.window, self.slide, self.pdl = window, slide, {}
+        self.sweeps_per_step = SWEEPS if device.type == "cuda" else 1
         self.offsets = torch.tensor(neighbours, dtype=torch.int32, device=device) if neighbours else None
 
     def attend(self, i: int, n: int, stop: torch.Tensor | None) -> None:
@@ -80,7 +81,7 @@ class JacobiSession(sequential.TritonSession):
 
     def launch(self, w: dict) -> None:
         """Launch the sweeps of one replay."""
-        for _ in range(SWEEPS if self.device.type == "cuda" else 1):
+        for _ in range(self.sweeps_per_step):
             self.sweep(w)
 
     def sweep(self, w: dict) -> None:
@@ -187,8 +188,8 @@ def block_jacobi(
 ):  # fmt: skip
     """Map noise to data by sweeps over windows; return it with the counters of jacobi.py. Large batches are split."""
     # No kernel of a sweep reads one-byte weights.
-    (B, T, _), model = z.shape, models(spec_json, weights, quantize, False)
-    spec, x, log_sigma, residual = model.spec, guess.clone(), torch.zeros_like(z), z.new_zeros(B)
+    (B, T, _), spec = z.shape, BlockSpec.from_json(spec_json)
+    x, log_sigma, residual = guess.clone(), torch.zeros_like(z), z.new_zeros(B)
     sweeps, counts = z.new_zeros(B, T, dtype=torch.int32), z.new_zeros(B, 3, dtype=torch.int64)
     if not B:
         return x, log_sigma, sweeps, counts, residual
@@ -198,6 +199,7 @@ def block_jacobi(
     first = 0 if spec.start else 1
     filled = 0 if known is None else max(0, min(int(known.max()), T) - first)
     with sequential.exclusive(z.device):
+        model = models(spec_json, weights, quantize, False)
         context = cond, prefix, cos, sin, guidance, known
         for rows, running in sequential.loaded_sessions(
             model, weights, z, context, rule, temperature, JacobiSession, filled, n, options
@@ -209,7 +211,9 @@ def block_jacobi(
             def done(tokens, rows=rows, padding=padding):
                 report(rows.start * T + tokens - padding, B * T)
 
-            replay_until_done(running.step, session.ask, session.shape.samples * T, done)
+            # A sweep settles a token, or falls back to single tokens, which the next sweeps settle.
+            most = -(-2 * T // session.sweeps_per_step) + 1
+            replay_until_done(running.step, session.ask, session.shape.samples * T, most, done)
             x[rows], log_sigma[rows] = session.x[:count], session.log_scales[:count]
             sweeps[rows] = session.sweeps[:count]
             residual[rows] = session.solve_residual[:count]

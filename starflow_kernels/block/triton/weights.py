@@ -16,6 +16,7 @@ import triton.language as tl
 from ...spec import BlockSpec
 from ..packing import WeightCache
 from ..quantize import KINDS, fake_quantize_matrix, is_quantized
+from .sessions import current_stream, lend
 
 # Values per iteration over a row, and warps per row.
 BLOCK = 1024
@@ -88,7 +89,8 @@ class Model:
 
     def __init__(self, spec: BlockSpec, weights: list[torch.Tensor], quantize: str, one_byte: bool):
         self.spec, self.dtype, self.quantize, self.one_byte = spec, weights[0].dtype, quantize, one_byte
-        self.made = {}
+        self.made, self.device = {}, weights[0].device
+        self.stream = current_stream(self.device)
         order = torch.arange(spec.head_dim, dtype=torch.int64, device=weights[0].device)
         if spec.rotary == "interleaved":
             order = order.view(-1, 2).T.flatten()
@@ -100,6 +102,7 @@ class Model:
     def read(self, weights: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return name -> tensor for the kernels, from the weights as they are now."""
         w = {name: weight.detach() for name, weight in zip(self.spec.weight_shapes, weights)}
+        lend([self.order, self.rows, *self.made.values()], self.stream, self.device)
         # Buffers made in inference mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
             for name, value in self._make(w):
