@@ -79,6 +79,8 @@ define(
 )
 for _op in ("block_forward", "block_params", "block_inverse", "block_jacobi"):
     compiled.register(_op, native, backward=False)
+register("block_forward", "composed", composed.block_forward_without_gradient, composed.refuse, composed.unavailable)
+register("block_params", "composed", composed.block_params, composed.refuse, composed.unavailable)
 runtime.register("block_inverse", "block.triton.sequential", backward=False)
 # Registered last, and so preferred where a block fits: it needs one launch in all instead of several per token.
 register("block_inverse", "cuda", cuda.block_inverse, cuda.refuse, compiled.cuda_unavailable)
@@ -112,7 +114,7 @@ def block_forward(
 
     If a gradient is needed, the block is composed of differentiable ops on `backend`: `causal_attention` and
     `flow_head`, and on a GPU also `residual_norm` and `bias_gelu`. Linear layers are then torch's, so autocast acts on
-    them. Without a gradient, the network computes in the dtype of the weights.
+    them. Without a gradient, the network computes in the dtype of the weights, on a GPU by the same ops.
 
     Args:
         x: (B, T, D) tokens in the order of the data, float32 or float64.

@@ -1,4 +1,4 @@
-"""Density direction of a block where a gradient is needed, and the gradient of its inverse, by differentiable ops."""
+"""Density direction of a block by smaller ops: where a gradient is needed, and on a GPU. Gradient of its inverse."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from .._core import compiled
 from .._core.numerics import NORM_EPS
 from .._core.registration import call
+from .._triton import runtime
 from ..spec import BlockSpec
 from . import network, reference
 
@@ -35,18 +36,48 @@ def block_forward(
         x,
         weights,
         *context,
-        attention=functools.partial(call, "causal_attention", backend=backend),
         head=functools.partial(call, "flow_head", backend=backend),
-        linear=_linear(weights[0], backend),
         dropout=dropout,
-        fused=_fused_ops(x, backend),
+        **_operations(x, weights, backend),
     )
+
+
+def block_forward_without_gradient(
+    x, weights, cond, prefix, cos, sin, spec_json: str, logdet: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See reference.block_forward."""
+    context = cond, prefix, cos, sin, BlockSpec.from_json(spec_json), logdet
+    return block_forward(x, weights, *context, dropout=0.0, backend=None)
+
+
+def block_params(x, weights, *context) -> torch.Tensor:
+    """See reference.block_params."""
+    return reference.block_params(x, weights, *context, **_operations(x, weights, None))
+
+
+def unavailable() -> str | None:
+    """Return why this machine has no GPU for the ops, or None."""
+    return None if runtime.interpreted() or torch.cuda.device_count() else "torch sees no GPU"
+
+
+def refuse(x, *args) -> str | None:
+    """Return why a block is not composed of smaller ops where no gradient is needed, or None."""
+    return None if _on_gpu(x) else f"without a gradient it runs on CUDA, not on {x.device.type}"
 
 
 def block_inverse_backward(*args) -> torch.Tensor:
     """See reference.block_inverse_backward."""
     density = functools.partial(block_forward, dropout=0.0, backend=None)
     return reference.block_inverse_backward(*args, density=density)
+
+
+def _operations(x: torch.Tensor, weights: list[torch.Tensor], backend: str | None) -> dict[str, Any]:
+    """Return the keyword arguments of `network.hidden_states` that make it run on ops."""
+    return {
+        "attention": functools.partial(call, "causal_attention", backend=backend),
+        "linear": _linear(weights[0], backend),
+        "fused": _fused_ops(x, backend),
+    }
 
 
 def _linear(weight: torch.Tensor, backend: str | None) -> Callable:

@@ -21,11 +21,11 @@ def block_forward(x, weights, cond, prefix, cos, sin, spec_json: str, logdet: st
     return compose(x, weights, cond, prefix, cos, sin, BlockSpec.from_json(spec_json), logdet)
 
 
-def block_params(x, weights, cond, prefix, cos, sin, spec_json: str) -> torch.Tensor:
-    """Return the raw parameters (B, T, P) of all tokens, in the order of x."""
+def block_params(x, weights, cond, prefix, cos, sin, spec_json: str, **operations) -> torch.Tensor:
+    """Return the raw parameters (B, T, P) of all tokens, in the order of x; operations: see network.compose."""
     spec = BlockSpec.from_json(spec_json)
     w = dict(zip(spec.weight_shapes, weights))
-    params = raw_params(hidden_states(x, w, spec, cond, prefix, cos, sin), w, spec).to(x.dtype)
+    params = raw_params(hidden_states(x, w, spec, cond, prefix, cos, sin, **operations), w, spec).to(x.dtype)
     return by_token(params, not spec.start, spec.flip)
 
 

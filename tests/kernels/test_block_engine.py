@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,14 +158,10 @@ def test_a_graph_is_captured_on_its_device_while_other_threads_use_theirs(monkey
 
 @pytest.mark.parametrize("current, recorded", [("home", []), ("other", ["other"])])
 def test_memory_that_another_stream_reads_is_recorded(current, recorded, monkeypatch):
-    class Tensor:
-        streams: list[str] = []
-        record_stream = streams.append
-
-    Tensor.streams.clear()
+    streams = []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    lend([Tensor()], "home", torch.device("cuda"))
-    assert Tensor.streams == recorded
+    lend([SimpleNamespace(record_stream=streams.append)], "home", torch.device("cuda"))
+    assert streams == recorded
     lend([torch.zeros(1)], None, torch.device("cpu"))
 
 

@@ -12,6 +12,8 @@ from starflow_kernels._core import compiled
 from starflow_kernels._triton import runtime
 
 GPU = ("cuda", "flash", "triton")
+# Ops that are composed of others only on a GPU.
+COMPOSED_ON_GPU = ("block_forward", "block_params")
 needs_native = pytest.mark.skipif(compiled.native_unavailable() is not None, reason=str(compiled.native_unavailable()))
 
 
@@ -24,7 +26,8 @@ def cpu_backends(op: str, takes: Callable[..., bool] = lambda backend, **call: T
     found = []
     for name, state in backends()[op].items():
         interpreted = name == "triton" and op == "attention_flow" and runtime.interpreted()
-        if (name in GPU and not interpreted) or not takes(name):
+        on_gpu = name in GPU or (name == "composed" and op in COMPOSED_ON_GPU)
+        if (on_gpu and not interpreted) or not takes(name):
             continue
         if name == "composed":  # it is made of native kernels
             state = compiled.native_unavailable() or state
