@@ -4,7 +4,7 @@ Environment variables:
     STARFLOW_NATIVE=0     Skip the CPU kernels.
     STARFLOW_NATIVE=1     Fail if the CPU kernels cannot be built. If unset, the package is then installed without them,
                           and starflow_kernels.backends() shows the reason.
-    STARFLOW_CUDA=1       Build the CUDA kernels too; needs nvcc on the PATH.
+    STARFLOW_CUDA=1       Build the CUDA kernels too; needs nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda.
     STARFLOW_SANITIZE=address,undefined
                           Build the CPU kernels with these sanitizers.
 """
@@ -66,6 +66,15 @@ WITHOUT_TORCH = (
 def note(module: str) -> str:
     """Return the name of the file that takes the place of a missing compiled module and says why it is missing."""
     return f"{module.rpartition('.')[2]}.txt"
+
+
+def find_nvcc() -> str:
+    """Return the path of nvcc."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if not found:
+        raise RuntimeError(f"nvcc was neither on the PATH nor in {home}/bin when the package was installed")
+    return found
 
 
 def torch_paths() -> tuple[list[str], list[str]]:
@@ -151,9 +160,7 @@ class BuildNative(build_ext):
 
     def build_cuda(self, target: Path) -> None:
         """Compile csrc/cuda for every architecture and link CUDA's static runtime, so that it loads without a GPU."""
-        includes, libraries = torch_paths()
-        if not shutil.which("nvcc"):
-            raise RuntimeError("nvcc was not on the PATH when the package was installed")
+        (includes, libraries), nvcc = torch_paths(), find_nvcc()
         os.chdir(ROOT)
         objects = self.compiler.compile(
             ["csrc/bindings/onchip.cpp"],
@@ -165,9 +172,9 @@ class BuildNative(build_ext):
         code = [f"-gencode=arch=compute_{a.rpartition('_')[2]},code={a}" for a in ARCHITECTURES]
         kernels = os.path.join(self.build_temp, "cuda", "onchip.cu.o")
         options = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-t{os.cpu_count()}"]
-        subprocess.run(["nvcc", *options, *code, "-c", "csrc/cuda/onchip.cu", "-o", kernels], check=True)
+        subprocess.run([nvcc, *options, *code, "-c", "csrc/cuda/onchip.cu", "-o", kernels], check=True)
         folders = [f"-L{folder}" for folder in libraries]
-        link = ["nvcc", "-shared", "-cudart=static", *objects, kernels, *folders, "-ltorch_cpu", "-lc10"]
+        link = [nvcc, "-shared", "-cudart=static", *objects, kernels, *folders, "-ltorch_cpu", "-lc10"]
         subprocess.run([*link, "-o", str(target)], check=True)
 
 

@@ -7,6 +7,7 @@ import datetime
 import functools
 import mmap
 import platform
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -121,10 +122,11 @@ def description() -> dict[str, str | int | float]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     cpu = "{model name}, family {cpu family}, model {model}".format_map(fields) if "cpu family" in fields else ""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=HERE).stdout.strip() if shutil.which("git") else ""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "cpu": cpu or platform.processor(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import traceback
 from collections.abc import Callable, Iterator
@@ -118,6 +119,20 @@ def measure(shape: tuple, dtype: torch.dtype, device: str, seconds: Callable) ->
             traceback.print_exc()
             times = {kind: {"verdict": f"{type(error).__name__}: {error}"[:300]} for kind in Passes._fields}
         yield from ({**row, "pass": kind, **fields} for kind, fields in times.items())
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Make torch's own kernels deterministic, which its fused backward pass needs; new memory is not filled."""
+    settings = torch.utils.deterministic
+    enabled, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        settings.fill_uninitialized_memory = fill
 
 
 def entries(rows: list[dict], device: torch.device, machine: dict) -> list[Entry]:

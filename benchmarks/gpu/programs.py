@@ -152,5 +152,6 @@ def _times(op: str, shape: tuple, bench: Bench, args: argparse.Namespace, clock:
 
 
 def _attention(shape: tuple, bench: Bench, clock: Clock, rows: Rows) -> Iterator[dict]:
-    for dtype in (torch.float32,) if bench.dry else (torch.bfloat16, torch.float16):
-        yield from choice.measure(shape, dtype, bench.device, bench.seconds)
+    with choice.deterministic():
+        for dtype in (torch.float32,) if bench.dry else (torch.bfloat16, torch.float16):
+            yield from choice.measure(shape, dtype, bench.device, bench.seconds)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
 
 from .torch_private import disable_autocast
 
@@ -34,6 +37,8 @@ class Preference(NamedTuple):
 _kernels: dict[str, dict[str, Kernel]] = {}
 _preferences: dict[str, Preference] = {}
 _wrappers: dict[str, Callable] = {}
+_loops: set[str] = set()
+_warned: set[str] = set()
 
 
 def register(
@@ -61,6 +66,22 @@ def wrap(op: str, wrapper: Callable) -> None:
     _wrappers[op] = wrapper
 
 
+def mark_loop(op: str) -> None:
+    """Warn once per reason where no kernel of `op` takes a call on a GPU, since its reference is a loop over tokens."""
+    _loops.add(op)
+
+
+def _warn_of_loop(op: str, args: tuple) -> None:
+    if not (op in _loops and isinstance(args[0], torch.Tensor) and args[0].is_cuda):
+        return
+    others = ((name, kernel) for name, kernel in _kernels[op].items() if name != "reference")
+    reasons = "; ".join(f"{name}: {kernel.unavailable() or kernel.refuse(*args)}" for name, kernel in others)
+    text = f"{op} runs in plain PyTorch on the GPU, many times slower than a kernel. {reasons}"
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=2)
+
+
 def choose(op: str, *args) -> str:
     """Return the name of the backend that runs `op` on these arguments when the caller names none."""
     kernels = _kernels[op]
@@ -81,7 +102,10 @@ def run(op: str, backend: str | None, *args):
             raise ValueError(f"backend={backend!r}: {op} has {', '.join(map(repr, kernels))}")
         if reason := kernels[backend].unavailable() or kernels[backend].refuse(*args):
             raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
-    run = kernels[backend or choose(op, *args)].run
+    name = backend or choose(op, *args)
+    if backend is None and name == "reference":
+        _warn_of_loop(op, args)
+    run = kernels[name].run
     # Ops compute in the dtypes of their inputs, so autocast must not act inside them.
     with disable_autocast():
         return _wrappers[op](run, *args) if op in _wrappers else run(*args)

@@ -12,7 +12,7 @@ import torch
 
 from .._core import compiled, dispatch
 from .._core.checks import check_tensor
-from .._core.dispatch import disable_autocast, register, wrap
+from .._core.dispatch import disable_autocast, mark_loop, register, wrap
 from .._core.implicit import Equation, Unchanged, needs_gradient, with_gradient
 from .._core.numerics import accumulation_dtype
 from .._core.registration import call, define, refuse_transforms
@@ -91,6 +91,8 @@ register("block_inverse_backward", "composed", composed.block_inverse_backward)
 compiled.register("block_inverse_backward", native_transposed, backward=False)
 wrap("block_inverse", checked_inverse)
 wrap("block_jacobi", checked_jacobi)
+mark_loop("block_inverse")
+mark_loop("block_jacobi")
 
 
 def block_forward(

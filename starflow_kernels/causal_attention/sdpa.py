@@ -30,6 +30,9 @@ def refuse_backward(grads, outputs, *args) -> str | None:
     """Return why torch's backward kernels cannot take these arguments, or None."""
     if grads[1] is not None:
         return "it has no gradient of the log-sum-exp"
+    fixed = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if args[0].is_cuda and not fixed:
+        return "torch adds dQ in no fixed order unless torch.use_deterministic_algorithms(True) is set"
     return refuse(*args)
 
 

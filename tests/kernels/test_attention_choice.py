@@ -260,6 +260,23 @@ def test_the_table_of_the_package_names_backends():
     assert {entry.backend for entry in timings.Table(path).entries} <= backends()["causal_attention"].keys()
 
 
+@pytest.mark.parametrize(
+    "settings, refused", [({"mode": False}, True), ({"mode": True, "warn_only": True}, True), ({"mode": True}, False)]
+)
+def test_torchs_gradient_on_a_gpu_has_a_fixed_order(settings, refused, monkeypatch):
+    """Without the setting, torch adds the parts of dQ atomically; with warnings only, it does so too."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 2, 8, dtype=torch.bfloat16, device="cuda")
+        torch.use_deterministic_algorithms(**settings)
+        try:
+            why = sdpa.refuse_backward([q, None], [q, q], q, q, q, None, None, "none", 0, 1.0)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert ("no fixed order" in (why or "")) == refused
+
+
 def test_benchmark_takes_the_fastest_whose_results_count():
     from benchmarks.gpu import choice
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import starflow_kernels
 from starflow_kernels import affine_flow, causal_attention
@@ -146,3 +149,24 @@ def test_the_reason_for_missing_kernels(tmp_path, monkeypatch):
     (compiled.FOLDER / "_native.txt").write_text("no compiler\n")
     assert compiled.load_error("native", "native") == "no native kernels: no compiler"
     assert compiled.load_error("cuda", "CUDA") == "no CUDA kernels: the build did not set STARFLOW_CUDA=1"
+
+
+@pytest.mark.parametrize("op", ["block_inverse", "block_jacobi"])
+def test_a_loop_in_plain_pytorch_on_a_gpu_is_no_surprise(op, monkeypatch):
+    kernels = {
+        "kernel": dispatch.Kernel(None, lambda z: f"tokens of {z.shape[-1]} values", lambda: None),
+        "other": dispatch.Kernel(None, lambda z: None, lambda: "it is not installed"),
+        "reference": dispatch.Kernel(lambda z: z, lambda z: None, lambda: None),
+    }
+    monkeypatch.setattr(dispatch, "_kernels", {op: kernels})
+    monkeypatch.setattr(dispatch, "_wrappers", {})
+    with FakeTensorMode():
+        z = torch.empty(1, 4, 300, device="cuda")
+        with pytest.warns(UserWarning, match="kernel: tokens of 300 values; other: it is not installed") as seen:
+            for _ in range(2):
+                dispatch.run(op, None, z)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.run(op, "reference", z)
+        dispatch.run(op, None, torch.empty(1, 4, 300))

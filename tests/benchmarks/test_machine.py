@@ -1,0 +1,10 @@
+"""Description of the machine at the head of a result."""
+
+from __future__ import annotations
+
+from benchmarks import machine
+
+
+def test_a_machine_without_git_is_described(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine.description()["commit"] == "unknown"
