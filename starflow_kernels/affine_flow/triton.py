@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton.math import log_sigma_slope, sigma_of, soft_clipped
+from .._triton.math import divide, log_sigma_slope, sigma_of, soft_clipped
 from .._triton.runtime import refuse_tensors
 
 CONFIG = {"BLOCK": 1024, "num_warps": 4}
@@ -28,18 +28,21 @@ def _elements(T, D, SHIFT: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _transform(params, row, source, dimension, inside, T, D, clip, SCALE: tl.constexpr, CLIPPED: tl.constexpr):
+def _transform(
+    params, row, source, dimension, inside, T, D, clip,
+    SCALE: tl.constexpr, CLIPPED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """Return clipped a and b, sigma and log sigma per element. A token without parameters gets the identity."""
     known = inside & (source >= 0)
     if SCALE == "unit":
         offsets = (row * T + source) * D + dimension
-        b = soft_clipped(tl.load(params + offsets, known, 0).to(tl.float32), clip, CLIPPED)  # (BLOCK,)
+        b = soft_clipped(tl.load(params + offsets, known, 0).to(tl.float32), clip, CLIPPED, EXACT)  # (BLOCK,)
         a = tl.zeros_like(b)
     else:
         offsets = (row * T + source) * 2 * D + dimension
-        a = soft_clipped(tl.load(params + offsets, known, 0).to(tl.float32), clip, CLIPPED)  # (BLOCK,)
-        b = soft_clipped(tl.load(params + offsets + D, known, 0).to(tl.float32), clip, CLIPPED)  # (BLOCK,)
-    sigma, log_sigma = sigma_of(a, SCALE)
+        a = soft_clipped(tl.load(params + offsets, known, 0).to(tl.float32), clip, CLIPPED, EXACT)  # (BLOCK,)
+        b = soft_clipped(tl.load(params + offsets + D, known, 0).to(tl.float32), clip, CLIPPED, EXACT)  # (BLOCK,)
+    sigma, log_sigma = sigma_of(a, SCALE, EXACT)
     return a, b, tl.where(known, sigma, 1.0), tl.where(known, log_sigma, 0.0)
 
 
@@ -51,10 +54,11 @@ def affine_flow_forward_kernel(
 ):  # fmt: skip
     """Store z, and either -log sigma per element or the program's sum of log sigma."""
     row, element, inside, source, dimension = _elements(T, D, SHIFT, FLIP, BLOCK)
-    _, b, sigma, log_sigma = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED)
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    _, b, sigma, log_sigma = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED, EXACT)
     offsets = row * T * D + element
     value = tl.load(x + offsets, inside, 0).to(tl.float32)  # (BLOCK,)
-    tl.store(z + offsets, (value - b) / sigma, inside)
+    tl.store(z + offsets, divide(value - b, sigma, EXACT), inside)
     if SUM:
         tl.store(logdet + tl.program_id(0), tl.sum(log_sigma))
     else:
@@ -83,7 +87,8 @@ def affine_flow_backward_kernel(
     Where the gradient of z is zero, z contributes nothing, even if z or 1 / sigma is infinite.
     """
     row, element, inside, source, dimension = _elements(T, D, SHIFT, FLIP, BLOCK)
-    a, b, sigma, _ = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED)
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    a, b, sigma, _ = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED, EXACT)
     offsets = row * T * D + element
     # (BLOCK,)
     g = tl.load(grad_z + offsets, inside, 0).to(tl.float32) if HAS_Z else tl.zeros([BLOCK], tl.float32)
@@ -91,7 +96,7 @@ def affine_flow_backward_kernel(
     if HAS_LOGDET:
         # (BLOCK,), or the same value for all
         g_logdet += tl.load(grad_logdet + row) * factor if SUM else tl.load(grad_logdet + offsets, inside, 0)
-    g_x = tl.where(g == 0, 0.0, g / sigma)
+    g_x = tl.where(g == 0, 0.0, divide(g, sigma, EXACT))
     tl.store(grad_x + offsets, g_x, inside)
     # The last parameters of a shifted sequence belong to no token. The token without parameters zeroes their gradient.
     known, target = source >= 0, tl.where(source >= 0, source, T - 1)
@@ -102,7 +107,7 @@ def affine_flow_backward_kernel(
         tl.store(grad_params + (row * T + target) * D + dimension, g_b, inside)
     else:
         noise = tl.load(z + offsets, inside & (g != 0), 0).to(tl.float32)  # (BLOCK,)
-        g_a = 0.0 - (g * noise + g_logdet) * log_sigma_slope(a, sigma, SCALE)
+        g_a = 0.0 - (g * noise + g_logdet) * log_sigma_slope(a, sigma, SCALE, EXACT)
         if CLIPPED:
             g_a *= 1 - (a / clip) * (a / clip)
         target_offsets = (row * T + target) * 2 * D + dimension

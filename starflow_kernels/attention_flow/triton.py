@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .._core.numerics import last_dim_contiguous
-from .._triton.math import log_sigma_slope, sigma_of, soft_clipped
+from .._triton.math import divide, log_sigma_slope, sigma_of, soft_clipped
 from .._triton.rotary import (
     angles,
     apply_rotary,
@@ -97,7 +97,8 @@ def _raw(
         b += tl.load(bias + skip + dims, dims < D, 0).to(tl.float32)[None, :]  # (1, BLOCK_D)
         if SCALE != "unit":
             a += tl.load(bias + dims, dims < D, 0).to(tl.float32)[None, :]  # (1, BLOCK_D)
-    return soft_clipped(a, clip, CLIPPED), soft_clipped(b, clip, CLIPPED)
+    EXACT: tl.constexpr = weight.dtype.element_ty == tl.float32
+    return soft_clipped(a, clip, CLIPPED, EXACT), soft_clipped(b, clip, CLIPPED, EXACT)
 
 
 @triton.jit
@@ -120,12 +121,13 @@ def attention_flow_forward_kernel(
     )  # fmt: skip
     source, dims = query + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     known, token = target_tokens(source, T, SHIFT, FLIP)
-    sigma, log_sigma = sigma_of(a, SCALE)
+    EXACT: tl.constexpr = weight.dtype.element_ty == tl.float32
+    sigma, log_sigma = sigma_of(a, SCALE, EXACT)
     inside = (source < T)[:, None] & (dims < D)[None, :]
     transformed = known[:, None] & (dims < D)[None, :]
     offsets = (row * T + token)[:, None] * D + dims[None, :]
     value = tl.load(x + offsets, inside, 0).to(tl.float32)  # (BLOCK_M, BLOCK_D)
-    tl.store(z + offsets, tl.where(transformed, (value - b) / sigma, value), inside)
+    tl.store(z + offsets, tl.where(transformed, divide(value - b, sigma, EXACT), value), inside)
     log_sigma = tl.where(transformed, log_sigma, 0.0)
     if SUM:
         tl.store(logdet + tl.program_id(0), tl.sum(log_sigma))
@@ -153,7 +155,8 @@ def attention_flow_raw_kernel(
     )  # fmt: skip
     source, dims = query + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     known, token = target_tokens(source, T, SHIFT, FLIP)
-    sigma, _ = sigma_of(a, SCALE)
+    EXACT: tl.constexpr = weight.dtype.element_ty == tl.float32
+    sigma, _ = sigma_of(a, SCALE, EXACT)
     inside = (source < T)[:, None] & (dims < D)[None, :]
     transformed = known[:, None] & (dims < D)[None, :]
     offsets = (row * T + token)[:, None] * D + dims[None, :]
@@ -165,7 +168,7 @@ def attention_flow_raw_kernel(
         # (BLOCK_M, BLOCK_D), or the same value for all
         slope += tl.load(grad_logdet + row) * share if SUM else tl.load(grad_logdet + offsets, inside, 0)
     # Where the gradient of z is zero, z contributes nothing, even if z or 1 / sigma is infinite.
-    g_x = tl.where(transformed & (g != 0), g / sigma, g)
+    g_x = tl.where(transformed & (g != 0), divide(g, sigma, EXACT), g)
     tl.store(grad_x + offsets, g_x, inside)
     g_b = tl.where(transformed, 0.0 - g_x, 0.0)
     if CLIPPED:
@@ -175,7 +178,7 @@ def attention_flow_raw_kernel(
     tl.store(pointers, g_b, inside)
     if SCALE != "unit":
         noise = tl.load(z + offsets, inside & (g != 0), 0).to(tl.float32)  # (BLOCK_M, BLOCK_D)
-        g_a = (g * noise + slope) * log_sigma_slope(a, sigma, SCALE)
+        g_a = (g * noise + slope) * log_sigma_slope(a, sigma, SCALE, EXACT)
         g_a = tl.where(transformed, 0.0 - g_a, 0.0)
         if CLIPPED:
             g_a *= 1 - (a / clip) * (a / clip)

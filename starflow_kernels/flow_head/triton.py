@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .._core.numerics import NORM_EPS, accumulation_dtype
-from .._triton.math import log_sigma_slope, sigma_of, soft_clipped
+from .._triton.math import divide, log_sigma_slope, sigma_of, soft_clipped
 from .._triton.runtime import contiguous, refuse_tensors
 from .._triton.tiles import chip_of
 from ..affine_flow.triton import sum_rows
@@ -78,6 +78,7 @@ def _raw(
     factor = tl.full([BLOCK_T], 1.0, tl.float32)
     square = tl.zeros([BLOCK_T], tl.float32)
     skip = 0 if SCALE == "unit" else D
+    EXACT: tl.constexpr = weight.dtype.element_ty == tl.float32
     NORM_FIRST: tl.constexpr = NORM and weight.dtype.element_ty != tl.bfloat16
     if NORM_FIRST:
         factor = _norm_factor(h, row, source, T, C, BLOCK_T, BLOCK_C)
@@ -105,7 +106,7 @@ def _raw(
         raw_b += tl.load(bias + skip + out, out < D, 0).to(tl.float32)[None, :]  # (1, BLOCK_D)
         if SCALE != "unit":
             raw_a += tl.load(bias + out, out < D, 0).to(tl.float32)[None, :]  # (1, BLOCK_D)
-    return a, b, soft_clipped(raw_a, clip, CLIPPED), soft_clipped(raw_b, clip, CLIPPED), factor
+    return a, b, soft_clipped(raw_a, clip, CLIPPED, EXACT), soft_clipped(raw_b, clip, CLIPPED, EXACT), factor
 
 
 @triton.jit
@@ -134,14 +135,15 @@ def flow_head_forward_kernel(
     source = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     _, _, a, b, _ = _raw(h, weight, bias, norm_weight, row, source, T, C, D, clip, SCALE, CLIPPED, BIAS, NORM,
                          BLOCK_T, BLOCK_C, BLOCK_D)  # fmt: skip
+    EXACT: tl.constexpr = weight.dtype.element_ty == tl.float32
     known, token = target_tokens(source, T, SHIFT, FLIP)
     out = tl.arange(0, BLOCK_D)
-    sigma, log_sigma = sigma_of(a, SCALE)
+    sigma, log_sigma = sigma_of(a, SCALE, EXACT)
     inside = (source < T)[:, None] & (out < D)[None, :]
     transformed = known[:, None] & (out < D)[None, :]
     offsets = (row * T + token)[:, None] * D + out[None, :]
     value = tl.load(x + offsets, inside, 0).to(tl.float32)  # (BLOCK_T, BLOCK_D)
-    tl.store(z + offsets, tl.where(transformed, (value - b) / sigma, value), inside)
+    tl.store(z + offsets, tl.where(transformed, divide(value - b, sigma, EXACT), value), inside)
     log_sigma = tl.where(transformed, log_sigma, 0.0)
     if SUM:
         tl.store(logdet + tl.program_id(0), tl.sum(log_sigma))
@@ -162,12 +164,13 @@ def flow_head_backward_kernel(
     source = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     linear_a, linear_b, a, b, factor = _raw(h, weight, bias, norm_weight, row, source, T, C, D, clip, SCALE, CLIPPED,
                                           BIAS, NORM, BLOCK_T, BLOCK_C, BLOCK_D)  # fmt: skip
+    EXACT: tl.constexpr = weight.dtype.element_ty == tl.float32
     known, token = target_tokens(source, T, SHIFT, FLIP)
     out = tl.arange(0, BLOCK_D)
     inside = (source < T)[:, None] & (out < D)[None, :]
     transformed = known[:, None] & (out < D)[None, :]
     offsets = (row * T + token)[:, None] * D + out[None, :]
-    sigma, _ = sigma_of(a, SCALE)
+    sigma, _ = sigma_of(a, SCALE, EXACT)
     g = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     slope = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     if HAS_Z:
@@ -178,10 +181,10 @@ def flow_head_backward_kernel(
     # Where the gradient of z is zero, z contributes nothing, even if z or 1 / sigma is infinite.
     live = transformed & (g != 0)
     noise = tl.load(z + offsets, live, 0).to(tl.float32)  # (BLOCK_T, BLOCK_D)
-    g_x = tl.where(live, g / sigma, g)
+    g_x = tl.where(live, divide(g, sigma, EXACT), g)
     tl.store(grad_x + offsets, g_x, inside)
     g_b = tl.where(transformed, 0.0 - g_x, 0.0)
-    g_a = (g * noise + slope) * log_sigma_slope(a, sigma, SCALE)
+    g_a = (g * noise + slope) * log_sigma_slope(a, sigma, SCALE, EXACT)
     g_a = tl.where(transformed, 0.0 - g_a, 0.0)
     if CLIPPED:
         g_a *= 1 - (a / clip) * (a / clip)

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .._triton.math import inverse_root, mean_of
 from .._triton.runtime import contiguous, refuse_tensors
 from .reference import used_norm
 
@@ -27,8 +28,8 @@ def config(C: int) -> dict[str, int]:
 def _normalized(x, inside, C, eps, KIND: tl.constexpr):
     """Return the rows (ROWS, BLOCK), centered for "layer_norm" and divided by their size, and 1 / size (ROWS, 1)."""
     if KIND == "layer_norm":
-        x = tl.where(inside, x - (tl.sum(x, 1) / C)[:, None], 0.0)
-    size = 1 / tl.sqrt(tl.sum(x * x, 1) / C + eps)
+        x = tl.where(inside, x - mean_of(tl.sum(x, 1), C)[:, None], 0.0)
+    size = inverse_root(mean_of(tl.sum(x * x, 1), C) + eps)
     return x * size[:, None], size[:, None]
 
 
@@ -83,9 +84,9 @@ def residual_norm_backward_kernel(
         if BIAS:
             g_bias += tl.sum(grad, 0)
         grad *= factor
-        g_x = grad - y * (tl.sum(grad * y, 1) / C)[:, None]
+        g_x = grad - y * mean_of(tl.sum(grad * y, 1), C)[:, None]
         if KIND == "layer_norm":
-            g_x -= (tl.sum(grad, 1) / C)[:, None]
+            g_x -= mean_of(tl.sum(grad, 1), C)[:, None]
         g_x *= size
         if HAS_TOTAL:
             g_x += tl.load(grad_total + offsets, inside, 0).to(tl.float32)  # (ROWS, BLOCK)

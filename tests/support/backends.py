@@ -11,9 +11,13 @@ from starflow_kernels import backends
 from starflow_kernels._core import compiled
 from starflow_kernels._triton import runtime
 
+from . import chip_arithmetic
+
 GPU = ("cuda", "flash", "triton")
 # Ops that are composed of others only on a GPU.
 COMPOSED_ON_GPU = ("block_forward", "block_params")
+if runtime.interpreted() and runtime.unavailable() is None:
+    chip_arithmetic.install()
 needs_native = pytest.mark.skipif(compiled.native_unavailable() is not None, reason=str(compiled.native_unavailable()))
 
 

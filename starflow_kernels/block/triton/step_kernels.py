@@ -12,7 +12,7 @@ does both.
 import triton
 import triton.language as tl
 
-from ..._triton.math import tanh
+from ..._triton.math import inverse_root, mean_of, tanh
 from .tiles import (
     RMS_EPS,
     add_product,
@@ -87,7 +87,7 @@ def block_qkv_kernel(
         b += load_vector(bias + head * HEAD + HALF, pair, pair < HEAD // 2)[None, :]
     rotated = head < H + KV
     if QK_NORM:
-        inverse = 1 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD + RMS_EPS)
+        inverse = inverse_root(mean_of(tl.sum(a * a, 1) + tl.sum(b * b, 1), HEAD) + RMS_EPS)
         inverse = tl.where(rotated, inverse, 1.0)
         # head_norms holds the norm of queries, then the norm of keys; values have none.
         norm = head_norms + tl.where(head < H, 0, HEAD)

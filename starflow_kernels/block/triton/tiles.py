@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..._core.numerics import NORM_EPS
+from ..._triton.math import inverse_root, mean_of
 
 RMS_EPS = tl.constexpr(NORM_EPS["rms_norm"])
 LAYER_EPS = tl.constexpr(NORM_EPS["layer_norm"])
@@ -110,12 +111,12 @@ def norm_statistics(
         for start in range(0, C, BLOCK_K):
             x = load_tile(residual, row, start + tl.arange(0, BLOCK_K), rows, C)  # (BLOCK_M, BLOCK_K)
             square += tl.sum(x * x, 1)
-        factor = 1 / tl.sqrt(square / C + RMS_EPS)
+        factor = inverse_root(mean_of(square, C) + RMS_EPS)
     if NORM == "layer_norm":
         for start in range(0, C, BLOCK_K):
             c = start + tl.arange(0, BLOCK_K)
             mean += tl.sum(load_state(h, residual, post, factor, row, c, rows, C, POST), 1)
-        mean = mean / C
+        mean = mean_of(mean, C)
     if NORM != "none":
         square = tl.zeros([BLOCK_M], tl.float32)
         for start in range(0, C, BLOCK_K):
@@ -123,7 +124,7 @@ def norm_statistics(
             x = load_state(h, residual, post, factor, row, c, rows, C, POST)  # (BLOCK_M, BLOCK_K)
             x = tl.where((c < C)[None, :], x - mean[:, None], 0.0)
             square += tl.sum(x * x, 1)
-        size = 1 / tl.sqrt(square / C + (LAYER_EPS if NORM == "layer_norm" else RMS_EPS))
+        size = inverse_root(mean_of(square, C) + (LAYER_EPS if NORM == "layer_norm" else RMS_EPS))
     return factor, mean, size
 
 
