@@ -66,6 +66,11 @@ def test_more_keys_than_a_split_and_more_tokens_than_a_tile(monkeypatch):
     assert_agrees(*case("starflow-text", B=2, tokens=37, layers=1, coupling=2), Solver("jacobi", 18, tol=1e-6))
 
 
+@pytest.mark.parametrize("name", ["tarflow", "starflow"])
+def test_tokens_of_more_than_a_tile(name):
+    assert_agrees(*case(name, B=1, tokens=2, layers=1, token_dim=260, coupling=0.2), ALL)
+
+
 def test_samples_end_when_they_are_done():
     z, w, spec, options = case("tarflow-flip", B=3, tokens=12, layers=1, coupling=2)
     guess = block_inverse(z, w, spec, **options, backend="reference").x
@@ -159,8 +164,22 @@ def test_quasi_newton_steps_are_those_of_the_reference():
     assert report.passes != fewer.passes or not torch.equal(report.sweeps, fewer.sweeps)
 
 
-def test_too_wide_a_linear_model_is_refused():
-    z, w, spec, options = case("starflow", tokens=3, layers=1)
-    solver = Solver("jacobi", neighbours=tuple(range(1, 130)))
-    with pytest.raises(ValueError, match=r"backend='triton' cannot run block_jacobi: .*neighbours"):
-        block_inverse(z, w, spec, **options, solver=solver, backend="triton")
+def test_a_linear_model_that_does_not_fit_into_registers(monkeypatch):
+    """A tile has fewer inputs than the model and fewer tokens than the window."""
+    from starflow_kernels.block.triton import sequential, sweeps
+
+    for module, name, value in (
+        (sweeps, "MOST_INPUTS", 16), (sweeps, "MODEL_TILE", 16), (sequential, "kept_sessions", sequential.Sessions())
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    z, w, spec, options = case("tarflow", B=1, tokens=18, layers=1, coupling=3, token_dim=9)
+    newton = Solver("jacobi", tol=1e-4, neighbours=(1, 3))
+    _, report = assert_agrees(z, w, spec, options, newton)
+    plain = block_inverse(z, w, spec, **options, solver=Solver("jacobi", tol=1e-4), backend="reference").report
+    assert report.passes != plain.passes or not torch.equal(report.sweeps, plain.sweeps)
+
+
+def test_a_token_of_many_values_has_a_linear_model():
+    sizes = {"token_dim": 70, "channels": 16, "mlp_dim": 16, "heads": 1, "kv_heads": 1}
+    solver = Solver("jacobi", tol=1e-4, neighbours=(1, 2))
+    assert_agrees(*case("starflow", B=1, tokens=3, layers=1, coupling=0.5, **sizes), solver)

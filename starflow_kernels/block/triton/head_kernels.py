@@ -16,16 +16,11 @@ from .tiles import (
 
 
 @triton.jit
-def _embed(
-    tokens, weight, bias, table, cond, table_offset, cond_offset, cond_stride, h, row, channel, samples, C, D,
+def _store_states(
+    total, bias, table, cond, table_offset, cond_offset, cond_stride, h, row, channel, samples, C,
     BRANCHES: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Project a tile of tokens, add position and condition, and store the result for all branches of the samples."""
-    d = tl.arange(0, BLOCK_D)
-    total = tl.zeros([tokens.shape[0], BLOCK_N], tl.float32)
-    # (BLOCK_M, BLOCK_N)
-    total = add_product(tokens, load_weight(weight, channel, d, C, D), total)
+    """Add bias, position and condition to a tile of projected tokens; store it for all branches of the samples."""
     total += load_vector(bias, channel, channel < C)[None, :]
     if TABLE:
         total += load_vector(table + table_offset, channel, channel < C)[None, :]
@@ -49,11 +44,15 @@ def block_embed_kernel(
     wait_for_previous(PDL)
     blocks = tl.cdiv(samples, BLOCK_M)
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    channel, d = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    # (BLOCK_M, BLOCK_D)
-    tokens = tl.load(x + row[:, None] * stride + d[None, :], (row < samples)[:, None] & (d < D)[None, :], 0)
-    _embed(tokens.to(tl.float32), weight, bias, table, cond, 0, 0, cond_stride, h, row, channel, samples, C, D,
-           BRANCHES, TABLE, COND, BLOCK_N, BLOCK_D)  # fmt: skip
+    channel = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        # (BLOCK_M, BLOCK_D)
+        tokens = tl.load(x + row[:, None] * stride + d[None, :], (row < samples)[:, None] & (d < D)[None, :], 0)
+        # (BLOCK_M, BLOCK_N)
+        total = add_product(tokens.to(tl.float32), load_weight(weight, channel, d, C, D), total)
+    _store_states(total, bias, table, cond, 0, 0, cond_stride, h, row, channel, samples, C, BRANCHES, TABLE, COND)
 
 
 @triton.jit
@@ -111,11 +110,11 @@ def mean_and_scale(
                 sigma = sigma + w * (sigma - plain_sigma)
                 log_sigma = tl.log(tl.abs(sigma))
             else:
-                s = tl.minimum(sigma / plain_sigma, 1.0)
+                s = tl.minimum(tl.div_rn(sigma, plain_sigma), 1.0)
                 s = s * s
                 precision = 1 + w - w * s
-                b = ((1 + w) * b - w * s * plain_b) / precision
-                sigma = sigma / tl.sqrt(precision)
+                b = tl.div_rn((1 + w) * b - w * s * plain_b, precision)
+                sigma = tl.div_rn(sigma, tl.sqrt_rn(precision))
                 log_sigma -= 0.5 * tl.log(precision)
     else:
         sigma, log_sigma = sigma_of(a, SCALE)
@@ -123,27 +122,14 @@ def mean_and_scale(
 
 
 @triton.jit
-def block_head_kernel(
-    h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, log_scales, h_in, in_weight, in_bias,
-    table, cond, cond_stride, position, samples, T, prefix, C, D, clip,
+def _token(
+    total, start, h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, log_scales, in_weight,
+    row, column, channel, token, samples, T, C, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
-    RULE: tl.constexpr, START: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr = False,
+    RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute the token that the outputs of this slot belong to, and its projection for the next slot.
-
-    Every program computes the whole token and BLOCK_N channels of its projection, so that the projection needs no
-    separate launch. The next position goes to position[1], because other programs still read position[0].
-    """
-    wait_for_previous(PDL)
-    blocks = tl.cdiv(samples, BLOCK_M)
-    column = tl.program_id(0) // blocks
-    row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    base = tl.load(position)
-    slot = base - prefix
-    token = slot if START else slot + 1
+    """Compute BLOCK_D values of a token of each row, and return total plus their part of its projection."""
+    d = start + tl.arange(0, BLOCK_D)
     known = row < tl.where(token < T, samples, 0)
     inside = known[:, None] & (d < D)[None, :]
     mu, sigma, log_sigma = mean_and_scale(
@@ -159,10 +145,42 @@ def block_head_kernel(
     noise = tl.load(z + offsets, inside, 0)  # (BLOCK_M, BLOCK_D)
     value = tl.where(inside, tl.where(given[:, None], noise, mu + sigma * noise), 0.0)
     tl.store(x + offsets, value, computed)
+    return add_product(value, load_weight(in_weight, channel, d, C, D), total)  # (BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def block_head_kernel(
+    h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, log_scales, h_in, in_weight, in_bias,
+    table, cond, cond_stride, position, samples, T, prefix, C, D, clip,
+    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
+    RULE: tl.constexpr, START: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    """Compute the token that the outputs of this slot belong to, and its projection for the next slot.
+
+    Every program computes the whole token and BLOCK_N channels of its projection, so that the projection needs no
+    separate launch. WHOLE: whether BLOCK_D values are the whole token; else the token is computed in parts. The next
+    position goes to position[1], because other programs still read position[0].
+    """
+    wait_for_previous(PDL)
+    blocks = tl.cdiv(samples, BLOCK_M)
+    column = tl.program_id(0) // blocks
+    row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     channel = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    base = tl.load(position)
+    slot = base - prefix
+    token = slot if START else slot + 1
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, BLOCK_D if WHOLE else D, BLOCK_D):
+        total = _token(
+            total, start, h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, log_scales,
+            in_weight, row, column, channel, token, samples, T, C, D, clip, SCALE, CLIPPED, NORM, POST, BRANCHES, RULE,
+            BLOCK_M, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
     table_offset = tl.minimum(slot + 1, T - 1).to(tl.int64) * C
     cond_offset = tl.where(cond_stride == C, 0, table_offset)
-    _embed(value, in_weight, in_bias, table, cond, table_offset, cond_offset, cond_stride, h_in, row, channel, samples,
-           C, D, BRANCHES, TABLE, COND, BLOCK_N, BLOCK_D)  # fmt: skip
+    _store_states(total, in_bias, table, cond, table_offset, cond_offset, cond_stride, h_in, row, channel, samples, C,
+                  BRANCHES, TABLE, COND)  # fmt: skip
     if tl.program_id(0) == 0:
         tl.store(position + 1, base + 1)

@@ -11,7 +11,7 @@ SMALLEST_SQUARE = tl.constexpr(quasi_newton.SMALLEST_MOVE**2)
 
 
 @triton.jit
-def _neighbour_moves(moves, offsets, token, first, D, inputs, BLOCK_I: tl.constexpr):
+def neighbour_moves(moves, offsets, token, first, D, inputs, BLOCK_I: tl.constexpr):
     """Return the moves of a token's neighbors side by side, zero for neighbors before token `first`."""
     i = tl.arange(0, BLOCK_I)
     neighbour = token - tl.load(offsets + i // D, i < inputs, 0)  # (BLOCK_I,)
@@ -19,13 +19,14 @@ def _neighbour_moves(moves, offsets, token, first, D, inputs, BLOCK_I: tl.conste
 
 
 @triton.jit
-def _lesson(
+def lesson(
     y, spread, log_sigma, moves, outputs, offsets, t, first, before, largest, D, inputs,
     BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Return the contribution of a token to the regression.
 
-    It is: the moves of its neighbors, these moves over their sum of squares, and the changes of its mean and log scale.
+    It is: the moves of its neighbors, these moves times its weight, the weight, and the changes of its mean and log
+    scale. The weight is 1 over the sum of squares of the moves.
     Every token has the same weight, however far it is from its solution. A token that is left out gets zeros.
     """
     d, old = tl.arange(0, BLOCK_D), (first + t) * 2 * D
@@ -33,12 +34,13 @@ def _lesson(
     d_mu = tl.load(y + t * D + d, d < D, 0) - tl.load(spread + t * D + d, d < D, 0)
     d_mu -= tl.load(outputs + old + d, d < D, 0)
     d_log = tl.load(log_sigma + t * D + d, d < D, 0) - tl.load(outputs + old + D + d, d < D, 0)
-    near = _neighbour_moves(moves, offsets, first + t, before, D, inputs, BLOCK_I)
+    near = neighbour_moves(moves, offsets, first + t, before, D, inputs, BLOCK_I)
     size = tl.sum(near * near, 0)
     wild = tl.max(((d_mu - d_mu != 0) | (d_log - d_log != 0)).to(tl.int32), 0)
     teaches = (size > SMALLEST_SQUARE * largest) & (wild == 0)
     d_mu, d_log = tl.where(teaches, d_mu, 0.0), tl.where(teaches, d_log, 0.0)
-    return near, near * tl.where(teaches, 1 / size, 0.0), d_mu, d_log
+    weight = tl.where(teaches, 1 / size, 0.0)
+    return near, near * weight, weight, d_mu, d_log
 
 
 @triton.jit
@@ -54,11 +56,11 @@ def _learn(
     square, diagonal = i[:, None] * BLOCK_I + i[None, :], i[:, None] == i[None, :]
     largest = 0.0
     for t in range(0, count):
-        near = _neighbour_moves(moves, offsets, first + t, before, D, inputs, BLOCK_I)
+        near = neighbour_moves(moves, offsets, first + t, before, D, inputs, BLOCK_I)
         largest = tl.maximum(largest, tl.sum(near * near, 0))
     a = tl.load(gram + square) * FORGET  # (BLOCK_I, BLOCK_I)
     for t in range(0, count):
-        near, weighed, _, _ = _lesson(y, spread, log_sigma, moves, outputs, offsets, t, first, before, largest, D,
+        near, weighed, _, _, _ = lesson(y, spread, log_sigma, moves, outputs, offsets, t, first, before, largest, D,
                                       inputs, BLOCK_D, BLOCK_I)  # fmt: skip
         a += weighed[:, None] * near[None, :]
     tl.store(gram + square, a)
@@ -67,7 +69,7 @@ def _learn(
         cells = half * BLOCK_I * BLOCK_D + i[:, None] * BLOCK_D + d[None, :]
         x = tl.load(cross + cells) * FORGET  # (BLOCK_I, BLOCK_D)
         for t in range(0, count):
-            _, weighed, d_mu, d_log = _lesson(y, spread, log_sigma, moves, outputs, offsets, t, first, before,
+            _, weighed, _, d_mu, d_log = lesson(y, spread, log_sigma, moves, outputs, offsets, t, first, before,
                                                 largest, D, inputs, BLOCK_D, BLOCK_I)  # fmt: skip
             x += weighed[:, None] * (d_mu if half == 0 else d_log)[None, :]
         tl.store(cross + cells, x)
@@ -111,7 +113,7 @@ def newton_step(
     for t in range(0, count):
         # Wait: other threads stored the move of the previous token.
         tl.debug_barrier()
-        near = _neighbour_moves(moves, offsets, first + t, first, D, inputs, BLOCK_I)
+        near = neighbour_moves(moves, offsets, first + t, first, D, inputs, BLOCK_I)
         v = t * D + d
         # (BLOCK_D,) each
         value, noise, old = tl.load(y + v, d < D, 0), tl.load(spread + v, d < D, 0), tl.load(x + v, d < D, 0)

@@ -25,8 +25,10 @@ from . import head_kernels, step_kernels
 from .sessions import Sessions, Shape, bucket, captured, current_stream, lend, loaded, sample
 from .weights import Model, models
 
-# Bytes per weight -> widest token. For wider tokens, the head kernel spills registers on some chip.
-WIDEST_TOKEN = {2: 256, 4: 128}
+# Bytes per weight -> widest token that the head kernel computes as a whole; wider ones would spill registers.
+WHOLE_TOKEN = {2: 256, 4: 128}
+# Values per part of a wider token.
+TOKEN_PART = 64
 WIDEST_HEAD = 256
 # Tile sizes do not depend on the batch, so the bits of a row do not either.
 # Rows per tile.
@@ -60,9 +62,12 @@ def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> d
         tiles |= {"num_stages": 2}
     elif kernel == "qkv" and one_byte and narrow:
         tiles |= {"BLOCK_K": 32}
-    elif kernel == "head" and tile(D) >= 64:
-        tiles |= {"BLOCK_K": 16, "num_warps": 8 if narrow or D > 64 else 4, "num_stages": 2 if narrow else 1}
-        tiles |= {} if narrow or D <= 64 else {"BLOCK_N": 16}
+    elif kernel == "head" and (part := token_part(D, width)) >= 64:
+        tiles |= {"BLOCK_K": 16, "num_warps": 8 if narrow or part > 64 else 4, "num_stages": 2 if narrow else 1}
+        tiles |= {} if narrow or part <= 64 else {"BLOCK_N": 16}
+        tiles |= {"num_warps": 4} if part < D else {}
+    elif kernel == "embed":
+        tiles |= {"num_stages": 1}
     unused = {"qkv": "BLOCK_N", "embed": "BLOCK_K"}.get(kernel)
     return {name: value for name, value in tiles.items() if name != unused}
 
@@ -81,6 +86,11 @@ def pdl(device: torch.device) -> bool:
 def tile(n: int) -> int:
     """Return the padded size of a token or a head."""
     return max(16, triton.next_power_of_2(n))
+
+
+def token_part(D: int, width: int) -> int:
+    """Return the padded number of values of a token that the head kernel computes at a time, see WHOLE_TOKEN."""
+    return tile(D) if WHOLE_TOKEN[width] >= D else TOKEN_PART
 
 
 def _pass_tokens(shape: Shape) -> int:
@@ -222,7 +232,7 @@ class TritonSession:
 
     def _embed_options(self) -> dict:
         options = {"BRANCHES": self.shape.branches, "TABLE": self.spec.positions > 0, "COND": self.shape.cond > 0}
-        return {**options, "BLOCK_D": tile(self.spec.token_dim)}
+        return {**options, "BLOCK_D": token_part(self.spec.token_dim, self.hidden.element_size())}
 
     def launch(self, w: dict) -> None:
         """Launch one step."""
@@ -233,7 +243,7 @@ class TritonSession:
             *self._embed_weights(w), self.position, shape.samples, shape.tokens, shape.prefix, spec.channels,
             spec.token_dim, spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0,
             POST=spec.post_norm, RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
-            **self._embed_options(), **tiles,
+            WHOLE=spec.token_dim <= WHOLE_TOKEN[self.hidden.element_size()], **self._embed_options(), **tiles,
         )  # fmt: skip
 
     def fill(self, z: torch.Tensor, context: tuple, temperature: float) -> None:
@@ -361,11 +371,7 @@ def refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json, *others) -> 
         return f"tokens are {z.dtype}, it takes float32"
     if reason := refuse_spec(spec) or refuse_tensors(*weights):
         return reason
-    widest = WIDEST_TOKEN[weights[0].element_size()]
-    if spec.token_dim > widest or spec.head_dim > WIDEST_HEAD:
-        sizes = f"tokens of {spec.token_dim} and heads of {spec.head_dim} values"
-        return f"{sizes}, in {weights[0].dtype} it takes up to {widest} and {WIDEST_HEAD}"
-    return None
+    return None if spec.head_dim <= WIDEST_HEAD else f"heads of {spec.head_dim} values, it takes up to {WIDEST_HEAD}"
 
 
 def _budget(device: torch.device) -> int:

@@ -10,6 +10,7 @@ import triton.language as tl
 from .head_kernels import mean_and_scale
 from .newton_kernels import newton_step
 from .tiles import add_product, load_vector, load_weight, none_inside, window_slots
+from .wide_newton_kernels import wide_newton_step
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -22,20 +23,21 @@ def block_sweep_embed_kernel(
     """Project the input tokens of the slots in the windows; both branches of a sample take the same tokens."""
     blocks = tl.cdiv(rows, BLOCK_M)
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    channel, d = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    channel = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     slot, inside = window_slots(position, stop, row, n, rows)
     if none_inside(inside):
         return
     index = slot - prefix
     token = index - 1 if START else index
-    offsets = (row // n % samples * T + token)[:, None] * D + d[None, :]
-    tokens = tl.load(x + offsets, (inside & (token >= 0))[:, None] & (d < D)[None, :], 0)  # (BLOCK_M, BLOCK_D)
-    if START:
-        first = load_vector(start, d, d < D)
-        tokens = tl.where((token < 0)[:, None], first[None, :], tokens)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # (BLOCK_M, BLOCK_N)
-    total = add_product(tokens, load_weight(weight, channel, d, C, D), total)
+    for begin in range(0, D, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        offsets = (row // n % samples * T + token)[:, None] * D + d[None, :]
+        tokens = tl.load(x + offsets, (inside & (token >= 0))[:, None] & (d < D)[None, :], 0)  # (BLOCK_M, BLOCK_D)
+        if START:
+            first = load_vector(start, d, d < D)
+            tokens = tl.where((token < 0)[:, None], first[None, :], tokens)
+        total = add_product(tokens, load_weight(weight, channel, d, C, D), total)  # (BLOCK_M, BLOCK_N)
     total += load_vector(bias, channel, channel < C)[None, :]
     known = inside[:, None] & (channel < C)[None, :]
     if table is not None:
@@ -145,12 +147,16 @@ def block_sweep_head_kernel(
 @triton.jit
 def block_sweep_settle_kernel(
     x, y, spread, log_sigma, change, move, size, bound, tol, done, single, passes, fallbacks, failed, sweeps,
-    solve_residual, position, stop, learned, moves, outputs, gram, cross, model, offsets, samples, n, T, prefix, D,
-    inputs,
+    solve_residual, position, stop, learned, moves, outputs, gram, cross, model, system, solution, weights,
+    offsets, samples, n, T, prefix, D, inputs,
     WINDOW: tl.constexpr, SLIDE: tl.constexpr, START: tl.constexpr, BRANCHES: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
+    SIDE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Store the results of a sweep for one sample: values, counters, number of converged tokens, next window."""
+    """Store the results of a sweep for one sample: values, counters, number of converged tokens, next window.
+
+    SIDE, WIDTH, TILE: padded sizes of a linear model that does not fit into registers and of its tiles, else 0.
+    """
     b = tl.program_id(0).to(tl.int64)
     first, alone = tl.load(done + b), tl.load(single + b)
     if first >= T:
@@ -178,17 +184,22 @@ def block_sweep_settle_kernel(
         tl.store(solve_residual + b, largest_change)
         after = first + moving + 1
         if offsets is not None:
-            newton_step(
-                x, y, spread, log_sigma, tl.max(tl.load(move + row, inside, 0.0), 0), learned, moves, outputs, gram,
-                cross, model, offsets, b, first, count, n, T, D, inputs, BLOCK_D, BLOCK_I,
-            )  # fmt: skip
+            most = tl.max(tl.load(move + row, inside, 0.0), 0)
+            if TILE == 0:
+                newton_step(x, y, spread, log_sigma, most, learned, moves, outputs, gram, cross, model, offsets, b,
+                            first, count, n, T, D, inputs, BLOCK_D, BLOCK_I)  # fmt: skip
+            else:
+                wide_newton_step(x, y, spread, log_sigma, most, learned, moves, outputs, gram, cross, model, system,
+                                 solution, weights, offsets, b, first, count, n, T, D, inputs, SIDE, WIDTH, TILE,
+                                 BLOCK_D, BLOCK_I)  # fmt: skip
         else:
-            d = tl.arange(0, BLOCK_D)
             for begin in range(0, count, BLOCK_M):
                 t = begin + tl.arange(0, BLOCK_M)
-                known = (t < count)[:, None] & (d < D)[None, :]
-                value = tl.load(y + (b * n + t)[:, None] * D + d[None, :], known, 0)  # (BLOCK_M, BLOCK_D)
-                tl.store(x + (b * T + first + t)[:, None] * D + d[None, :], value, known)
+                for begin_d in range(0, D, BLOCK_D):
+                    d = begin_d + tl.arange(0, BLOCK_D)
+                    known = (t < count)[:, None] & (d < D)[None, :]
+                    value = tl.load(y + (b * n + t)[:, None] * D + d[None, :], known, 0)  # (BLOCK_M, BLOCK_D)
+                    tl.store(x + (b * T + first + t)[:, None] * D + d[None, :], value, known)
         if largest == INFINITY:
             tl.store(failed + b, first + 1)
             after = T

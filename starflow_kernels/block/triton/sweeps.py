@@ -18,10 +18,26 @@ from .weights import models
 
 # Sweeps per CUDA graph. Sweeps after the last token has converged return at once.
 SWEEPS = 4
-# Largest number of inputs of the linear model, which are the moves of a token's neighbors.
+# Largest number of inputs of a linear model in registers. The inputs are the moves of a token's neighbors.
 MOST_INPUTS = 128
+# Side of a tile of a larger model.
+MODEL_TILE = 32
+# Largest number of values of a token that a kernel without a linear model takes at a time.
+WIDEST_TILE = 256
 # Buffers of quasi-Newton steps, in the order of the kernel's parameters.
-NEWTON = ("spread", "log_sigma", "learned", "moves", "outputs", "gram", "cross", "model")
+NEWTON = (
+    "spread",
+    "log_sigma",
+    "learned",
+    "moves",
+    "outputs",
+    "gram",
+    "cross",
+    "model",
+    "system",
+    "solution",
+    "weights",
+)
 
 
 def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int, window: int, slide: bool, neighbours: tuple):
@@ -34,13 +50,33 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int, window: i
     layout |= dict.fromkeys(("change", "move", "size"), ((samples * n,), wide))
     layout |= dict.fromkeys(("y", "spread", "log_sigma") if neighbours else ("y",), ((samples * n, D), wide))
     if neighbours:
-        inputs, tile = sequential.tile(len(neighbours) * D), sequential.tile(D)
+        side, width = model_sizes(len(neighbours) * D, D)
         layout |= {
             "learned": ((samples, 2), torch.int32), "moves": ((samples, T, D), wide),
-            "outputs": ((samples, T, 2 * D), wide), "gram": ((samples, inputs, inputs), wide),
-            "cross": ((samples, 2, inputs, tile), wide), "model": ((samples, 2, inputs, tile), wide),
+            "outputs": ((samples, T, 2 * D), wide), "gram": ((samples, side, side), wide),
         }  # fmt: skip
+        layout |= dict.fromkeys(("cross", "model"), ((samples, 2, side, width), wide))
+        if len(neighbours) * D > MOST_INPUTS:
+            layout |= {"system": layout["gram"], "solution": layout["cross"], "weights": ((samples, n), wide)}
     return layout
+
+
+def model_sizes(inputs: int, D: int) -> tuple[int, int]:
+    """Return the padded numbers of inputs and of values per token of the linear model."""
+    if inputs <= MOST_INPUTS:
+        return sequential.tile(inputs), sequential.tile(D)
+    return -(-inputs // MODEL_TILE) * MODEL_TILE, -(-D // MODEL_TILE) * MODEL_TILE
+
+
+def model_options(inputs: int, D: int) -> dict[str, int]:
+    """Return the launch options of the kernel that keeps a linear model."""
+    side, width = model_sizes(inputs, D)
+    wide = inputs > MOST_INPUTS
+    return {
+        "BLOCK_D": sequential.tile(D) if inputs else min(sequential.tile(D), WIDEST_TILE),
+        "BLOCK_I": sequential.tile(inputs), "SIDE": side if wide else 0, "WIDTH": width if wide else 0,
+        "TILE": MODEL_TILE if wide else 0, "num_warps": 8 if wide else settle_warps(inputs, D),
+    }  # fmt: skip
 
 
 class JacobiSession(sequential.TritonSession):
@@ -90,7 +126,8 @@ class JacobiSession(sequential.TritonSession):
         rows, tile = self.rows * n, sequential.tile(D)
         sweep_kernels.block_sweep_embed_kernel[self._grid(rows, triton.cdiv(C, sequential.BLOCK_N))](
             self.x, w.get("start"), *self._embed_weights(w), self.h_in, self.position, self.stop, shape.samples, rows,
-            n, shape.tokens, shape.prefix, C, D, START=spec.start, BLOCK_D=tile, **self._own("embed"),
+            n, shape.tokens, shape.prefix, C, D, START=spec.start, BLOCK_D=min(tile, WIDEST_TILE),
+            **self._own("embed"),
         )  # fmt: skip
         h = self.layers(w, n, self.stop)
         inputs = 0 if self.offsets is None else len(self.offsets) * D
@@ -108,8 +145,7 @@ class JacobiSession(sequential.TritonSession):
             self.single, self.passes, self.fallbacks, self.failed, self.sweeps, self.solve_residual, self.position,
             self.stop, *learned, self.offsets, shape.samples, n, shape.tokens, shape.prefix, D, inputs,
             WINDOW=self.window, SLIDE=self.slide, START=spec.start, BRANCHES=shape.branches,
-            BLOCK_W=triton.next_power_of_2(n), BLOCK_M=sequential.BLOCK_M, BLOCK_D=tile,
-            BLOCK_I=sequential.tile(inputs), num_warps=settle_warps(inputs, D),
+            BLOCK_W=triton.next_power_of_2(n), BLOCK_M=sequential.BLOCK_M, **model_options(inputs, D),
         )  # fmt: skip
 
     def begin(self, w: dict, prefix: torch.Tensor | None, filled: int = 0) -> None:
@@ -119,7 +155,7 @@ class JacobiSession(sequential.TritonSession):
         first = 0 if self.spec.start else 1
         for name in ("single", "passes", "fallbacks", "failed", "sweeps", "solve_residual"):
             getattr(self, name).zero_()
-        for name in NEWTON if self.offsets is not None else ():
+        for name in (name for name in NEWTON if name in self.names):
             getattr(self, name).zero_()
         T, window = self.shape.tokens, self.window
         self.done.copy_(self.known.clamp(min=first))
@@ -176,9 +212,6 @@ def refuse(
     quantize="none", known=None,
 ) -> str | None:  # fmt: skip
     """Return why the kernels cannot sweep over a block, or None."""
-    inputs = len(neighbours) * BlockSpec.from_json(spec_json).token_dim
-    if inputs > MOST_INPUTS:
-        return f"the linear model of neighbours={tuple(neighbours)} takes {inputs} values, it takes up to {MOST_INPUTS}"
     return sequential.refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json)
 
 
