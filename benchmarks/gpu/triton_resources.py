@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.triton_resources --check --results build/triton.json --write docs/triton.md
 
 Every kernel of launches.py is compiled for every target as it is launched: pointers aligned to 16 bytes, sizes that 16
-divides. --check fails if registers are spilled or if a target lacks the shared memory. --results keeps the numbers of
-each version of Triton; the table has all of them.
+divides. --check fails if registers are spilled, if a target lacks the shared memory, and on products in tf32. --results
+keeps the numbers of each version of Triton; the table has all of them.
 """
 
 from __future__ import annotations
@@ -51,11 +51,15 @@ Triton, writes this page.
 
 
 class Resources(NamedTuple):
-    """Registers per thread, bytes of stack per thread (spills), bytes of shared memory per block."""
+    """Registers per thread, bytes of stack per thread (spills), bytes of shared memory per block.
+
+    tf32: whether products round float32 to tf32, which would break the error contract.
+    """
 
     registers: int
     stack: int
     shared: int
+    tf32: bool = False
 
 
 # (row of the table, target) -> resources
@@ -97,11 +101,13 @@ def resources(launch: Launch, target: str) -> Resources:
         file.flush()
         command = [tool, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return parsed(text, kernel.metadata.shared)
+    return parsed(text, kernel.metadata.shared)._replace(tf32="tf32" in kernel.asm["ptx"])
 
 
 def complaint(found: Resources, target: str, limit: int = 0) -> str | None:
     """Return what exceeds the limits of the target, or None; limit: allowed bytes of stack per thread."""
+    if found.tf32:
+        return f"products in tf32 on {target}"
     if found.shared > SHARED_LIMIT[target]:
         return f"{found.shared} bytes of shared memory, {target} has {SHARED_LIMIT[target]}"
     return f"{found.stack} bytes of stack per thread on {target}" if found.stack > limit else None
@@ -117,7 +123,7 @@ def table(versions: list[Measured], targets: list[str]) -> str:
     """Return a Markdown table with one row per kernel, from the resources that each version of Triton gives."""
 
     def cell(row: str, target: str) -> str:
-        by_version = zip(*(version[row, target] for version in versions))
+        by_version = zip(*(version[row, target][:3] for version in versions))
         return " / ".join(", ".join(map(str, dict.fromkeys(values))) for values in by_version)
 
     lines = ["| kernel | " + " | ".join(targets) + " |", "|---|" + "---|" * len(targets)]
@@ -144,7 +150,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="chips to compile for")
     parser.add_argument("--kernels", default="", help="compile only the rows whose name contains this text")
-    parser.add_argument("--check", action="store_true", help="fail on spills and on too much shared memory")
+    parser.add_argument(
+        "--check", action="store_true", help="fail on spills, on too much shared memory and on products in tf32"
+    )
     parser.add_argument("--results", type=Path, help="keep the numbers in this file, beside those of other versions")
     parser.add_argument("--write", type=Path, help="write the page to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")

@@ -41,6 +41,10 @@ def test_complains_of_spills_and_of_shared_memory(tool):
     assert tool.complaint(tool.Resources(64, 277, 65536), "gfx942", 276) is not None
 
 
+def test_complains_of_products_in_tf32(tool):
+    assert tool.complaint(tool.Resources(64, 0, 0, tf32=True), "sm_90") == "products in tf32 on sm_90"
+
+
 def test_table_has_a_row_per_kernel_and_the_numbers_of_each_version(tool):
     found = [{(k, t): tool.Resources(n, 2, 3) for k in ("a", "b") for t in ("sm_80", "sm_90")} for n in (1, 4)]
     found[1]["b", "sm_90"] = tool.Resources(1, 2, 3)
