@@ -179,6 +179,16 @@ def test_a_linear_model_that_does_not_fit_into_registers(monkeypatch):
     assert report.passes != plain.passes or not torch.equal(report.sweeps, plain.sweeps)
 
 
+def test_a_large_model_is_solved_by_tiles():
+    from starflow_kernels.block.triton.wide_newton_kernels import solve_model
+
+    a, x = torch.randn(48, 48), torch.randn(48, 32)
+    a = a @ a.T + 4 * torch.eye(48)
+    expected = torch.linalg.solve(a.double(), x.double())
+    solve_model[(1,)](a, x, SIDE=48, WIDTH=16, TILE=16)
+    assert (x - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_a_token_of_many_values_has_a_linear_model():
     sizes = {"token_dim": 70, "channels": 16, "mlp_dim": 16, "heads": 1, "kv_heads": 1}
     solver = Solver("jacobi", tol=1e-4, neighbours=(1, 2))

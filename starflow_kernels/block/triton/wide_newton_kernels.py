@@ -78,7 +78,7 @@ def _eliminate_row(matrix, row, pivot, first, end, stride, share, TILE: tl.const
 
 
 @triton.jit
-def _solve(system, solution, SIDE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
+def solve_model(system, solution, SIDE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
     """Solve for both halves of the model by block elimination; return whether all pivots were positive."""
     usable = tl.full([], True, tl.int1)
     for pivot in range(0, SIDE, TILE):
@@ -148,7 +148,7 @@ def _learn(
     for row in range(0, SIDE, TILE):
         cell = system + (row + i) * (SIDE + 1)
         tl.store(cell, tl.load(cell) + tl.where(row + i < inputs, RIDGE * mean, 1.0))
-    usable = _solve(system, solution, SIDE, WIDTH, TILE)
+    usable = solve_model(system, solution, SIDE, WIDTH, TILE)
     if usable & (mean > 0):
         for row in range(0, SIDE, TILE):
             for column in range(0, 2 * WIDTH, TILE):
