@@ -72,7 +72,7 @@ def accelerate(model: nn.Module, *, tol: float | None = None) -> Acceleration:
         What was done to each known module.
     """
     tol = None if tol is None else check_not_negative("tol", tol)
-    check_module(model)
+    _check_module(model)
     found = [candidate for library in LIBRARIES for candidate in library.candidates(model)]
     places = {id(module): place for place, module in enumerate(model.modules())}
     found.sort(key=lambda candidate: places[id(candidate[1])])
@@ -92,12 +92,12 @@ def restore(model: nn.Module) -> None:
     Args:
         model: a model, accelerated or not.
     """
-    check_module(model)
+    _check_module(model)
     for module in model.modules():
         _restore(module)
 
 
-def check_module(model: nn.Module) -> None:
+def _check_module(model: nn.Module) -> None:
     """Raise TypeError if a model is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

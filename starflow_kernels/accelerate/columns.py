@@ -89,9 +89,10 @@ def _plan(found: Recognized, order: torch.Tensor) -> MaskedPlan | None:
         return None
 
 
-def planned(network: nn.Module) -> int:
-    """Return the digest for which the last plan of a network was made."""
-    return _plans[network][0][0]
+def planned(network: nn.Module) -> int | None:
+    """Return the digest for which the last plan of a network was made, None if its weights changed meanwhile."""
+    kept = _plans.get(network)
+    return kept and kept[0][0]
 
 
 def digest_of(network: nn.Module, order: torch.Tensor) -> int:

@@ -77,7 +77,7 @@ class _Inverse:
 
     def __init__(self, fast: Any, c: torch.Tensor | None) -> None:
         self.fast, self.c = fast, c
-        self.last: tuple[torch.Tensor, int, int, torch.Tensor] | None = None
+        self.last: tuple[torch.Tensor, int, int | None, torch.Tensor] | None = None
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         """Return x (*, D) of y (*, D)."""

@@ -49,9 +49,9 @@ def _passes_caches(module: nn.Module) -> bool:
     blocks = getattr(module, "blocks", None)
     if not (hasattr(module, "reverse_deep") and isinstance(blocks, nn.ModuleList)):
         return False
-    if not all(callable(getattr(part, "reverse", None)) for part in (module, *blocks)):
-        return False
     kinds: list[Any] = [original_class(part) for part in (module, *blocks)]
+    if not all(hasattr(kind, "reverse") for kind in kinds):
+        return False
     signatures = [inspect.signature(kind.reverse).parameters for kind in kinds]
     any_option = inspect.Parameter.VAR_KEYWORD
     return all(any(p.kind is any_option for p in parameters.values()) for parameters in signatures)
