@@ -68,7 +68,7 @@ def _affine_flow() -> Launches:
     options = {"SHIFT": True, "FLIP": True, **affine_flow.CONFIG}
     variants = {"softplus, clip": {"SCALE": "softplus", "CLIPPED": True}, "exp": {"SCALE": "exp", "CLIPPED": False}}
     sizes = {"T": "i32", "D": "i32", "clip": "fp32", "factor": "fp32"}
-    tensors = {name: "*bf16" for name in ("x", "params", "z", "grad_z", "grad_x", "grad_params")}
+    tensors = {name: "*bf16" for name in ("x", "raw", "z", "grad_z", "grad_x", "grad_params")}
     types = {**tensors, **sizes, "logdet": "*fp32", "grad_logdet": "*fp32"}
     forward, backward = affine_flow.affine_flow_forward_kernel, affine_flow.affine_flow_backward_kernel
     launches = {}

@@ -48,14 +48,14 @@ def _transform(
 
 @triton.jit
 def affine_flow_forward_kernel(
-    x, params, z, logdet, T, D, clip,
+    x, raw, z, logdet, T, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store z, and either -log sigma per element or the program's sum of log sigma."""
     row, element, inside, source, dimension = _elements(T, D, SHIFT, FLIP, BLOCK)
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
-    _, b, sigma, log_sigma = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED, EXACT)
+    _, b, sigma, log_sigma = _transform(raw, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED, EXACT)
     offsets = row * T * D + element
     value = tl.load(x + offsets, inside, 0).to(tl.float32)  # (BLOCK,)
     tl.store(z + offsets, divide(value - b, sigma, EXACT), inside)
@@ -78,17 +78,17 @@ def logdet_sum_kernel(partial, logdet, chunks, factor, BLOCK: tl.constexpr):
 
 @triton.jit
 def affine_flow_backward_kernel(
-    x, params, z, grad_z, grad_logdet, grad_x, grad_params, T, D, clip, factor,
+    x, raw, z, grad_z, grad_logdet, grad_x, grad_params, T, D, clip, factor,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constexpr, FLIP: tl.constexpr, SUM: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_LOGDET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients with respect to x and params; see reference.params_gradient.
+    """Store the gradients with respect to x and raw; see reference.params_gradient.
 
     Where the gradient of z is zero, z contributes nothing, even if z or 1 / sigma is infinite.
     """
     row, element, inside, source, dimension = _elements(T, D, SHIFT, FLIP, BLOCK)
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
-    a, b, sigma, _ = _transform(params, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED, EXACT)
+    a, b, sigma, _ = _transform(raw, row, source, dimension, inside, T, D, clip, SCALE, CLIPPED, EXACT)
     offsets = row * T * D + element
     # (BLOCK,)
     g = tl.load(grad_z + offsets, inside, 0).to(tl.float32) if HAS_Z else tl.zeros([BLOCK], tl.float32)
