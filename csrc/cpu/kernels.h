@@ -102,8 +102,7 @@ struct BlockCall {
     // values are exchanged; else null.
     float *kept, *exchanged;
     const Transposed* transposed;  // transposed solve, else null
-    float*
-        cache;  // cache_floats(spec, L + T) per row: copies B rows if one_cache(), else copies `group` rows per thread
+    float* cache;  // cache_floats(spec, L + T) per row: copies B rows if one_cache(), else per thread copies group rows
     const int64_t* known;  // sampling: (B,) numbers of first tokens that are data in the state; or null
     int64_t filled;        // sampling: slots whose inputs are all known; they only fill the cache
     int64_t first, last;   // slots to run, the prefix being slots -L .. -1

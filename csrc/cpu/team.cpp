@@ -27,8 +27,8 @@ constexpr int64_t SPIN = 20'000;
 // Time that a call waits for its threads to start. One that has no core may take milliseconds.
 constexpr std::chrono::microseconds START(500);
 // Losses of fewer nanoseconds do not count. After a loss, calls use fewer threads for BACKOFF times as long, so that it
-// costs little to try again, and each time that fails for twice as long as before, up to LONGEST.
-constexpr int64_t NOTABLE = 200'000, BACKOFF = 16, LONGEST = 500'000'000;
+// costs little to try again, and if that fails for twice as long as before, up to LONGEST.
+constexpr int64_t NOTABLE = 1'000'000, BACKOFF = 16, LONGEST = 500'000'000;
 
 int64_t nanoseconds(clockid_t clock) {
     timespec time;
@@ -51,14 +51,13 @@ std::atomic<int64_t> retry_at{0}, backoff{0}, rehearsal{-1}, rehearsed{0};
 // One call at a time has threads: callers that run at the same time would take each other's cores.
 std::mutex threads_taken;
 
-// Makes the next calls use `fewer` threads if that is better than what this call did, which had `threads_taken`.
-void learn(int fewer, int threads, int64_t lost, int64_t time) {
-    if (fewer >= threads || !better_with(fewer, threads, lost, time)) return;
-    int64_t longer = BACKOFF * lost / (threads - fewer), end = now();
-    if (end - retry_at < backoff) longer = std::max(longer, 2 * backoff);
+// Makes the next calls use `fewer` threads than this one, which holds `threads_taken`.
+void learn(int fewer, int threads, int64_t lost, int64_t start) {
+    int64_t longer = BACKOFF * std::max(lost, NOTABLE) / (threads - fewer);
+    if (start - retry_at < LONGEST) longer = std::max(longer, 2 * backoff);
     backoff = std::min(longer, LONGEST);
     limit = fewer;
-    retry_at = end + backoff;
+    retry_at = now() + backoff;
 }
 
 // The threads of OpenMP do not exist in a forked process, where its parallel regions wait for them forever.
@@ -295,7 +294,8 @@ struct Call {
         int64_t lost = std::min(ending.waited(), off_core.load());
         int with_cores = in_teams ? gathering.size() : threads;
         for (const Barrier& barrier : barriers) lost += barrier.lost(), with_cores -= barrier.left();
-        learn(std::min(with_cores, threads - 1), threads, lost, now() - start);
+        if (with_cores < threads || better_with(threads - 1, threads, lost, now() - start))
+            learn(std::min(with_cores, threads - 1), threads, lost, start);
     }
 };
 
@@ -336,7 +336,8 @@ void share(ParallelFor parallel_for, int64_t n, int64_t grain, RangeFunction fun
         shared.function(begin, end, shared.context);
     };
     parallel_for(n, grain, range, &shared);
-    learn(1, shared.threads, shared.ending.waited(), now() - start);
+    int64_t lost = shared.ending.waited();
+    if (better_with(1, shared.threads, lost, now() - start)) learn(1, shared.threads, lost, start);
 }
 
 void limit_cores(int64_t cores) { cores_allowed = int(std::clamp<int64_t>(cores, 1, INT_MAX)); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from .._core.compiled import empty
 from ..spec import BlockSpec, GuidanceRule, choice_index
 from .cache_budget import cache_bytes
 from .native import CALL_SECONDS, DENSITY_TOKENS, float32, packed, sampling_group, token_seconds, useful_threads
+from .packing import spec_fields
 
 
 class BlockCall(NamedTuple):
@@ -25,12 +27,19 @@ class BlockCall(NamedTuple):
 
 
 class BlockSize(NamedTuple):
-    """What the plan of a call depends on: spec, floats of weights, rows per sequence and slots of the prefix."""
+    """Size of a block in a call: its spec, floats of weights, rows per sequence and slots of the prefix."""
 
     fields: tuple[int, ...]
     weights: int
     branches: int
     prefix: int
+
+
+@functools.lru_cache(maxsize=256)
+def _size(spec_json: str, dtype: torch.dtype, branches: int, prefix: int) -> BlockSize:
+    spec = BlockSpec.from_json(spec_json)
+    values = sum(map(math.prod, spec.weight_shapes.values()))
+    return BlockSize(tuple(spec_fields(spec, dtype)), values * dtype.itemsize // 4, branches, prefix)
 
 
 class StackPlan(NamedTuple):
@@ -70,16 +79,15 @@ def stack_inverse(z: torch.Tensor, blocks: list[BlockCall]) -> tuple[torch.Tenso
         Results x and log sigma of each block, (K, B, T, D), and its seconds; None if a call may not do all of it.
     """
     B, T, D = z.shape
-    models = [packed(block.spec.to_json(), block.weights, block.quantize) for block in blocks]
-    sizes = tuple(
-        BlockSize(
-            model.fields, len(model.buffer), 1 if guidance is None else 2, 0 if prefix is None else len(prefix[0])
-        )
-        for model, (_, (_, prefix, _, _, guidance), *_) in zip(models, blocks)
-    )
-    plan = plan_stack(sizes, B, T, torch.get_num_threads(), cache_bytes())
+    sizes = []
+    for weights, (_, prefix, _, _, guidance), spec, *_ in blocks:
+        branches, length = 1 if guidance is None else 2, 0 if prefix is None else prefix.shape[1]
+        sizes.append(_size(spec.to_json(), weights[0].dtype, branches, length))
+    # Planned before the weights are read, which takes long where the answer is no.
+    plan = plan_stack(tuple(sizes), B, T, torch.get_num_threads(), cache_bytes())
     if plan is None:
         return None
+    models = [packed(block.spec.to_json(), block.weights, block.quantize) for block in blocks]
     x, log_sigma = torch.zeros(2, len(blocks), B, T, D, dtype=torch.float32, device="cpu")
     offsets, context, numbers, numbered = [], [], [], [plan.group, plan.threads]
     for model, block, chunk in zip(models, blocks, plan.chunks):
