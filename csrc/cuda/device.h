@@ -120,7 +120,7 @@ STARFLOW_DEVICE void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2]
         for (int i = 0; i < 4; ++i)
             for (int k = 0; k < 16; ++k) {
                 int row = lane / 4, column = lane % 4 * 2 + i % 2, part = k / 8, from = k % 8 / 2;
-                uint32_t left = of(row * 4 + from)[part * 2 + i / 2], right = of(column * 4 + from)[4 + part];
+                uint32_t left = of(row * 4 + from, part * 2 + i / 2), right = of(column * 4 + from, 4 + part);
                 sum[i] = fmaf(half(left, k), half(right, k), sum[i]);
             }
     });

@@ -16,11 +16,11 @@ void run(const OnchipCall& call, char* shared) {
 
 }  // namespace
 
-// `stream` gives the order of the threads: 0 forward, 1 in reverse.
+// `stream` is the order of the threads.
 void launch_onchip(const OnchipCall& call, int64_t stream) {
     for (int first = 0; first < call.blocks; first += call.plan.cluster) {
         emulation::Cluster cluster(first, call.plan.cluster, call.blocks, THREADS, call.plan.bytes);
-        cluster.run(stream == 1,
+        cluster.run(emulation::Order(stream),
                     [&](char* shared) { call.spec.bf16 ? run<Bf16>(call, shared) : run<float>(call, shared); });
     }
 }

@@ -138,7 +138,8 @@ def device_sizes(device: torch.device) -> Device:
 
 
 @contextlib.contextmanager
-def _stream(device: torch.device) -> Iterator[int]:
+def stream(device: torch.device) -> Iterator[int]:
+    """Make a device the current one and give the address of its current stream."""
     with torch.cuda.device(device):
         yield torch.cuda.current_stream().cuda_stream
 
@@ -150,25 +151,31 @@ def refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json: str, *others
     return refuse_block(z, weights, prefix, guidance, spec_json, device_sizes(z.device))
 
 
-def refuse_block(z, weights, prefix, guidance, spec_json: str, device: Device) -> str | None:
-    """Return why the kernel cannot run a block on a device of these sizes, or None."""
+def refuse_tensors(z: torch.Tensor, weights: list[torch.Tensor]) -> str | None:
+    """Return why the kernels of csrc/cuda cannot take tokens or weights of these dtypes, or None."""
     if z.dtype != torch.float32:
         return f"tokens are {z.dtype}, it takes float32"
     dtype = weights[0].dtype
     if dtype not in (torch.float32, torch.bfloat16):
         return f"weights are {dtype}, it takes float32 and bfloat16"
-    if any(w.dtype != dtype for w in weights):
-        return "weights are of different dtypes"
+    return "weights are of different dtypes" if any(w.dtype != dtype for w in weights) else None
+
+
+def refuse_block(z, weights, prefix, guidance, spec_json: str, device: Device) -> str | None:
+    """Return why the kernel cannot run a block on a device of these sizes, or None."""
+    if reason := refuse_tensors(z, weights):
+        return reason
     if prefix is not None:
         return "it takes no prefix"
     if reason := refuse_spec(BlockSpec.from_json(spec_json)):
         return reason
     B, T, _ = z.shape
-    fields = tuple(spec_fields(BlockSpec.from_json(spec_json), dtype))
+    fields = tuple(spec_fields(BlockSpec.from_json(spec_json), weights[0].dtype))
     return does_not_fit(plan(fields, T, 1 if guidance is None else 2, B, *device), device.limit)
 
 
-def _float32(value: torch.Tensor | None) -> torch.Tensor | None:
+def float32(value: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the values as a contiguous float32 tensor, the form that the kernels take."""
     return None if value is None else value.to(torch.float32).contiguous()
 
 
@@ -182,14 +189,14 @@ def block_inverse(
     log_sigma, launch = torch.zeros_like(x), plan(fields, T, 1 if guidance is None else 2, B, *device)
     if B and T:
         model = pack(spec, fake_quantize(spec, weights, quantize), launch.cluster)
-        context = map(_float32, (cond, cos, sin, guidance))
+        context = map(float32, (cond, cos, sin, guidance))
         options = choice_index(rule, GuidanceRule), temperature, known
         blocks = min(-(-B // launch.group), device.processors // launch.cluster) * launch.cluster
         cache = None
         if not launch.on_chip:
             cache = weights[0].new_empty(blocks * launch.group * launch.cache)
         given = model.buffer, fields, spec.affine.soft_clip, cache, model.positions
-        with _stream(z.device) as stream:
-            OPS.onchip_inverse(x, log_sigma, *given, *context, *options, [launch.cluster, launch.group, blocks, stream])
+        with stream(z.device) as on:
+            OPS.onchip_inverse(x, log_sigma, *given, *context, *options, [launch.cluster, launch.group, blocks, on])
     report(B * T, B * T)
     return x, log_sigma

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from support.bindings import Recorded, assert_checked
 from support.blocks import tame_block
 from support.contract import assert_within_contract, strided
+from support.emulated import load
 
 from starflow_kernels import AffineSpec, BlockSpec, block_inverse
 from starflow_kernels._core import compiled
 from starflow_kernels.block import cuda, reference
 from starflow_kernels.block.packing import spec_fields
 
-ROOT = Path(__file__).parents[2]
 HOPPER = cuda.Device(limit=232448, processors=132, cluster=8)
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="it needs g++")
 
@@ -42,38 +39,17 @@ every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """Build the kernel for the CPU, with the binding that it has on a GPU."""
-    if reason := compiled.native_unavailable():
-        pytest.skip(reason)
-    from torch.utils import cpp_extension
-
-    target = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    sanitize = os.environ.get("STARFLOW_SANITIZE")
-    flags = [f"-fsanitize={sanitize}", "-O0", "-g"] if sanitize else ["-O2"]
-    defines = ["STARFLOW_LIBRARY=starflow_emulated", "STARFLOW_DEVICES=CPU", "TORCH_TARGET_VERSION=0x020a000000000000"]
-    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-shared", *flags]
-    command += [*includes, *(f"-D{define}" for define in defines), "-o", str(target)]
-    command += [str(ROOT / "csrc" / name) for name in ("bindings/onchip.cpp", "emulation/onchip.cpp")]
-    done = subprocess.run([*command, *libraries, "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    torch.ops.load_library(target)
-
-
 @pytest.fixture
-def emulated(library, monkeypatch):
+def emulated(monkeypatch):
     """Run cuda.block_inverse on the CPU: emulated(reverse, sizes of the device, changes to its plans)."""
     planner = cuda.plan
 
     def choose(reverse=False, sizes=HOPPER, **changes):
-        monkeypatch.setattr(cuda, "_stream", lambda device: contextlib.nullcontext(int(reverse)))
+        monkeypatch.setattr(cuda, "stream", lambda device: contextlib.nullcontext(int(reverse)))
         monkeypatch.setattr(cuda, "device_sizes", lambda device: sizes)
         monkeypatch.setattr(cuda, "plan", lambda *of: planner(*of)._replace(**changes) if changes else planner(*of))
 
-    monkeypatch.setattr(cuda, "OPS", torch.ops.starflow_emulated)
+    monkeypatch.setattr(cuda, "OPS", load("onchip"))
     planner.cache_clear()
     choose()
     yield choose
@@ -357,7 +333,7 @@ def test_what_it_does_not_take_is_refused_with_the_reason(emulated):
 @dtypes
 @pytest.mark.parametrize("on_chip", [False, True])
 def test_every_argument_of_a_call_is_checked(dtype, on_chip, emulated, monkeypatch):
-    ops = Recorded(torch.ops.starflow_emulated)
+    ops = Recorded(load("onchip"))
     monkeypatch.setattr(cuda, "OPS", ops)
     spec = dataclasses.replace(SPECS["starflow"], positions=6)
     z, w, context = tame_block(spec, 4, 6, dtype=dtype, copies=2)
@@ -370,7 +346,7 @@ def test_every_argument_of_a_call_is_checked(dtype, on_chip, emulated, monkeypat
     "cluster, group, blocks", [(0, 1, 1), (3, 1, 3), (16, 1, 16), (1, 0, 1), (1, 65, 1), (2, 1, 1)]
 )
 def test_a_plan_that_no_device_takes_is_refused(cluster, group, blocks, emulated, monkeypatch):
-    ops = Recorded(torch.ops.starflow_emulated)
+    ops = Recorded(load("onchip"))
     monkeypatch.setattr(cuda, "OPS", ops)
     z, w, context = tame_block(SPECS["tarflow"], 2, 4)
     run(z, w, SPECS["tarflow"], context)
