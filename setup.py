@@ -54,6 +54,7 @@ FLAGS = [
     "-Wno-maybe-uninitialized",
 ]
 
+CUDA_KERNELS = ("onchip", "persistent")
 # compute_100 is PTX for later GPUs, which is compiled when the kernels are loaded.
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100", "compute_100"]
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
@@ -163,18 +164,20 @@ class BuildNative(build_ext):
         (includes, libraries), nvcc = torch_paths(), find_nvcc()
         os.chdir(ROOT)
         objects = self.compiler.compile(
-            ["csrc/bindings/onchip.cpp"],
+            [f"csrc/bindings/{name}.cpp" for name in CUDA_KERNELS],
             output_dir=os.path.join(self.build_temp, "cuda"),
             macros=MACROS,
             include_dirs=includes,
             extra_postargs=FLAGS,
         )
         code = [f"-gencode=arch=compute_{a.rpartition('_')[2]},code={a}" for a in ARCHITECTURES]
-        kernels = os.path.join(self.build_temp, "cuda", "onchip.cu.o")
         options = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-t{os.cpu_count()}"]
-        subprocess.run([nvcc, *options, *code, "-c", "csrc/cuda/onchip.cu", "-o", kernels], check=True)
+        for name in CUDA_KERNELS:
+            kernel = os.path.join(self.build_temp, "cuda", f"{name}.cu.o")
+            subprocess.run([nvcc, *options, *code, "-c", f"csrc/cuda/{name}.cu", "-o", kernel], check=True)
+            objects.append(kernel)
         folders = [f"-L{folder}" for folder in libraries]
-        link = [nvcc, "-shared", "-cudart=static", *objects, kernels, *folders, "-ltorch_cpu", "-lc10"]
+        link = [nvcc, "-shared", "-cudart=static", *objects, *folders, "-ltorch_cpu", "-lc10"]
         subprocess.run([*link, "-o", str(target)], check=True)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the CUDA kernels for every architecture that setup.py names. Fails if a kernel spills or uses a stack, or if
-# the library does not load.
+# Builds the CUDA kernels for every architecture that setup.py names. Fails if a kernel spills or uses a stack, if ptxas
+# warns of a loss of performance, or if the library does not load.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 log=$(mktemp)
@@ -14,6 +14,10 @@ if grep -q "[1-9][0-9]* bytes" <<< "$lines"; then
     echo "a kernel spills"
     exit 1
 fi
+if grep "C75[0-9][0-9]" "$log"; then
+    echo "ptxas gives up an optimization"
+    exit 1
+fi
 registers=$(grep -o "Used [0-9]* registers" "$log" | grep -o "[0-9]*" | sort -n | tail -1)
 echo "CUDA: $(grep -c . <<< "$lines") kernels, no spills, at most $registers registers"
-python -c "import torch; torch.ops.load_library('build/cuda/starflow_kernels/_cuda.abi3.so'); torch.ops.starflow_cuda.onchip_plan"
+python -c "import torch; torch.ops.load_library('build/cuda/starflow_kernels/_cuda.abi3.so'); torch.ops.starflow_cuda.onchip_plan, torch.ops.starflow_cuda.persistent_schedule"

@@ -13,6 +13,7 @@ python setup.py -q build_ext --inplace --force
 libraries="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 LD_PRELOAD="$libraries" python -m pytest -q tests/kernels/test_block_cuda.py \
     -k "guided or bits or fill_the_memory or (error_contract and 2 and True)"
+LD_PRELOAD="$libraries" python -m pytest -q tests/kernels/test_block_persistent.py -k "guided or splits or ring"
 unset STARFLOW_SANITIZE
 LD_PRELOAD="$libraries" python -m pytest -q -n 2 tests/kernels/test_block_{native,jacobi}.py \
     tests/kernels/test_{causal,cached}_attention.py tests/kernels/test_affine_flow{,_inverse}.py \

@@ -6,7 +6,7 @@ import torch
 from starflow_kernels import BlockSpec, backends, block_forward, block_inverse
 
 # benchmarks.gpu times the GPU backends.
-BACKENDS = [name for name in backends()["block_inverse"] if name not in ("triton", "cuda")]
+BACKENDS = [name for name in backends()["block_inverse"] if name not in ("triton", "cuda", "persistent")]
 
 SHAPES = {
     "digits": (16, BlockSpec(token_dim=4, channels=64, layers=2, heads=4, head_dim=16, kv_heads=4, mlp_dim=256)),

@@ -12,7 +12,7 @@ import torch
 
 from .._core import compiled, dispatch
 from .._core.checks import check_tensor
-from .._core.dispatch import disable_autocast, mark_loop, register, wrap
+from .._core.dispatch import disable_autocast, mark_loop, prefer, register, wrap
 from .._core.implicit import Equation, Unchanged, needs_gradient, with_gradient
 from .._core.numerics import accumulation_dtype
 from .._core.registration import call, define, refuse_transforms
@@ -21,7 +21,7 @@ from .._triton import runtime
 from ..affine_flow.api import empty_logdet
 from ..solver import Inverse, Solver, SolveReport, sum_log_sigma
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
-from . import composed, cuda, jacobi, native, native_transposed, reference
+from . import composed, cuda, jacobi, native, native_transposed, persistent, phases, reference
 from .checks import check_block, check_inverse, check_kinds, checked_inverse, checked_jacobi
 from .layout import Layout, arrange
 from .progress import reporting_to
@@ -82,8 +82,9 @@ for _op in ("block_forward", "block_params", "block_inverse", "block_jacobi"):
 register("block_forward", "composed", composed.block_forward_without_gradient, composed.refuse, composed.unavailable)
 register("block_params", "composed", composed.block_params, composed.refuse, composed.unavailable)
 runtime.register("block_inverse", "block.triton.sequential", backward=False)
-# Registered last, and so preferred where a block fits: it needs one launch in all instead of several per token.
-register("block_inverse", "cuda", cuda.block_inverse, cuda.refuse, compiled.cuda_unavailable)
+for _name, _module in (("persistent", persistent), ("cuda", cuda)):
+    register("block_inverse", _name, _module.block_inverse, _module.refuse, compiled.cuda_unavailable)
+prefer("block_inverse", phases.preferred, phases.here)
 runtime.register("block_jacobi", "block.triton.sweeps", backward=False)
 # Not ops of torch.library, since two of them differentiate by autograd, which does not act inside of an op.
 register("block_inverse_backward", "reference", reference.block_inverse_backward)
