@@ -36,6 +36,7 @@ STACK_LIMIT: dict[tuple[str, str, str], int] = {
     ("3.9.0", "sm_90", WIDEST_MODEL): 104,
     ("3.9.0", "sm_100", WIDEST_MODEL): 112,
     ("3.6.0", "sm_90", WIDEST_MODEL): 88,
+    ("3.9.0", "sm_100", "block_sweep_settle, 2 neighbours, D = 192"): 32,
 }
 PAGE = """# Resources of the Triton kernels
 
