@@ -30,13 +30,15 @@ from .launches import LAUNCHES, TARGETS, Launch
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 # A linear model of 128 values fills the registers of a program.
 WIDEST_MODEL = "block_sweep_settle, 2 neighbours, D = 64"
+LARGE_MODEL = "block_sweep_settle, 2 neighbours, D = 192"
 # (version of Triton, target, kernel) -> bytes of stack per thread that no block size avoids; all others allow none.
 STACK_LIMIT: dict[tuple[str, str, str], int] = {
     ("3.9.0", "sm_80", WIDEST_MODEL): 152,
     ("3.9.0", "sm_90", WIDEST_MODEL): 104,
     ("3.9.0", "sm_100", WIDEST_MODEL): 112,
     ("3.6.0", "sm_90", WIDEST_MODEL): 88,
-    ("3.9.0", "sm_100", "block_sweep_settle, 2 neighbours, D = 192"): 32,
+    ("3.9.0", "sm_100", LARGE_MODEL): 32,
+    ("3.6.0", "sm_90", LARGE_MODEL): 32,
 }
 PAGE = """# Resources of the Triton kernels
 

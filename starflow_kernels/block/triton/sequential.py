@@ -65,7 +65,7 @@ def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> d
     elif kernel == "head" and (part := token_part(D, width)) >= 64:
         tiles |= {"BLOCK_K": 16, "num_warps": 8 if narrow or part > 64 else 4, "num_stages": 2 if narrow else 1}
         tiles |= {} if narrow or part <= 64 else {"BLOCK_N": 16}
-        tiles |= {"num_warps": 4} if part < D else {}
+        tiles |= {"num_warps": 4 if narrow else 8} if part < D else {}
     elif kernel == "embed":
         tiles |= {"num_stages": 1}
     unused = {"qkv": "BLOCK_N", "embed": "BLOCK_K"}.get(kernel)
