@@ -37,6 +37,7 @@ STACK_LIMIT: dict[tuple[str, str, str], int] = {
     ("3.9.0", "sm_90", WIDEST_MODEL): 104,
     ("3.9.0", "sm_100", WIDEST_MODEL): 112,
     ("3.6.0", "sm_90", WIDEST_MODEL): 88,
+    ("3.9.0", "gfx942", "block_head, fp32, D = 768"): 140,
     ("3.9.0", "sm_100", LARGE_MODEL): 32,
     ("3.6.0", "sm_90", LARGE_MODEL): 32,
 }
