@@ -30,6 +30,7 @@ BENCHMARKS = {
     "ops": "ops",
     "sampling": "cpu.sampling --peer {peer}",
     "long": "cpu.long",
+    "contention": "cpu.contention",
     "density": "cpu.density --peer {peer}",
     "accelerate": "cpu.accelerate --peer {peer}",
     "parallel": "cpu.parallel digits",

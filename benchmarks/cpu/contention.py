@@ -3,7 +3,8 @@
     python -m benchmarks.cpu.contention --json benchmarks/results/contention_cpu.json
 
 Each busy process runs an endless loop. Calls with different numbers of threads take turns, and each outputs the same
-bits. A row has the median and the mean time of a token step, and the ratio of both to those of one thread.
+bits. A row has the median and the mean time of a token step, and the ratio of both to those of one thread. The last
+rows are those of a process that may use one core only.
 """
 
 from __future__ import annotations
@@ -11,21 +12,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from starflow import Flow
 from starflow.models.config import FlowConfig
 
-from ..machine import description
+from ..command import benchmark
 
 THREADS = (1, 2, 4)
 
@@ -101,28 +100,25 @@ def measure(case: Case, busy: int, seconds: float, rounds: int) -> list[dict]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2, 4], help="numbers of busy processes")
-    parser.add_argument("--cores", type=int, help="use only this many cores")
     parser.add_argument("--seconds", type=float, default=0.2, help="duration of a turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each number of threads")
-    parser.add_argument("--json", type=Path, help="add the rows and the machine to this file")
-    args = parser.parse_args()
-    if args.cores:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
-    found = {"machine": description(), "rows": []}
-    if args.json and args.json.exists():
-        found["rows"] = json.loads(args.json.read_text())["rows"]
-    for busy in args.busy:
+
+
+def results(args: argparse.Namespace) -> dict:
+    cores, rows = os.sched_getaffinity(0), []
+    for available in (cores, set(sorted(cores)[:1])):
+        os.sched_setaffinity(0, available)
         for case in CASES:
-            if args.cases in case.name:
-                for row in measure(case, busy, args.seconds, args.rounds):
-                    found["rows"].append(row)
-                    print(json.dumps(row), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+            for busy in args.busy if available == cores else (0,):
+                rows += measure(case, busy, args.seconds, args.rounds)
+                print(rows[-2], flush=True)
+    os.sched_setaffinity(0, cores)
+    return {"rows": rows}
+
+
+main = benchmark(__doc__, results, options)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 # A process that serves the cases below; `{out}` is its folder.
 SERVER = """
 import sys, time, os
+sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from benchmarks.gpu.runner import Case, Rows, Skip, serve
 
@@ -53,7 +54,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def command(rows):
-    return [sys.executable, "-c", SERVER, str(rows.path)]
+    return [sys.executable, "-c", SERVER, str(rows.path), str(ROOT)]
 
 
 def cases(*names: str, seconds: float = 60) -> list[Case]:
