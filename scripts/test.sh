@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Runs the tests; arguments are passed to pytest.
+# Runs the tests, two files at a time; arguments are passed to pytest.
 source "$(dirname "$0")/setup.sh" demo,test
-pytest -q "$@"
+pytest -q -n 2 --dist loadfile "$@"

@@ -91,7 +91,7 @@ def test_commands_exist(command):
         assert parser().parse_args(words[1:]).command == words[1]
     elif words[:2] == ["python", "-m"]:
         assert words[2] == "build" or importlib.util.find_spec(words[2]), words[2]
-    elif words[0] in ("bash", "pytest"):
+    elif words[0] in ("bash", "pytest", "python"):
         paths = [word for word in words[1:] if "/" in word]
         assert paths and all(list(ROOT.glob(path)) for path in paths), paths
     else:
