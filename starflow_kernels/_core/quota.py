@@ -21,7 +21,7 @@ def granted_cores(groups: Path = GROUPS, mount: Path = MOUNT) -> int | None:
 
 def _quotas(groups: Path, mount: Path) -> Iterator[float]:
     try:
-        lines = groups.read_text().splitlines()
+        lines = groups.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -40,9 +40,11 @@ def _quota(folder: Path) -> Iterator[float]:
     """Yield the quota of a group if it has one: cpu.max in version 2 of control groups, cpu.cfs_* in version 1."""
     try:
         if (both := folder / "cpu.max").exists():
-            quota, period = both.read_text().split()
+            quota, period = both.read_text(encoding="utf-8").split()
         else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = (
+                (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period")
+            )
         if quota != "max" and int(quota) > 0:
             yield int(quota) / int(period)
     except (OSError, ValueError):

@@ -159,6 +159,7 @@ def test_a_loop_in_plain_pytorch_on_a_gpu_is_no_surprise(op, monkeypatch):
         "reference": dispatch.Kernel(lambda z: z, lambda z: None, lambda: None),
     }
     monkeypatch.setattr(dispatch, "_kernels", {op: kernels})
+    monkeypatch.setattr(dispatch, "_preferences", {})
     monkeypatch.setattr(dispatch, "_wrappers", {})
     with FakeTensorMode():
         z = torch.empty(1, 4, 300, device="cuda")
