@@ -117,6 +117,10 @@ class FlowBlock(nn.Module):
         """Return whether hooks run before the weights are read."""
         return any(map(has_hooks, self._parts().values()))
 
+    def inverts_by_itself(self) -> bool:
+        """Return whether `inverse` must be called, since hooks load the weights or the method is another one."""
+        return self.has_hooks() or "inverse" in vars(self) or type(self).inverse is not FlowBlock.inverse
+
     @runs_methods
     def forward(
         self,

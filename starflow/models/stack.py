@@ -189,7 +189,7 @@ class BlockStack(nn.Module):
         if len(solvers) != count:
             raise ValueError(f"solvers: {len(solvers)} of them for {count} blocks")
         given = [(context, {**own, **options, "solver": solver}) for (context, own), solver in zip(arguments, solvers)]
-        if not (progress or after_block or is_intercepted() or any(map(FlowBlock.has_hooks, self.blocks))):
+        if not (progress or after_block or is_intercepted() or any(map(FlowBlock.inverts_by_itself, self.blocks))):
             calls = [block.inverse_arguments(*context, own) for block, (context, own) in zip(self.blocks, given)]
             # Block by block, an error names the block.
             with contextlib.suppress(NonFiniteError):

@@ -77,7 +77,11 @@ class _Inverse:
 
     def __init__(self, fast: Any, c: torch.Tensor | None) -> None:
         self.fast, self.c = fast, c
-        self.last: tuple[torch.Tensor, int, int | None, torch.Tensor] | None = None
+        self.last: tuple[torch.Tensor, int, int, int | None, torch.Tensor] | None = None
+
+    def version(self) -> int:
+        """Return a number that changes with the context."""
+        return 0 if self.c is None else version(self.c)
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         """Return x (*, D) of y (*, D)."""
@@ -85,14 +89,14 @@ class _Inverse:
             # The module was restored meanwhile.
             return self.fast(self.c).inv(y)
         x, logdet = self.fast.solve_rows(y, self.c)
-        self.last = None if logdet is None else (x, version(x), planned(self.fast), logdet)
+        self.last = None if logdet is None else (x, version(x), self.version(), planned(self.fast), logdet)
         return x
 
     def log_abs_det_jacobian(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return log|det dy/dx| (*)."""
         if self.last and self.last[0] is x and not torch.is_grad_enabled() and isinstance(self.fast, FastTransform):
             _, *state, logdet = self.last
-            if state == [version(x), digest_of(self.fast, self.fast.places())]:
+            if state == [version(x), self.version(), digest_of(self.fast, self.fast.places())]:
                 return -logdet
         return self.fast.meta(self.c, x).log_abs_det_jacobian(x, y)
 

@@ -233,7 +233,8 @@ def plan_sampling(
     threads = useful_threads(threads, -(-part // group), weight_floats, group * branches)
     chunk = max(1, min(prefix, DENSITY_TOKENS // (group * branches)))
     _, workspace = torch.ops.starflow_native.block_sizes(fields, group * branches * chunk, cached)
-    step = call_tokens(weight_floats, part * branches)
+    # Attention multiplies with each cached value once.
+    step = call_tokens(weight_floats + row // branches, part * branches)
     return SamplingPlan(part, group, threads, step, chunk, part * row, threads * workspace)
 
 

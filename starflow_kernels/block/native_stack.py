@@ -55,7 +55,13 @@ class StackPlan(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def plan_stack(blocks: tuple[BlockSize, ...], B: int, T: int, threads: int, budget: int) -> StackPlan | None:
     """Plan memory and threads for B sequences of T tokens; None if the call needs more time or memory than it may."""
-    if sum((size.prefix + T) * token_seconds(size.weights, B * size.branches) for size in blocks) > CALL_SECONDS:
+    seconds = 0.0
+    for size in blocks:
+        slots = size.prefix + T
+        # Attention multiplies with each cached value once; on average, half of them are there.
+        attended = torch.ops.starflow_native.block_sizes(size.fields, 1, slots)[0] // 2
+        seconds += slots * token_seconds(size.weights + attended, B * size.branches)
+    if seconds > CALL_SECONDS:
         return None
     weights, branches = max(size.weights for size in blocks), max(size.branches for size in blocks)
     group = sampling_group(B, branches, 4 * weights, threads)
@@ -68,7 +74,9 @@ def plan_stack(blocks: tuple[BlockSize, ...], B: int, T: int, threads: int, budg
     return StackPlan(group, threads, chunks, cache, workspace) if 4 * cache <= budget else None
 
 
-def stack_inverse(z: torch.Tensor, blocks: list[BlockCall]) -> tuple[torch.Tensor, torch.Tensor, list[float]] | None:
+def stack_inverse(
+    z: torch.Tensor, blocks: list[BlockCall]
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]] | None:
     """Run the blocks, the last one first.
 
     Args:
@@ -76,7 +84,7 @@ def stack_inverse(z: torch.Tensor, blocks: list[BlockCall]) -> tuple[torch.Tenso
         blocks: arguments of each of the K blocks.
 
     Returns:
-        Results x and log sigma of each block, (K, B, T, D), and its seconds; None if a call may not do all of it.
+        Results x and log sigma (B, T, D) and the seconds of each block; None if a call may not do all of it.
     """
     B, T, D = z.shape
     sizes = []
@@ -99,4 +107,5 @@ def stack_inverse(z: torch.Tensor, blocks: list[BlockCall]) -> tuple[torch.Tenso
         z.contiguous(), x, log_sigma, [model.buffer for model in models], offsets, context, numbers,
         empty(plan.cache), empty(plan.workspace), numbered,
     )  # fmt: skip
-    return x, log_sigma, seconds
+    # Views would share memory and a version counter, so that a change of one result would affect the others.
+    return [each.clone() for each in x], [each.clone() for each in log_sigma], seconds

@@ -70,7 +70,7 @@ def block_inverse_backward(x, g, weights, cond, prefix, cos, sin, spec_json: str
     group = sampling_group(part, 1, 4 * floats, threads)
     chunk = max(1, DENSITY_TOKENS // group)
     threads = useful_threads(threads, -(-part // group), floats, group)
-    step = call_tokens(floats, part)
+    step = call_tokens(floats + cache, part)
     chunks = -(-step // chunk) * chunk
     u = torch.zeros_like(x)
     workspace = empty(threads * sizes(model.fields, T, L, group, chunk)[2])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from .._core.torch_private import version
 from ..spec import BlockSpec, Mlp, Norm, Rotary, Scale, choice_index
 
 
@@ -48,13 +49,16 @@ class WeightCache:
         """Return make(spec, weights, *options), from the cache where it is valid."""
         storage = weights[0].untyped_storage()
         key = id(storage), weights[0].storage_offset(), spec_json, *options
-        # Before the value is made, so that a write in between is noticed by the next call.
         state = self.state(spec_json, weights)
         if (entry := self.kept.get(key)) and entry[0] == state:
             return entry[1]
+        versions = list(map(version, weights))
         # A tensor made in inference mode could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
             value = self.make(BlockSpec.from_json(spec_json), weights, *options)
+        # Another thread may have written meanwhile, possibly the old values at the end, so that only versions differ.
+        if self.state(spec_json, weights) != state or list(map(version, weights)) != versions:
+            return value
         # torch.utils.swap_tensors refuses tensors with weak references, so the reference is to the storage.
         self.kept[key] = state, value, weakref.ref(storage, lambda _: self.kept.pop(key, None))
         return value

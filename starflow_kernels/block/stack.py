@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._core import dispatch
+from .._core import compiled, dispatch
 from .._core.checks import check_finite
 from .._core.dispatch import disable_autocast
 from .._core.implicit import needs_gradient
@@ -58,6 +58,9 @@ def stack_inverse(z: torch.Tensor, blocks: Sequence[Block], *, backend: str | No
     """
     if not isinstance(blocks, Sequence) or not all(isinstance(b, tuple) and len(b) == 3 for b in blocks) or not blocks:
         raise TypeError("blocks: expected (weights, spec, options) of at least one block")
+    for i, (_, _, options) in enumerate(blocks):
+        if not isinstance(options, Mapping) or "backend" in options:
+            raise TypeError(f"blocks: expected options of block {i} by name, as of block_inverse without backend")
     if backend in (None, "native") and (solved := _in_one_call(z, blocks, backend)):
         return solved
     found: list[Inverse] = []
@@ -70,6 +73,8 @@ def _in_one_call(z: torch.Tensor, blocks: Sequence[Block], backend: str | None) 
     """Return the results of one native call, or None if these arguments have none."""
     if is_intercepted() or not isinstance(z, torch.Tensor) or z.dtype != torch.float32 or not z.numel():
         return None
+    if z.device.type != "cpu" or compiled.native_unavailable():
+        return None
     calls = []
     for weights, spec, options in blocks:
         call = _call(z, weights, spec, options)
@@ -79,10 +84,11 @@ def _in_one_call(z: torch.Tensor, blocks: Sequence[Block], backend: str | None) 
     with torch.no_grad(), disable_autocast():
         check_finite(z=z)
         for call in calls:
-            check_finite(**dict(zip(CONTEXT, call.context)))
+            cond, prefix, _, _, guidance = call.context
+            check_finite(cond=cond, prefix=prefix, guidance=guidance)
         found = native_stack.stack_inverse(z, calls)
         # Block by block, an error says of which block an input is not finite.
-        if found is None or not math.isfinite(found[0][1:].sum().item()):
+        if found is None or not math.isfinite(sum(x.sum().item() for x in found[0][1:])):
             return None
     shape = z.shape
     return [
@@ -96,7 +102,7 @@ def _call(
 ) -> native_stack.BlockCall | None:
     """Return the checked arguments of a block, or None if it must run by itself."""
     check_kinds(weights, spec)
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None or name not in CONTEXT}
     solver = given.get("solver", SEQUENTIAL)
     if not OPTIONS.issuperset(given) or (isinstance(solver, Solver) and solver.method != "sequential"):
         return None

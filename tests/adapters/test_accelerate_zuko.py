@@ -179,15 +179,16 @@ def test_log_density_of_samples_without_a_gradient(monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("changed", ["weights", "context"])
 @torch.no_grad()
-def test_log_determinants_after_the_weights_have_changed():
+def test_log_determinants_after_a_change(changed):
     results = []
     for flow in pair("maf"):
         z, c = inputs()
         transform = flow.transform.transforms[0](c)
         x = transform.inv(z)
-        for weight in flow.parameters():
-            weight.data.mul_(1.5)
+        for tensor in [weight.data for weight in flow.parameters()] if changed == "weights" else [c]:
+            tensor.mul_(1.5)
         results.append(transform.log_abs_det_jacobian(x, z))
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
 

@@ -11,7 +11,10 @@ from support.blocks import STARFLOW, tame_block
 from support.contract import compiled
 
 from starflow_kernels import BlockSpec, Solver, block_inverse, stack_inverse
+from starflow_kernels._core import compiled as loading
+from starflow_kernels._core import dispatch
 from starflow_kernels.block import native_stack
+from starflow_kernels.block.packing import spec_fields
 
 TOKENS = 9
 SIZES = {"token_dim": 3, "channels": 24, "heads": 3, "head_dim": 8, "kv_heads": 3, "mlp_dim": 40}
@@ -99,6 +102,38 @@ def test_its_reports_have_the_seconds_of_each_block(whole):
     reports = [block.report for block in stack_inverse(*stack(3))]
     assert len(whole) == 1
     assert all(0 < report.seconds < 10 for report in reports)
+
+
+@needs_native
+def test_results_share_no_memory(whole):
+    z, blocks = stack(2)
+    first, *others = (block.x for block in stack_inverse(z, blocks))
+    assert len(whole) == 1
+    assert first.untyped_storage().nbytes() == 4 * first.numel()
+    factor = torch.ones((), requires_grad=True)
+    product = first * factor
+    others[0].zero_()
+    product.sum().backward()
+    assert torch.equal(factor.grad, first.sum())
+
+
+@needs_native
+def test_long_sequences_run_block_by_block():
+    """Attention, of which the weights tell nothing, takes most of their time."""
+    spec = BlockSpec(token_dim=2, channels=8, heads=1, head_dim=8, kv_heads=1, mlp_dim=8, layers=1)
+    sizes = tuple(native_stack.BlockSize(tuple(spec_fields(spec, torch.float32)), 400, 1, 0) for _ in range(4))
+    assert native_stack.plan_stack(sizes, 8, 100, 1, 2**40)
+    assert native_stack.plan_stack(sizes, 8, 10_000, 1, 2**40) is None
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    z, blocks = stack(1)
+    missing = lambda: "no native kernels: no compiler"  # noqa: E731
+    monkeypatch.setattr(loading, "native_unavailable", missing)
+    kernels = dispatch._kernels["block_inverse"]
+    monkeypatch.setitem(kernels, "native", kernels["native"]._replace(unavailable=missing))
+    with pytest.raises(ValueError, match="no native kernels: no compiler"):
+        stack_inverse(z, blocks, backend="native")
 
 
 SINGLE = {
@@ -206,7 +241,9 @@ def test_a_result_that_is_not_finite_is_an_input_of_the_next_block():
 
 def test_blocks_of_other_kinds_are_refused():
     z, blocks = stack(1)
-    for wrong in ([], blocks[0], [blocks[0][:2]], None, iter(blocks)):
+    weights, spec, options = blocks[0]
+    wrong_options = [[(weights, spec, None)], [(weights, spec, {**options, "backend": "reference"})]]
+    for wrong in ([], blocks[0], [blocks[0][:2]], None, iter(blocks), *wrong_options):
         with pytest.raises(TypeError, match=r"^blocks: expected"):
             stack_inverse(z, wrong)
 

@@ -14,6 +14,7 @@ from support.writes import WAYS, assert_new_results, inverse
 
 from starflow_kernels import Solver, block_forward, block_params
 from starflow_kernels.block import native
+from starflow_kernels.block.packing import WeightCache
 
 SPEC = WIDE_SPECS["starflow-text"]
 CALLS = {
@@ -119,3 +120,21 @@ def test_weights_of_inference_mode_are_packed_once():
         assert native.packed(text, weights, "none") is first and not first.buffer.is_inference()
         weights[3].mul_(2)
         assert native.packed(text, weights, "none") is not first
+
+
+@needs_native
+def test_weights_that_change_while_they_are_packed_are_packed_again():
+    text, (_, w, _) = WIDE_SPECS["tarflow"].to_json(), tame_block(WIDE_SPECS["tarflow"], 1, 5)
+    weights = list(w.values())
+    expected = native.pack(WIDE_SPECS["tarflow"], weights, "none").buffer
+
+    def pack(spec, weights, quantize):  # as if another thread swapped other weights in and out
+        weights[3].mul_(2)
+        packed = native.pack(spec, weights, quantize)
+        weights[3].div_(2)
+        return packed
+
+    cache = WeightCache(pack, native.packed.state)
+    cache(text, weights, "none")
+    cache.make = native.pack
+    assert torch.equal(cache(text, weights, "none").buffer, expected)

@@ -11,6 +11,8 @@ from support.flows import make
 from torch import nn
 
 from starflow import ConfigError, Flow
+from starflow.models.block import FlowBlock
+from starflow_kernels import Inverse
 
 
 def results(flow: Flow) -> list[torch.Tensor]:
@@ -67,6 +69,18 @@ def test_a_copied_block_has_its_own_modules():
     other._modules = {**block._modules, "proj_out": copy.deepcopy(block.proj_out)}
     assert other.weights()["proj_out.weight"] is other.proj_out.weight
     assert other.weights()["proj_out.weight"] is not block.weights()["proj_out.weight"]
+
+
+def test_a_block_with_an_inverse_of_its_own_is_called():
+    class Shifted(FlowBlock):
+        def inverse(self, *arguments, **options):
+            found = super().inverse(*arguments, **options)
+            return Inverse(found.x + 1, lambda: found.logdet, lambda: found.report)
+
+    flow = make()
+    before = results(flow)[1]
+    flow.blocks[0].__class__ = Shifted
+    assert torch.equal(results(flow)[1], before + 1)
 
 
 def test_a_missing_module_is_an_error():
