@@ -153,8 +153,7 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     constants |= {"PDL": False, "stop": None, "BLOCK_M": sequential.BLOCK_M}
     constants |= {"BLOCK_S": sequential.BLOCK_S, "SPLIT": sequential.SPLIT}
     constants |= {"DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype]}
-    whole = sequential.WHOLE_TOKEN[WIDTH[dtype]] >= D
-    part = sequential.token_part(D, WIDTH[dtype])
+    whole, part = sequential.WHOLE_TOKEN >= D, sequential.token_part(D)
     constants |= {"BLOCK_D": part if kernel in ("head", "embed") else sequential.tile(d), "WHOLE": whole, **options}
     constants |= dict.fromkeys(("BIAS", "QK_NORM", "ROTARY", "CLIPPED", "START", "TABLE", "COND"), True)
     constants |= {"BRANCHES": 2, "RULE": "starflow", "SCALE": "softplus", "PAIRS": rotary.half_tile(d)}
@@ -187,7 +186,7 @@ def _step() -> Launches:
         for kernel, d in itertools.product(("attend", "project"), (64, 256)):
             launches[f"block_{kernel}, {dtype}, d = {d}"] = step(kernel, dtype, d, 64, plain)
         launches[f"block_down, {dtype}"] = step("down", dtype, 64, 64, plain)
-        widest = sequential.WHOLE_TOKEN[WIDTH[dtype]]
+        widest = sequential.WHOLE_TOKEN
         for kernel, D in (("embed", widest), ("head", 12), ("head", 64), ("head", widest), ("head", 768)):
             launches[f"block_{kernel}, {dtype}, D = {D}"] = step(kernel, dtype, 64, D, normed)
     for dtype, kind in (("bf16", "int8"), ("bf16", "fp8"), ("fp32", "fp8")):
@@ -242,7 +241,7 @@ def _sweep() -> Launches:
         for kernel in ("project", "up", "down"):
             launches[f"block_{kernel}, sweep, {dtype}"] = sweep(kernel, dtype, 64, 64)
         launches[f"block_sweep_embed, {dtype}"] = sweep("embed", dtype, 64, 64)
-        for D in (12, sequential.WHOLE_TOKEN[WIDTH[dtype]]):
+        for D in (12, sequential.WHOLE_TOKEN):
             launches[f"block_sweep_head, {dtype}, D = {D}"] = sweep("head", dtype, 64, D)
     launches["block_sweep_settle, D = 256"] = sweep("settle", "fp32", 64, 256)
     for D in (12, 32, 64, 192):

@@ -25,8 +25,8 @@ from . import head_kernels, step_kernels
 from .sessions import Sessions, Shape, bucket, captured, current_stream, lend, loaded, sample
 from .weights import Model, models
 
-# Bytes per weight -> widest token that the head kernel computes as a whole; wider ones would spill registers.
-WHOLE_TOKEN = {2: 256, 4: 128}
+# Widest token that the head kernel computes as a whole; wider ones would spill registers.
+WHOLE_TOKEN = 128
 # Values per part of a wider token.
 TOKEN_PART = 64
 WIDEST_HEAD = 256
@@ -62,7 +62,7 @@ def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> d
         tiles |= {"num_stages": 2}
     elif kernel == "qkv" and one_byte and narrow:
         tiles |= {"BLOCK_K": 32}
-    elif kernel == "head" and (part := token_part(D, width)) >= 64:
+    elif kernel == "head" and (part := token_part(D)) >= 64:
         tiles |= {"BLOCK_K": 16, "num_warps": 8 if narrow or part > 64 else 4, "num_stages": 2 if narrow else 1}
         tiles |= {} if narrow or part <= 64 else {"BLOCK_N": 16}
         tiles |= {"num_warps": 4 if narrow else 8} if part < D else {}
@@ -88,9 +88,9 @@ def tile(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def token_part(D: int, width: int) -> int:
+def token_part(D: int) -> int:
     """Return the padded number of values of a token that the head kernel computes at a time, see WHOLE_TOKEN."""
-    return tile(D) if WHOLE_TOKEN[width] >= D else TOKEN_PART
+    return tile(D) if D <= WHOLE_TOKEN else TOKEN_PART
 
 
 def _pass_tokens(shape: Shape) -> int:
@@ -232,7 +232,7 @@ class TritonSession:
 
     def _embed_options(self) -> dict:
         options = {"BRANCHES": self.shape.branches, "TABLE": self.spec.positions > 0, "COND": self.shape.cond > 0}
-        return {**options, "BLOCK_D": token_part(self.spec.token_dim, self.hidden.element_size())}
+        return {**options, "BLOCK_D": token_part(self.spec.token_dim)}
 
     def launch(self, w: dict) -> None:
         """Launch one step."""
@@ -243,7 +243,7 @@ class TritonSession:
             *self._embed_weights(w), self.position, shape.samples, shape.tokens, shape.prefix, spec.channels,
             spec.token_dim, spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0,
             POST=spec.post_norm, RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
-            WHOLE=spec.token_dim <= WHOLE_TOKEN[self.hidden.element_size()], **self._embed_options(), **tiles,
+            WHOLE=spec.token_dim <= WHOLE_TOKEN, **self._embed_options(), **tiles,
         )  # fmt: skip
 
     def fill(self, z: torch.Tensor, context: tuple, temperature: float) -> None:
