@@ -37,8 +37,9 @@ struct Persistent : Products<Weight, ROWS> {
 
     bool swapped = false;  // whether the states are in h_next
 
+    // Returns null for a vector that the block does not have.
     STARFLOW_DEVICE const float* vectors(int layer, int at) const {
-        return call.vectors + schedule().vector_layers + layer * schedule().layer_vectors + at;
+        return at < 0 ? nullptr : call.vectors + schedule().vector_layers + layer * schedule().layer_vectors + at;
     }
 
     STARFLOW_DEVICE float* states() const { return call.workspace + (swapped ? schedule().h_next : schedule().h); }
@@ -351,8 +352,10 @@ struct Persistent : Products<Weight, ROWS> {
         const Product& product = schedule().head;
         bool unit = spec().affine.scale == Scale::unit;
         int D = spec().token_dim, width = unit ? TILE : TILE / 2;
-        normalize(product, spec().final_norm ? Norm::rms_norm : Norm::none, call.vectors + schedule().final_norm,
-                  nullptr, post_norm(spec().layers - 1, schedule().layer.mlp_post_norm));
+        bool normed = spec().final_norm;
+        normalize(product, normed ? Norm::rms_norm : Norm::none,
+                  normed ? call.vectors + schedule().final_norm : nullptr, nullptr,
+                  post_norm(spec().layers - 1, schedule().layer.mlp_post_norm));
         float* params = floats(schedule().statistics);
         multiply(product, [&](int tile, auto sum) {
             int item = thread_index(), sample = item / width, i = item % width, column = tile * width + i;
