@@ -316,28 +316,8 @@ void run_pieces(ParallelFor parallel_for, int threads, int64_t pieces, PieceFunc
 
 void share(ParallelFor parallel_for, int64_t n, int64_t grain, RangeFunction function, void* context) {
     if (n <= 0) return;
-    std::unique_lock<std::mutex> lock(threads_taken, std::defer_lock);
-    if (n <= grain || useful(INT_MAX) == 1 || !lock.try_lock()) return function(0, n, context);
-    struct Shared {
-        RangeFunction function;
-        void* context;
-        Ending ending;
-        std::atomic<int> threads{0};
-    } shared{function, context, Ending(n)};
-    int64_t start = now();
-    auto range = [](int64_t begin, int64_t end, void* context) {
-        auto& shared = *static_cast<Shared*>(context);
-        shared.threads.fetch_add(1, std::memory_order_relaxed);
-        struct Done {  // also if the function throws
-            Ending& ending;
-            int64_t count;
-            ~Done() { ending.done(count); }
-        } done{shared.ending, end - begin};
-        shared.function(begin, end, shared.context);
-    };
-    parallel_for(n, grain, range, &shared);
-    int64_t lost = shared.ending.waited();
-    if (better_with(1, shared.threads, lost, now() - start)) learn(1, shared.threads, lost, start);
+    if (n <= grain || forked.load(std::memory_order_relaxed) || cores() == 1) return function(0, n, context);
+    parallel_for(n, grain, function, context);
 }
 
 void limit_cores(int64_t cores) { cores_allowed = int(std::clamp<int64_t>(cores, 1, INT_MAX)); }

@@ -31,7 +31,7 @@ using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 // Runs function over [0, n) in ranges of at least `grain`, all at once where it uses several threads (as OpenMP does).
 using ParallelFor = void (*)(int64_t n, int64_t grain, RangeFunction function, void* context);
 
-// Runs function over [0, n) as parallel_for does, or in one range if the caller has the cores for one thread only.
+// Runs function over [0, n) as parallel_for does, in one range if the process has one core or was forked.
 void share(ParallelFor parallel_for, int64_t n, int64_t grain, RangeFunction function, void* context);
 
 // Runs one of the pieces of a call. thread: number of this thread. leader: that of the first thread of its team.
