@@ -105,25 +105,7 @@ def errors() -> str:
     return table(["case", *ways.values()], rows)
 
 
-def long() -> str:
-    """Return the times per token of long sequences."""
-    found = results("long")
-    header = ["block", "tokens", "ours, µs per token", "floor, µs", "share of the floor", "error"]
-    rows = [
-        [
-            row["block"],
-            str(row["tokens"]),
-            f"{row['microseconds']:.0f}",
-            f"{row['floor_microseconds']:.0f}",
-            f"{row['of_floor']:.0%}",
-            number(row["error"]),
-        ]
-        for row in found["rows"]
-    ]
-    return runs(found) + table(header, rows)
-
-
-TABLES = {"speed": speed, "sampling": sampling, "errors": errors, "long": long}
+TABLES = {"speed": speed, "sampling": sampling, "errors": errors}
 
 
 def filled(page: str) -> str:

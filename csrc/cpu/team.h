@@ -1,6 +1,6 @@
 // Threads that work on one call together. They come from the caller's own pool, so that no core is oversubscribed and
-// the caller's thread count is respected. A call uses fewer threads while other programs take their cores: a thread
-// that keeps the others waiting leaves its team, and the next calls start with fewer.
+// the caller's thread count is respected. A call of run_pieces uses fewer threads while other programs take their
+// cores: a thread that keeps the others waiting leaves its team, and the next such calls start with fewer.
 #pragma once
 
 #include <atomic>
