@@ -31,7 +31,7 @@ def make(peer):
     with torch.no_grad():
         for theirs, own in zip(model.blocks, flow.blocks, strict=True):
             torch.nn.init.normal_(theirs.proj_out.weight, std=0.02)
-            _, weights = read(theirs)
+            _, weights, _ = read(theirs)
             for name, weight in own.weights().items():
                 weight.copy_(weights[name])
     return model, flow

@@ -89,7 +89,7 @@ def ours(
     """Return a function that inverts all blocks with our op, or with another `inverse` of the same arguments."""
     blocks = []
     for index, block in enumerate(model.blocks):
-        spec, weights = read(block, flip=index % 2 == 1)
+        spec, weights, _ = read(block, flip=index % 2 == 1)
         spec = dataclasses.replace(spec, positions=z.shape[1])
         weights["pos_embed"] = weights["pos_embed"][: z.shape[1]]
         options = {"backend": backend} if backend else {}
@@ -114,7 +114,7 @@ def ours(
 
 def floor_seconds(model, case: Case) -> tuple[float, str]:
     """Return the floor of a token step, which reads all weights and on average half of the KV cache."""
-    spec, _ = read(model.blocks[0])
+    spec, *_ = read(model.blocks[0])
     shapes = [shape for shape in spec.weight_shapes.values() if len(shape) == 2 and shape[0] != spec.positions]
     products = sum(a * b for a, b in shapes)
     weight_bytes = products * torch.finfo(case.dtype).bits // 8
