@@ -35,7 +35,7 @@ COMMON += [
     f"csrc/bindings/{name}.cpp"
     for name in (
         *("affine_flow", "affine_flow_inverse", "attention", "block", "fingerprint", "flow_head", "linear"),
-        *("machine", "masked_inverse", "stack", "transposed"),
+        *("machine", "masked_inverse", "stack", "transposed", "values"),
     )
 ]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c"]

@@ -10,7 +10,7 @@ import functools
 import json
 import reprlib
 import sys
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 Scale = Literal["exp", "softplus", "unit"]
 Logdet = Literal["sum", "mean", "none"]
@@ -24,10 +24,10 @@ Method = Literal["sequential", "jacobi"]
 Guess = Literal["noise", "zero"]
 
 
-def check_choice(name: str, value: object, choices: object) -> None:
+def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise ValueError unless `value` is one of the strings of the Literal `choices`."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, get_args(choices)))}")
+    if value not in choices.__args__:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices.__args__))}")
 
 
 def scalar(value: Any) -> Any:
@@ -46,9 +46,9 @@ def check_not_negative(name: str, value: object, note: str = "") -> float:
     return float(number)
 
 
-def choice_index(value: str, choices: object) -> int:
+def choice_index(value: str, choices: Any) -> int:
     """Return the index of `value` in the Literal `choices`, which is its number in the compiled kernels."""
-    return get_args(choices).index(value)
+    return choices.__args__.index(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from starflow_kernels import Inverse, block_inverse
+from starflow_kernels import stack_inverse
 from starflow_kernels.accelerate.upstream.structure import read
 
 from ..command import benchmark
@@ -84,29 +84,28 @@ def make_peer(peer, case: Case):
 
 
 def ours(
-    model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend: str | None = None, inverse=block_inverse
-):
-    """Return a function that inverts all blocks with our op, or with another `inverse` of the same arguments."""
+    model, z: torch.Tensor, labels, case: Case, dtype: torch.dtype, backend: str | None = None, inverse=None
+) -> Callable[[], torch.Tensor]:
+    """Return a function that inverts all blocks with our op, or each with `inverse` of the arguments of a block."""
     blocks = []
     for index, block in enumerate(model.blocks):
         spec, weights, _ = read(block, flip=index % 2 == 1)
-        spec = dataclasses.replace(spec, positions=z.shape[1])
+        spec, options = dataclasses.replace(spec, positions=z.shape[1]), {}
         weights["pos_embed"] = weights["pos_embed"][: z.shape[1]]
-        options = {"backend": backend} if backend else {}
         if case.guidance:
             embed = block.class_embed.detach().squeeze(1)
             options["cond"] = torch.cat([embed[labels], embed.mean(0).expand(len(labels), -1)]).to(z.dtype)
             options["guidance"] = case.guidance
         # Rounded to the dtype of the case first, so that the error is of the arithmetic alone.
-        blocks.append(
-            ({name: weight.detach().to(case.dtype).to(dtype) for name, weight in weights.items()}, spec, options)
-        )
+        weights = {name: weight.detach().to(case.dtype).to(dtype) for name, weight in weights.items()}
+        blocks.append((weights, spec, options))
 
     def run() -> torch.Tensor:
+        if inverse is None:
+            return stack_inverse(z, blocks, backend=backend)[0].x
         x = z
         for weights, spec, options in reversed(blocks):
-            found = inverse(x, weights, spec, **options)
-            x = found.x if isinstance(found, Inverse) else found
+            x = inverse(x, weights, spec, **options)
         return x
 
     return run
@@ -151,6 +150,8 @@ def peers(model, z: torch.Tensor, labels, case: Case) -> tuple[dict[str, Callabl
 @torch.no_grad()
 def measure(peer, case: Case) -> dict:
     """Return one row of the table, with times per token step."""
+    # Graphs of other cases count toward the limit of recompilations.
+    torch.compiler.reset()
     model = make_peer(peer, case)
     z = torch.randn(case.batch, model.num_patches, case.image[0] * case.patch**2)
     labels = torch.arange(case.batch) % 10 if case.guidance else None

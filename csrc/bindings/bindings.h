@@ -1,6 +1,7 @@
 // Helpers shared by the torch ops of this folder. These ops are private; the Python package has the public ones.
 #pragma once
 
+#include <cstring>
 #include <initializer_list>
 #include <memory>
 #include <vector>
@@ -73,6 +74,18 @@ template <class Function>
 void parallel_for(int64_t n, int64_t grain, Function function) {
     auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<Function*>(context))(begin, end); };
     share(torch_parallel_for, n, grain, call, &function);
+}
+
+// Returns whether all values are finite.
+inline bool all_finite(const float* values, int64_t count) {
+    constexpr uint32_t EXPONENT = 0x7f800000;
+    uint32_t infinite = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, values + i, sizeof bits);
+        infinite |= (bits & EXPONENT) == EXPONENT;
+    }
+    return !infinite;
 }
 
 // Computes the log-determinant of each row from the sums of its chunks, added in order.

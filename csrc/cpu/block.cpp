@@ -42,7 +42,10 @@ void run_block(const BlockCall& call, int64_t group, float* cache, float* shared
     Workspace ws(spec, call.group * call.copies * call.chunk, call.L + call.T, shared, own);
     if (call.noise) {
         int64_t values = call.T * spec.token_dim, from = first * values;
-        if (!team.rank) memcpy(call.state + from, call.noise + from, sequences * values * sizeof *call.state);
+        if (!team.rank) {
+            memcpy(call.state + from, call.noise + from, sequences * values * sizeof *call.state);
+            memset(call.log_sigma + from, 0, sequences * values * sizeof *call.log_sigma);
+        }
         team.wait();
     }
     for (int64_t slot = call.first; slot < call.last;) {

@@ -89,7 +89,7 @@ struct BlockCall {
     const float* input;   // density: (B, T, D) data
     float* state;         // sampling: (B, T, D), noise that becomes data
     const float* noise;   // sampling without a further call: (B, T, D) noise, which the state takes first; else null
-    float* log_sigma;     // sampling: (B, T, D) log scales of the tokens that are computed
+    float* log_sigma;     // sampling: (B, T, D) log scales of the tokens that are computed; with `noise`, else zero
     float* params;        // density: (B, T, P) raw parameters
     const float* cond;    // (copies B, cond_slots, cond_dim) or null
     const float* prefix;  // (copies B, L, text_dim) or null

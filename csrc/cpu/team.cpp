@@ -45,7 +45,9 @@ bool better_with(int fewer, int threads, int64_t lost, int64_t time) {
 }
 
 // What the process knows about its cores: until `retry_at`, calls use up to `limit` threads. backoff: for how long.
+// scarce: whether the last call that could use all its threads lost time.
 std::atomic<int> cores_allowed{INT_MAX}, limit{1};
+std::atomic<bool> scarce{false};
 std::atomic<int64_t> retry_at{0}, backoff{0}, rehearsal{-1}, rehearsed{0};
 
 // One call at a time has threads: callers that run at the same time would take each other's cores.
@@ -58,6 +60,7 @@ void learn(int fewer, int threads, int64_t lost, int64_t start) {
     backoff = std::min(longer, LONGEST);
     limit = fewer;
     retry_at = now() + backoff;
+    scarce = true;
 }
 
 // The threads of OpenMP do not exist in a forked process, where its parallel regions wait for them forever.
@@ -81,6 +84,44 @@ int useful(int threads) {
         threads = std::min(threads, limit.load(std::memory_order_relaxed));
     return threads == 1 ? 1 : std::min(threads, cores());
 }
+
+// Threads that sleep while they have no work, for calls on scarce cores: those of OpenMP spin for milliseconds after each
+// call, and take cores from the next one. Used by the call that holds `threads_taken`. Never destroyed, since its threads
+// sleep until the process ends.
+class Sleepers {
+public:
+    void run(int threads, RangeFunction function, void* context) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        function_ = function, context_ = context, wanted_ = busy_ = threads - 1;
+        for (; count_ < wanted_; ++count_) std::thread([this, i = count_] { serve(i); }).detach();
+        ++number_;
+        begins_.notify_all();
+        lock.unlock();
+        function(0, 1, context);
+        lock.lock();
+        ended_.wait(lock, [&] { return !busy_; });
+    }
+
+private:
+    void serve(int index) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (int64_t seen = 0;;) {
+            begins_.wait(lock, [&] { return number_ != seen && index < wanted_; });
+            seen = number_;
+            lock.unlock();
+            function_(index + 1, index + 2, context_);
+            lock.lock();
+            if (!--busy_) ended_.notify_all();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable begins_, ended_;
+    RangeFunction function_ = nullptr;
+    void* context_ = nullptr;
+    int count_ = 0, wanted_ = 0, busy_ = 0;
+    int64_t number_ = 0;
+};
 
 // Time that a thread spends without a core.
 struct Pace {
@@ -189,18 +230,17 @@ void Team::wait_for_others() { barrier->wait(*this); }
 
 namespace {
 
-// Parts of a call that have not ended. The calling thread sleeps until all n have; OpenMP would spin for milliseconds.
+// Parts of a call that have not ended. Each thread sleeps until all n have; OpenMP would spin for milliseconds.
 class Ending {
 public:
     explicit Ending(int64_t n) : left_(n) {}
 
     void done(int64_t count) {
         if (left_.fetch_sub(count, std::memory_order_acq_rel) == count) return left_.notify_all();
-        if (std::this_thread::get_id() != caller_) return;
         int64_t start = now();
         while (int64_t left = left_.load(std::memory_order_acquire))
             if (spin_while(left_, left)) left_.wait(left, std::memory_order_acquire);
-        waited_ = now() - start;
+        if (std::this_thread::get_id() == caller_) waited_ = now() - start;
     }
     int64_t waited() const { return waited_; }
 
@@ -296,6 +336,8 @@ struct Call {
         for (const Barrier& barrier : barriers) lost += barrier.lost(), with_cores -= barrier.left();
         if (with_cores < threads || better_with(threads - 1, threads, lost, now() - start))
             learn(std::min(with_cores, threads - 1), threads, lost, start);
+        else if (start > retry_at)
+            scarce = false;
     }
 };
 
@@ -307,10 +349,15 @@ void run_pieces(ParallelFor parallel_for, int threads, int64_t pieces, PieceFunc
     if (threads > 1 && !lock.try_lock()) threads = 1;
     Call call{pieces, run, context, threads};
     if (threads == 1) return call.run_alone(0);
-    parallel_for(
-        threads, 1,
-        [](int64_t begin, int64_t end, void* context) { static_cast<Call*>(context)->take_part(int(end - begin)); },
-        &call);
+    auto take_part = [](int64_t begin, int64_t end, void* context) {
+        static_cast<Call*>(context)->take_part(int(end - begin));
+    };
+    if (scarce) {
+        static Sleepers& sleepers = *new Sleepers;
+        sleepers.run(threads, take_part, &call);
+    } else {
+        parallel_for(threads, 1, take_part, &call);
+    }
     call.learn_from_losses();
 }
 

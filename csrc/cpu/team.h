@@ -1,6 +1,7 @@
 // Threads that work on one call together. They come from the caller's own pool, so that no core is oversubscribed and
 // the caller's thread count is respected. A call of run_pieces uses fewer threads while other programs take their
-// cores: a thread that keeps the others waiting leaves its team, and the next such calls start with fewer.
+// cores: a thread that keeps the others waiting leaves its team, and the next such calls start with fewer, which then are
+// threads of this library.
 #pragma once
 
 #include <atomic>

@@ -94,12 +94,14 @@ class FlowBlock(nn.Module):
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the parameters by name, in the order of `spec.weight_shapes`."""
         modules = self._parts()
-        weights = {}
-        for name, (path, leaf) in self._slots.items():
-            weight = modules[path]._parameters.get(leaf)  # noqa: SLF001
-            weights[name] = getattr(modules[path], leaf) if weight is None else weight
+        own = {path: module._parameters for path, module in modules.items()}  # noqa: SLF001
+        # A parameter that a caller has replaced by a tensor is only an attribute.
+        weights = {
+            name: own[path][leaf] if leaf in own[path] else getattr(modules[path], leaf)
+            for name, (path, leaf) in self._slots.items()
+        }
         for path, module in modules.items():
-            if has_replaced_forward(module) and isinstance(module, LayerWeights):
+            if "forward" in module.__dict__ and isinstance(module, LayerWeights):
                 loaded = module()
                 weights |= {n: loaded[leaf] for n, (owner, leaf) in self._slots.items() if owner == path}
         return views(weights) if has_replaced_forward(self) else weights

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from starflow_kernels._core.implicit import needs_gradient
 from starflow_kernels._core.torch_private import is_intercepted
 
 ROTARY_BASE = 10000.0
@@ -29,7 +30,7 @@ def patchify(images: torch.Tensor, patch: int, order: str) -> torch.Tensor:
         raise ValueError(f"images of {H}x{W} pixels do not divide into patches of {patch}x{patch}")
     x = images.reshape(B, C, H // patch, patch, W // patch, patch)
     x = x.permute(0, 2, 4, 1, 3, 5) if order == "chw" else x.permute(0, 2, 4, 3, 5, 1)
-    return x.reshape(B, (H // patch) * (W // patch), C * patch * patch)
+    return _reshaped(x, (B, (H // patch) * (W // patch), C * patch * patch))
 
 
 def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch: int, order: str) -> torch.Tensor:
@@ -50,7 +51,18 @@ def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch: int, order: s
         x = tokens.reshape(B, h, w, C, patch, patch).permute(0, 3, 1, 4, 2, 5)
     else:
         x = tokens.reshape(B, h, w, patch, patch, C).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(B, C, h * patch, w * patch)
+    return _reshaped(x, (B, C, h * patch, w * patch))
+
+
+def _reshaped(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return x.reshape(shape).
+
+    On the CPU, one thread copies: those of torch spin for milliseconds afterwards, on cores that a solve needs.
+    """
+    plain = type(x) is torch.Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
+    if not plain or is_intercepted() or needs_gradient(x):
+        return x.reshape(shape)
+    return torch.from_numpy(x.numpy(force=True).reshape(shape))
 
 
 def rotary_angles(

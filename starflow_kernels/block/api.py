@@ -303,9 +303,8 @@ def block_inverse(
     """
     check_kinds(weights, spec)
     refuse_transforms("block_inverse", INSTEAD, z, guess, list(weights.values()), cond, prefix, cos, sin, guidance)
-    tensors, guidance = check_inverse(
-        z, weights, spec, cond, prefix, cos, sin, guidance, rule, temperature, solver, quantize
-    )
+    guidance, rows = check_inverse(z, spec, guidance, rule, temperature, solver, quantize)
+    tensors = check_block(z, weights, spec, cond, prefix, cos, sin, rows)
     (B, T, _), branches = z.shape, 1 if guidance is None else 2
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     inputs = (cond, prefix, *tensors)

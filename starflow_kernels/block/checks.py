@@ -62,14 +62,33 @@ def check_block(
         sin: sines.
         rows: expected rows of cond and prefix.
     """
-    if weights.keys() != spec.weight_shapes.keys():
-        missing, unknown = spec.weight_shapes.keys() - weights.keys(), weights.keys() - spec.weight_shapes.keys()
-        raise ValueError(f"weights: missing {sorted(missing)}, unknown {sorted(unknown)}")
-    tensors = [weights[name] for name in spec.weight_shapes]
+    tensors = ordered(weights, spec)
     if not _alike(tensors, spec, x):
         for name, shape in spec.weight_shapes.items():
             check_tensor(f"weights[{name!r}]", weights[name], shape, like=x)
         raise TypeError(f"weights: expected one dtype, got {sorted({str(w.dtype) for w in tensors})}")
+    check_context(x, spec, cond, prefix, cos, sin, rows)
+    return tensors
+
+
+def ordered(weights: Mapping[str, torch.Tensor], spec: BlockSpec) -> list[torch.Tensor]:
+    """Return the weights in the order of the spec, or raise ValueError."""
+    if weights.keys() != spec.weight_shapes.keys():
+        missing, unknown = spec.weight_shapes.keys() - weights.keys(), weights.keys() - spec.weight_shapes.keys()
+        raise ValueError(f"weights: missing {sorted(missing)}, unknown {sorted(unknown)}")
+    return [weights[name] for name in spec.weight_shapes]
+
+
+def check_context(
+    x: torch.Tensor,
+    spec: BlockSpec,
+    cond: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rows: int,
+) -> None:
+    """Check the arguments of `check_block` beside the weights."""
     T = x.shape[1]
     # Dynamo does not find a size without a fixed value in a tuple.
     if spec.positions and spec.positions != T:
@@ -91,7 +110,6 @@ def check_block(
         check_tensor("sin", sin, angles, like=x)
         if cos.requires_grad or sin.requires_grad:
             raise ValueError("cos, sin: the rotary angles carry no gradient")
-    return tensors
 
 
 def _alike(tensors: list, spec: BlockSpec, x: torch.Tensor) -> bool:
@@ -108,19 +126,14 @@ def _alike(tensors: list, spec: BlockSpec, x: torch.Tensor) -> bool:
 
 def check_inverse(
     z: torch.Tensor,
-    weights: Mapping[str, torch.Tensor],
     spec: BlockSpec,
-    cond: torch.Tensor | None = None,
-    prefix: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
     guidance: float | torch.Tensor | None = None,
     rule: GuidanceRule = "tarflow",
     temperature: float = 1.0,
     solver: Solver = Solver(),
     quantize: Quantize = "none",
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Check arguments of `block_inverse`; return the weights in the order of the spec, and the guidance weights."""
+) -> tuple[torch.Tensor | None, int]:
+    """Check arguments that only `block_inverse` has; return the guidance weights, and the rows of its condition."""
     check_choice("rule", rule, GuidanceRule)
     check_choice("quantize", quantize, Quantize)
     check_solver(solver)
@@ -130,8 +143,7 @@ def check_inverse(
         raise ValueError("z: on meta, a device without values")
     B, T, _ = z.shape
     if guidance is not None:
-        guidance = check_guidance(guidance, B, T, torch.float64, z.device)
-    elif temperature != 1:
+        return check_guidance(guidance, B, T, torch.float64, z.device), 2 * B
+    if temperature != 1:
         raise ValueError(f"temperature={temperature} needs guidance: it acts on the branch without a condition")
-    branches = 1 if guidance is None else 2
-    return check_block(z, weights, spec, cond, prefix, cos, sin, branches * B), guidance
+    return None, B

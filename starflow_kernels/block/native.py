@@ -292,8 +292,8 @@ def block_inverse(
     """See reference.block_inverse."""
     parts = _Parts(z, weights, cond, prefix, cos, sin, guidance, spec_json, rule, temperature, quantize, known)
     plan, B, T = parts.plan, parts.B, parts.T
-    x, workspace = z.clone(memory_format=torch.contiguous_format), empty(plan.workspace)
-    log_sigma = torch.zeros_like(x)
+    x, log_sigma, workspace = empty(*z.shape), empty(*z.shape), empty(plan.workspace)
+    torch.ops.starflow_native.start(z.contiguous(), x, log_sigma)
     last = T - parts.first
     for rows in parts:
         arguments = *parts.arguments(rows), None if known is None else known[rows]

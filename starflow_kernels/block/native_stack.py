@@ -16,9 +16,10 @@ from .packing import spec_fields
 
 
 class BlockCall(NamedTuple):
-    """Arguments of the op `block_inverse` for one block, in its own order."""
+    """Arguments of the op `block_inverse` for one block, in its own order; state: the one of its weights."""
 
     weights: list[torch.Tensor]
+    state: int
     context: tuple[torch.Tensor | None, ...]  # cond, prefix, cos, sin, guidance
     spec: BlockSpec
     rule: GuidanceRule
@@ -33,6 +34,20 @@ class BlockSize(NamedTuple):
     weights: int
     branches: int
     prefix: int
+
+
+@functools.lru_cache(maxsize=256)
+def _form(spec_json: str) -> torch.Tensor:
+    """Return the number of dimensions and the sizes of each weight, one after the other."""
+    shapes = BlockSpec.from_json(spec_json).weight_shapes.values()
+    return torch.tensor([n for shape in shapes for n in (len(shape), *shape)], dtype=torch.int64, device="cpu")
+
+
+def weight_states(weights: list[list[torch.Tensor]], specs: list[BlockSpec]) -> list[int] | None:
+    """Return what `packed` knows each block's weights by; None if some do not fit their spec, or the kernels."""
+    forms = [_form(spec.to_json()) for spec in specs]
+    found = torch.ops.starflow_native.fingerprints.default([each for own in weights for each in own], forms)
+    return found[1::2] if all(found[::2]) else None
 
 
 @functools.lru_cache(maxsize=256)
@@ -84,19 +99,21 @@ def stack_inverse(
         blocks: arguments of each of the K blocks.
 
     Returns:
-        Results x and log sigma (B, T, D) and the seconds of each block; None if a call may not do all of it.
+        Results x and log sigma (B, T, D) and the seconds of each block; None if a call may not do all of it, or if an
+        input or a result is not finite.
     """
     B, T, D = z.shape
     sizes = []
-    for weights, (_, prefix, _, _, guidance), spec, *_ in blocks:
+    for weights, _, (_, prefix, _, _, guidance), spec, *_ in blocks:
         branches, length = 1 if guidance is None else 2, 0 if prefix is None else prefix.shape[1]
         sizes.append(_size(spec.to_json(), weights[0].dtype, branches, length))
     # Planned before the weights are read, which takes long where the answer is no.
     plan = plan_stack(tuple(sizes), B, T, torch.get_num_threads(), cache_bytes())
     if plan is None:
         return None
-    models = [packed(block.spec.to_json(), block.weights, block.quantize) for block in blocks]
-    x, log_sigma = torch.zeros(2, len(blocks), B, T, D, dtype=torch.float32, device="cpu")
+    models = [packed(block.spec.to_json(), block.weights, block.quantize, state=block.state) for block in blocks]
+    # Views of one tensor would share memory and a version counter, so that a change of one would affect the others.
+    x, log_sigma = ([torch.empty(B, T, D, dtype=torch.float32, device="cpu") for _ in blocks] for _ in range(2))
     offsets, context, numbers, numbered = [], [], [], [plan.group, plan.threads]
     for model, block, chunk in zip(models, blocks, plan.chunks):
         offsets += model.offsets
@@ -107,5 +124,4 @@ def stack_inverse(
         z.contiguous(), x, log_sigma, [model.buffer for model in models], offsets, context, numbers,
         empty(plan.cache), empty(plan.workspace), numbered,
     )  # fmt: skip
-    # Views would share memory and a version counter, so that a change of one result would affect the others.
-    return [each.clone() for each in x], [each.clone() for each in log_sigma], seconds
+    return (x, log_sigma, seconds) if seconds else None

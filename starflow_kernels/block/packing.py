@@ -45,11 +45,11 @@ class WeightCache:
     def __init__(self, make: Callable, state: Callable):
         self.make, self.state, self.kept = make, state, {}
 
-    def __call__(self, spec_json: str, weights: list[torch.Tensor], *options: str):
-        """Return make(spec, weights, *options), from the cache where it is valid."""
+    def __call__(self, spec_json: str, weights: list[torch.Tensor], *options: str, state: object = None):
+        """Return make(spec, weights, *options), from the cache where it is valid; `state`, if it is known already."""
         storage = weights[0].untyped_storage()
         key = id(storage), weights[0].storage_offset(), spec_json, *options
-        state = self.state(spec_json, weights)
+        state = self.state(spec_json, weights) if state is None else state
         if (entry := self.kept.get(key)) and entry[0] == state:
             return entry[1]
         versions = list(map(version, weights))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,9 +18,8 @@ from ..solver import Inverse, Solver, SolveReport, sum_log_sigma
 from ..spec import BlockSpec
 from . import native_stack
 from .api import block_inverse, solve_report
-from .checks import check_inverse, check_kinds
+from .checks import check_context, check_inverse, check_kinds, ordered
 from .layout import Layout, arrange
-from .native import WEIGHT_DTYPES
 
 Block = tuple[Mapping[str, torch.Tensor], BlockSpec, Mapping[str, Any]]
 CONTEXT = ("cond", "prefix", "cos", "sin", "guidance")
@@ -48,7 +46,7 @@ def stack_inverse(z: torch.Tensor, blocks: Sequence[Block], *, backend: str | No
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
-        ValueError: as for `block_inverse`.
+        ValueError: as for `block_inverse`, or the data are not finite.
 
     Equivalent to:
         ```python
@@ -66,6 +64,8 @@ def stack_inverse(z: torch.Tensor, blocks: Sequence[Block], *, backend: str | No
     found: list[Inverse] = []
     for weights, spec, options in reversed(blocks):
         found.append(block_inverse(found[-1].x if found else z, weights, spec, **options, backend=backend))
+    if not is_intercepted():
+        check_finite(x=found[-1].x.detach())
     return found[::-1]
 
 
@@ -75,21 +75,24 @@ def _in_one_call(z: torch.Tensor, blocks: Sequence[Block], backend: str | None) 
         return None
     if z.device.type != "cpu" or compiled.native_unavailable():
         return None
+    tensors, specs = [], []
+    for weights, spec, _ in blocks:
+        check_kinds(weights, spec)
+        tensors.append(ordered(weights, spec))
+        specs.append(spec)
+    if not all(map(are_plain, tensors)) or not (states := native_stack.weight_states(tensors, specs)):
+        return None
     calls = []
-    for weights, spec, options in blocks:
-        call = _call(z, weights, spec, options)
+    for own, state, spec, (_, _, options) in zip(tensors, states, specs, blocks):
+        call = _call(z, own, state, spec, options)
         if call is None or (backend is None and not calls and not _is_native(z, call)):
             return None
         calls.append(call)
     with torch.no_grad(), disable_autocast():
-        check_finite(z=z)
-        for call in calls:
-            cond, prefix, _, _, guidance = call.context
-            check_finite(cond=cond, prefix=prefix, guidance=guidance)
         found = native_stack.stack_inverse(z, calls)
-        # Block by block, an error says of which block an input is not finite.
-        if found is None or not math.isfinite(sum(x.sum().item() for x in found[0][1:])):
-            return None
+    # Block by block, an error says what is not finite.
+    if found is None:
+        return None
     shape = z.shape
     return [
         Inverse(x, functools.partial(sum_log_sigma, log_sigma), functools.partial(_report, call.spec, shape, seconds))
@@ -98,22 +101,22 @@ def _in_one_call(z: torch.Tensor, blocks: Sequence[Block], backend: str | None) 
 
 
 def _call(
-    z: torch.Tensor, weights: Mapping[str, torch.Tensor], spec: BlockSpec, options: Mapping[str, Any]
+    z: torch.Tensor, weights: list[torch.Tensor], state: int, spec: BlockSpec, options: Mapping[str, Any]
 ) -> native_stack.BlockCall | None:
     """Return the checked arguments of a block, or None if it must run by itself."""
-    check_kinds(weights, spec)
     given = {name: value for name, value in options.items() if value is not None or name not in CONTEXT}
     solver = given.get("solver", SEQUENTIAL)
     if not OPTIONS.issuperset(given) or (isinstance(solver, Solver) and solver.method != "sequential"):
         return None
-    tensors, guidance = check_inverse(z, weights, spec, **given)
-    cond, prefix, cos, sin = (given.get(name) for name in CONTEXT[:4])
-    inputs = [z, *tensors, *(t for t in (cond, prefix, cos, sin, guidance) if t is not None)]
-    if not are_plain(inputs) or tensors[0].dtype not in WEIGHT_DTYPES or needs_gradient(*inputs):
+    cond, prefix, cos, sin = (given.pop(name, None) for name in CONTEXT[:4])
+    guidance, rows = check_inverse(z, spec, **given)
+    check_context(z, spec, cond, prefix, cos, sin, rows)
+    inputs = [z, *(t for t in (cond, prefix, cos, sin, guidance) if t is not None)]
+    if not are_plain(inputs) or needs_gradient(*weights, *inputs):
         return None
-    cond = arrange(z, tensors, spec, cond, None, None).cond
+    cond = arrange(z, weights, spec, cond, None, None).cond
     rest = given.get("rule", "tarflow"), given.get("temperature", 1.0), given.get("quantize", "none")
-    return native_stack.BlockCall(tensors, (cond, prefix, cos, sin, guidance), spec, *rest)
+    return native_stack.BlockCall(weights, state, (cond, prefix, cos, sin, guidance), spec, *rest)
 
 
 def _is_native(z: torch.Tensor, call: native_stack.BlockCall) -> bool:

@@ -95,6 +95,43 @@ def test_the_fingerprint_checks_its_argument(places):
         torch.ops.starflow_native.fingerprint(places)
 
 
+def fingerprints(weights, *shapes):
+    numbers = [n for shape in shapes for n in (len(shape), *shape)]
+    return torch.ops.starflow_native.fingerprints(weights, [torch.tensor(numbers, dtype=torch.int64)])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fingerprint_of_fitting_weights_is_that_of_their_places(dtype):
+    weights = [torch.randn(3, 5, dtype=torch.float32).to(dtype), torch.randn(7, dtype=torch.float32).to(dtype)]
+    assert fingerprints(weights, (3, 5), (7,)) == [True, digest(weights)]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.flatten(),
+        lambda w: w.view(5, 3),
+        lambda w: w.bfloat16(),
+        lambda w: w.double(),
+        lambda w: w.repeat(1, 2)[:, ::2],
+        lambda w: w.to("meta"),
+    ],
+)
+def test_weights_of_another_form_do_not_fit(change):
+    weights = [torch.randn(7, dtype=torch.float32), change(torch.randn(3, 5, dtype=torch.float32))]
+    assert fingerprints(weights, (7,), (3, 5)) == [False, 0]
+
+
+@needs_native
+@pytest.mark.parametrize("numbers", [[1, 7], [1, 7, 1, 7, 1, 7], [1, 7, 2, 7], [1, 7, -1, 7], []], ids=str)
+def test_the_fingerprint_needs_a_form_for_each_weight(numbers):
+    weights = [torch.randn(7, dtype=torch.float32)] * 2
+    with pytest.raises(RuntimeError, match="native kernels: the weights do not fit their forms"):
+        torch.ops.starflow_native.fingerprints(weights, [torch.tensor(numbers, dtype=torch.int64)])
+
+
 @needs_native
 def test_swapped_weights_and_dropped_memory():
     """The cache keeps no reference to a weight, so that torch.utils.swap_tensors accepts it."""
