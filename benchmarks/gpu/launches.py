@@ -127,7 +127,7 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     """Return the launch of a kernel of a sampling step, for heads of d and tokens of D values.
 
     Args:
-        kernel: "qkv", "attend", "project", "up", "down", "embed" or "head".
+        kernel: "qkv", "attend", "product", "up", "embed" or "head".
         dtype: "bf16" or "fp32", of the network.
         d: values per head.
         D: values per token.
@@ -135,14 +135,14 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
         quantize: "none", "int8" or "fp8".
     """
     learned = ("weight", "bias", "norm_weight", "norm_bias", "post", "head_norms", "gate", "gate_bias", "table")
-    stored = (*learned, "in_weight", "in_bias", "k_cache", "v_cache", "hidden")
+    stored = (*learned, "in_weight", "in_bias", "k_cache", "v_cache", "hidden", "attended")
     states = ("h", "h_next", "h_in", "residual", "cos", "sin", "scale", "q", "cond", "z", "x", "guidance", "log_scales")
     splits = ("split_out", "split_max", "split_sum")
     types = dict.fromkeys(stored, f"*{dtype}") | dict.fromkeys((*states, *splits), "*fp32")
-    types |= dict.fromkeys(("position", "known_tokens"), "*i32")
+    types |= dict.fromkeys(("position", "known_tokens", "tickets"), "*i32")
     sizes = ("rows", "n", "C", "D", "slots", "splits", "width", "samples", "stride", "cond_stride", "T", "prefix")
     types |= dict.fromkeys(sizes, "i32") | {"clip": "fp32"}
-    if kernel == "down":
+    if kernel == "product":
         types["x"] = f"*{dtype}"
     constants, scales = {"H": 16, "KV": 4, "HEAD": d}, ("weight_scale", "gate_scale")
     if quantize == "none":
@@ -183,14 +183,14 @@ def _step() -> Launches:
             for d in (64, 256):
                 launches[f"block_qkv, {dtype}, d = {d}, {variant}"] = step("qkv", dtype, d, 64, options)
             launches[f"block_up, {dtype}, {variant}"] = step("up", dtype, 64, 64, options)
-        for kernel, d in itertools.product(("attend", "project"), (64, 256)):
-            launches[f"block_{kernel}, {dtype}, d = {d}"] = step(kernel, dtype, d, 64, plain)
-        launches[f"block_down, {dtype}"] = step("down", dtype, 64, 64, plain)
+        for d in (64, 256):
+            launches[f"block_attend, {dtype}, d = {d}"] = step("attend", dtype, d, 64, plain)
+        launches[f"block_product, {dtype}"] = step("product", dtype, 64, 64, plain)
         widest = sequential.WHOLE_TOKEN
         for kernel, D in (("embed", widest), ("head", 12), ("head", 64), ("head", widest), ("head", 768)):
             launches[f"block_{kernel}, {dtype}, D = {D}"] = step(kernel, dtype, 64, D, normed)
     for dtype, kind in (("bf16", "int8"), ("bf16", "fp8"), ("fp32", "fp8")):
-        for kernel in ("qkv", "project", "up", "down"):
+        for kernel in ("qkv", "up", "product"):
             launches[f"block_{kernel}, {dtype}, {kind} weights"] = step(kernel, dtype, 64, 64, normed, kind)
         launches[f"block_quantize, {dtype} to {kind}"] = quantization(dtype, kind)
     for kernel in ("qkv", "head"):
@@ -205,7 +205,7 @@ def sweep(kernel: str, dtype: str, d: int, D: int, neighbours: int = 0) -> Launc
     """Return the launch of a kernel of a Jacobi sweep, for heads of d and tokens of D values.
 
     Args:
-        kernel: "qkv", "attend", "project", "up", "down", "embed", "head" or "settle".
+        kernel: "qkv", "attend", "product", "up", "embed", "head" or "settle".
         dtype: "bf16" or "fp32", of the network.
         d: values per head.
         D: values per token.
@@ -226,7 +226,7 @@ def sweep(kernel: str, dtype: str, d: int, D: int, neighbours: int = 0) -> Launc
         if not neighbours:
             constants |= dict.fromkeys(("offsets", *sweeps.NEWTON))
             types = {name: kind for name, kind in types.items() if name not in ("offsets", *sweeps.NEWTON)}
-    shared = kernel in ("qkv", "project", "up", "down")
+    shared = kernel in ("qkv", "up", "product")
     function = like.kernel if shared else getattr(sweep_kernels, f"block_sweep_{kernel}_kernel")
     return Launch(function, types, constants, ("C", "D", "slots", "width", "n", "cond_stride"))
 
@@ -238,7 +238,7 @@ def _sweep() -> Launches:
             launches[f"block_qkv, sweep, {dtype}, d = {d}"] = sweep("qkv", dtype, d, 64)
         for d in (64, 256):
             launches[f"block_sweep_attend, {dtype}, d = {d}"] = sweep("attend", dtype, d, 64)
-        for kernel in ("project", "up", "down"):
+        for kernel in ("up", "product"):
             launches[f"block_{kernel}, sweep, {dtype}"] = sweep(kernel, dtype, 64, 64)
         launches[f"block_sweep_embed, {dtype}"] = sweep("embed", dtype, 64, 64)
         for D in (12, sequential.WHOLE_TOKEN):

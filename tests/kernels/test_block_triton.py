@@ -73,6 +73,31 @@ def test_more_keys_than_a_split(name, monkeypatch):
     assert_inverse(BLOCKS[name], dtype=F32, tokens=9, layers=1)
 
 
+@pytest.mark.parametrize("name", ["tarflow-flip", "starflow-all-norms"])
+@pytest.mark.parametrize("solver", [Solver(), Solver("jacobi", window=3, tol=1e-6)], ids=["sequential", "jacobi"])
+def test_programs_may_run_in_any_order(name, solver, monkeypatch):
+    """The last program of a sum to arrive adds the parts, whichever it is."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    from starflow_kernels.block.triton import sequential
+
+    for size, value in {"SPLIT": 16, "BLOCK_S": 16, "kept_sessions": sequential.Sessions()}.items():
+        monkeypatch.setattr(sequential, size, value)
+    z, w, spec, context = block(BLOCKS[name], dtype=F32, tokens=18, layers=1, heads=1, kv_heads=1)
+
+    def run():
+        return block_inverse(z, w, spec, **context, solver=solver, backend="triton").x
+
+    expected, place = run(), interpreter_builder.set_grid_idx
+    for order in (lambda x, n: n - 1 - x, lambda x, n: (x + n // 2) % n):
+
+        def shuffled(x, y, z, order=order):
+            place(order(x, interpreter_builder.grid_dim[0]), y, z)
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
+        assert torch.equal(run(), expected)
+
+
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
 @pytest.mark.parametrize(
     "name, dtype", [("tarflow-swiglu", F32), ("starflow-text", F32), ("starflow-all-norms", torch.float16)]
@@ -86,13 +111,13 @@ def test_every_value_of_a_byte(dtype):
     """The product with an identity matrix gives the values that the bits of fp8 or int8 stand for."""
     from starflow_kernels.block.triton import sequential, step_kernels
 
-    config = sequential.config("down", dtype.itemsize, 16, 16)
+    config = sequential.config("product", dtype.itemsize, 16, 16)
     for stored, kind in ((torch.uint8, torch.float8_e4m3fn), (torch.int8, torch.int8)):
         bits = torch.arange(256).to(torch.uint8)
         bits[bits.view(kind).float().isnan()] = 0
         bits = bits.view(16, 16)
         out = torch.zeros(16, 16)
-        step_kernels.block_down_kernel[(1,)](
+        step_kernels.block_product_kernel[(1,)](
             torch.eye(16, dtype=dtype), bits.view(stored), None, out, None, torch.ones(16), None, None, 16, 1, 16, 16,
             BIAS=False, POST=False, DTYPE=sequential.triton_dtype(dtype), BLOCK_M=16, **config,
         )  # fmt: skip

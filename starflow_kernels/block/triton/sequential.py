@@ -48,7 +48,7 @@ def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> d
     """Return tile sizes and launch options of a kernel. benchmarks/gpu/triton_resources.py checks that none spills.
 
     Args:
-        kernel: "qkv", "attend", "project", "up", "down", "embed" or "head".
+        kernel: "qkv", "attend", "product", "up", "embed" or "head".
         width: bytes per value of the network.
         D: values per token.
         d: values per head.
@@ -56,9 +56,7 @@ def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> d
     """
     narrow = width == 2
     tiles = {"BLOCK_N": BLOCK_N, "BLOCK_K": 64 if narrow else 32, "num_warps": 4, "num_stages": 3 if narrow else 2}
-    if kernel == "project":
-        tiles |= {"BLOCK_K": 32, "num_warps": 2} if narrow else {"BLOCK_K": 16}
-    elif kernel == "qkv" and half_tile(d) > 64:
+    if kernel == "qkv" and half_tile(d) > 64:
         tiles |= {"num_stages": 2}
     elif kernel == "qkv" and one_byte and narrow:
         tiles |= {"BLOCK_K": 32}
@@ -115,7 +113,9 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int = 1) -> Bu
         "k_cache": cache, "v_cache": cache, **states, **noise, **angles, **scores,
         "split_out": ((tokens, spec.heads, splits, spec.head_dim), wide),
         "q": ((tokens, spec.heads, spec.head_dim), wide),
+        "attended": ((tokens, spec.heads, spec.head_dim), dtype),
         "hidden": ((tokens, spec.mlp_dim), dtype),
+        "tickets": ((tokens * spec.heads,), torch.int32),
         "guidance": ((shape.samples, shape.tokens), wide),
         "known": ((shape.samples,), torch.int32),
         "cond": ((rows, shape.cond, spec.channels), wide),
@@ -169,9 +169,18 @@ class TritonSession:
         """Launch the attention of layer i over n tokens of each sequence; stop: see `layers`."""
         spec = self.spec
         step_kernels.block_attend_kernel[(self.rows * n * spec.heads * self.splits,)](
-            self.q, self.k_cache[i], self.v_cache[i], self.position, self.split_out, self.split_max, self.split_sum, n,
-            self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads, HEAD=spec.head_dim,
-            BLOCK_D=tile(spec.head_dim), BLOCK_S=BLOCK_S, SPLIT=SPLIT, num_warps=4, **self.pdl,
+            self.q, self.k_cache[i], self.v_cache[i], self.position, self.split_out, self.split_max, self.split_sum,
+            self.tickets, self.attended, n, self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads,
+            HEAD=spec.head_dim, BLOCK_D=tile(spec.head_dim), BLOCK_S=BLOCK_S, SPLIT=SPLIT, num_warps=4, **self.pdl,
+        )  # fmt: skip
+
+    def product(self, w: dict, name: str, x: torch.Tensor, h: torch.Tensor, n: int, stop: torch.Tensor | None) -> None:
+        """Launch the product of x with a weight; add it to h, or store it as residual; n, stop: see `layers`."""
+        spec, rows = self.spec, self.rows * n
+        step_kernels.block_product_kernel[self._grid(rows, triton.cdiv(spec.channels, BLOCK_N))](
+            x, *self._pair(w, name), h, self.residual, w.get(f"{name}.weight.scale"), self.position, stop, rows, n,
+            spec.channels, w[f"{name}.weight"].shape[1], BIAS=spec.bias, POST=spec.post_norm,
+            DTYPE=triton_dtype(self.hidden.dtype), **self._tiles("product"),
         )  # fmt: skip
 
     def layers(self, w: dict, n: int = 1, stop: torch.Tensor | None = None) -> torch.Tensor:
@@ -202,11 +211,7 @@ class TritonSession:
             if post is not None:
                 h, h_next = h_next, h
             self.attend(i, n, stop)
-            step_kernels.block_project_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
-                self.split_out, self.split_max, self.split_sum, self.position, *self._pair(w, f"{layer}.proj"), h,
-                self.residual, w.get(f"{layer}.proj.weight.scale"), stop, rows, n, C, self.splits, H=H, HEAD=d,
-                BIAS=spec.bias, POST=spec.post_norm, SPLIT=SPLIT, DTYPE=stored, **self._tiles("project"),
-            )  # fmt: skip
+            self.product(w, f"{layer}.proj", self.attended, h, n, stop)
             post = w.get(f"{layer}.attn_post_norm.weight")
             step_kernels.block_up_kernel[self._grid(rows, triton.cdiv(width, BLOCK_N))](
                 h, h_next, self.residual, post, *self._pair(w, f"{layer}.mlp_norm"), *self._pair(w, f"{layer}.up"),
@@ -217,11 +222,7 @@ class TritonSession:
             )  # fmt: skip
             if post is not None:
                 h, h_next = h_next, h
-            step_kernels.block_down_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N))](
-                self.hidden, *self._pair(w, f"{layer}.down"), h, self.residual, w.get(f"{layer}.down.weight.scale"),
-                self.position, stop, rows, n, C, width, BIAS=spec.bias, POST=spec.post_norm, DTYPE=stored,
-                **self._tiles("down"),
-            )  # fmt: skip
+            self.product(w, f"{layer}.down", self.hidden, h, n, stop)
             post = w.get(f"{layer}.mlp_post_norm.weight")
         return h
 
@@ -281,9 +282,9 @@ class TritonSession:
             for first in range(0, shape.prefix, n):
                 given = text[:, :, first : first + n].flatten(0, 1).contiguous()
                 rows = self.rows * given.shape[1]
-                step_kernels.block_down_kernel[self._grid(rows, triton.cdiv(spec.channels, BLOCK_N))](
+                step_kernels.block_product_kernel[self._grid(rows, triton.cdiv(spec.channels, BLOCK_N))](
                     given, *self._pair(w, "proj_text"), self.h_in, self.h_in, None, None, None, rows, 1,
-                    spec.channels, spec.text_dim, BIAS=True, POST=True, DTYPE=None, **self._tiles("down"),
+                    spec.channels, spec.text_dim, BIAS=True, POST=True, DTYPE=None, **self._tiles("product"),
                 )  # fmt: skip
                 self.position.fill_(first)
                 self.layers(w, given.shape[1])

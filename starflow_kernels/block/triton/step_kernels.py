@@ -16,7 +16,7 @@ from ..._triton.math import inverse_root, mean_of, tanh
 from .tiles import (
     RMS_EPS,
     add_product,
-    decode_weights,
+    is_last_arrival,
     load_state,
     load_tile,
     load_vector,
@@ -117,101 +117,59 @@ def block_qkv_kernel(
 
 
 @triton.jit
+def _add_to_softmax(best, weight, value, score, share, part):
+    """Add terms with scores (S,), sums of weights (S,) and values (S, BLOCK_D) to a softmax; return all three."""
+    highest = tl.maximum(best, tl.max(score, 0))
+    kept, p = tl.exp(best - highest), tl.exp(score - highest)
+    return highest, weight * kept + tl.sum(p * share, 0), value * kept + tl.sum(p[:, None] * part, 0)
+
+
+@triton.jit
 def block_attend_kernel(
-    q, k_cache, v_cache, position, split_out, split_max, split_sum, n, slots, splits,
+    q, k_cache, v_cache, position, split_out, split_max, split_sum, tickets, attended, n, slots, splits,
     H: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Store the largest score, sum of weights and weighted sum of values of one query over one split of the keys."""
+    """Attend with one query to one split of the keys; the last program of a query joins its splits in order."""
     wait_for_previous(PDL)
     split = tl.program_id(0) % splits
     query = tl.program_id(0) // splits
     row, head = (query // H).to(tl.int64), query % H
     last = tl.load(position) + row % n
-    i = tl.arange(0, BLOCK_D)
+    i, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     if split * SPLIT <= last:
         q_head = load_vector(q + (row * H + head) * HEAD, i, i < HEAD)  # (BLOCK_D,)
         cache_start = (row // n * KV + head // (H // KV)) * slots * HEAD
         best = tl.full([], float("-inf"), tl.float32)
         weight = tl.zeros([], tl.float32)
         value = tl.zeros([BLOCK_D], tl.float32)
+        ones = tl.full([BLOCK_S], 1.0, tl.float32)
         for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, last + 1), BLOCK_S):
-            s = start + tl.arange(0, BLOCK_S)
-            offsets, seen = cache_start + s[:, None] * HEAD + i[None, :], (s <= last)[:, None] & (i < HEAD)[None, :]
+            slot = start + s
+            offsets, seen = cache_start + slot[:, None] * HEAD + i[None, :], (slot <= last)[:, None] & (i < HEAD)[None, :]
             k = tl.load(k_cache + offsets, seen, 0).to(tl.float32)  # (BLOCK_S, BLOCK_D)
-            score = tl.sum(k * q_head[None, :], 1)
-            score = tl.where(s <= last, score, float("-inf"))
-            highest = tl.maximum(best, tl.max(score, 0))
-            kept, p = tl.exp(best - highest), tl.exp(score - highest)
+            score = tl.where(slot <= last, tl.sum(k * q_head[None, :], 1), float("-inf"))
             v = tl.load(v_cache + offsets, seen, 0).to(tl.float32)  # (BLOCK_S, BLOCK_D)
-            value = value * kept + tl.sum(p[:, None] * v, 0)
-            weight = weight * kept + tl.sum(p, 0)
-            best = highest
-        split_offset = query.to(tl.int64) * splits + split
-        tl.store(split_max + split_offset, best)
-        tl.store(split_sum + split_offset, weight)
-        tl.store(split_out + split_offset * HEAD + i, value, i < HEAD)
-
-
-@triton.jit
-def block_project_kernel(
-    split_out, split_max, split_sum, position, weight, bias, h, residual, weight_scale, stop, rows, n, C, splits,
-    H: tl.constexpr, HEAD: tl.constexpr, BIAS: tl.constexpr, POST: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr = False,
-):  # fmt: skip
-    """Join the splits of attention in order and project the result; add it to the state, or store it as residual."""
-    wait_for_previous(PDL)
-    blocks = tl.cdiv(rows, BLOCK_M)
-    row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    out = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    if stop is None:
-        inside, base = row < rows, tl.load(position)
-        used, most = (base + row % n) // SPLIT + 1, (base + n - 1) // SPLIT + 1
-    else:
-        slot, inside = window_slots(position, stop, row, n, rows)
-        if none_inside(inside):
-            return
-        used = slot // SPLIT + 1
-        most = tl.max(tl.where(inside, used, 0), 0)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for head in range(0, H):
-        split_offsets = (row * H + head) * splits
-        best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        for split in range(0, most):
-            # (BLOCK_M,)
-            best = tl.maximum(best, tl.load(split_max + split_offsets + split, inside & (split < used), float("-inf")))
-        best = tl.where(inside, best, 0.0)
-        for start in range(0, HEAD, BLOCK_K):
-            i = start + tl.arange(0, BLOCK_K)
-            value = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-            share = tl.zeros([BLOCK_M], tl.float32)
-            for split in range(0, most):
-                read = inside & (split < used)
-                fade = tl.exp(tl.load(split_max + split_offsets + split, read, float("-inf")) - best)  # (BLOCK_M,)
-                share += fade * tl.load(split_sum + split_offsets + split, read, 0.0)  # (BLOCK_M,)
-                offsets = (split_offsets + split)[:, None] * HEAD + i[None, :]
-                # (BLOCK_M, BLOCK_K)
-                value += fade[:, None] * tl.load(split_out + offsets, read[:, None] & (i < HEAD)[None, :], 0.0)
-            value = value / tl.where(inside, share, 1.0)[:, None]
-            known = (i < HEAD)[:, None] & (out < C)[None, :]
-            # (BLOCK_K, BLOCK_N)
-            w = tl.load(weight + out[None, :].to(tl.int64) * (H * HEAD) + head * HEAD + i[:, None], known, 0)
-            total = add_product(value, decode_weights(w, DTYPE), total)  # (BLOCK_M, BLOCK_N)
-    total = scale_channels(total, weight_scale, out, out < C)
-    _store_sum(total, bias, h, residual, row, out, rows, C, BIAS, POST)
-
-
-@triton.jit
-def _store_sum(total, bias, h, residual, row, out, rows, C, BIAS: tl.constexpr, POST: tl.constexpr):
-    """Add a product and its bias to the state, or store the sum as a residual that is not yet normed."""
-    if BIAS:
-        total += load_vector(bias, out, out < C)[None, :]
-    offsets, inside = row[:, None] * C + out[None, :], (row < rows)[:, None] & (out < C)[None, :]
-    if POST:
-        tl.store(residual + offsets, total, inside)
-    else:
-        tl.store(h + offsets, tl.load(h + offsets, inside, 0) + total, inside)  # (BLOCK_M, BLOCK_N)
+            best, weight, value = _add_to_softmax(best, weight, value, score, ones, v)
+        first = query.to(tl.int64) * splits
+        tl.store(split_max + first + split, best)
+        tl.store(split_sum + first + split, weight)
+        tl.store(split_out + (first + split) * HEAD + i, value, i < HEAD)
+        used = last // SPLIT + 1
+        if is_last_arrival(tickets + query, used):
+            best = tl.full([], float("-inf"), tl.float32)
+            weight = tl.zeros([], tl.float32)
+            value = tl.zeros([BLOCK_D], tl.float32)
+            for start in range(0, used, BLOCK_S):
+                offsets, known = first + start + s, start + s < used
+                most = tl.load(split_max + offsets, known, float("-inf"))  # (BLOCK_S,)
+                share = tl.load(split_sum + offsets, known, 0.0)  # (BLOCK_S,)
+                # (BLOCK_S, BLOCK_D)
+                part = tl.load(
+                    split_out + offsets[:, None] * HEAD + i[None, :], known[:, None] & (i < HEAD)[None, :], 0.0
+                )
+                best, weight, value = _add_to_softmax(best, weight, value, most, share, part)
+            tl.store(attended + (row * H + head) * HEAD + i, value / weight, i < HEAD)
 
 
 @triton.jit
@@ -261,12 +219,16 @@ def block_up_kernel(
 
 
 @triton.jit
-def block_down_kernel(
+def block_product_kernel(
     x, weight, bias, h, residual, weight_scale, position, stop, rows, n, C, width,
     BIAS: tl.constexpr, POST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Compute the second product of the MLP; add it to the state, or store it as the residual."""
+    """Add the product of x (rows, width) with a weight, and its bias, to the state, or store it as the residual.
+
+    It is the output projection of attention, and the second product of the MLP. With POST, it is stored as the
+    residual, which is not yet normed.
+    """
     wait_for_previous(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -280,4 +242,10 @@ def block_down_kernel(
         # (BLOCK_M, BLOCK_N)
         total = add_product(load_tile(x, row, c, rows, width), load_weight(weight, out, c, C, width, DTYPE), total)
     total = scale_channels(total, weight_scale, out, out < C)
-    _store_sum(total, bias, h, residual, row, out, rows, C, BIAS, POST)
+    if BIAS:
+        total += load_vector(bias, out, out < C)[None, :]
+    offsets, inside = row[:, None] * C + out[None, :], (row < rows)[:, None] & (out < C)[None, :]
+    if POST:
+        tl.store(residual + offsets, total, inside)
+    else:
+        tl.store(h + offsets, tl.load(h + offsets, inside, 0) + total, inside)  # (BLOCK_M, BLOCK_N)

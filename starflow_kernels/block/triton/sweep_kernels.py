@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .head_kernels import mean_and_scale
 from .newton_kernels import newton_step
-from .tiles import add_product, load_vector, load_weight, none_inside, window_slots
+from .tiles import add_product, is_last_arrival, load_vector, load_weight, none_inside, window_slots
 from .wide_newton_kernels import wide_newton_step
 
 INFINITY = tl.constexpr(float("inf"))
@@ -51,11 +51,14 @@ def block_sweep_embed_kernel(
 
 @triton.jit
 def block_sweep_attend_kernel(
-    q, k_cache, v_cache, position, stop, split_out, split_max, split_sum, n, slots, splits,
+    q, k_cache, v_cache, position, stop, split_out, split_max, split_sum, tickets, attended, n, slots, splits,
     H: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Attend with BLOCK_M queries of one head and window to one split of the keys, which are read once."""
+    """Attend with BLOCK_M queries of one head and window to one split of the keys, which are read once.
+
+    The last program of the queries joins their splits in order.
+    """
     tiles = n // BLOCK_M
     split = tl.program_id(0) % splits
     head = tl.program_id(0) // splits % H
@@ -92,6 +95,26 @@ def block_sweep_attend_kernel(
         tl.store(split_max + split_offsets, best, used)
         tl.store(split_sum + split_offsets, weight, used)
         tl.store(split_out + split_offsets[:, None] * HEAD + i[None, :], value, used[:, None] & (i < HEAD)[None, :])
+        programs = last // SPLIT + 1
+        if is_last_arrival(tickets + tile * H + head, programs):
+            best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            weight = tl.zeros([BLOCK_M], tl.float32)
+            value = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            for part in range(0, programs):
+                split_offsets, used = (row * H + head) * splits + part, inside & (part * SPLIT <= slot)
+                most = tl.load(split_max + split_offsets, used, float("-inf"))  # (BLOCK_M,)
+                highest = tl.maximum(best, most)
+                base = tl.where(inside, highest, 0.0)
+                kept, share = tl.exp(best - base), tl.exp(most - base)
+                weight = weight * kept + share * tl.load(split_sum + split_offsets, used, 0.0)
+                known = used[:, None] & (i < HEAD)[None, :]
+                # (BLOCK_M, BLOCK_D)
+                value = value * kept[:, None] + share[:, None] * tl.load(
+                    split_out + split_offsets[:, None] * HEAD + i[None, :], known, 0.0
+                )
+                best = highest
+            value = value / tl.where(inside, weight, 1.0)[:, None]
+            tl.store(attended + q_offsets, value, inside[:, None] & (i < HEAD)[None, :])
 
 
 @triton.jit

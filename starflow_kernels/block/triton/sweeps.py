@@ -106,8 +106,8 @@ class JacobiSession(sequential.TritonSession):
         tiles = n // sequential.BLOCK_M
         sweep_kernels.block_sweep_attend_kernel[(self.rows * tiles * spec.heads * self.splits,)](
             self.q, self.k_cache[i], self.v_cache[i], self.position, stop, self.split_out, self.split_max,
-            self.split_sum, n, self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads, HEAD=spec.head_dim,
-            BLOCK_D=sequential.tile(spec.head_dim), SPLIT=sequential.SPLIT, **self._own("attend"),
+            self.split_sum, self.tickets, self.attended, n, self.k_cache.shape[3], self.splits, H=spec.heads,
+            KV=spec.kv_heads, HEAD=spec.head_dim, BLOCK_D=sequential.tile(spec.head_dim), SPLIT=sequential.SPLIT, **self._own("attend"),
         )  # fmt: skip
 
     def _own(self, kernel: str) -> dict[str, int]:

@@ -36,6 +36,20 @@ def none_inside(inside):
 
 
 @triton.jit
+def is_last_arrival(ticket, programs):
+    """Count this program in a ticket and return whether it is the last of `programs`, which sees what all have stored.
+
+    The last program sets the ticket to 0 for the next launch.
+    """
+    # The atomic of one thread publishes the stores of all threads only after a barrier.
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+@triton.jit
 def load_tile(x, row, c, rows, width):
     """Return the columns c of some rows as float32, zero outside the tensor."""
     # (rows, columns)
