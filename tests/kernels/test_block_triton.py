@@ -73,6 +73,25 @@ def test_more_keys_than_a_split(name, monkeypatch):
     assert_inverse(BLOCKS[name], dtype=F32, tokens=9, layers=1)
 
 
+@pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
+def test_products_in_parts(dtype):
+    from starflow_kernels.block.triton import sequential
+
+    assert sequential.product_parts(300, 35, dtype.itemsize) > 2
+    assert_inverse(BLOCKS["starflow-text"], dtype=dtype, tokens=2, layers=1, channels=35, mlp_dim=300)
+
+
+def test_parts_of_a_product_fill_a_large_gpu_and_none_is_empty():
+    from starflow_kernels.block.triton.sequential import product_parts
+
+    # Programs of both products into the state.
+    assert [96 * product_parts(width, 3072, 2) for width in (3072, 12288)] == [384, 384]
+    assert [24 * product_parts(width, 768, 2) for width in (768, 3072)] == [144, 288]
+    for width in range(1, 5000, 37):
+        blocks, parts = -(-width // 128), product_parts(width, 768, 2)
+        assert (parts - 1) * -(-blocks // parts) < blocks
+
+
 @pytest.mark.parametrize("name", ["tarflow-flip", "starflow-all-norms"])
 @pytest.mark.parametrize("solver", [Solver(), Solver("jacobi", window=3, tol=1e-6)], ids=["sequential", "jacobi"])
 def test_programs_may_run_in_any_order(name, solver, monkeypatch):
@@ -83,7 +102,8 @@ def test_programs_may_run_in_any_order(name, solver, monkeypatch):
 
     for size, value in {"SPLIT": 16, "BLOCK_S": 16, "kept_sessions": sequential.Sessions()}.items():
         monkeypatch.setattr(sequential, size, value)
-    z, w, spec, context = block(BLOCKS[name], dtype=F32, tokens=18, layers=1, heads=1, kv_heads=1)
+    z, w, spec, context = block(BLOCKS[name], dtype=F32, tokens=18, layers=1, heads=1, kv_heads=1, mlp_dim=130)
+    assert sequential.product_parts(130, spec.channels, 4) == 3
 
     def run():
         return block_inverse(z, w, spec, **context, solver=solver, backend="triton").x
@@ -118,8 +138,8 @@ def test_every_value_of_a_byte(dtype):
         bits = bits.view(16, 16)
         out = torch.zeros(16, 16)
         step_kernels.block_product_kernel[(1,)](
-            torch.eye(16, dtype=dtype), bits.view(stored), None, out, None, torch.ones(16), None, None, 16, 1, 16, 16,
-            BIAS=False, POST=False, DTYPE=sequential.triton_dtype(dtype), BLOCK_M=16, **config,
+            torch.eye(16, dtype=dtype), bits.view(stored), None, out, *(None,) * 3, torch.ones(16), None, None, 16, 1, 16, 16,
+            PARTS=1, BIAS=False, POST=False, DTYPE=sequential.triton_dtype(dtype), BLOCK_M=16, **config,
         )  # fmt: skip
         known = bits.view(kind).float().T
         assert torch.equal(out * (256 if stored == torch.uint8 else 1), known)

@@ -35,6 +35,8 @@ WIDEST_HEAD = 256
 BLOCK_M = 16
 # Outputs per tile.
 BLOCK_N = 32
+# Programs that a product is split into at most, per tile of rows: three on each processor of an H200.
+PROGRAMS = 396
 # Keys per split of attention.
 SPLIT = 256
 # Keys per iteration within a split.
@@ -59,7 +61,9 @@ def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> d
     if kernel == "qkv" and half_tile(d) > 64:
         tiles |= {"num_stages": 2}
     elif kernel == "qkv" and one_byte and narrow:
-        tiles |= {"BLOCK_K": 32}
+        tiles |= {"num_stages": 4}
+    elif kernel == "product" or (kernel in ("qkv", "up") and (narrow or not one_byte)):
+        tiles |= {"BLOCK_K": 128, "num_stages": 4} if narrow else {"BLOCK_K": 64, "num_stages": 3}
     elif kernel == "head" and (part := token_part(D)) >= 64:
         tiles |= {"BLOCK_K": 16, "num_warps": 8 if narrow or part > 64 else 4, "num_stages": 2 if narrow else 1}
         tiles |= {} if narrow or part <= 64 else {"BLOCK_N": 16}
@@ -68,6 +72,22 @@ def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> d
         tiles |= {"num_stages": 1}
     unused = {"qkv": "BLOCK_N", "embed": "BLOCK_K"}.get(kernel)
     return {name: value for name, value in tiles.items() if name != unused}
+
+
+def product_parts(width: int, channels: int, bytes_per_value: int, n: int = 1) -> int:
+    """Return the number of programs that share each sum over `width` values of a product with `channels` outputs.
+
+    It does not depend on the batch, so that the bits of a row do not either.
+
+    Args:
+        width: terms per sum.
+        channels: outputs.
+        bytes_per_value: of the network.
+        n: tokens of each sequence per step.
+    """
+    blocks = triton.cdiv(width, config("product", bytes_per_value, 0, 0)["BLOCK_K"])
+    tiles = triton.cdiv(channels, BLOCK_N) * triton.cdiv(n, BLOCK_M)
+    return triton.cdiv(blocks, triton.cdiv(blocks, max(1, PROGRAMS // tiles)))
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -109,13 +129,20 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int = 1) -> Bu
     noise = dict.fromkeys(("z", "x", "log_scales"), ((shape.samples, shape.tokens, spec.token_dim), wide))
     angles = dict.fromkeys(("cos", "sin"), ((slots, spec.head_dim // 2), wide))
     scores = dict.fromkeys(("split_max", "split_sum"), ((tokens, spec.heads, splits), wide))
+    widths = spec.heads * spec.head_dim, spec.mlp_dim, max(spec.text_dim, 1)
+
+    def sums(rows: int, n: int) -> int:
+        return rows * max(product_parts(width, spec.channels, dtype.itemsize, n) for width in widths)
+
+    tickets = max(tokens * spec.heads, triton.cdiv(tokens, BLOCK_M) * triton.cdiv(spec.channels, BLOCK_N))
     return {
         "k_cache": cache, "v_cache": cache, **states, **noise, **angles, **scores,
         "split_out": ((tokens, spec.heads, splits, spec.head_dim), wide),
         "q": ((tokens, spec.heads, spec.head_dim), wide),
         "attended": ((tokens, spec.heads, spec.head_dim), dtype),
         "hidden": ((tokens, spec.mlp_dim), dtype),
-        "tickets": ((tokens * spec.heads,), torch.int32),
+        "partial": ((max(sums(rows * _pass_tokens(shape), 1), sums(rows * n, n)), spec.channels), wide),
+        "tickets": ((tickets,), torch.int32),
         "guidance": ((shape.samples, shape.tokens), wide),
         "known": ((shape.samples,), torch.int32),
         "cond": ((rows, shape.cond, spec.channels), wide),
@@ -174,13 +201,23 @@ class TritonSession:
             HEAD=spec.head_dim, BLOCK_D=tile(spec.head_dim), BLOCK_S=BLOCK_S, SPLIT=SPLIT, num_warps=4, **self.pdl,
         )  # fmt: skip
 
-    def product(self, w: dict, name: str, x: torch.Tensor, h: torch.Tensor, n: int, stop: torch.Tensor | None) -> None:
-        """Launch the product of x with a weight; add it to h, or store it as residual; n, stop: see `layers`."""
-        spec, rows = self.spec, self.rows * n
-        step_kernels.block_product_kernel[self._grid(rows, triton.cdiv(spec.channels, BLOCK_N))](
-            x, *self._pair(w, name), h, self.residual, w.get(f"{name}.weight.scale"), self.position, stop, rows, n,
-            spec.channels, w[f"{name}.weight"].shape[1], BIAS=spec.bias, POST=spec.post_norm,
-            DTYPE=triton_dtype(self.hidden.dtype), **self._tiles("product"),
+    def product(self, w: dict, name: str, x: torch.Tensor, h: torch.Tensor, n: int, stop=None, text=False) -> None:
+        """Launch the product of x with a weight, and add it to h or store it as residual.
+
+        Args:
+            w: the model's weights.
+            name: of the weight.
+            x: (rows, width), rows are n tokens of every sequence.
+            h: (rows, C), state.
+            n, stop: see `layers`.
+            text: store the product in h.
+        """
+        spec, rows, (C, width) = self.spec, self.rows * n, w[f"{name}.weight"].shape
+        parts = product_parts(width, C, self.hidden.element_size(), 1 if stop is None else n)
+        step_kernels.block_product_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N) * parts)](
+            x, *self._pair(w, name), h, h if text else self.residual, self.partial, self.tickets,
+            w.get(f"{name}.weight.scale"), self.position, stop, rows, n, C, width, PARTS=parts, BIAS=spec.bias or text,
+            POST=spec.post_norm or text, DTYPE=triton_dtype(self.hidden.dtype), **self._tiles("product"),
         )  # fmt: skip
 
     def layers(self, w: dict, n: int = 1, stop: torch.Tensor | None = None) -> torch.Tensor:
@@ -281,11 +318,7 @@ class TritonSession:
             text[:, : prefix.shape[1]] = prefix
             for first in range(0, shape.prefix, n):
                 given = text[:, :, first : first + n].flatten(0, 1).contiguous()
-                rows = self.rows * given.shape[1]
-                step_kernels.block_product_kernel[self._grid(rows, triton.cdiv(spec.channels, BLOCK_N))](
-                    given, *self._pair(w, "proj_text"), self.h_in, self.h_in, None, None, None, rows, 1,
-                    spec.channels, spec.text_dim, BIAS=True, POST=True, DTYPE=None, **self._tiles("product"),
-                )  # fmt: skip
+                self.product(w, "proj_text", given, self.h_in, given.shape[1], text=True)
                 self.position.fill_(first)
                 self.layers(w, given.shape[1])
 

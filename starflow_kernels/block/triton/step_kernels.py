@@ -146,7 +146,10 @@ def block_attend_kernel(
         ones = tl.full([BLOCK_S], 1.0, tl.float32)
         for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, last + 1), BLOCK_S):
             slot = start + s
-            offsets, seen = cache_start + slot[:, None] * HEAD + i[None, :], (slot <= last)[:, None] & (i < HEAD)[None, :]
+            offsets, seen = (
+                cache_start + slot[:, None] * HEAD + i[None, :],
+                (slot <= last)[:, None] & (i < HEAD)[None, :],
+            )
             k = tl.load(k_cache + offsets, seen, 0).to(tl.float32)  # (BLOCK_S, BLOCK_D)
             score = tl.where(slot <= last, tl.sum(k * q_head[None, :], 1), float("-inf"))
             v = tl.load(v_cache + offsets, seen, 0).to(tl.float32)  # (BLOCK_S, BLOCK_D)
@@ -220,31 +223,43 @@ def block_up_kernel(
 
 @triton.jit
 def block_product_kernel(
-    x, weight, bias, h, residual, weight_scale, position, stop, rows, n, C, width,
-    BIAS: tl.constexpr, POST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, weight, bias, h, residual, partial, tickets, weight_scale, position, stop, rows, n, C, width,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, POST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Add the product of x (rows, width) with a weight, and its bias, to the state, or store it as the residual.
 
     It is the output projection of attention, and the second product of the MLP. With POST, it is stored as the
-    residual, which is not yet normed.
+    residual, which is not yet normed. Each of PARTS programs takes a part of the width; the last one to arrive adds
+    their sums in order.
     """
     wait_for_previous(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
+    column, part = tl.program_id(0) // blocks // PARTS, tl.program_id(0) // blocks % PARTS
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    out = (tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    out = (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     if stop is not None:  # noqa: SIM102, a compile-time condition
         if none_inside(window_slots(position, stop, row, n, rows)[1]):
             return
+    size = tl.cdiv(tl.cdiv(width, BLOCK_K), PARTS) * BLOCK_K
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, width, BLOCK_K):
+    for start in range(part * size, tl.minimum((part + 1) * size, width), BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
         # (BLOCK_M, BLOCK_N)
         total = add_product(load_tile(x, row, c, rows, width), load_weight(weight, out, c, C, width, DTYPE), total)
+    offsets, inside = row[:, None] * C + out[None, :], (row < rows)[:, None] & (out < C)[None, :]
+    if PARTS > 1:
+        numbers = tl.cast(rows, tl.int64) * C
+        tl.store(partial + part * numbers + offsets, total, inside)
+        if not is_last_arrival(tickets + column * blocks + tl.program_id(0) % blocks, PARTS):
+            return
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for i in tl.static_range(PARTS):
+            total += tl.load(partial + i * numbers + offsets, inside, 0)  # (BLOCK_M, BLOCK_N)
     total = scale_channels(total, weight_scale, out, out < C)
     if BIAS:
         total += load_vector(bias, out, out < C)[None, :]
-    offsets, inside = row[:, None] * C + out[None, :], (row < rows)[:, None] & (out < C)[None, :]
     if POST:
         tl.store(residual + offsets, total, inside)
     else:
