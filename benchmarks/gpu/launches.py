@@ -137,7 +137,7 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     learned = ("weight", "bias", "norm_weight", "norm_bias", "post", "head_norms", "gate", "gate_bias", "table")
     stored = (*learned, "in_weight", "in_bias", "k_cache", "v_cache", "hidden", "attended")
     states = ("h", "h_next", "h_in", "residual", "cos", "sin", "scale", "q", "cond", "z", "x", "guidance", "log_scales")
-    splits = ("split_out", "split_max", "split_sum", "partial")
+    splits = ("split_out", "split_max", "split_sum", "partial", "statistics")
     types = dict.fromkeys(stored, f"*{dtype}") | dict.fromkeys((*states, *splits), "*fp32")
     types |= dict.fromkeys(("position", "known_tokens", "tickets"), "*i32")
     sizes = ("rows", "n", "C", "D", "slots", "splits", "width", "samples", "stride", "cond_stride", "T", "prefix")
@@ -157,7 +157,8 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     constants |= {"BLOCK_D": part if kernel in ("head", "embed") else sequential.tile(d), "WHOLE": whole, **options}
     constants |= dict.fromkeys(("BIAS", "QK_NORM", "ROTARY", "CLIPPED", "START", "TABLE", "COND"), True)
     constants |= {"BRANCHES": 2, "RULE": "starflow", "SCALE": "softplus", "PARTS": 12}
-    constants |= {"PAIRS": rotary.half_tile(d)}
+    # Tiles of 3072 channels.
+    constants |= {"PAIRS": rotary.half_tile(d), "TILES": 0 if options["FIRST"] else 128}
     constants |= sequential.config(kernel, WIDTH[dtype], D, d, quantize != "none")
     module = head_kernels if kernel in ("head", "embed") else step_kernels
     return Launch(

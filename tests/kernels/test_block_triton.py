@@ -118,6 +118,15 @@ def test_programs_may_run_in_any_order(name, solver, monkeypatch):
         assert torch.equal(run(), expected)
 
 
+@pytest.mark.parametrize("name", ["tarflow-flip", "tarflow-rms-clip", "tarflow-swiglu"])
+def test_norms_of_states_far_from_zero(name):
+    z, w, spec, context = block(BLOCKS[name], dtype=F32, tokens=2, layers=2, channels=70, heads=1, kv_heads=1)
+    w["proj_in.bias"] += 30
+    plain, found = (block_inverse(z, w, spec, **context, backend=b).x for b in ("reference", "triton"))
+    z, w, context = doubled(z, w, context)
+    assert_within_contract(found, plain, block_inverse(z, w, spec, **context, backend="reference").x)
+
+
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
 @pytest.mark.parametrize(
     "name, dtype", [("tarflow-swiglu", F32), ("starflow-text", F32), ("starflow-all-norms", torch.float16)]
@@ -138,8 +147,9 @@ def test_every_value_of_a_byte(dtype):
         bits = bits.view(16, 16)
         out = torch.zeros(16, 16)
         step_kernels.block_product_kernel[(1,)](
-            torch.eye(16, dtype=dtype), bits.view(stored), None, out, *(None,) * 3, torch.ones(16), None, None, 16, 1, 16, 16,
-            PARTS=1, BIAS=False, POST=False, DTYPE=sequential.triton_dtype(dtype), BLOCK_M=16, **config,
+            torch.eye(16, dtype=dtype), bits.view(stored), None, out, None, torch.zeros(16, 2), None, None,
+            torch.ones(16), None, None, 16, 1, 16, 16, PARTS=1, BIAS=False, POST=False,
+            DTYPE=sequential.triton_dtype(dtype), BLOCK_M=16, **config,
         )  # fmt: skip
         known = bits.view(kind).float().T
         assert torch.equal(out * (256 if stored == torch.uint8 else 1), known)

@@ -57,12 +57,14 @@ def block_embed_kernel(
 
 @triton.jit
 def _raw(
-    h, residual, post, norm_weight, weight, bias, row, d, rows, C, D, clip,
-    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
+    h, residual, post, statistics, norm_weight, weight, bias, row, d, rows, C, D, clip,
+    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return the clipped raw a and b of the rows, for the values d of a token."""
-    factor, mean, size = norm_statistics(h, residual, post, row, rows, C, NORM, POST, BLOCK_M, BLOCK_K)
+    factor, mean, size = norm_statistics(
+        h, residual, post, statistics, row, rows, C, NORM, POST, TILES, BLOCK_M, BLOCK_K
+    )
     a = tl.zeros([BLOCK_M, d.shape[0]], tl.float32)
     b = tl.zeros([BLOCK_M, d.shape[0]], tl.float32)
     skip = 0 if SCALE == "unit" else D
@@ -82,9 +84,10 @@ def _raw(
 
 @triton.jit
 def mean_and_scale(
-    h, residual, post, norm_weight, weight, bias, guidance, row, d, token_offsets, known, samples, C, D, clip,
-    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
-    RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    h, residual, post, statistics, norm_weight, weight, bias, guidance, row, d, token_offsets, known, samples, C, D,
+    clip,
+    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, TILES: tl.constexpr,
+    BRANCHES: tl.constexpr, RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return mean, scale and log scale of the values d of each row's token.
 
@@ -92,12 +95,12 @@ def mean_and_scale(
     condition is `samples` rows later.
     """
     rows = samples * BRANCHES
-    a, b = _raw(h, residual, post, norm_weight, weight, bias, row, d, rows, C, D, clip, SCALE, CLIPPED, NORM, POST,
-                BLOCK_M, BLOCK_K)  # fmt: skip
+    a, b = _raw(h, residual, post, statistics, norm_weight, weight, bias, row, d, rows, C, D, clip, SCALE, CLIPPED,
+                NORM, POST, TILES, BLOCK_M, BLOCK_K)  # fmt: skip
     if BRANCHES == 2:
         # Outputs of the branch without the condition.
-        plain_a, plain_b = _raw(h, residual, post, norm_weight, weight, bias, row + samples, d, rows, C, D, clip,
-                                SCALE, CLIPPED, NORM, POST, BLOCK_M, BLOCK_K)  # fmt: skip
+        plain_a, plain_b = _raw(h, residual, post, statistics, norm_weight, weight, bias, row + samples, d, rows, C, D,
+                                clip, SCALE, CLIPPED, NORM, POST, TILES, BLOCK_M, BLOCK_K)  # fmt: skip
         w = tl.load(guidance + token_offsets, known, 0)[:, None]  # (BLOCK_M, 1)
         if RULE == "tarflow":
             b = b + w * (b - plain_b)
@@ -123,18 +126,18 @@ def mean_and_scale(
 
 @triton.jit
 def _token(
-    total, start, h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, log_scales, in_weight,
-    row, column, channel, token, samples, T, C, D, clip,
-    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
-    RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    total, start, h, residual, post, statistics, norm_weight, weight, bias, z, guidance, known_tokens, x, log_scales,
+    in_weight, row, column, channel, token, samples, T, C, D, clip,
+    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, TILES: tl.constexpr,
+    BRANCHES: tl.constexpr, RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_D values of a token of each row, and return total plus their part of its projection."""
     d = start + tl.arange(0, BLOCK_D)
     known = row < tl.where(token < T, samples, 0)
     inside = known[:, None] & (d < D)[None, :]
     mu, sigma, log_sigma = mean_and_scale(
-        h, residual, post, norm_weight, weight, bias, guidance, row, d, row * T + token, known, samples, C, D, clip,
-        SCALE, CLIPPED, NORM, POST, BRANCHES, RULE, BLOCK_M, BLOCK_K,
+        h, residual, post, statistics, norm_weight, weight, bias, guidance, row, d, row * T + token, known, samples, C,
+        D, clip, SCALE, CLIPPED, NORM, POST, TILES, BRANCHES, RULE, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     offsets = (row * T + token)[:, None] * D + d[None, :]
     given = token < tl.load(known_tokens + row, known, 0)
@@ -150,11 +153,11 @@ def _token(
 
 @triton.jit
 def block_head_kernel(
-    h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, log_scales, h_in, in_weight, in_bias,
-    table, cond, cond_stride, position, samples, T, prefix, C, D, clip,
-    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
-    RULE: tl.constexpr, START: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    h, residual, post, statistics, norm_weight, weight, bias, z, guidance, known_tokens, x, log_scales, h_in, in_weight,
+    in_bias, table, cond, cond_stride, position, samples, T, prefix, C, D, clip,
+    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, TILES: tl.constexpr,
+    BRANCHES: tl.constexpr, RULE: tl.constexpr, START: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Compute the token that the outputs of this slot belong to, and its projection for the next slot.
@@ -174,9 +177,9 @@ def block_head_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, BLOCK_D if WHOLE else D, BLOCK_D):
         total = _token(
-            total, start, h, residual, post, norm_weight, weight, bias, z, guidance, known_tokens, x, log_scales,
-            in_weight, row, column, channel, token, samples, T, C, D, clip, SCALE, CLIPPED, NORM, POST, BRANCHES, RULE,
-            BLOCK_M, BLOCK_K, BLOCK_D,
+            total, start, h, residual, post, statistics, norm_weight, weight, bias, z, guidance, known_tokens, x,
+            log_scales, in_weight, row, column, channel, token, samples, T, C, D, clip, SCALE, CLIPPED, NORM, POST,
+            TILES, BRANCHES, RULE, BLOCK_M, BLOCK_K, BLOCK_D,
         )  # fmt: skip
     table_offset = tl.minimum(slot + 1, T - 1).to(tl.int64) * C
     cond_offset = tl.where(cond_stride == C, 0, table_offset)

@@ -23,6 +23,7 @@ from ..cache_budget import cache_bytes
 from ..packing import refuse_spec
 from . import head_kernels, step_kernels
 from .sessions import Sessions, Shape, bucket, captured, current_stream, lend, loaded, sample
+from .tiles import PRODUCT_N
 from .weights import Model, models
 
 # Widest token that the head kernel computes as a whole; wider ones would spill registers.
@@ -34,7 +35,7 @@ WIDEST_HEAD = 256
 # Rows per tile.
 BLOCK_M = 16
 # Outputs per tile.
-BLOCK_N = 32
+BLOCK_N = PRODUCT_N.value
 # Programs that a product is split into at most, per tile of rows: three on each processor of an H200.
 PROGRAMS = 396
 # Keys per split of attention.
@@ -70,7 +71,7 @@ def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> d
         tiles |= {"num_warps": 4 if narrow else 8} if part < D else {}
     elif kernel == "embed":
         tiles |= {"num_stages": 1}
-    unused = {"qkv": "BLOCK_N", "embed": "BLOCK_K"}.get(kernel)
+    unused = {"qkv": "BLOCK_N", "product": "BLOCK_N", "embed": "BLOCK_K"}.get(kernel)
     return {name: value for name, value in tiles.items() if name != unused}
 
 
@@ -139,6 +140,7 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int = 1) -> Bu
         "k_cache": cache, "v_cache": cache, **states, **noise, **angles, **scores,
         "split_out": ((tokens, spec.heads, splits, spec.head_dim), wide),
         "q": ((tokens, spec.heads, spec.head_dim), wide),
+        "statistics": ((tokens, triton.cdiv(spec.channels, BLOCK_N), 2), wide),
         "attended": ((tokens, spec.heads, spec.head_dim), dtype),
         "hidden": ((tokens, spec.mlp_dim), dtype),
         "partial": ((max(sums(rows * _pass_tokens(shape), 1), sums(rows * n, n)), spec.channels), wide),
@@ -179,6 +181,8 @@ class TritonSession:
             setattr(self, name, torch.zeros(size, dtype=dtype, device=device))
         self.splits, self.pdl = self.split_out.shape[2], {"PDL": True, "launch_pdl": True} if pdl(device) else {}
         self.graph = None
+        # Padded number of tiles per row with statistics.
+        self.tiles = triton.next_power_of_2(self.statistics.shape[1])
 
     def _grid(self, rows: int, columns: int) -> tuple[int]:
         """Return the grid; programs that read the same weights are neighbours."""
@@ -209,13 +213,14 @@ class TritonSession:
             name: of the weight.
             x: (rows, width), rows are n tokens of every sequence.
             h: (rows, C), state.
-            n, stop: see `layers`.
+            n: tokens of each sequence.
+            stop: see `layers`.
             text: store the product in h.
         """
         spec, rows, (C, width) = self.spec, self.rows * n, w[f"{name}.weight"].shape
         parts = product_parts(width, C, self.hidden.element_size(), 1 if stop is None else n)
         step_kernels.block_product_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N) * parts)](
-            x, *self._pair(w, name), h, h if text else self.residual, self.partial, self.tickets,
+            x, *self._pair(w, name), h, h if text else self.residual, self.statistics, self.partial, self.tickets,
             w.get(f"{name}.weight.scale"), self.position, stop, rows, n, C, width, PARTS=parts, BIAS=spec.bias or text,
             POST=spec.post_norm or text, DTYPE=triton_dtype(self.hidden.dtype), **self._tiles("product"),
         )  # fmt: skip
@@ -238,12 +243,12 @@ class TritonSession:
             layer, first = f"layers.{i}", i == 0
             before, after = (self.h_in, h) if first else (h, h_next)
             step_kernels.block_qkv_kernel[self._grid(rows, (H + 2 * KV) * triton.cdiv(d - d // 2, pairs))](
-                before, after, self.residual, post, *self._pair(w, f"{layer}.attn_norm"),
+                before, after, self.residual, post, self.statistics, *self._pair(w, f"{layer}.attn_norm"),
                 *self._pair(w, f"{layer}.qkv"), w.get(f"{layer}.head_norms"), self.cos, self.sin, self.scale,
                 self.position, self.q, self.k_cache[i], self.v_cache[i], w.get(f"{layer}.qkv.weight.scale"), stop,
                 rows, n, C, self.k_cache.shape[3], H=H, KV=KV, HEAD=d, POST=post is not None,
                 QK_NORM=spec.qk_norm, ROTARY=spec.rotary != "none", FIRST=first, PAIRS=pairs, NORM=spec.norm,
-                BIAS=spec.bias, DTYPE=stored, **self._tiles("qkv"),
+                TILES=0 if first else self.tiles, BIAS=spec.bias, DTYPE=stored, **self._tiles("qkv"),
             )  # fmt: skip
             if post is not None:
                 h, h_next = h_next, h
@@ -251,11 +256,11 @@ class TritonSession:
             self.product(w, f"{layer}.proj", self.attended, h, n, stop)
             post = w.get(f"{layer}.attn_post_norm.weight")
             step_kernels.block_up_kernel[self._grid(rows, triton.cdiv(width, BLOCK_N))](
-                h, h_next, self.residual, post, *self._pair(w, f"{layer}.mlp_norm"), *self._pair(w, f"{layer}.up"),
-                *self._pair(w, f"{layer}.gate"), self.hidden, w.get(f"{layer}.up.weight.scale"),
-                w.get(f"{layer}.gate.weight.scale"), self.position, stop, rows, n, C, width, POST=post is not None,
-                NORM=spec.norm,
-                GATED=spec.mlp == "swiglu", BIAS=spec.bias, DTYPE=stored, **self._tiles("up"),
+                h, h_next, self.residual, post, self.statistics, *self._pair(w, f"{layer}.mlp_norm"),
+                *self._pair(w, f"{layer}.up"), *self._pair(w, f"{layer}.gate"), self.hidden,
+                w.get(f"{layer}.up.weight.scale"), w.get(f"{layer}.gate.weight.scale"), self.position, stop, rows, n,
+                C, width, POST=post is not None, NORM=spec.norm, TILES=self.tiles, GATED=spec.mlp == "swiglu",
+                BIAS=spec.bias, DTYPE=stored, **self._tiles("up"),
             )  # fmt: skip
             if post is not None:
                 h, h_next = h_next, h
@@ -276,12 +281,13 @@ class TritonSession:
         """Launch one step."""
         spec, shape, h, tiles = self.spec, self.shape, self.layers(w), self._tiles("head")
         head_kernels.block_head_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, tiles["BLOCK_N"]))](
-            h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
-            *self._pair(w, "proj_out"), self.z, self.guidance, self.known, self.x, self.log_scales, self.h_in,
-            *self._embed_weights(w), self.position, shape.samples, shape.tokens, shape.prefix, spec.channels,
-            spec.token_dim, spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0,
-            POST=spec.post_norm, RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
-            WHOLE=spec.token_dim <= WHOLE_TOKEN, **self._embed_options(), **tiles,
+            h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), self.statistics,
+            w.get("final_norm.weight"), *self._pair(w, "proj_out"), self.z, self.guidance, self.known, self.x,
+            self.log_scales, self.h_in, *self._embed_weights(w), self.position, shape.samples, shape.tokens,
+            shape.prefix, spec.channels, spec.token_dim, spec.affine.soft_clip, SCALE=spec.affine.scale,
+            CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm, TILES=self.tiles, RULE=shape.rule,
+            NORM="rms_norm" if spec.final_norm else "none", START=spec.start, WHOLE=spec.token_dim <= WHOLE_TOKEN,
+            **self._embed_options(), **tiles,
         )  # fmt: skip
 
     def fill(self, z: torch.Tensor, context: tuple, temperature: float) -> None:
@@ -312,7 +318,7 @@ class TritonSession:
 
     def read(self, w: dict, prefix: torch.Tensor | None) -> None:
         """Fill the cache with the text `prefix`."""
-        spec, shape, n = self.spec, self.shape, _pass_tokens(self.shape)
+        shape, n = self.shape, _pass_tokens(self.shape)
         if prefix is not None:
             text = prefix.new_zeros(shape.branches, shape.samples, *prefix.shape[2:])
             text[:, : prefix.shape[1]] = prefix

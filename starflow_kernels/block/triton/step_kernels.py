@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..._triton.math import inverse_root, mean_of, tanh
 from .tiles import (
+    PRODUCT_N,
     RMS_EPS,
     add_product,
     is_last_arrival,
@@ -25,6 +26,7 @@ from .tiles import (
     norm_statistics,
     normalize,
     scale_channels,
+    store_statistics,
     wait_for_previous,
     window_slots,
 )
@@ -37,10 +39,10 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 @triton.jit
 def block_qkv_kernel(
-    h, h_next, residual, post, norm_weight, norm_bias, weight, bias, head_norms, cos, sin, scale, position,
-    q, k_cache, v_cache, weight_scale, stop, rows, n, C, slots,
+    h, h_next, residual, post, statistics, norm_weight, norm_bias, weight, bias, head_norms, cos, sin, scale,
+    position, q, k_cache, v_cache, weight_scale, stop, rows, n, C, slots,
     H: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
-    BIAS: tl.constexpr, QK_NORM: tl.constexpr, ROTARY: tl.constexpr, FIRST: tl.constexpr,
+    BIAS: tl.constexpr, QK_NORM: tl.constexpr, ROTARY: tl.constexpr, FIRST: tl.constexpr, TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr,
     DTYPE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
@@ -65,7 +67,9 @@ def block_qkv_kernel(
         slot, inside = window_slots(position, stop, row, n, rows)
         if none_inside(inside):
             return
-    factor, mean, size = norm_statistics(h, residual, post, row, rows, C, NORM, POST, BLOCK_M, BLOCK_K)
+    factor, mean, size = norm_statistics(
+        h, residual, post, statistics, row, rows, C, NORM, POST, TILES, BLOCK_M, BLOCK_K
+    )
     a = tl.zeros([BLOCK_M, PAIRS], tl.float32)
     b = tl.zeros([BLOCK_M, PAIRS], tl.float32)
     weight_a = weight + head.to(tl.int64) * HEAD * C
@@ -177,9 +181,9 @@ def block_attend_kernel(
 
 @triton.jit
 def block_up_kernel(
-    h, h_next, residual, post, norm_weight, norm_bias, weight, bias, gate, gate_bias, hidden, weight_scale, gate_scale,
-    position, stop, rows, n, C, width,
-    NORM: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+    h, h_next, residual, post, statistics, norm_weight, norm_bias, weight, bias, gate, gate_bias, hidden,
+    weight_scale, gate_scale, position, stop, rows, n, C, width,
+    NORM: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
@@ -192,7 +196,9 @@ def block_up_kernel(
     if stop is not None:  # noqa: SIM102, a compile-time condition
         if none_inside(window_slots(position, stop, row, n, rows)[1]):
             return
-    factor, mean, size = norm_statistics(h, residual, post, row, rows, C, NORM, POST, BLOCK_M, BLOCK_K)
+    factor, mean, size = norm_statistics(
+        h, residual, post, statistics, row, rows, C, NORM, POST, TILES, BLOCK_M, BLOCK_K
+    )
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, C, BLOCK_K):
@@ -223,30 +229,29 @@ def block_up_kernel(
 
 @triton.jit
 def block_product_kernel(
-    x, weight, bias, h, residual, partial, tickets, weight_scale, position, stop, rows, n, C, width,
-    PARTS: tl.constexpr, BIAS: tl.constexpr, POST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, weight, bias, h, residual, statistics, partial, tickets, weight_scale, position, stop, rows, n, C, width,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, POST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Add the product of x (rows, width) with a weight, and its bias, to the state, or store it as the residual.
 
     It is the output projection of attention, and the second product of the MLP. With POST, it is stored as the
     residual, which is not yet normed. Each of PARTS programs takes a part of the width; the last one to arrive adds
-    their sums in order.
+    their sums in order, and stores the statistics of what it stores.
     """
     wait_for_previous(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
     column, part = tl.program_id(0) // blocks // PARTS, tl.program_id(0) // blocks % PARTS
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    out = (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    out = (column * PRODUCT_N + tl.arange(0, PRODUCT_N)).to(tl.int64)
     if stop is not None:  # noqa: SIM102, a compile-time condition
         if none_inside(window_slots(position, stop, row, n, rows)[1]):
             return
     size = tl.cdiv(tl.cdiv(width, BLOCK_K), PARTS) * BLOCK_K
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_M, PRODUCT_N], tl.float32)
     for start in range(part * size, tl.minimum((part + 1) * size, width), BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
-        # (BLOCK_M, BLOCK_N)
+        # (BLOCK_M, PRODUCT_N)
         total = add_product(load_tile(x, row, c, rows, width), load_weight(weight, out, c, C, width, DTYPE), total)
     offsets, inside = row[:, None] * C + out[None, :], (row < rows)[:, None] & (out < C)[None, :]
     if PARTS > 1:
@@ -254,13 +259,13 @@ def block_product_kernel(
         tl.store(partial + part * numbers + offsets, total, inside)
         if not is_last_arrival(tickets + column * blocks + tl.program_id(0) % blocks, PARTS):
             return
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        total = tl.zeros([BLOCK_M, PRODUCT_N], tl.float32)
         for i in tl.static_range(PARTS):
-            total += tl.load(partial + i * numbers + offsets, inside, 0)  # (BLOCK_M, BLOCK_N)
+            total += tl.load(partial + i * numbers + offsets, inside, 0)  # (BLOCK_M, PRODUCT_N)
     total = scale_channels(total, weight_scale, out, out < C)
     if BIAS:
         total += load_vector(bias, out, out < C)[None, :]
-    if POST:
-        tl.store(residual + offsets, total, inside)
-    else:
-        tl.store(h + offsets, tl.load(h + offsets, inside, 0) + total, inside)  # (BLOCK_M, BLOCK_N)
+    if not POST:
+        total += tl.load(h + offsets, inside, 0)  # (BLOCK_M, PRODUCT_N)
+    tl.store((residual if POST else h) + offsets, total, inside)
+    store_statistics(statistics, total, row, column, rows, C)

@@ -119,10 +119,10 @@ def block_sweep_attend_kernel(
 
 @triton.jit
 def block_sweep_head_kernel(
-    h, residual, post, norm_weight, weight, bias, z, guidance, x, y, log_scales, spread, log_sigma,
+    h, residual, post, statistics, norm_weight, weight, bias, z, guidance, x, y, log_scales, spread, log_sigma,
     change, move, size, position, stop, samples, n, T, prefix, C, D, clip,
-    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, BRANCHES: tl.constexpr,
-    RULE: tl.constexpr, START: tl.constexpr,
+    SCALE: tl.constexpr, CLIPPED: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr, TILES: tl.constexpr,
+    BRANCHES: tl.constexpr, RULE: tl.constexpr, START: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Store y = mu + sigma z for the tokens in the windows.
@@ -142,8 +142,8 @@ def block_sweep_head_kernel(
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         mu, sigma, log_scale = mean_and_scale(
-            h, residual, post, norm_weight, weight, bias, guidance, row, d, token_offsets, inside, samples * n, C, D,
-            clip, SCALE, CLIPPED, NORM, POST, BRANCHES, RULE, BLOCK_M, BLOCK_K,
+            h, residual, post, statistics, norm_weight, weight, bias, guidance, row, d, token_offsets, inside,
+            samples * n, C, D, clip, SCALE, CLIPPED, NORM, POST, TILES, BRANCHES, RULE, BLOCK_M, BLOCK_K,
         )  # fmt: skip
         known = inside[:, None] & (d < D)[None, :]
         tl.store(log_scales + token_offsets[:, None] * D + d[None, :], log_scale, known)

@@ -107,7 +107,8 @@ class JacobiSession(sequential.TritonSession):
         sweep_kernels.block_sweep_attend_kernel[(self.rows * tiles * spec.heads * self.splits,)](
             self.q, self.k_cache[i], self.v_cache[i], self.position, stop, self.split_out, self.split_max,
             self.split_sum, self.tickets, self.attended, n, self.k_cache.shape[3], self.splits, H=spec.heads,
-            KV=spec.kv_heads, HEAD=spec.head_dim, BLOCK_D=sequential.tile(spec.head_dim), SPLIT=sequential.SPLIT, **self._own("attend"),
+            KV=spec.kv_heads, HEAD=spec.head_dim, BLOCK_D=sequential.tile(spec.head_dim), SPLIT=sequential.SPLIT,
+            **self._own("attend"),
         )  # fmt: skip
 
     def _own(self, kernel: str) -> dict[str, int]:
@@ -133,12 +134,13 @@ class JacobiSession(sequential.TritonSession):
         inputs = 0 if self.offsets is None else len(self.offsets) * D
         spread, log_sigma, *learned = (getattr(self, name, None) for name in NEWTON)
         sweep_kernels.block_sweep_head_kernel[(triton.cdiv(shape.samples * n, sequential.BLOCK_M),)](
-            h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), w.get("final_norm.weight"),
-            *self._pair(w, "proj_out"), self.z, self.guidance, self.x, self.y, self.log_scales, spread,
-            log_sigma, self.change, self.move, self.size, self.position, self.stop, shape.samples, n, shape.tokens,
-            shape.prefix, C, D, spec.affine.soft_clip, SCALE=spec.affine.scale, CLIPPED=spec.affine.soft_clip > 0,
-            POST=spec.post_norm, RULE=shape.rule, NORM="rms_norm" if spec.final_norm else "none", START=spec.start,
-            BRANCHES=shape.branches, **self._own("head"),
+            h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), self.statistics,
+            w.get("final_norm.weight"), *self._pair(w, "proj_out"), self.z, self.guidance, self.x, self.y,
+            self.log_scales, spread, log_sigma, self.change, self.move, self.size, self.position, self.stop,
+            shape.samples, n, shape.tokens, shape.prefix, C, D, spec.affine.soft_clip, SCALE=spec.affine.scale,
+            CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm, TILES=self.tiles, RULE=shape.rule,
+            NORM="rms_norm" if spec.final_norm else "none", START=spec.start, BRANCHES=shape.branches,
+            **self._own("head"),
         )  # fmt: skip
         sweep_kernels.block_sweep_settle_kernel[(shape.samples,)](
             self.x, self.y, spread, log_sigma, self.change, self.move, self.size, self.bound, self.tol, self.done,

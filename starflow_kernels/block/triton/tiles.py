@@ -12,6 +12,8 @@ from ..._triton.math import inverse_root, mean_of
 
 RMS_EPS = tl.constexpr(NORM_EPS["rms_norm"])
 LAYER_EPS = tl.constexpr(NORM_EPS["layer_norm"])
+# Outputs per tile of a product into the state. Each row has statistics per tile.
+PRODUCT_N = tl.constexpr(32)
 
 
 @triton.jit
@@ -112,33 +114,70 @@ def load_state(h, residual, post, factor, row, c, rows, C, POST: tl.constexpr):
 
 
 @triton.jit
+def store_statistics(statistics, value, row, column, rows, C):
+    """Store the sum of a tile (BLOCK_M, PRODUCT_N) per row, and the sum of squared distances from its mean.
+
+    statistics: (rows, tiles, 2).
+    """
+    count = tl.minimum(C - column * PRODUCT_N, PRODUCT_N)
+    known = (tl.arange(0, PRODUCT_N) < count)[None, :]
+    total = tl.sum(tl.where(known, value, 0.0), 1)
+    distance = tl.where(known, value - mean_of(total, count)[:, None], 0.0)
+    offsets = 2 * (row * tl.cdiv(C, PRODUCT_N) + column)
+    tl.store(statistics + offsets, total, row < rows)
+    tl.store(statistics + offsets + 1, tl.sum(distance * distance, 1), row < rows)
+
+
+@triton.jit
+def merged_statistics(statistics, row, rows, C, TILES: tl.constexpr):
+    """Return the mean of the rows and the sum of squared distances from it, (BLOCK_M,) each; TILES: at most, padded."""
+    tile, tiles = tl.arange(0, TILES), tl.cdiv(C, PRODUCT_N)
+    offsets, known = 2 * (row[:, None] * tiles + tile[None, :]), (row < rows)[:, None] & (tile < tiles)[None, :]
+    count = tl.maximum(tl.minimum(C - tile * PRODUCT_N, PRODUCT_N), 0)[None, :]
+    total = tl.load(statistics + offsets, known, 0.0)  # (BLOCK_M, TILES)
+    mean = mean_of(tl.sum(total, 1), C)
+    distance = mean_of(total, tl.maximum(count, 1)) - mean[:, None]
+    # (BLOCK_M, TILES)
+    square = tl.load(statistics + offsets + 1, known, 0.0) + count * distance * distance
+    return mean, tl.sum(square, 1)
+
+
+@triton.jit
 def norm_statistics(
-    h, residual, post, row, rows, C,
-    NORM: tl.constexpr, POST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    h, residual, post, statistics, row, rows, C, NORM: tl.constexpr, POST: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return the factor of the residual's norm, and the mean and factor of the state's norm, (BLOCK_M,) each."""
+    """Return the factor of the residual's norm, and the mean and factor of the state's norm, (BLOCK_M,) each.
+
+    statistics: of the tiles of the residual if POST, else of the state. TILES: padded number of tiles per row, 0 if no
+    product has stored their statistics.
+    """
     factor = tl.full([BLOCK_M], 1.0, tl.float32)
     mean = tl.zeros([BLOCK_M], tl.float32)
     size = tl.full([BLOCK_M], 1.0, tl.float32)
     if POST:
-        square = tl.zeros([BLOCK_M], tl.float32)
-        for start in range(0, C, BLOCK_K):
-            x = load_tile(residual, row, start + tl.arange(0, BLOCK_K), rows, C)  # (BLOCK_M, BLOCK_K)
-            square += tl.sum(x * x, 1)
-        factor = inverse_root(mean_of(square, C) + RMS_EPS)
-    if NORM == "layer_norm":
-        for start in range(0, C, BLOCK_K):
-            c = start + tl.arange(0, BLOCK_K)
-            mean += tl.sum(load_state(h, residual, post, factor, row, c, rows, C, POST), 1)
-        mean = mean_of(mean, C)
+        center, square = merged_statistics(statistics, row, rows, C, TILES)
+        factor = inverse_root(mean_of(square, C) + center * center + RMS_EPS)
     if NORM != "none":
-        square = tl.zeros([BLOCK_M], tl.float32)
-        for start in range(0, C, BLOCK_K):
-            c = start + tl.arange(0, BLOCK_K)
-            x = load_state(h, residual, post, factor, row, c, rows, C, POST)  # (BLOCK_M, BLOCK_K)
-            x = tl.where((c < C)[None, :], x - mean[:, None], 0.0)
-            square += tl.sum(x * x, 1)
-        size = inverse_root(mean_of(square, C) + (LAYER_EPS if NORM == "layer_norm" else RMS_EPS))
+        if POST or TILES == 0:
+            if NORM == "layer_norm":
+                for start in range(0, C, BLOCK_K):
+                    c = start + tl.arange(0, BLOCK_K)
+                    mean += tl.sum(load_state(h, residual, post, factor, row, c, rows, C, POST), 1)
+                mean = mean_of(mean, C)
+            square = tl.zeros([BLOCK_M], tl.float32)
+            for start in range(0, C, BLOCK_K):
+                c = start + tl.arange(0, BLOCK_K)
+                x = load_state(h, residual, post, factor, row, c, rows, C, POST)  # (BLOCK_M, BLOCK_K)
+                x = tl.where((c < C)[None, :], x - mean[:, None], 0.0)
+                square += tl.sum(x * x, 1)
+            square = mean_of(square, C)
+        else:
+            mean, square = merged_statistics(statistics, row, rows, C, TILES)
+            square = mean_of(square, C)
+            if NORM == "rms_norm":
+                square += mean * mean
+        size = inverse_root(square + (LAYER_EPS if NORM == "layer_norm" else RMS_EPS))
     return factor, mean, size
 
 
