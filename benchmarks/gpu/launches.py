@@ -151,7 +151,7 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
         types |= dict.fromkeys(("weight", "gate"), {"int8": "*i8", "fp8": "*u8"}[quantize])
         types |= dict.fromkeys(scales, "*fp32")
     constants |= {"PDL": False, "stop": None, "BLOCK_M": sequential.BLOCK_M}
-    constants |= {"BLOCK_S": sequential.BLOCK_S, "SPLIT": sequential.SPLIT}
+    constants |= {"SPLIT": sequential.SPLIT}
     constants |= {"DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype]}
     whole, part = sequential.WHOLE_TOKEN >= D, sequential.token_part(D)
     constants |= {"BLOCK_D": part if kernel in ("head", "embed") else sequential.tile(d), "WHOLE": whole, **options}

@@ -39,9 +39,11 @@ BLOCK_N = PRODUCT_N.value
 # Programs that a product is split into at most, per tile of rows: three on each processor of an H200.
 PROGRAMS = 396
 # Keys per split of attention.
-SPLIT = 256
-# Keys per iteration within a split.
-BLOCK_S = 32
+SPLIT = 128
+# Most keys per iteration within a split.
+BLOCK_S = 64
+# Iterations whose keys and values are loaded ahead, with the current one.
+STAGES = 3
 # Rows of text or given tokens per pass of the network.
 PASS_ROWS = 1024
 kept_sessions = Sessions()
@@ -57,6 +59,9 @@ def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> d
         d: values per head.
         one_byte: whether weights are stored in one byte per value.
     """
+    if kernel == "attend":
+        # An iteration takes at most 8 KiB of keys.
+        return {"BLOCK_S": min(BLOCK_S, max(16, 8192 // (tile(d) * width))), "STAGES": STAGES, "num_warps": 4}
     narrow = width == 2
     tiles = {"BLOCK_N": BLOCK_N, "BLOCK_K": 64 if narrow else 32, "num_warps": 4, "num_stages": 3 if narrow else 2}
     if kernel == "qkv" and half_tile(d) > 64:
@@ -202,7 +207,8 @@ class TritonSession:
         step_kernels.block_attend_kernel[(self.rows * n * spec.heads * self.splits,)](
             self.q, self.k_cache[i], self.v_cache[i], self.position, self.split_out, self.split_max, self.split_sum,
             self.tickets, self.attended, n, self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads,
-            HEAD=spec.head_dim, BLOCK_D=tile(spec.head_dim), BLOCK_S=BLOCK_S, SPLIT=SPLIT, num_warps=4, **self.pdl,
+            HEAD=spec.head_dim, BLOCK_D=tile(spec.head_dim), SPLIT=SPLIT,
+            **config("attend", self.hidden.element_size(), spec.token_dim, spec.head_dim), **self.pdl,
         )  # fmt: skip
 
     def product(self, w: dict, name: str, x: torch.Tensor, h: torch.Tensor, n: int, stop=None, text=False) -> None:

@@ -132,7 +132,8 @@ def _add_to_softmax(best, weight, value, score, share, part):
 def block_attend_kernel(
     q, k_cache, v_cache, position, split_out, split_max, split_sum, tickets, attended, n, slots, splits,
     H: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Attend with one query to one split of the keys; the last program of a query joins its splits in order."""
     wait_for_previous(PDL)
@@ -148,15 +149,16 @@ def block_attend_kernel(
         weight = tl.zeros([], tl.float32)
         value = tl.zeros([BLOCK_D], tl.float32)
         ones = tl.full([BLOCK_S], 1.0, tl.float32)
-        for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, last + 1), BLOCK_S):
+        # Without a product by tl.dot, a loop loads ahead only if it asks for stages.
+        for start in tl.range(split * SPLIT, tl.minimum((split + 1) * SPLIT, last + 1), BLOCK_S, num_stages=STAGES):
             slot = start + s
             offsets, seen = (
                 cache_start + slot[:, None] * HEAD + i[None, :],
                 (slot <= last)[:, None] & (i < HEAD)[None, :],
             )
             k = tl.load(k_cache + offsets, seen, 0).to(tl.float32)  # (BLOCK_S, BLOCK_D)
-            score = tl.where(slot <= last, tl.sum(k * q_head[None, :], 1), float("-inf"))
             v = tl.load(v_cache + offsets, seen, 0).to(tl.float32)  # (BLOCK_S, BLOCK_D)
+            score = tl.where(slot <= last, tl.sum(k * q_head[None, :], 1), float("-inf"))
             best, weight, value = _add_to_softmax(best, weight, value, score, ones, v)
         first = query.to(tl.int64) * splits
         tl.store(split_max + first + split, best)

@@ -197,7 +197,7 @@ def config(kernel: str, width: int, D: int, d: int) -> dict[str, int]:
     """Return the tile sizes of a kernel of a sweep; the arguments are those of `sequential.config`."""
     if kernel == "attend":
         small = {"BLOCK_S": 16, "num_warps": 8, "num_stages": 2}
-        return small if width == 4 else {"BLOCK_S": sequential.BLOCK_S, "num_warps": 4, "num_stages": 2}
+        return small if width == 4 else {"BLOCK_S": 32, "num_warps": 4, "num_stages": 2}
     if kernel == "head":
         tiles = {"BLOCK_D": min(sequential.tile(D), 64), "BLOCK_K": 16 if width == 4 else 32, "num_warps": 4}
         return {**tiles, "num_stages": 2 if width == 2 and D < 64 else 1}
