@@ -195,7 +195,7 @@ def _step() -> Launches:
         for kernel in ("qkv", "up", "product"):
             launches[f"block_{kernel}, {dtype}, {kind} weights"] = step(kernel, dtype, 64, 64, normed, kind)
         launches[f"block_quantize, {dtype} to {kind}"] = quantization(dtype, kind)
-    for kernel in ("qkv", "head"):
+    for kernel in ("qkv", "up", "product", "head"):
         early, late = (step(kernel, "bf16", 64, 64, {**normed, "PDL": pdl}) for pdl in (True, False))
         early.constants["launch_pdl"] = True
         by_chip = {chip: early if chip in ("sm_90", "sm_100") else late for chip in TARGETS}

@@ -265,15 +265,19 @@ def test_refuses_an_adaptive_block(solver):
         block_inverse(z, w, spec, **context, solver=solver, backend="triton")
 
 
-def test_dependent_launch_is_opt_in_and_needs_sm_90(monkeypatch):
+def test_dependent_launch_needs_sm_90_and_can_be_turned_off(monkeypatch):
     from starflow_kernels.block.triton import sequential
 
     chip, device = [(9, 0)], torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip[0])
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("STARFLOW_PDL", raising=False)
-    assert not sequential.pdl(device)
-    monkeypatch.setenv("STARFLOW_PDL", "1")
     assert sequential.pdl(device) and not sequential.pdl(torch.device("cpu"))
+    monkeypatch.setenv("STARFLOW_PDL", "0")
+    assert not sequential.pdl(device)
+    monkeypatch.delenv("STARFLOW_PDL")
     chip[0] = 8, 6
+    assert not sequential.pdl(device)
+    chip[0] = 9, 0
+    monkeypatch.delattr(sequential.tl.extra.cuda, "gdc_wait")
     assert not sequential.pdl(device)

@@ -102,8 +102,9 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def pdl(device: torch.device) -> bool:
-    """Return whether to use programmatic dependent launch: STARFLOW_PDL=1 and sm_90 or newer. Not measured yet."""
-    asked = os.environ.get("STARFLOW_PDL") == "1" and device.type == "cuda" and torch.version.cuda is not None
+    """Return whether to use programmatic dependent launch: Triton has it, sm_90 or newer, and not STARFLOW_PDL=0."""
+    asked = os.environ.get("STARFLOW_PDL") != "0" and hasattr(tl.extra.cuda, "gdc_wait")
+    asked = asked and device.type == "cuda" and torch.version.cuda is not None
     return asked and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -25,6 +25,7 @@ from .tiles import (
     none_inside,
     norm_statistics,
     normalize,
+    prefetch_weight,
     scale_channels,
     store_statistics,
     wait_for_previous,
@@ -51,7 +52,6 @@ def block_qkv_kernel(
     A pair is value p and value p + half of a head. FIRST: whether the position is in position[1], where the head kernel
     has left it and no program of this kernel writes.
     """
-    wait_for_previous(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
     column = tl.program_id(0) // blocks
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -59,6 +59,10 @@ def block_qkv_kernel(
     PAIR_TILES: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
     head, pair = column // PAIR_TILES, column % PAIR_TILES * PAIRS + tl.arange(0, PAIRS)
     inside = row < rows
+    weight_a = weight + head.to(tl.int64) * HEAD * C
+    prefetch_weight(weight_a, pair, 0, C, HALF, C, PDL)
+    prefetch_weight(weight_a + HALF * C, pair, 0, C, HEAD // 2, C, PDL)
+    wait_for_previous(PDL)
     if stop is None:
         base = tl.load(position + 1 if FIRST else position)
         if FIRST and tl.program_id(0) == 0:
@@ -72,7 +76,6 @@ def block_qkv_kernel(
     )
     a = tl.zeros([BLOCK_M, PAIRS], tl.float32)
     b = tl.zeros([BLOCK_M, PAIRS], tl.float32)
-    weight_a = weight + head.to(tl.int64) * HEAD * C
     for start in range(0, C, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
         x = load_state(h, residual, post, factor, row, c, rows, C, POST)  # (BLOCK_M, BLOCK_K)
@@ -190,11 +193,14 @@ def block_up_kernel(
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Norm the rows and compute the hidden values of the MLP."""
-    wait_for_previous(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
     column = tl.program_id(0) // blocks
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     out = (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    prefetch_weight(weight, out, 0, C, width, C, PDL)
+    if GATED:
+        prefetch_weight(gate, out, 0, C, width, C, PDL)
+    wait_for_previous(PDL)
     if stop is not None:  # noqa: SIM102, a compile-time condition
         if none_inside(window_slots(position, stop, row, n, rows)[1]):
             return
@@ -241,17 +247,19 @@ def block_product_kernel(
     residual, which is not yet normed. Each of PARTS programs takes a part of the width; the last one to arrive adds
     their sums in order, and stores the statistics of what it stores.
     """
-    wait_for_previous(PDL)
     blocks = tl.cdiv(rows, BLOCK_M)
     column, part = tl.program_id(0) // blocks // PARTS, tl.program_id(0) // blocks % PARTS
     row = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     out = (column * PRODUCT_N + tl.arange(0, PRODUCT_N)).to(tl.int64)
+    size = tl.cdiv(tl.cdiv(width, BLOCK_K), PARTS) * BLOCK_K
+    first, end = part * size, tl.minimum((part + 1) * size, width)
+    prefetch_weight(weight, out, first, end, C, width, PDL)
+    wait_for_previous(PDL)
     if stop is not None:  # noqa: SIM102, a compile-time condition
         if none_inside(window_slots(position, stop, row, n, rows)[1]):
             return
-    size = tl.cdiv(tl.cdiv(width, BLOCK_K), PARTS) * BLOCK_K
     total = tl.zeros([BLOCK_M, PRODUCT_N], tl.float32)
-    for start in range(part * size, tl.minimum((part + 1) * size, width), BLOCK_K):
+    for start in range(first, end, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
         # (BLOCK_M, PRODUCT_N)
         total = add_product(load_tile(x, row, c, rows, width), load_weight(weight, out, c, C, width, DTYPE), total)

@@ -12,6 +12,8 @@ from ..._triton.math import inverse_root, mean_of
 
 RMS_EPS = tl.constexpr(NORM_EPS["rms_norm"])
 LAYER_EPS = tl.constexpr(NORM_EPS["layer_norm"])
+# Most values per row of a weight that a program prefetches.
+PREFETCHED = tl.constexpr(1024)
 # Outputs per tile of a product into the state. Each row has statistics per tile.
 PRODUCT_N = tl.constexpr(32)
 
@@ -22,6 +24,21 @@ def wait_for_previous(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_weight(weight, out, start, end, outs, width, PDL: tl.constexpr):
+    """Bring up to PREFETCHED values per row `out` of a weight (outs, width), from `start` to `end`, into the L2 cache.
+
+    Weights do not change during a step, so this is done while the previous kernel still runs, if PDL.
+    """
+    if PDL:
+        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+        c = tl.minimum(start + tl.arange(0, PREFETCHED // LINE) * LINE, end - 1)
+        pointers = weight + (tl.minimum(out, outs - 1)[:, None] * width + c[None, :])  # (outputs, lines)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
