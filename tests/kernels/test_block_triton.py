@@ -165,9 +165,8 @@ def matmul_by_rows(monkeypatch):
 @pytest.mark.usefixtures("matmul_by_rows")
 def test_rows_have_the_same_bits_in_any_batch(name, guided, T, monkeypatch):
     B = 17
-    z, w, spec, context = block(
-        BLOCKS[name], B=B, copies=1 + guided, dtype=F32, tokens=T, layers=1, heads=1, kv_heads=1
-    )
+    sizes = {"layers": 1, "heads": 1, "kv_heads": 1, "mlp_dim": 130}
+    z, w, spec, context = block(BLOCKS[name], B=B, copies=1 + guided, dtype=F32, tokens=T, **sizes)
     guidance = torch.rand(B, T) if guided else None
 
     def run(rows):
