@@ -152,7 +152,7 @@ def block_attend_kernel(
         weight = tl.zeros([], tl.float32)
         value = tl.zeros([BLOCK_D], tl.float32)
         ones = tl.full([BLOCK_S], 1.0, tl.float32)
-        # Without a product by tl.dot, a loop loads ahead only if it asks for stages.
+        # A loop without tl.dot loads ahead only if it asks for stages.
         for start in tl.range(split * SPLIT, tl.minimum((split + 1) * SPLIT, last + 1), BLOCK_S, num_stages=STAGES):
             slot = start + s
             offsets, seen = (
