@@ -155,10 +155,8 @@ def block_attend_kernel(
         # A loop without tl.dot loads ahead only if it asks for stages.
         for start in tl.range(split * SPLIT, tl.minimum((split + 1) * SPLIT, last + 1), BLOCK_S, num_stages=STAGES):
             slot = start + s
-            offsets, seen = (
-                cache_start + slot[:, None] * HEAD + i[None, :],
-                (slot <= last)[:, None] & (i < HEAD)[None, :],
-            )
+            offsets = cache_start + slot[:, None] * HEAD + i[None, :]
+            seen = (slot <= last)[:, None] & (i < HEAD)[None, :]
             k = tl.load(k_cache + offsets, seen, 0).to(tl.float32)  # (BLOCK_S, BLOCK_D)
             v = tl.load(v_cache + offsets, seen, 0).to(tl.float32)  # (BLOCK_S, BLOCK_D)
             score = tl.where(slot <= last, tl.sum(k * q_head[None, :], 1), float("-inf"))
