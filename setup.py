@@ -27,14 +27,14 @@ KERNELS = [
     f"csrc/cpu/{name}.cpp"
     for name in (
         *("affine_flow", "affine_flow_inverse", "block", "cached_attention", "causal_attention", "elementary"),
-        *("fingerprint", "flow_head", "jacobi", "linear", "masked_inverse", "table", "transposed"),
+        *("fingerprint", "flow_head", "jacobi", "layer", "linear", "masked_inverse", "table", "transposed"),
     )
 ]
 COMMON = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "model", "team")]
 COMMON += [
     f"csrc/bindings/{name}.cpp"
     for name in (
-        *("affine_flow", "affine_flow_inverse", "attention", "block", "fingerprint", "flow_head", "linear"),
+        *("affine_flow", "affine_flow_inverse", "attention", "block", "fingerprint", "flow_head", "layer", "linear"),
         *("machine", "masked_inverse", "stack", "transposed", "values"),
     )
 ]

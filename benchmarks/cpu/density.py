@@ -50,7 +50,7 @@ def own_loss(flow, images):
 
 def trainer(module, loss, images):
     """Return a function that takes one training step."""
-    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), lr=1e-6, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), lr=1e-6, weight_decay=1e-4, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -1,5 +1,5 @@
 // Ops of the linear layer.
-#include "bindings.h"
+#include "linear.h"
 
 #include <algorithm>
 
@@ -8,18 +8,14 @@ namespace starflow {
 namespace {
 
 // ROWS: rows per product. SERIAL: below about this many multiply-adds, threads cost more than they save.
-// OUTPUTS: rows of a weight gradient that a thread takes at a time.
-constexpr int64_t ROWS = 48, SERIAL = 1 << 20, OUTPUTS = 48;
-
-int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+constexpr int64_t ROWS = 48, SERIAL = 1 << 20;
 
 // y (M, N) = x (M, K) w^T + bias; w is (N, K), or (K, N) if `across`.
 void multiply(const float* x, const float* weight, bool across, const float* bias, int64_t M, int64_t N, int64_t K,
               float* y) {
     Floats packed(parts(N, 16) * 16 * K, Floats::anything);
-    LinearCall call{M, N, K, x, weight, across, packed.data(), bias, y, nullptr};
-    parallel_for(parts(N, 16), SERIAL / (32 * K) + 1,
-                 [&](int64_t first, int64_t last) { kernels().pack(call, first, last); });
+    LinearCall call{M, N, K, x, weight, across, packed.data(), bias, y};
+    pack(call);
     parallel_for(parts(M, ROWS), SERIAL / (ROWS * N * K) + 1, [&](int64_t first, int64_t last) {
         Floats scratch(ROWS * 64, Floats::anything);
         for (int64_t part = first; part < last; ++part)
@@ -34,23 +30,22 @@ void linear(Tensor x, Tensor weight, bool across, Optional bias, Tensor y) {
     multiply(data(x), data(weight, N * K), across, data(bias, N), M, N, K, data(y, M * N));
 }
 
-void linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor grad_x, Tensor grad_weight) {
+void linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor grad_x, Tensor grad_weight, Optional grad_bias) {
     check_dims(x, 2), check_dims(weight, 2);
     int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
     check_positive({M, N, K});
     float *from = data(grad, M * N), *to = data(grad_weight, N * K);
     multiply(from, data(weight), true, nullptr, M, K, N, data(grad_x, M * K));
-    LinearCall call{M, N, K, data(x, M * K), nullptr, false, nullptr, nullptr, from, to};
-    parallel_for(parts(N, OUTPUTS), SERIAL / (OUTPUTS * M * K) + 1, [&](int64_t first, int64_t last) {
-        kernels().linear_weight_gradient(call, first * OUTPUTS, std::min(N, last * OUTPUTS));
-    });
+    weight_gradient({M, N, K, data(x, M * K), nullptr, false, nullptr, nullptr, from, to, data(grad_bias, N)});
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
     m.def("linear(Tensor x, Tensor weight, bool across, Tensor? bias, Tensor(a!) y) -> ()");
-    m.def("linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!) grad_x, Tensor(b!) grad_weight) -> ()");
+    m.def(
+        "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!) grad_x, Tensor(b!) grad_weight, "
+        "Tensor(c!)? grad_bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(starflow_native, CPU, m) {

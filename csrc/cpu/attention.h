@@ -22,6 +22,15 @@ inline void append(KeyValues to, int64_t position, const float* key, const float
     for (int i = 0; i < d; i += LANES) store(to.values + i * to.S + position * LANES, load(value + i, d - i));
 }
 
+// Does the same for the sixteen tokens from `position` on, a multiple of 16; rows are `stride` apart, d is a multiple of 16.
+inline void append_tile(KeyValues to, int64_t position, const float* keys, const float* values, int64_t stride, int d) {
+    for (int c = 0; c < d; c += LANES) {
+        transpose(keys + c, stride, to.keys + position * d + c * LANES, LANES);
+        for (int i = 0; i < LANES; ++i)
+            store(to.values + c * to.S + (position + i) * LANES, load(values + i * stride + c));
+    }
+}
+
 // Divides the weighted sum of values by the sum of weights.
 inline void weigh(const float* sums, float total, int d, float* out) {
     Vec whole = splat(1.0f / total);

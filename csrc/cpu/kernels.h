@@ -176,6 +176,32 @@ struct LinearCall {
     const float* bias;   // (N,) or null
     float* y;            // dL/dy in the gradient
     float* grad_weight;  // (N, K)
+    float* grad_bias;    // (N,) or null
+    bool add;            // whether to add to the gradients
+};
+
+// Rows that the kernels of a layer take at a time.
+constexpr int64_t LAYER_ROWS = 48;
+
+// A transformer layer on M rows (tokens) in training, and its gradient. Every tensor has a row per token.
+struct LayerCall {
+    Norm norm;
+    NormWeights attn_norm, mlp_norm;             // padded; the weight is the factor of the norm
+    Linear qkv, proj, up, down;                  // in the gradient: transposed, without bias
+    const float *h, *drop_attention, *drop_mlp;  // (M, C); factors of the branches, or null
+    float *qkv_values, *attended, *mid, *pre;  // kept; mid: states between the branches, pre: hidden values before GELU
+    float* out;
+    // For the gradient only. branch_*: gradients of the products that end a branch, unlike the others only with dropout.
+    // normed, normed_mid: only with a norm.
+    const float* grad_out;
+    float *branch_attention, *branch_mlp, *normed, *normed_mid, *hidden;
+    float *grad_h, *grad_qkv, *grad_attended, *grad_mid, *grad_pre;
+
+    // Returns the floats of scratch per thread.
+    int64_t floats() const {
+        int64_t channels = out ? down.out : down.in, hidden_values = out ? up.out : up.in;
+        return LAYER_ROWS * (channels + hidden_values + 64) + 64;
+    }
 };
 
 // The inverse transform of B sequences of n tokens. Under guidance, the parameters of the B rows with the condition
@@ -292,11 +318,17 @@ struct Kernels {
     void (*cached_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
     void (*causal_attention)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
     void (*causal_attention_backward)(const AttentionCall& call, int64_t first, int64_t last, float* scratch);
+    // Run up to LAYER_ROWS rows of a layer before or after its attention. The gradients add their sums over rows for
+    // weight and bias of the norm, each padded, to `totals`.
+    void (*layer_enter)(const LayerCall& call, int64_t first, int64_t last, float* scratch);
+    void (*layer_leave)(const LayerCall& call, int64_t first, int64_t last, float* scratch);
+    void (*layer_enter_backward)(const LayerCall& call, int64_t first, int64_t last, float* scratch, float* totals);
+    void (*layer_leave_backward)(const LayerCall& call, int64_t first, int64_t last, float* scratch, float* totals);
     // Packs tiles of 16 outputs of the weight into `packed`.
     void (*pack)(const LinearCall& call, int64_t first_tile, int64_t last_tile);
     // Runs the rows first .. last - 1. scratch: 64 floats per row.
     void (*linear)(const LinearCall& call, int64_t first_row, int64_t last_row, float* scratch);
-    // Computes the sums over all rows for the outputs first .. last - 1.
+    // Computes the gradients of weight and bias, sums over all rows, for the outputs first .. last - 1.
     void (*linear_weight_gradient)(const LinearCall& call, int64_t first, int64_t last);
     // Solves the samples first .. last - 1. work: work_rows rows of MASKED_SAMPLES values.
     void (*masked_inverse)(const MaskedCall& call, int64_t first, int64_t last, void* work);

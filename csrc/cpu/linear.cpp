@@ -15,8 +15,8 @@ constexpr int64_t SAMPLES = 128;
 // Sets out (ROWS, 16 TILES) to the sum over samples of grad (ROWS,) times x (16 TILES,), or adds the sum to it. The
 // last tile has `count` columns.
 template <int ROWS, int TILES>
-void add_outer(const float* grad, int64_t N, const float* x, int64_t K, int64_t samples, int count, bool first,
-               float* out) {
+void add_outer(const float* grad, int64_t N, const float* x, int64_t ldx, int64_t samples, int count, bool first,
+               float* out, int64_t K) {
     Vec sum[ROWS][TILES];
     UNROLL
     for (int n = 0; n < ROWS; ++n) {
@@ -26,7 +26,8 @@ void add_outer(const float* grad, int64_t N, const float* x, int64_t K, int64_t 
     for (int64_t m = 0; m < samples; ++m) {
         Vec columns[TILES];
         UNROLL
-        for (int t = 0; t < TILES; ++t) columns[t] = TILES == 1 ? load(x + m * K, count) : load(x + m * K + t * LANES);
+        for (int t = 0; t < TILES; ++t)
+            columns[t] = TILES == 1 ? load(x + m * ldx, count) : load(x + m * ldx + t * LANES);
         UNROLL
         for (int n = 0; n < ROWS; ++n) {
             Vec scale = splat(grad[m * N + n]);
@@ -46,11 +47,11 @@ void add_outer(const float* grad, int64_t N, const float* x, int64_t K, int64_t 
 }
 
 template <int TILES, int ROWS = GRADIENT_ROWS>
-void add_rows(int rows, const float* grad, int64_t N, const float* x, int64_t K, int64_t samples, int count, bool first,
-              float* out) {
+void add_rows(int rows, const float* grad, int64_t N, const float* x, int64_t ldx, int64_t samples, int count,
+              bool first, float* out, int64_t K) {
     if constexpr (ROWS > 1)
-        if (rows < ROWS) return add_rows<TILES, ROWS - 1>(rows, grad, N, x, K, samples, count, first, out);
-    add_outer<ROWS, TILES>(grad, N, x, K, samples, count, first, out);
+        if (rows < ROWS) return add_rows<TILES, ROWS - 1>(rows, grad, N, x, ldx, samples, count, first, out, K);
+    add_outer<ROWS, TILES>(grad, N, x, ldx, samples, count, first, out, K);
 }
 
 }  // namespace
@@ -87,22 +88,46 @@ void linear(const LinearCall& call, int64_t first_row, int64_t last_row, float* 
         &next);
 }
 
-// Computes the rows first .. last - 1 of grad_weight (N, K).
+// Computes the rows first .. last - 1 of grad_weight (N, K), and those values of grad_bias.
 void linear_weight_gradient(const LinearCall& call, int64_t first, int64_t last) {
     int64_t N = call.N, K = call.K;
     constexpr int64_t WIDE = GRADIENT_TILES * LANES;
+    // Columns of x side by side: rows that are a power of two apart would take each other's places in the cache.
+    alignas(64) float panel[SAMPLES * WIDE];
     for (int64_t m = 0; m < call.M; m += SAMPLES) {
         int64_t samples = call.M - m < SAMPLES ? call.M - m : SAMPLES;
+        bool set = m == 0 && !call.add;
+        for (int64_t n = first; call.grad_bias && n < last; n += LANES) {
+            int count = int(last - n < LANES ? last - n : LANES);
+            Vec part[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+            const float* grad = call.y + m * N + n;
+            int64_t i = 0;
+            for (; i + 4 <= samples; i += 4) {
+                UNROLL
+                for (int j = 0; j < 4; ++j) part[j] = part[j] + load(grad + (i + j) * N, count);
+            }
+            for (; i < samples; ++i) part[0] = part[0] + load(grad + i * N, count);
+            Vec total = (part[0] + part[1]) + (part[2] + part[3]);
+            store(call.grad_bias + n, set ? total : load(call.grad_bias + n, count) + total, count);
+        }
         for (int64_t k = 0; k < K;) {
             bool wide = K - k >= WIDE;
+            const float* x = call.x + m * K + k;
+            for (int64_t i = 0; wide && i < samples; ++i) {
+                UNROLL
+                for (int64_t t = 0; t < WIDE; t += LANES) {
+                    store(panel + i * WIDE + t, load(x + i * K + t));
+                    __builtin_prefetch(x + i * K + t + WIDE, 0, 2);
+                }
+            }
             for (int64_t n = first; n < last; n += GRADIENT_ROWS) {
                 int rows = int(last - n < GRADIENT_ROWS ? last - n : GRADIENT_ROWS);
-                const float *grad = call.y + m * N + n, *x = call.x + m * K + k;
+                const float* grad = call.y + m * N + n;
                 float* out = call.grad_weight + n * K + k;
                 if (wide)
-                    add_rows<GRADIENT_TILES>(rows, grad, N, x, K, samples, LANES, m == 0, out);
+                    add_rows<GRADIENT_TILES>(rows, grad, N, panel, WIDE, samples, LANES, set, out, K);
                 else
-                    add_rows<1>(rows, grad, N, x, K, samples, int(K - k), m == 0, out);
+                    add_rows<1>(rows, grad, N, x, K, samples, int(K - k < LANES ? K - k : LANES), set, out, K);
             }
             k += wide ? WIDE : LANES;
         }

@@ -207,15 +207,25 @@ struct Pass {
     // Norms and rotates the queries and the key of one key head of a row, and appends key and value to the cache.
     void append_head(const Layer& layer, int64_t index, int64_t r, int head) const {
         int d = spec.head_dim, group = spec.heads / spec.kv_heads;
+        int64_t stride = padded(spec.qkv_dim()), position = call.L + slot;
+        float* queries = ws.qkv + r * n * stride;
+        float *keys = queries + (spec.heads + head) * d, *values = keys + spec.kv_heads * d;
         for (int64_t i = 0; i < n; ++i) {
-            float* q = ws.qkv + (r * n + i) * padded(spec.qkv_dim());
-            float* k = q + (spec.heads + head) * d;
-            int64_t position = call.L + slot + i;
-            for (int j = head * group; j < (head + 1) * group; ++j) prepare(q + j * d, layer.q_norm, position);
-            prepare(k, layer.k_norm, position);
-            const float* v = k + spec.kv_heads * d;
-            append(cached(r, index, head), position, k, v, d);
-            if (call.exchanged) append(cached(call.exchanged, r, index, head), position, v, k, d);
+            for (int j = head * group; j < (head + 1) * group; ++j)
+                prepare(queries + i * stride + j * d, layer.q_norm, position + i);
+            prepare(keys + i * stride, layer.k_norm, position + i);
+        }
+        for (int64_t i = 0; i < n;) {
+            const float *key = keys + i * stride, *value = values + i * stride;
+            bool tile = d % LANES == 0 && (position + i) % LANES == 0 && n - i >= LANES;
+            auto append_to = [&](float* memory, const float* first, const float* second) {
+                KeyValues to = cached(memory, r, index, head);
+                tile ? append_tile(to, position + i, first, second, stride, d)
+                     : append(to, position + i, first, second, d);
+            };
+            append_to(cache, key, value);
+            if (call.exchanged) append_to(call.exchanged, value, key);
+            i += tile ? LANES : 1;
         }
     }
 

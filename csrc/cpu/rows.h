@@ -47,17 +47,32 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, i
     standardize(x, mean, scale, weight, bias, n, y);
 }
 
-// Does the same for rows `stride` apart. Sixteen rows at a time share the steps from partial sums to sums.
+// Mean, or 0, of sixteen rows, and 1 / size, the root of their mean square around it.
+struct Statistics {
+    float mean[LANES], scale[LANES];
+};
+
+// Returns those of the first `rows` rows, `stride` apart; the steps from partial sums to sums are shared. centred: whether
+// to compute the means.
+INLINE Statistics statistics(const float* x, int rows, int64_t stride, int n, bool centred, float eps) {
+    Statistics of{};
+    Vec part[LANES], count = splat(float(n));
+    if (centred) {
+        for (int r = 0; r < LANES; ++r) part[r] = r < rows ? partial_sums(x + r * stride, n) : splat(0.0f);
+        store(of.mean, sums(part) / count);
+    }
+    for (int r = 0; r < LANES; ++r) part[r] = r < rows ? partial_squares(x + r * stride, of.mean[r], n) : splat(0.0f);
+    store(of.scale, splat(1.0f) / root(sums(part) / count + splat(eps)));
+    return of;
+}
+
+// Does the same as layer_norm for rows `stride` apart.
 inline void layer_norm_rows(const float* x, int64_t rows, int64_t stride, const float* weight, const float* bias, int n,
                             float* y) {
     for (; rows >= LANES; rows -= LANES, x += LANES * stride, y += LANES * stride) {
-        Vec part[LANES], count = splat(float(n));
-        float mean[LANES], scale[LANES];
-        for (int r = 0; r < LANES; ++r) part[r] = partial_sums(x + r * stride, n);
-        store(mean, sums(part) / count);
-        for (int r = 0; r < LANES; ++r) part[r] = partial_squares(x + r * stride, mean[r], n);
-        store(scale, splat(1.0f) / root(sums(part) / count + splat(LAYER_NORM_EPS)));
-        for (int r = 0; r < LANES; ++r) standardize(x + r * stride, mean[r], scale[r], weight, bias, n, y + r * stride);
+        Statistics of = statistics(x, LANES, stride, n, true, LAYER_NORM_EPS);
+        for (int r = 0; r < LANES; ++r)
+            standardize(x + r * stride, of.mean[r], of.scale[r], weight, bias, n, y + r * stride);
     }
     for (; rows; --rows, x += stride, y += stride) layer_norm(x, weight, bias, n, y);
 }

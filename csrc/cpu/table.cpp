@@ -14,6 +14,10 @@ void flow_head_backward(const HeadCall&, int64_t, int64_t);
 void cached_attention(const AttentionCall&, int64_t, int64_t, float*);
 void causal_attention(const AttentionCall&, int64_t, int64_t, float*);
 void causal_attention_backward(const AttentionCall&, int64_t, int64_t, float*);
+void layer_enter(const LayerCall&, int64_t, int64_t, float*);
+void layer_leave(const LayerCall&, int64_t, int64_t, float*);
+void layer_enter_backward(const LayerCall&, int64_t, int64_t, float*, float*);
+void layer_leave_backward(const LayerCall&, int64_t, int64_t, float*, float*);
 void pack(const LinearCall&, int64_t, int64_t);
 void linear(const LinearCall&, int64_t, int64_t, float*);
 void linear_weight_gradient(const LinearCall&, int64_t, int64_t);
@@ -35,6 +39,10 @@ const Kernels kernels{
     .cached_attention = cached_attention,
     .causal_attention = causal_attention,
     .causal_attention_backward = causal_attention_backward,
+    .layer_enter = layer_enter,
+    .layer_leave = layer_leave,
+    .layer_enter_backward = layer_enter_backward,
+    .layer_leave_backward = layer_leave_backward,
     .pack = pack,
     .linear = linear,
     .linear_weight_gradient = linear_weight_gradient,

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .._core import compiled
 from .._core.numerics import NORM_EPS
 from .._core.registration import call
 from .._triton import runtime
 from ..spec import BlockSpec
-from . import network, reference
+from . import layer, network, reference
 
 
 def block_forward(
@@ -38,7 +39,7 @@ def block_forward(
         *context,
         head=functools.partial(call, "flow_head", backend=backend),
         dropout=dropout,
-        **_operations(x, weights, backend),
+        **_operations(x, weights, context[4], backend),
     )
 
 
@@ -52,7 +53,9 @@ def block_forward_without_gradient(
 
 def block_params(x, weights, *context) -> torch.Tensor:
     """See reference.block_params."""
-    return reference.block_params(x, weights, *context, **_operations(x, weights, None))
+    return reference.block_params(
+        x, weights, *context, **_operations(x, weights, BlockSpec.from_json(context[-1]), None)
+    )
 
 
 def unavailable() -> str | None:
@@ -71,31 +74,53 @@ def block_inverse_backward(*args) -> torch.Tensor:
     return reference.block_inverse_backward(*args, density=density)
 
 
-def _operations(x: torch.Tensor, weights: list[torch.Tensor], backend: str | None) -> dict[str, Any]:
+def _operations(x: torch.Tensor, weights: list[torch.Tensor], spec: BlockSpec, backend: str | None) -> dict[str, Any]:
     """Return the keyword arguments of `network.hidden_states` that make it run on ops."""
     return {
         "attention": functools.partial(call, "causal_attention", backend=backend),
         "linear": _linear(weights[0], backend),
-        "fused": _fused_ops(x, backend),
+        "fused": _fused_ops(x, weights, spec, backend),
     }
 
 
-def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
-    """Return the linear layer: the op `linear` where it is faster, else torch's, which autocast affects."""
+def _on_native(weight: torch.Tensor, backend: str | None) -> bool:
+    """Return whether the CPU kernels are faster than torch's operations, which autocast affects."""
     plain = backend is not None or weight.device.type != "cpu" or weight.dtype != torch.float32
-    if plain or compiled.native_unavailable() or torch.is_autocast_enabled("cpu"):
-        return torch.nn.functional.linear
-    return functools.partial(call, "linear", backend=None)
+    return not (plain or compiled.native_unavailable() or torch.is_autocast_enabled("cpu"))
+
+
+def _linear(weight: torch.Tensor, backend: str | None) -> Callable:
+    """Return the linear layer: the op `linear` where it is faster, else torch's."""
+    return functools.partial(call, "linear", backend=None) if _on_native(weight, backend) else F.linear
 
 
 def _on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def _fused_ops(x: torch.Tensor, backend: str | None) -> network.FusedOps:
-    """Return the operations between the matrix products of a layer: fused ops on a GPU, else plain PyTorch."""
+def _layers(
+    h: torch.Tensor,
+    w: network.Weights,
+    spec: BlockSpec,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Apply the transformer layers, each by one op."""
+    spec_json = spec.to_json()
+    for i in range(spec.layers):
+        # torch draws the same factors in F.dropout.
+        drops = [torch.empty_like(h).bernoulli_(1 - dropout).div_(1 - dropout) if dropout else None for _ in range(2)]
+        weights = (w.get(f"layers.{i}.{name}") for name in layer.NAMES)
+        h, _ = call("block_layer", h, *weights, cos, sin, *drops, spec_json, backend=None)
+    return h
+
+
+def _fused_ops(x: torch.Tensor, weights: list[torch.Tensor], spec: BlockSpec, backend: str | None) -> network.FusedOps:
+    """Return the fused ops: what is between the products of a layer on a GPU, a trained layer on the CPU."""
     if not _on_gpu(x):
-        return network.FusedOps()
+        trained = _on_native(weights[0], backend) and any(weight.requires_grad for weight in weights)
+        return network.FusedOps(layers=_layers if trained and layer.supports(spec) else None)
 
     def add_norm(
         h: torch.Tensor, residual: torch.Tensor | None, w: network.Weights, name: str, spec: BlockSpec

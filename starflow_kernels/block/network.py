@@ -9,6 +9,7 @@ torch or on the ops of this package.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,11 +52,20 @@ def up_gelu(x: torch.Tensor, w: Weights, name: str, linear: Callable) -> torch.T
     return F.gelu(project(x, w, name, linear))
 
 
+def unchanged(x: torch.Tensor) -> torch.Tensor:
+    """Return x."""
+    return x
+
+
 class FusedOps(NamedTuple):
-    """Operations between the matrix products of a layer, which a backend may fuse."""
+    """Operations that a backend may fuse: those between the matrix products of a layer, or all layers.
+
+    layers: layers(h, w, spec, cos, sin, dropout) in place of `layers`, or None.
+    """
 
     add_norm: Callable = add_norm
     up_gelu: Callable = up_gelu
+    layers: Callable | None = None
 
 
 def position_table(w: Weights, spec: BlockSpec) -> torch.Tensor | None:
@@ -105,7 +115,7 @@ def layers(
     cond: torch.Tensor | None,
     attention: Callable,
     linear: Callable = F.linear,
-    dropout: float = 0.0,
+    drop: Callable = unchanged,
     fused: FusedOps = FusedOps(),
 ) -> torch.Tensor:
     """Apply the transformer layers to hidden states (B, n, C).
@@ -117,7 +127,7 @@ def layers(
         cond: condition (B, cond_dim) or (B, n, cond_dim), whose modulations an adaptive block uses.
         attention: maps (layer, q, k, v), each (B, n, heads, head_dim), to (B, n, heads, head_dim), causally.
         linear: linear layer (x, weight, bias).
-        dropout: probability of zeroing an element of the residual branches.
+        drop: dropout of a residual branch.
         fused: operations between the matrix products.
     """
     groups, residual = [spec.heads, spec.kv_heads, spec.kv_heads], None
@@ -136,11 +146,11 @@ def layers(
             q, k = all_heads_norm(q, w, f"{layer}.q_norm"), all_heads_norm(k, w, f"{layer}.k_norm")
         residual = project(attention(i, q, k, v).flatten(-2), w, f"{layer}.proj", linear)
         residual = rms_norm(residual, w[f"{layer}.attn_post_norm.weight"]) if spec.post_norm else residual
-        residual = F.dropout(residual, dropout) if dropout else residual
+        residual = drop(residual)
         h, normed = fused.add_norm(h, residual, w, f"{layer}.mlp_norm", spec)
         residual = mlp(normed, w, layer, spec, linear, fused.up_gelu)
         residual = rms_norm(residual, w[f"{layer}.mlp_post_norm.weight"]) if spec.post_norm else residual
-        residual = F.dropout(residual, dropout) if dropout else residual
+        residual = drop(residual)
         if spec.adaptive:
             h, residual = outer, modulations[i, 0, 2] * (h + residual)
         if spec.transition_dim:
@@ -206,7 +216,12 @@ def hidden_states(
     def attend(i, q, k, v):
         return attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0]
 
-    return layers(h, w, spec, cond, attend, linear, dropout, fused)[:, h.shape[1] - x.shape[1] :]
+    if fused.layers:
+        h = fused.layers(h, w, spec, cos, sin, dropout)
+    else:
+        drop = functools.partial(F.dropout, p=dropout) if dropout else unchanged
+        h = layers(h, w, spec, cond, attend, linear, drop, fused)
+    return h[:, h.shape[1] - x.shape[1] :]
 
 
 def compose(

@@ -31,8 +31,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 def linear_backward(grads, outputs, x, weight, bias) -> list[torch.Tensor]:
     """See reference.linear_backward."""
     (grad,) = grads
-    grad_x, grad_weight = empty(*x.shape), empty(*weight.shape)
+    gradients = [None if t is None else empty(*t.shape) for t in (x, weight, bias)]
+    grad_x, *others = gradients
     torch.ops.starflow_native.linear_backward(
-        _rows(grad), _rows(x), weight.contiguous(), grad_x.flatten(0, 1), grad_weight
+        _rows(grad), _rows(x), weight.contiguous(), grad_x.flatten(0, 1), *others
     )
-    return [grad_x, grad_weight] if bias is None else [grad_x, grad_weight, grad.sum((0, 1))]
+    return [t for t in gradients if t is not None]

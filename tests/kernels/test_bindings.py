@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support.backends import needs_native
@@ -53,6 +55,14 @@ def run_block() -> None:
     ops.block_forward(x, weights, SPEC, **half, backend="native")
 
 
+def train_block() -> None:
+    spec = dataclasses.replace(SPEC, mlp="gelu", qk_norm=False, post_norm=False)
+    x, weights, context = tame_block(spec, 4, 8, 5)
+    weights = {name: weight.requires_grad_() for name, weight in weights.items()}
+    z, logdet = ops.block_forward(x, weights, spec, **context, dropout=0.5)
+    (z.sum() + logdet.sum()).backward()
+
+
 def run_sampling() -> None:
     x, weights, context = tame_block(SPEC, 4, 8, 5, copies=2)
     ops.block_inverse(x, weights, SPEC, **context, guidance=0.5, backend="native")
@@ -87,7 +97,8 @@ def describe() -> None:
 
 
 RUNS = (
-    attend, transform, run_block, run_sampling, run_stack, run_jacobi, run_gradient_of_sampling, run_masked, describe,
+    attend, transform, run_block, train_block, run_sampling, run_stack, run_jacobi, run_gradient_of_sampling, run_masked,
+    describe,
 )  # fmt: skip
 
 
