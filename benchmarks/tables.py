@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/ that show results: written between two comments from the files in results/."""
+"""The tables of pages that show results: written between two comments from the files in results/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from .cpu.sampling import strongest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks" / "index.md"]
+PAGES = [ROOT / page for page in ("README.md", "docs/benchmarks/index.md", "starflow_kernels/accelerate/README.md")]
 # A page names the table that it wants: <!-- speed --> ... <!-- end -->.
 PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 PEER_NAMES = {"released": "released", "plain": "plain", "compiled": "compiled", "onnxruntime": "ONNX Runtime"}
@@ -105,7 +105,91 @@ def errors() -> str:
     return table(["case", *ways.values()], rows)
 
 
-TABLES = {"speed": speed, "sampling": sampling, "errors": errors}
+def contention() -> str:
+    """Return the times of calls beside busy processes, and their ratios to one thread under the same load."""
+    found = results("contention")
+    threads = sorted({row["threads"] for row in found["rows"]})
+    header = ["case", "cores", "busy processes", "1 thread, µs per step"]
+    header += [f"{n} threads / 1, median (mean)" for n in threads[1:]]
+    cases: dict[tuple, dict[int, dict]] = {}
+    for row in found["rows"]:
+        cases.setdefault((row["case"], row["cores"], row["busy_processes"]), {})[row["threads"]] = row
+    rows = [
+        [
+            *map(str, case),
+            f"{by_threads[1]['microseconds']['median']:.1f}",
+            *("{median:.2f} ({mean:.2f})".format(**by_threads[n]["to_one_thread"]) for n in threads[1:]),
+        ]
+        for case, by_threads in cases.items()
+    ]
+    return f"Measured {line(found['machine'])}.\n\n" + table(header, rows)
+
+
+def long() -> str:
+    """Return the times of tokens at the end of long sequences."""
+    found = results("long")
+    header = ["block", "tokens", "MB per token", "µs per token", "floor, µs", "share of the floor"]
+    rows = [
+        [
+            row["block"],
+            f"{row['tokens']:,}",
+            f"{row['megabytes_per_token']:.0f}",
+            f"{row['microseconds']:,.0f}",
+            f"{row['floor_microseconds']:,.0f}",
+            f"{100 * row['of_floor']:.0f} %",
+        ]
+        for row in found["rows"]
+    ]
+    return runs(found) + table(header, rows)
+
+
+def density() -> str:
+    """Return the times of the density pass and of a training step."""
+    found = results("density")
+    header = ["pass", "ours, ms", "released, ms", "released / ours", "share of the multiply-add peak"]
+    rows = [
+        [
+            row["case"],
+            *(f"{row['milliseconds'][name]:.0f}" for name in ("ours", "released")),
+            f"{row['ratio_released']:.1f}x",
+            f"{100 * row['of_floor']:.0f} %",
+        ]
+        for row in found["rows"]
+    ]
+    return runs(found) + table(header, rows)
+
+
+def prose() -> str:
+    """Return the times of Prose and ours."""
+    found = results("prose")
+    header = ["batch"]
+    for name in ("sampling", "density"):
+        header += [f"{name}, s", "Prose, s", "Prose / ours"]
+    rows = []
+    for row in found["rows"]:
+        cells = [str(row["batch"])]
+        for own in (row["sampler"], row["density"]):
+            cells += [f"{own['seconds']:.2f}", f"{own['upstream_seconds']:.2f}", f"{own['ratio']:.1f}x"]
+        rows.append(cells)
+    return f"Measured {line(found['machine'])}.\n\n" + table(header, rows)
+
+
+def accelerate() -> str:
+    """Return the times of flows of other packages before and after `accelerate`."""
+    found = results("accelerate")
+    rows = [
+        [
+            row["case"],
+            *(f"{row['milliseconds'][name]:.3g} ms" for name in ("library", "accelerated")),
+            f"{row['ratio']:.1f}x",
+            f"{row.get('difference_float64', row.get('difference')):.0e}",
+        ]
+        for row in found["rows"]
+    ]
+    return runs(found) + table(["case", "before", "accelerated", "ratio", "difference"], rows)
+
+
+TABLES = {each.__name__: each for each in (speed, sampling, errors, contention, long, density, prose, accelerate)}
 
 
 def filled(page: str) -> str:

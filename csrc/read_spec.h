@@ -10,12 +10,12 @@
 
 namespace starflow {
 
-constexpr size_t SPEC_FIELDS = 23;
+constexpr size_t SPEC_FIELDS = 24;
 
 // Reads `fields` in the order of Spec's members, see block/packing.py. Throws std::invalid_argument if a kernel could
 // not run such a block.
 inline Spec read_spec(const std::vector<int64_t>& fields, double clip) {
-    if (fields.size() != SPEC_FIELDS) throw std::invalid_argument("block spec: expected 23 fields");
+    if (fields.size() != SPEC_FIELDS) throw std::invalid_argument("block spec: expected 24 fields");
     constexpr int64_t MOST = std::numeric_limits<int>::max();
     auto field = fields.begin();
     auto number = [&](int64_t least, int64_t most) {
@@ -29,7 +29,7 @@ inline Spec read_spec(const std::vector<int64_t>& fields, double clip) {
         *size = number(1, MOST);
     for (int* size : {&spec.positions, &spec.text_dim, &spec.transition_dim}) *size = number(0, MOST);
     for (bool* flag : {&spec.start, &spec.flip, &spec.bias, &spec.qk_norm, &spec.qk_layer_norm, &spec.post_norm,
-                       &spec.final_norm, &spec.adaptive, &spec.bf16})
+                       &spec.final_norm, &spec.adaptive, &spec.bf16, &spec.rounded})
         *flag = number(0, 1);
     spec.mlp = Mlp(number(0, int(Mlp::swiglu)));
     spec.norm = Norm(number(0, int(Norm::none)));

@@ -18,6 +18,7 @@ struct Affine {
 struct Spec {
     int token_dim, channels, layers, heads, head_dim, kv_heads, mlp_dim, positions, text_dim, transition_dim;
     bool start, flip, bias, qk_norm, qk_layer_norm, post_norm, final_norm, adaptive, bf16;
+    bool rounded;  // inputs of products are rounded to bfloat16 too
     Mlp mlp;
     Norm norm;
     Rotary rotary;

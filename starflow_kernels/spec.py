@@ -19,7 +19,7 @@ Rotary = Literal["none", "interleaved", "half"]
 Norm = Literal["layer_norm", "rms_norm", "none"]
 NormKind = Literal["layer_norm", "rms_norm"]
 Mlp = Literal["gelu", "swiglu"]
-Quantize = Literal["none", "int8", "fp8"]
+Quantize = Literal["none", "int8", "fp8", "bfloat16"]
 Method = Literal["sequential", "jacobi"]
 Guess = Literal["noise", "zero"]
 

@@ -48,6 +48,8 @@ inline void run(const std::vector<BlockCall>& calls, int64_t passed, const Tenso
     int64_t floats = workspace.numel() / threads;
     for (const BlockCall& call : calls) {
         const Spec& spec = call.block->spec;
+        STD_TORCH_CHECK(!spec.rounded || (spec.bf16 && has_bf16_products()),
+                        "native kernels: the processor has no products of bfloat16 values");
         int64_t slots = call.L + call.T, rows = call.one_cache() ? call.copies * call.B : 0;
         int64_t cached = threads * own_cache_floats(call) + rows * cache_floats(spec, slots);
         STD_TORCH_CHECK(cache.numel() >= cached && floats >= workspace_floats(spec, passed, slots),

@@ -72,8 +72,8 @@ struct Layer {
 
     // Returns the product with weight (out, in) and its bias, or with the transposed weight if `across`.
     Linear linear(const std::vector<Optional>& weights, int at, int64_t out, int64_t in, bool across) {
-        const float* bias = across ? nullptr : keep(vector_of(weights[at + 1], out, 0));
-        const float* weight = data(weights[at], out * in);
+        const float *weight = data(weights[at], out * in), *bias = data(weights[at + 1], out);
+        if (bias) bias = across ? nullptr : keep(vector_of(weights[at + 1], out, 0));
         STD_TORCH_CHECK(weight, "native kernels: a weight is missing");
         if (across) std::swap(out, in);
         Floats packed(padded(out) * in, Floats::anything);

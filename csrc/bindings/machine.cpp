@@ -29,6 +29,7 @@ std::string instruction_set() { return kernels().name; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
     m.def("instruction_set() -> str");
+    m.def("has_bf16_products() -> bool");
     m.def("limit_cores(int cores) -> ()");
     m.def("rehearse(int seed) -> int");
     m.def("elementary(Tensor x, int which, Tensor(a!) out) -> ()");
@@ -37,6 +38,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(starflow_native, CompositeExplicitAutograd, m) {
     m.impl("instruction_set", TORCH_BOX(&instruction_set));
+    m.impl("has_bf16_products", TORCH_BOX(&has_bf16_products));
     m.impl("limit_cores", TORCH_BOX(&limit_cores));
     m.impl("rehearse", TORCH_BOX(&rehearse));
 }

@@ -41,4 +41,12 @@ const Kernels& kernels() {
     return chosen;
 }
 
+bool has_bf16_products() {
+#if defined(__x86_64__)
+    return &kernels() == &avx512::kernels && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 }  // namespace starflow

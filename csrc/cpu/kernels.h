@@ -340,4 +340,7 @@ struct Kernels {
 // Returns the kernels for the widest instruction set of this processor, or for the one that STARFLOW_ISA names.
 const Kernels& kernels();
 
+// Returns whether these kernels and the processor have products of bfloat16 values with sums in float32.
+bool has_bf16_products();
+
 }  // namespace starflow

@@ -37,8 +37,18 @@ struct Pass {
         auto with_bias = [&](int64_t m, int64_t tile, Vec v) __attribute__((always_inline)) {
             done(m, tile * LANES, v + load(linear.bias + tile * LANES));
         };
+#if defined(__AVX512F__)
+        if (spec.rounded) {
+            int64_t pairs = (linear.in + 1) / 2;
+            round_rows(x, ldx, M, linear.in, ws.rounded, padded(pairs));
+            grouped_product(ws.rounded, padded(pairs), M, static_cast<const Bf16Pair*>(linear.weight), pairs, tiles,
+                            first, last, ws.scratch, with_bias);
+            return;
+        }
+#endif
         if (spec.bf16)
-            product(x, ldx, M, static_cast<const Bf16*>(linear.weight), linear.in, first, last, ws.scratch, with_bias);
+            grouped_product(x, ldx, M, static_cast<const Bf16*>(linear.weight), linear.in, tiles, first, last,
+                            ws.scratch, with_bias);
         else
             product(x, ldx, M, static_cast<const float*>(linear.weight), linear.in, first, last, ws.scratch, with_bias);
     }

@@ -1,6 +1,8 @@
 // Memory in which a flow block keeps intermediate results. Nothing is allocated while it runs.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace starflow {
@@ -17,9 +19,16 @@ inline int64_t cache_floats(const Spec& spec, int64_t tokens) {
     return spec.layers * spec.kv_heads * padded(tokens) * (spec.head_dim + padded(spec.head_dim));
 }
 
+// Returns the number of inputs of the widest product.
+inline int64_t widest_input(const Spec& spec) {
+    return std::max(
+        {spec.token_dim, spec.text_dim, spec.channels, spec.heads * spec.head_dim, spec.mlp_dim, spec.transition_dim});
+}
+
 struct Workspace {
-    float *h, *qkv, *attended, *hidden, *branch, *outer, *params;                       // shared by the team
-    float *normed, *tokens, *fresh, *spread, *outputs, *scratch, *scores, *sums, *end;  // own memory of a thread
+    float *h, *qkv, *attended, *hidden, *branch, *outer, *params;  // shared by the team
+    float *normed, *tokens, *fresh, *spread, *outputs, *scratch, *rounded, *scores, *sums,
+        *end;  // own memory of a thread
 
     // passed: tokens per pass, over all rows of a team. cached: slots of the KV cache.
     Workspace(const Spec& spec, int64_t passed, int64_t cached, float* shared, float* own) {
@@ -43,6 +52,7 @@ struct Workspace {
         spread = take(own, spec.token_dim, passed);
         outputs = take(own, 2 * padded(spec.token_dim), passed);
         scratch = take(own, SCRATCH_COLUMNS, passed);
+        rounded = take(own, spec.rounded ? (widest_input(spec) + 1) / 2 : 0, passed);
         scores = take(own, cached, MOST_QUERIES);
         sums = take(own, spec.head_dim, MOST_QUERIES);
         end = own;

@@ -88,7 +88,8 @@ def solver_arguments(parser: Parser) -> None:
         "--quantize",
         choices=get_args(Quantize),
         default="none",
-        help="Round the weights to one byte per value, which changes the images. Default: none.",
+        help="Round the weights to one byte per value, or weights and inputs of products to bfloat16. This changes the "
+        "images. Default: none.",
     )
     upstream = parser.add_argument_group(
         "flags of the upstream code", "They choose the jacobi solver. Its images are exact to --tol nevertheless."

@@ -32,7 +32,8 @@ class Inversion:
             for each block, and "sequential" where no measurement covers the call.
         window: tokens that "jacobi" iterates together; None for all.
         tol: tolerance of the parallel solvers, see `starflow_kernels.Solver`; None for its default.
-        quantize: "int8" or "fp8" rounds weights to one byte per value, which changes the images; "none" does not.
+        quantize: "int8" or "fp8" rounds weights to one byte per value, "bfloat16" weights and inputs of products to
+            two. This changes the images; "none" does not.
 
     Raises:
         ConfigError: A value is out of range.

@@ -242,7 +242,8 @@ class Flow(BlockStack):
             after_block: called as after_block(block, x) with the result of each block as images; returns its
                 replacement.
             solvers: one solver for all blocks, or one per block in the order of `blocks`.
-            quantize: "int8" or "fp8" rounds weights to one byte per value, see `starflow_kernels.block_inverse`.
+            quantize: "int8", "fp8" or "bfloat16" rounds weights, the last one inputs of products too, see
+                `starflow_kernels.block_inverse`.
 
         Returns:
             A `FlowInverse`: x (B, C, H, W), its log-determinant and the reports of the blocks.
@@ -259,7 +260,7 @@ class Flow(BlockStack):
         differentiable = not guidance.weight and quantize == "none" and not is_intercepted()
         if not differentiable and needs_gradient(z, text, empty_text):
             raise ValueError(
-                "z, text, empty_text: the inverse has no gradient under guidance, with one-byte weights or in a graph; "
+                "z, text, empty_text: the inverse has no gradient under guidance, with `quantize` or in a graph; "
                 "detach them"
             )
 

@@ -83,7 +83,8 @@ class TarFlowPipeline(FlowPipeline):
             method: "auto", "sequential" or "jacobi", see `Inversion`.
             window: tokens that "jacobi" iterates together; None for all.
             tol: tolerance of the parallel solvers.
-            quantize: "int8" or "fp8" rounds weights to one byte per value; "none" does not.
+            quantize: "int8" or "fp8" rounds weights to one byte per value, "bfloat16" weights and inputs of products to
+                two; "none" does not.
             guidance_rule: "tarflow", "starflow" or "itarflow".
             annealed: let the guidance weight grow over the tokens of a block.
             attention_temperature: attention temperature of the branch without a class.

@@ -275,7 +275,8 @@ def block_inverse(
         known: integers (B,), how many tokens of `data` are given, counted in the block's own order. Noise is not needed
             for them. One pass over all of them fills the KV cache.
         quantize: "int8" or "fp8" (torch.float8_e4m3fn) rounds the matrices of the layers to one byte per value, with a
-            float32 scale per output channel; all other weights are kept. The op's README lists the error.
+            float32 scale per output channel; all other weights are kept. "bfloat16" rounds the matrices and inputs of
+            all products but those of attention; sums stay in float32. The op's README lists the errors.
         progress: called from time to time as progress(done, B T) with the number of finished tokens. An exception from
             it ends the call. torch.compile without fullgraph supports it.
         backend: name of a backend; None takes the first that can run.
@@ -311,7 +312,7 @@ def block_inverse(
     # Samplers are called with weights that have gradients, and do not ask for them.
     plain = guidance is None and quantize == "none" and not traced
     if not plain and needs_gradient(z, data, cond, prefix):
-        where = "in a graph" if traced else "under guidance" if quantize == "none" else "with one-byte weights"
+        where = "in a graph" if traced else "under guidance" if quantize == "none" else f"with quantize={quantize!r}"
         raise ValueError(f"z, data, cond, prefix: the inverse has no gradient {where}; detach them")
     if traced:
         # A graph may be called with gradients enabled, whatever the mode in which it was made.

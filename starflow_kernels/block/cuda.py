@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..spec import BlockSpec, GuidanceRule, choice_index
-from .packing import refuse_spec, spec_fields
+from .packing import refuse_rounding, refuse_spec, spec_fields
 from .progress import report
 from .quantize import fake_quantize
 
@@ -148,7 +148,7 @@ def refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json: str, *others
     """Return why the kernel cannot run a block, or None."""
     if z.device.type != "cuda":
         return f"it runs on a GPU, tokens are on {z.device}"
-    return refuse_block(z, weights, prefix, guidance, spec_json, device_sizes(z.device))
+    return refuse_rounding(*others) or refuse_block(z, weights, prefix, guidance, spec_json, device_sizes(z.device))
 
 
 def refuse_tensors(z: torch.Tensor, weights: list[torch.Tensor]) -> str | None:

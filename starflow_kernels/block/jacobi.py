@@ -10,7 +10,7 @@ from ..solve_inverse.quasi_newton import QuasiNewton
 from ..spec import BlockSpec
 from .network import CachedNetwork
 from .progress import report
-from .quantize import fake_quantize
+from .quantize import fake_quantize, linear_of
 
 
 def block_jacobi(
@@ -51,7 +51,8 @@ def block_jacobi(
     for b in range(B):
         context = (None if c is None else c.unflatten(0, (branches, B))[:, b] for c in (cond, prefix))
         weight = None if guidance is None else guidance[b : b + 1]
-        network = CachedNetwork(z[b : b + 1], weights, *context, cos, sin, weight, spec_json, temperature)
+        rest = cos, sin, weight, spec_json, temperature, linear_of(quantize)
+        network = CachedNetwork(z[b : b + 1], weights, *context, *rest)
         final = 0 if known is None else int(known[b])
         sample = Sample(network, z[b], x[b], weight, rule, neighbours, tol, final)
         while sample.done < T and not sample.failed:

@@ -14,7 +14,7 @@ from ..affine_flow.native import affine_flow
 from ..affine_flow.reference import by_token
 from ..spec import BlockSpec, GuidanceRule, choice_index
 from .cache_budget import cache_bytes
-from .packing import WeightCache, spec_fields
+from .packing import WeightCache, refuse_rounding, spec_fields
 from .progress import report
 from .quantize import fake_quantize
 
@@ -47,11 +47,17 @@ class Packed(NamedTuple):
 
 
 def tiles(weight: torch.Tensor) -> torch.Tensor:
-    """Return (N, K) as [N / 16][K][16], or in bfloat16 as [N / 16][K / 2][16][2], zero-padded, in float32 bits."""
+    """Return (N, K) as [N / 16][K][16], or in bfloat16 as [N / 64][K / 2][64][2], in float32 bits.
+
+    Both are padded by zeros to a multiple of 16 rows, so that the last of the groups of 64 may be narrower.
+    """
     N, K = weight.shape
-    pair = 1 if weight.dtype == torch.float32 else 2
+    pair, group = (1, 16) if weight.dtype == torch.float32 else (2, 64)
     weight = torch.nn.functional.pad(weight, (0, -K % pair, 0, -N % 16))
-    return weight.view(-(-N // 16), 16, -1, pair).transpose(1, 2).contiguous().view(torch.float32).flatten()
+    whole = len(weight) // group * group
+    groups = (weight[:whole], group), (weight[whole:], max(1, len(weight) - whole))
+    parts = [rows.unflatten(1, (-1, pair)).unflatten(0, (-1, n)).transpose(1, 2).flatten() for rows, n in groups]
+    return torch.cat(parts).view(torch.float32)
 
 
 def vector(weight: torch.Tensor) -> torch.Tensor:
@@ -61,7 +67,7 @@ def vector(weight: torch.Tensor) -> torch.Tensor:
 
 def pack(spec: BlockSpec, weights: list[torch.Tensor], quantize: str) -> Packed:
     """Pack the weights for the kernel; a product without bias gets zeros as bias."""
-    pieces = []
+    pieces, rounded = [], quantize == "bfloat16"
     for name, weight in zip(spec.weight_shapes, fake_quantize(spec, weights, quantize)):
         weight = weight.detach()
         if name == "pos_embed":
@@ -69,20 +75,26 @@ def pack(spec: BlockSpec, weights: list[torch.Tensor], quantize: str) -> Packed:
         elif weight.ndim == 1:
             pieces.append(vector(weight))
         else:
-            pieces.append(tiles(weight))
+            pieces.append(tiles(weight.bfloat16() if rounded else weight))
             if f"{name.removesuffix('weight')}bias" not in spec.weight_shapes:
                 pieces.append(vector(weight.new_zeros(len(weight))))
-    return join(pieces, spec, weights[0].dtype)
+    return join(pieces, fields(spec, weights[0].dtype, quantize))
 
 
-def join(pieces: list[torch.Tensor], spec: BlockSpec, dtype: torch.dtype) -> Packed:
+def fields(spec: BlockSpec, dtype: torch.dtype, quantize: str) -> tuple[int, ...]:
+    """Return the spec of a block with weights of this dtype as numbers."""
+    rounded = quantize == "bfloat16"
+    return tuple(spec_fields(spec, torch.bfloat16 if rounded else dtype, rounded))
+
+
+def join(pieces: list[torch.Tensor], fields: tuple[int, ...]) -> Packed:
     """Return packed weights in one buffer."""
     sizes = [-(-len(piece) // 16) * 16 for piece in pieces]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     buffer = empty(sum(sizes))
     for piece, offset in zip(pieces, offsets):
         buffer[offset : offset + len(piece)] = piece
-    return Packed(buffer, offsets, tuple(spec_fields(spec, dtype)))
+    return Packed(buffer, offsets, fields)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -110,6 +122,8 @@ def refuse(x, *others) -> str | None:
     dtype = weights[0].dtype
     if reason := refuse_tensors((torch.float32,), x=x) or refuse_tensors(WEIGHT_DTYPES, weight=weights[0]):
         return reason
+    if not torch.ops.starflow_native.has_bf16_products() and (reason := refuse_rounding(*others)):
+        return f"{reason} on this processor (it needs avx512_bf16)"
     return "weights are of different dtypes" if any(w.dtype != dtype for w in weights) else None
 
 

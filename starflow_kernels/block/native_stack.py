@@ -11,8 +11,16 @@ import torch
 from .._core.compiled import empty
 from ..spec import BlockSpec, GuidanceRule, choice_index
 from .cache_budget import cache_bytes
-from .native import CALL_SECONDS, DENSITY_TOKENS, float32, packed, sampling_group, token_seconds, useful_threads
-from .packing import spec_fields
+from .native import (
+    CALL_SECONDS,
+    DENSITY_TOKENS,
+    fields,
+    float32,
+    packed,
+    sampling_group,
+    token_seconds,
+    useful_threads,
+)
 
 
 class BlockCall(NamedTuple):
@@ -51,10 +59,11 @@ def weight_states(weights: list[list[torch.Tensor]], specs: list[BlockSpec]) -> 
 
 
 @functools.lru_cache(maxsize=256)
-def _size(spec_json: str, dtype: torch.dtype, branches: int, prefix: int) -> BlockSize:
+def _size(spec_json: str, dtype: torch.dtype, quantize: str, branches: int, prefix: int) -> BlockSize:
     spec = BlockSpec.from_json(spec_json)
     values = sum(map(math.prod, spec.weight_shapes.values()))
-    return BlockSize(tuple(spec_fields(spec, dtype)), values * dtype.itemsize // 4, branches, prefix)
+    itemsize = 2 if quantize == "bfloat16" else dtype.itemsize
+    return BlockSize(fields(spec, dtype, quantize), values * itemsize // 4, branches, prefix)
 
 
 class StackPlan(NamedTuple):
@@ -104,9 +113,9 @@ def stack_inverse(
     """
     B, T, D = z.shape
     sizes = []
-    for weights, _, (_, prefix, _, _, guidance), spec, *_ in blocks:
+    for weights, _, (_, prefix, _, _, guidance), spec, _, _, quantize in blocks:
         branches, length = 1 if guidance is None else 2, 0 if prefix is None else prefix.shape[1]
-        sizes.append(_size(spec.to_json(), weights[0].dtype, branches, length))
+        sizes.append(_size(spec.to_json(), weights[0].dtype, quantize, branches, length))
     # Planned before the weights are read, which takes long where the answer is no.
     plan = plan_stack(tuple(sizes), B, T, torch.get_num_threads(), cache_bytes())
     if plan is None:

@@ -42,7 +42,7 @@ def pack_transposed(spec: BlockSpec, weights: list[torch.Tensor]) -> Packed:
         if weight.ndim == 2 and name not in ("pos_embed", "proj_text.weight"):
             weight = weight.detach().T
             pieces += [tiles(weight), vector(weight.new_zeros(len(weight)))]
-    return join(pieces, spec, weights[0].dtype)
+    return join(pieces, native.fields(spec, weights[0].dtype, "none"))
 
 
 packed_transposed = WeightCache(pack_transposed, fingerprint)

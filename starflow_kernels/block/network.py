@@ -182,9 +182,9 @@ def all_heads_norm(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
     return layer_norm(x.flatten(-2), w[f"{name}.weight"], w[f"{name}.bias"]).view_as(x)
 
 
-def raw_params(h: torch.Tensor, w: Weights, spec: BlockSpec) -> torch.Tensor:
+def raw_params(h: torch.Tensor, w: Weights, spec: BlockSpec, linear: Callable = F.linear) -> torch.Tensor:
     """Map hidden states (B, n, C) to raw parameters (B, n, P): final norm and output projection."""
-    return project(rms_norm(h, w["final_norm.weight"]) if spec.final_norm else h, w, "proj_out")
+    return project(rms_norm(h, w["final_norm.weight"]) if spec.final_norm else h, w, "proj_out", linear)
 
 
 def hidden_states(
@@ -256,8 +256,11 @@ def compose(
 class CachedNetwork:
     """The transformer over a preallocated KV cache; under guidance both branches run as one batch of 2B rows."""
 
-    def __init__(self, z, weights, cond, prefix, cos, sin, guidance, spec_json: str, temperature: float):
-        self.spec = BlockSpec.from_json(spec_json)
+    def __init__(
+        self, z, weights, cond, prefix, cos, sin, guidance, spec_json: str, temperature: float,
+        linear: Callable = F.linear,
+    ):  # fmt: skip
+        self.spec, self.linear = BlockSpec.from_json(spec_json), linear
         self.w = dict(zip(self.spec.weight_shapes, weights))
         self.B, T, _ = z.shape
         self.branches = 1 if guidance is None else 2
@@ -270,7 +273,7 @@ class CachedNetwork:
         self.query_scale[self.B :] /= temperature
         self.positions = position_table(self.w, self.spec)
         if prefix is not None:
-            self._step(embed_text(prefix, self.w), 0, None)
+            self._step(embed_text(prefix, self.w, linear), 0, None)
 
     def _step(self, h: torch.Tensor, start: int, cond: torch.Tensor | None) -> torch.Tensor:
         lengths = torch.full((self.rows,), start, dtype=torch.int32, device=h.device)
@@ -279,14 +282,14 @@ class CachedNetwork:
             cache = self.k_cache[i], self.v_cache[i], lengths, self.cos, self.sin
             return cached_attention(q * self.query_scale, k, v, *cache, self.spec.rotary, 0, 1.0)
 
-        return layers(h, self.w, self.spec, cond, attention)
+        return layers(h, self.w, self.spec, cond, attention, self.linear)
 
     def params(self, x: torch.Tensor, first: int, count: int = 1) -> torch.Tensor:
         """Return the raw parameters (branches B, count, P) of the tokens from `first` on, in the block's own order.
 
         x (B, T, D) holds the tokens known so far. The cache must hold all tokens before the ones that this call reads.
         """
-        return raw_params(self._read(x, first, count), self.w, self.spec)
+        return raw_params(self._read(x, first, count), self.w, self.spec, self.linear)
 
     def fill(self, x: torch.Tensor, count: int) -> None:
         """Fill the cache so that `params` can begin with the token `count`; x (B, T, D) holds those before it."""
@@ -303,5 +306,5 @@ class CachedNetwork:
         position = None if self.positions is None else self.positions[slot : slot + count]
         per_token = self.cond is not None and self.cond.ndim == 3
         cond = self.cond[:, slot : slot + count] if per_token else self.cond
-        h = embed(tokens.repeat(self.branches, 1, 1), self.w, cond, position)
+        h = embed(tokens.repeat(self.branches, 1, 1), self.w, cond, position, self.linear)
         return self._step(h, self.L + slot, cond)

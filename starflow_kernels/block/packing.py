@@ -11,8 +11,8 @@ from .._core.torch_private import version
 from ..spec import BlockSpec, Mlp, Norm, Rotary, Scale, choice_index
 
 
-def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
-    """Return the spec as numbers in the order of csrc/read_spec.h."""
+def spec_fields(spec: BlockSpec, dtype: torch.dtype, rounded: bool = False) -> list[int]:
+    """Return the spec as numbers in the order of csrc/read_spec.h; rounded: inputs of products are in bfloat16."""
     sizes = (spec.token_dim, spec.channels, spec.layers, spec.heads, spec.head_dim, spec.kv_heads, spec.mlp_dim)
     optional = (spec.positions, spec.text_dim, spec.transition_dim)
     flags = (spec.start, spec.flip, spec.bias, spec.qk_norm, spec.qk_layer_norm, spec.post_norm, spec.final_norm)
@@ -22,13 +22,21 @@ def spec_fields(spec: BlockSpec, dtype: torch.dtype) -> list[int]:
         choice_index(spec.rotary, Rotary),
         choice_index(spec.affine.scale, Scale),
     )
-    return [*sizes, *optional, *map(int, flags), int(spec.adaptive), int(dtype == torch.bfloat16), *choices]
+    products = (spec.adaptive, dtype == torch.bfloat16, rounded)
+    return [*sizes, *optional, *map(int, (*flags, *products)), *choices]
 
 
 def refuse_spec(spec: BlockSpec) -> str | None:
     """Return why the kernels that know no adaptive blocks cannot run a block, or None."""
     if spec.adaptive or spec.qk_layer_norm:
         return "it takes no adaptive block, and no LayerNorm of queries and keys"
+    return None
+
+
+def refuse_rounding(*others) -> str | None:
+    """Return why kernels without products of rounded inputs cannot run a block, or None; others: arguments of an op."""
+    if any(isinstance(each, str) and each == "bfloat16" for each in others):
+        return "quantize='bfloat16' takes products of bfloat16 values, which it has not"
     return None
 
 

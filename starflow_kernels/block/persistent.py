@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..spec import BlockSpec, GuidanceRule, choice_index
 from . import cuda
-from .packing import refuse_spec, spec_fields
+from .packing import refuse_rounding, refuse_spec, spec_fields
 from .progress import report
 from .quantize import fake_quantize
 
@@ -120,7 +120,8 @@ def refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json: str, *others
     """Return why the kernel cannot run a block, or None."""
     if z.device.type != "cuda":
         return f"it runs on a GPU, tokens are on {z.device}"
-    return refuse_block(z, weights, prefix, guidance, spec_json, cuda.device_sizes(z.device))
+    sizes = cuda.device_sizes(z.device)
+    return refuse_rounding(*others) or refuse_block(z, weights, prefix, guidance, spec_json, sizes)
 
 
 def refuse_block(z, weights, prefix, guidance, spec_json: str, device: cuda.Device) -> str | None:

@@ -13,7 +13,7 @@ from ..affine_flow_inverse.reference import gaussian
 from ..spec import BlockSpec
 from .network import CachedNetwork, compose, hidden_states, raw_params
 from .progress import report
-from .quantize import fake_quantize
+from .quantize import fake_quantize, linear_of
 
 
 def block_forward(x, weights, cond, prefix, cos, sin, spec_json: str, logdet: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def block_inverse(
         x (B, T, D), and log sigma of every value that was computed, zero for the others.
     """
     weights = fake_quantize(BlockSpec.from_json(spec_json), weights, quantize)
-    network = CachedNetwork(z, weights, cond, prefix, cos, sin, guidance, spec_json, temperature)
+    network = CachedNetwork(z, weights, cond, prefix, cos, sin, guidance, spec_json, temperature, linear_of(quantize))
     spec, (B, T, _) = network.spec, z.shape
     x = z.flip(1) if spec.flip else z.clone()
     first = max(0 if spec.start else 1, 0 if known is None or not B else int(known.min()))

@@ -15,7 +15,8 @@ def assert_within_contract(actual: torch.Tensor, plain: torch.Tensor, exact: tor
     assert torch.isfinite(actual).all()
     error, allowed = ((t.double() - exact).abs().max().item() for t in (actual, plain))
     eps = torch.finfo(actual.dtype).eps
-    assert error <= 2 * (allowed + eps * exact.abs().max().item())
+    bound = 2 * (allowed + eps * exact.abs().max().item())
+    assert error <= bound, f"error {error:.3g} above {bound:.3g}; that of torch is {allowed:.3g}"
 
 
 def assert_same_row(backend: str, alone: torch.Tensor, batched: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ from ..._triton.rotary import half_tile
 from ..._triton.runtime import refuse_tensors
 from ...spec import BlockSpec
 from ..cache_budget import cache_bytes
-from ..packing import refuse_spec
+from ..packing import refuse_rounding, refuse_spec
 from . import head_kernels, step_kernels
 from .sessions import Sessions, Shape, bucket, captured, current_stream, lend, loaded, sample
 from .tiles import PRODUCT_N
@@ -416,7 +416,7 @@ def refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json, *others) -> 
     spec = BlockSpec.from_json(spec_json)
     if z.dtype != torch.float32:
         return f"tokens are {z.dtype}, it takes float32"
-    if reason := refuse_spec(spec) or refuse_tensors(*weights):
+    if reason := refuse_rounding(*others) or refuse_spec(spec) or refuse_tensors(*weights):
         return reason
     return None if spec.head_dim <= WIDEST_HEAD else f"heads of {spec.head_dim} values, it takes up to {WIDEST_HEAD}"
 

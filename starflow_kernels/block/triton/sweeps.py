@@ -214,7 +214,7 @@ def refuse(
     quantize="none", known=None,
 ) -> str | None:  # fmt: skip
     """Return why the kernels cannot sweep over a block, or None."""
-    return sequential.refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json)
+    return sequential.refuse(z, weights, cond, prefix, cos, sin, guidance, spec_json, quantize)
 
 
 def block_jacobi(
