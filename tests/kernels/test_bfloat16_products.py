@@ -41,8 +41,12 @@ def margins(x: torch.Tensor) -> torch.Tensor:
 @weight_dtypes
 @every_block
 def test_samples_are_those_of_the_reference(case, dtype, monkeypatch):
-    compared = sum(compared_samples(case, dtype, monkeypatch) for _ in range(6))
-    assert compared >= 10
+    compared = 0
+    for _ in range(60):
+        compared += compared_samples(case, dtype, monkeypatch)
+        if compared >= 10:
+            return
+    raise AssertionError(f"only {compared} samples could be compared")
 
 
 def compared_samples(case, dtype, monkeypatch, B: int = 32) -> int:
