@@ -29,6 +29,7 @@ RESULTS = Path("build/benchmarks")
 BENCHMARKS = {
     "ops": "ops",
     "sampling": "cpu.sampling --peer {peer}",
+    "bfloat16_products": "cpu.bfloat16_products",
     "long": "cpu.long",
     "contention": "cpu.contention",
     "density": "cpu.density --peer {peer}",
