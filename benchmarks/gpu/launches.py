@@ -157,8 +157,7 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     constants |= {"BLOCK_D": part if kernel in ("head", "embed") else sequential.tile(d), "WHOLE": whole, **options}
     constants |= dict.fromkeys(("BIAS", "QK_NORM", "ROTARY", "CLIPPED", "START", "TABLE", "COND"), True)
     constants |= {"BRANCHES": 2, "RULE": "starflow", "SCALE": "softplus", "PARTS": 12}
-    # Tiles of 3072 channels.
-    constants |= {"PAIRS": rotary.half_tile(d), "TILES": 0 if options["FIRST"] else 128}
+    constants |= {"PAIRS": rotary.half_tile(d), "TILES": 0 if options["FIRST"] else sequential.TILES}
     constants |= sequential.config(kernel, WIDTH[dtype], D, d, quantize != "none")
     module = head_kernels if kernel in ("head", "embed") else step_kernels
     return Launch(

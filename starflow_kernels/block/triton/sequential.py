@@ -38,6 +38,8 @@ BLOCK_M = 16
 BLOCK_N = PRODUCT_N.value
 # Programs that a product is split into at most, per tile of rows: three on each processor of an H200.
 PROGRAMS = 396
+# Most tiles per iteration over the statistics of a row; more would spill registers.
+TILES = 32
 # Keys per split of attention.
 SPLIT = 128
 # Most keys per iteration within a split.
@@ -187,8 +189,8 @@ class TritonSession:
             setattr(self, name, torch.zeros(size, dtype=dtype, device=device))
         self.splits, self.pdl = self.split_out.shape[2], {"PDL": True, "launch_pdl": True} if pdl(device) else {}
         self.graph = None
-        # Padded number of tiles per row with statistics.
-        self.tiles = triton.next_power_of_2(self.statistics.shape[1])
+        # Tiles per iteration over the statistics of a row.
+        self.tiles = min(TILES, triton.next_power_of_2(self.statistics.shape[1]))
 
     def _grid(self, rows: int, columns: int) -> tuple[int]:
         """Return the grid; programs that read the same weights are neighbours."""

@@ -147,16 +147,26 @@ def store_statistics(statistics, value, row, column, rows, C):
 
 @triton.jit
 def merged_statistics(statistics, row, rows, C, TILES: tl.constexpr):
-    """Return the mean of the rows and the sum of squared distances from it, (BLOCK_M,) each; TILES: at most, padded."""
-    tile, tiles = tl.arange(0, TILES), tl.cdiv(C, PRODUCT_N)
-    offsets, known = 2 * (row[:, None] * tiles + tile[None, :]), (row < rows)[:, None] & (tile < tiles)[None, :]
-    count = tl.maximum(tl.minimum(C - tile * PRODUCT_N, PRODUCT_N), 0)[None, :]
-    total = tl.load(statistics + offsets, known, 0.0)  # (BLOCK_M, TILES)
-    mean = mean_of(tl.sum(total, 1), C)
-    distance = mean_of(total, tl.maximum(count, 1)) - mean[:, None]
-    # (BLOCK_M, TILES)
-    square = tl.load(statistics + offsets + 1, known, 0.0) + count * distance * distance
-    return mean, tl.sum(square, 1)
+    """Return the mean of the rows and the sum of squared distances from it, (BLOCK_M,) each; TILES: per iteration."""
+    tiles = tl.cdiv(C, PRODUCT_N)
+    first = (statistics + 2 * row * tiles)[:, None]
+    mean = tl.zeros([row.shape[0]], tl.float32)
+    square = tl.zeros([row.shape[0]], tl.float32)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        known = (row < rows)[:, None] & (tile < tiles)[None, :]
+        mean += tl.sum(tl.load(first + 2 * tile[None, :], known, 0.0), 1)  # of (BLOCK_M, TILES)
+    mean = mean_of(mean, C)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        known = (row < rows)[:, None] & (tile < tiles)[None, :]
+        count = tl.maximum(tl.minimum(C - tile * PRODUCT_N, PRODUCT_N), 0)
+        # (BLOCK_M, TILES) each
+        distance = tl.load(first + 2 * tile[None, :], known, 0.0) * mean_of(1.0, tl.maximum(count, 1))[None, :]
+        distance -= mean[:, None]
+        part = tl.load(first + 2 * tile[None, :] + 1, known, 0.0) + count[None, :] * distance * distance
+        square += tl.sum(part, 1)
+    return mean, square
 
 
 @triton.jit
@@ -166,8 +176,8 @@ def norm_statistics(
 ):  # fmt: skip
     """Return the factor of the residual's norm, and the mean and factor of the state's norm, (BLOCK_M,) each.
 
-    statistics: of the tiles of the residual if POST, else of the state. TILES: padded number of tiles per row, 0 if no
-    product has stored their statistics.
+    statistics: of the tiles of the residual if POST, else of the state. TILES: tiles per iteration, 0 if no product has
+    stored their statistics.
     """
     factor = tl.full([BLOCK_M], 1.0, tl.float32)
     mean = tl.zeros([BLOCK_M], tl.float32)
