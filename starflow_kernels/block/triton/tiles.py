@@ -187,14 +187,15 @@ def norm_statistics(
         factor = inverse_root(mean_of(square, C) + center * center + RMS_EPS)
     if NORM != "none":
         if POST or TILES == 0:
-            # A loop without tl.dot loads ahead only if it asks for stages.
+            # A loop without tl.dot loads ahead only if it asks for stages; with post-norms, that spills registers.
+            STAGES: tl.constexpr = 1 if POST else 3
             if NORM == "layer_norm":
-                for start in tl.range(0, C, BLOCK_K, num_stages=3):
+                for start in tl.range(0, C, BLOCK_K, num_stages=STAGES):
                     c = start + tl.arange(0, BLOCK_K)
                     mean += tl.sum(load_state(h, residual, post, factor, row, c, rows, C, POST), 1)
                 mean = mean_of(mean, C)
             square = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-            for start in tl.range(0, C, BLOCK_K, num_stages=3):
+            for start in tl.range(0, C, BLOCK_K, num_stages=STAGES):
                 c = start + tl.arange(0, BLOCK_K)
                 x = load_state(h, residual, post, factor, row, c, rows, C, POST)  # (BLOCK_M, BLOCK_K)
                 x = tl.where((c < C)[None, :], x - mean[:, None], 0.0)
