@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Builds the CUDA kernels for every architecture that setup.py names. Fails if a kernel spills or uses a stack, if ptxas
-# warns of a loss of performance, or if the library does not load.
+# Looks for races of the CUDA kernels in emulation, then builds them for every architecture that setup.py names. Fails if
+# a kernel spills or uses a stack, if ptxas warns of a loss of performance, or if the library does not load. Without nvcc
+# it builds nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+python scripts/check_races.py
+command -v nvcc > /dev/null || exit 0
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 NVCC_APPEND_FLAGS=-Xptxas=-v STARFLOW_NATIVE=0 STARFLOW_CUDA=1 \
