@@ -63,7 +63,7 @@ def _raw(
     skip = 0 if SCALE == "unit" else D
     a = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    first, first_masked, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
+    bounds = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
     for number in range(0, H):
         head = tl.cast(number, tl.int64)
         q_start = q + row * q_row + head * q_head
@@ -76,7 +76,7 @@ def _raw(
         for masked in tl.static_range(1 if WINDOW else 0, 2):
             acc, total, top = attend(
                 acc, total, top, q1, q2, k_start, v_start, k_token, v_token, query,
-                first_masked if masked else first, stop if masked else first_masked, T, window, factor, masked,
+                bounds[0 if WINDOW else 1 + masked], bounds[2 + masked], T, window, factor, masked,
                 WINDOW, HEAD, HALF, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         h = (acc / total[:, None]).to(q1.dtype)
@@ -216,11 +216,11 @@ def attention_flow_queries_kernel(
     # (BLOCK_M,)
     lse_2 = tl.where(counts > 0, tl.load(lse + lse_offset + queries, queries < T, float("inf")) * LOG2_E, 0.0)
     dq1, dq2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
-    first, first_masked, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
+    bounds = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
     for masked in tl.static_range(1 if WINDOW else 0, 2):
         dq1, dq2 = add_to_queries(
             dq1, dq2, q1, q2, g, counts, lse_2, deltas, k, v, k_token, v_token, query,
-            first_masked if masked else first, stop if masked else first_masked, T, window, factor, masked,
+            bounds[0 if WINDOW else 1 + masked], bounds[2 + masked], T, window, factor, masked,
             WINDOW, HEAD, HALF, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     target = grad_q + (row * T * H + head) * HEAD

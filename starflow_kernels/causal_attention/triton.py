@@ -39,8 +39,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def _visible(query, key, window, WINDOW: tl.constexpr):
     if WINDOW:
-        return (query >= key) & (query - key < window)
-    return query >= key
+        return (key <= query) & (key > query - window)
+    return key <= query
 
 
 @triton.jit
@@ -57,11 +57,27 @@ def score_factor(query, T, window, WINDOW: tl.constexpr):
 
 @triton.jit
 def key_bounds(query, T, window, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the first key of a block of queries, the first key that not all of them see, and the end of the keys."""
+    """Return the four bounds of three ranges of keys for a block of queries, all of which see the keys of the second.
+
+    Without a window the first range is empty.
+    """
+    last = (query + 1) // BLOCK_N * BLOCK_N
+    stop = tl.minimum(query + BLOCK_M, T)
     if WINDOW:
         first = tl.maximum(query - window + 1, 0) // BLOCK_N * BLOCK_N
-        return first, first, tl.minimum(query + BLOCK_M, T)
-    return 0, (query + 1) // BLOCK_N * BLOCK_N, tl.minimum(query + BLOCK_M, T)
+        seen = tl.cdiv(tl.maximum(query - window + BLOCK_M, 0), BLOCK_N) * BLOCK_N
+        return first, tl.minimum(seen, last), last, stop
+    return 0, 0, last, stop
+
+
+@triton.jit
+def first_rows(x, stride, start, BLOCK: tl.constexpr):
+    """Return the pointer to token `start` and the distance from a block of tokens to the next.
+
+    A loop that adds the distance has no 64-bit products. With them ptxas lets no product of tensor cores overlap.
+    """
+    stride = tl.cast(stride, tl.int64)
+    return x + start * stride, BLOCK * stride
 
 
 @triton.jit
@@ -71,9 +87,12 @@ def attend(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the keys start .. stop - 1 to the softmax sums relative to 2^top; factor scales scores to base 2."""
+    k, k_step = first_rows(k, k_stride, start, BLOCK_N)
+    v, v_step = first_rows(v, v_stride, start, BLOCK_N)
     for key in range(start, stop, BLOCK_N):
-        k1, k2 = load_pair(k, k_stride, None, None, key, T, HEAD, HALF, "none", BLOCK_N)  # (BLOCK_N, HALF) each
-        value = load_rows(v, v_stride, key, T, HEAD, 2 * HALF, BLOCK_N)  # (BLOCK_N, 2 HALF)
+        # (BLOCK_N, HALF) each, (BLOCK_N, 2 HALF)
+        k1, k2 = load_pair(k, k_stride, None, None, 0, T - key if MASKED else BLOCK_N, HEAD, HALF, "none", BLOCK_N)
+        value = load_rows(v, v_stride, 0, T - key if MASKED else BLOCK_N, HEAD, 2 * HALF, BLOCK_N)
         # (BLOCK_M, BLOCK_N)
         score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * factor
@@ -90,6 +109,8 @@ def attend(
         # (BLOCK_M, 2 HALF)
         acc = tl.dot(weight.to(value.dtype), value, acc * kept[:, None], input_precision="ieee")
         top = highest
+        k += k_step
+        v += v_step
     return acc, total, top
 
 
@@ -110,11 +131,11 @@ def causal_attention_forward_kernel(
     q1, q2 = load_pair(q + row * q_row + head * q_head, q_token, cos, sin, query, T, HEAD, HALF, ROTARY, BLOCK_M)
     acc = tl.zeros([BLOCK_M, 2 * HALF], tl.float32)
     total, top = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
-    first, first_masked, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
-    for masked in tl.static_range(1 if WINDOW else 0, 2):
+    bounds = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
+    for part in tl.static_range(0 if WINDOW else 1, 3):
         acc, total, top = attend(
             acc, total, top, q1, q2, k, v, k_token, v_token, query,
-            first_masked if masked else first, stop if masked else first_masked, T, window, factor, masked,
+            bounds[part], bounds[part + 1], T, window, factor, part != 1,
             WINDOW, HEAD, HALF, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     pointers, mask = row_pointers(out + (row * T * H + head) * HEAD, H * HEAD, query, T, HEAD, 2 * HALF, BLOCK_M)
@@ -209,9 +230,12 @@ def add_to_queries(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add dS K over the keys start .. stop - 1; counts: see score_factor; lse_2: log-sum-exp in base 2."""
+    k, k_step = first_rows(k, k_stride, start, BLOCK_N)
+    v, v_step = first_rows(v, v_stride, start, BLOCK_N)
     for key in range(start, stop, BLOCK_N):
-        k1, k2 = load_pair(k, k_stride, None, None, key, T, HEAD, HALF, "none", BLOCK_N)  # (BLOCK_N, HALF) each
-        value = load_rows(v, v_stride, key, T, HEAD, 2 * HALF, BLOCK_N)  # (BLOCK_N, 2 HALF)
+        # (BLOCK_N, HALF) each, (BLOCK_N, 2 HALF)
+        k1, k2 = load_pair(k, k_stride, None, None, 0, T - key if MASKED else BLOCK_N, HEAD, HALF, "none", BLOCK_N)
+        value = load_rows(v, v_stride, 0, T - key if MASKED else BLOCK_N, HEAD, 2 * HALF, BLOCK_N)
         # (BLOCK_M, BLOCK_N)
         score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * (factor * counts)[:, None]
@@ -225,6 +249,8 @@ def add_to_queries(
         # (BLOCK_M, HALF) each
         dq1 = tl.dot(d_score.to(k1.dtype), k1, dq1, input_precision="ieee")
         dq2 = tl.dot(d_score.to(k2.dtype), k2, dq2, input_precision="ieee")
+        k += k_step
+        v += v_step
     return dq1, dq2
 
 
@@ -250,11 +276,11 @@ def causal_attention_queries_kernel(
     lse_2 = tl.where(counts > 0, tl.load(lse + lse_offset + queries, queries < T, float("inf")) * LOG2_E, 0.0)
     deltas = tl.load(delta + lse_offset + queries, queries < T, 0)  # (BLOCK_M,)
     dq1, dq2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
-    first, first_masked, stop = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
+    bounds = key_bounds(query, T, window, WINDOW, BLOCK_M, BLOCK_N)
     for masked in tl.static_range(1 if WINDOW else 0, 2):
         dq1, dq2 = add_to_queries(
             dq1, dq2, q1, q2, g.to(q1.dtype), counts, lse_2, deltas, k, v, k_token, v_token, query,
-            first_masked if masked else first, stop if masked else first_masked, T, window, factor, masked,
+            bounds[0 if WINDOW else 1 + masked], bounds[2 + masked], T, window, factor, masked,
             WINDOW, HEAD, HALF, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     target = grad_q + (row * T * H + head) * HEAD
