@@ -3,21 +3,23 @@
     python -m benchmarks.gpu.triton_resources --check --results build/triton.json --write docs/triton.md
 
 Every kernel of launches.py is compiled for every target as it is launched: pointers aligned to 16 bytes, sizes that 16
-divides. --check fails if registers are spilled, if a target lacks the shared memory, and on products in tf32. --results
-keeps the numbers of each version of Triton; the table has all of them.
+divides. --check fails if registers are spilled, if a target lacks the shared memory, on products in tf32, and if ptxas
+gives up an optimization, such as products of tensor cores that overlap. It also fails if loops of LOOPS wait for memory
+more often, or load less in the background, than they do now. --results keeps the numbers of each version of Triton; the
+table has all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+import io
 import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .launches import LAUNCHES, TARGETS, Launch
+from .sass_loops import Loops, loops
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 # A linear model of 128 values fills the registers of a program.
@@ -47,14 +50,30 @@ STACK_LIMIT: dict[tuple[str, str, str], int] = {
     ("3.6.0", "sm_90", "block_qkv, fp32, fp8 weights"): 8,
     ("3.6.0", "sm_90", "block_up, fp32, fp8 weights"): 8,
 }
+# (version of Triton, target, kernel) whose products of tensor cores may not overlap: two per iteration, of depth 16.
+SERIALIZED = {
+    ("3.6.0", "sm_90", "flow_head_backward, bf16, D = 4"),
+    ("3.6.0", "sm_90", "flow_head_backward, bf16, D = 16"),
+}
+# Kernel -> the most loops that wait for memory, and the fewest bytes in flight, of its rows in bf16.
+LOOPS = {
+    "block_qkv": Loops(2, 16384),
+    "block_attend": Loops(1, 0),
+    "block_project": Loops(7, 0),
+    "block_up": Loops(2, 20480),
+    "block_down": Loops(0, 8192),
+    "causal_attention_forward": Loops(0, 16384),
+    "causal_attention_queries": Loops(0, 8192),
+}
+LOOPS_TARGET = "sm_90"
 PAGE = """# Resources of the Triton kernels
 
 Each cell gives registers per thread / bytes of stack per thread (spilled registers) / bytes of shared memory per block.
 Each row is a kernel in a shipped configuration. Triton {versions} compiled all of them without a GPU; a cell has two
 numbers where the versions differ. Attention rows without "window" see all earlier tokens.
 
-`python -m benchmarks.gpu.triton_resources --results build/triton.json --write docs/triton.md`, run with each version of
-Triton, writes this page.
+`python -m benchmarks.gpu.triton_resources --results build/triton.json --write docs/triton.md` writes this page, by
+Triton 3.6 with `--targets sm_90`, then by Triton 3.9.
 
 {table}
 """
@@ -64,12 +83,16 @@ class Resources(NamedTuple):
     """Registers per thread, bytes of stack per thread (spills), bytes of shared memory per block.
 
     tf32: whether products round float32 to tf32, which would break the error contract.
+    warning: warning of ptxas that it gives up an optimization.
+    loops: what the loops of a kernel of LOOPS load on LOOPS_TARGET.
     """
 
     registers: int
     stack: int
     shared: int
     tf32: bool = False
+    warning: str = ""
+    loops: tuple[int, int] | None = None
 
 
 # (row of the table, target) -> resources
@@ -92,32 +115,49 @@ def compiled(launch: Launch, target: GPUTarget):
 
 
 def parsed(text: str, shared: int) -> Resources:
-    """Return the resources from the output of cuobjdump --dump-resource-usage or from the assembly of an AMD kernel."""
-    fields = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
-    if not fields:
-        fields = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)", text)}
-        return Resources(fields["vgpr_count"], fields["private_segment_fixed_size"], shared)
-    return Resources(fields["REG"], fields["STACK"], shared)
+    """Return the resources from the log of ptxas or from the assembly of an AMD kernel."""
+    if registers := re.search(r"Used (\d+) registers", text):
+        stack, warning = re.findall(r"(\d+) bytes stack frame", text), re.search(r"\(C75\d\d\).*", text)
+        return Resources(int(registers[1]), max(map(int, stack)), shared, warning=warning[0] if warning else "")
+    fields = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)", text)}
+    return Resources(fields["vgpr_count"], fields["private_segment_fixed_size"], shared)
 
 
-def resources(launch: Launch, target: str) -> Resources:
+def bound(row: str, target: str) -> Loops | None:
+    """Return the bound of LOOPS for a row of the table on a target."""
+    return LOOPS.get(row.split(",")[0]) if target == LOOPS_TARGET and ", bf16" in row else None
+
+
+def resources(launch: Launch, target: str, with_loops: bool = False) -> Resources:
     """Return the resources of a kernel on the target of that name."""
-    kernel = compiled(launch, TARGETS[target])
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope():
+        # A cached kernel has no log.
+        triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = compiled(launch, TARGETS[target])
     if "cubin" not in kernel.asm:
         return parsed(kernel.asm["amdgcn"], kernel.metadata.shared)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return parsed(text, kernel.metadata.shared)._replace(tf32="tf32" in kernel.asm["ptx"])
+    found = parsed(log.getvalue(), kernel.metadata.shared)._replace(tf32="tf32" in kernel.asm["ptx"])
+    if not with_loops:
+        return found
+    return found._replace(loops=loops(kernel.asm["sass"], kernel.metadata.num_warps, kernel.metadata.num_stages))
 
 
-def complaint(found: Resources, target: str, limit: int = 0) -> str | None:
-    """Return what exceeds the limits of the target, or None; limit: allowed bytes of stack per thread."""
+def complaint(found: Resources, target: str, limit: int = 0, bound: Loops | None = None) -> str | None:
+    """Return what exceeds the limits of the target, or None.
+
+    Args:
+        found: of a kernel.
+        target: name of the target.
+        limit: allowed bytes of stack per thread.
+        bound: the most loops that wait for memory, and the fewest bytes in flight.
+    """
+    if bound and found.loops and (found.loops[0] > bound.waiting or found.loops[1] < bound.in_flight):
+        return f"{found.loops[0]} loops wait for memory, {found.loops[1]} bytes are in flight on {target}"
     if found.tf32:
         return f"products in tf32 on {target}"
+    if found.warning:
+        return f"ptxas on {target}: {found.warning}"
     if found.shared > SHARED_LIMIT[target]:
         return f"{found.shared} bytes of shared memory, {target} has {SHARED_LIMIT[target]}"
     return f"{found.stack} bytes of stack per thread on {target}" if found.stack > limit else None
@@ -126,14 +166,15 @@ def complaint(found: Resources, target: str, limit: int = 0) -> str | None:
 def _measured(job: tuple[str, str]) -> Resources:
     row, target = job
     launch = LAUNCHES[row]
-    return resources(launch[target] if isinstance(launch, dict) else launch, target)
+    with_loops = bound(row, target) is not None
+    return resources(launch[target] if isinstance(launch, dict) else launch, target, with_loops)
 
 
 def table(versions: list[Measured], targets: list[str]) -> str:
     """Return a Markdown table with one row per kernel, from the resources that each version of Triton gives."""
 
     def cell(row: str, target: str) -> str:
-        by_version = zip(*(version[row, target][:3] for version in versions))
+        by_version = zip(*(version[row, target][:3] for version in versions if (row, target) in version))
         return " / ".join(", ".join(map(str, dict.fromkeys(values))) for values in by_version)
 
     lines = ["| kernel | " + " | ".join(targets) + " |", "|---|" + "---|" * len(targets)]
@@ -151,7 +192,7 @@ def kept(path: Path, found: Measured) -> dict[str, Measured]:
     return {
         version: {(row, target): Resources(*value) for row, target, *value in rows}
         for version, rows in sorted(stored.items())
-        if {(row, target) for row, target, *_ in rows} == found.keys()
+        if {row for row, *_ in rows} == {row for row, _ in found}
     }
 
 
@@ -160,9 +201,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="chips to compile for")
     parser.add_argument("--kernels", default="", help="compile only the rows whose name contains this text")
-    parser.add_argument(
-        "--check", action="store_true", help="fail on spills, on too much shared memory and on products in tf32"
-    )
+    parser.add_argument("--check", action="store_true", help="fail on what is said above")
     parser.add_argument("--results", type=Path, help="keep the numbers in this file, beside those of other versions")
     parser.add_argument("--write", type=Path, help="write the page to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
@@ -177,7 +216,9 @@ def main() -> int:
         args.write.write_text(page)
     complaints = []
     for (row, target), value in found.items():
-        if why := complaint(value, target, STACK_LIMIT.get((triton.__version__, target, row), 0)):
+        key = triton.__version__, target, row
+        accepted = value._replace(warning="") if key in SERIALIZED else value
+        if why := complaint(accepted, target, STACK_LIMIT.get(key, 0), bound(row, target)):
             complaints.append(f"{row}: {why}")
     for line in complaints:
         print(line, file=sys.stderr)
