@@ -40,7 +40,7 @@ STACK_LIMIT: dict[tuple[str, str, str], int] = {
     ("3.9.0", "sm_90", WIDEST_MODEL): 104,
     ("3.9.0", "sm_100", WIDEST_MODEL): 112,
     ("3.6.0", "sm_90", WIDEST_MODEL): 88,
-    ("3.9.0", "gfx942", "block_head, fp32, D = 768"): 140,
+    ("3.9.0", "gfx942", "block_head, fp32, D = 768"): 176,
     ("3.9.0", "sm_100", "block_head, bf16, D = 128"): 16,
     ("3.9.0", "sm_100", LARGE_MODEL): 32,
     ("3.9.0", "sm_100", "residual_norm_backward, fp32, rms_norm, C = 768"): 24,
