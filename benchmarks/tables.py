@@ -65,6 +65,7 @@ def speed() -> str:
     """Return the table of README.md: the strongest peer of each case that has more than one."""
     found = results("sampling")
     header = ["case", "ours, µs per step", "strongest peer / ours", "strongest peer", "our largest error"]
+    shown = [row for row in found["rows"] if "plain" in row["microseconds"]]
     rows = [
         [
             row["case"],
@@ -73,10 +74,9 @@ def speed() -> str:
             PEER_NAMES[strongest(row)],
             error(row, "ours"),
         ]
-        for row in found["rows"]
-        if "plain" in row["microseconds"]
+        for row in shown
     ]
-    return runs(found) + table(header, rows)
+    return runs({**found, "rows": shown}) + table(header, rows)
 
 
 def sampling() -> str:
@@ -143,6 +143,24 @@ def long() -> str:
     return runs(found) + table(header, rows)
 
 
+def bfloat16() -> str:
+    """Return the times and differences of sampling with products of bfloat16 values."""
+    found = results("bfloat16_products")
+    header = ["case", "float32, µs per step", "bfloat16 weights", "bfloat16 products"]
+    header += ["mean (largest) difference of weights", "of products", "standard deviation of samples"]
+    rows = [
+        [
+            row["case"],
+            f"{row['microseconds']['float32']:.1f}",
+            *(f"{row['microseconds'][way]:.1f}" for way in ("bfloat16 weights", "bfloat16 products")),
+            *("{mean:.4f} ({max:.3f})".format(**each) for each in row["difference"].values()),
+            f"{row['deviation']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    return f"Measured {line(found['machine'])}.\n\n" + table(header, rows)
+
+
 def density() -> str:
     """Return the times of the density pass and of a training step."""
     found = results("density")
@@ -189,7 +207,9 @@ def accelerate() -> str:
     return runs(found) + table(["case", "before", "accelerated", "ratio", "difference"], rows)
 
 
-TABLES = {each.__name__: each for each in (speed, sampling, errors, contention, long, density, prose, accelerate)}
+TABLES = {
+    each.__name__: each for each in (speed, sampling, errors, bfloat16, contention, long, density, prose, accelerate)
+}
 
 
 def filled(page: str) -> str:

@@ -96,7 +96,7 @@ class FlowBlock(nn.Module):
         modules = self._parts()
         own = {path: module._parameters for path, module in modules.items()}  # noqa: SLF001
         # A parameter that a caller has replaced by a tensor is only an attribute.
-        weights = {
+        weights: dict[str, Any] = {
             name: own[path][leaf] if leaf in own[path] else getattr(modules[path], leaf)
             for name, (path, leaf) in self._slots.items()
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .._core.compiled import empty, refuse_tensors
+from .._core.compiled import refuse_tensors
 from ..spec import BlockSpec, Norm, Rotary, choice_index
 
 WEIGHTS = 12
@@ -44,14 +44,17 @@ def _arguments(kept: torch.Tensor, h, *args) -> tuple:
 
 def block_layer(h, *args) -> tuple[torch.Tensor, torch.Tensor]:
     """See layer.reference."""
-    kept, out = empty(kept_values(h, BlockSpec.from_json(args[-1]))), empty(*h.shape)
+    kept, out = (
+        h.new_empty(kept_values(h, BlockSpec.from_json(args[-1]))),
+        torch.empty_like(h, memory_format=torch.contiguous_format),
+    )
     torch.ops.starflow_native.block_layer(*_arguments(kept, h, *args), out)
     return out, kept
 
 
 def block_layer_backward(grads, outputs, h, *args) -> list[torch.Tensor]:
     """See layer.reference_backward."""
-    gradients = [None if t is None else empty(*t.shape) for t in (h, *args[:WEIGHTS])]
+    gradients = [None if t is None else t.new_empty(t.shape) for t in (h, *args[:WEIGHTS])]
     torch.ops.starflow_native.block_layer_backward(
         grads[0].contiguous(), *_arguments(outputs[1], h, *args), gradients[0], gradients[1:]
     )

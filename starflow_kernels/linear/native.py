@@ -33,7 +33,5 @@ def linear_backward(grads, outputs, x, weight, bias) -> list[torch.Tensor]:
     (grad,) = grads
     gradients = [None if t is None else empty(*t.shape) for t in (x, weight, bias)]
     grad_x, *others = gradients
-    torch.ops.starflow_native.linear_backward(
-        _rows(grad), _rows(x), weight.contiguous(), grad_x.flatten(0, 1), *others
-    )
+    torch.ops.starflow_native.linear_backward(_rows(grad), _rows(x), weight.contiguous(), grad_x.flatten(0, 1), *others)
     return [t for t in gradients if t is not None]

@@ -97,8 +97,8 @@ def describe() -> None:
 
 
 RUNS = (
-    attend, transform, run_block, train_block, run_sampling, run_stack, run_jacobi, run_gradient_of_sampling, run_masked,
-    describe,
+    attend, transform, run_block, train_block, run_sampling, run_stack, run_jacobi, run_gradient_of_sampling,
+    run_masked, describe,
 )  # fmt: skip
 
 
