@@ -49,6 +49,9 @@ STACK_LIMIT: dict[tuple[str, str, str], int] = {
     ("3.6.0", "sm_90", "block_embed, fp32, D = 128"): 16,
     ("3.6.0", "sm_90", "block_qkv, fp32, fp8 weights"): 8,
     ("3.6.0", "sm_90", "block_up, fp32, fp8 weights"): 8,
+    ("3.6.0", "sm_90", "block_up, bf16, post-norms, gated"): 8,
+    ("3.6.0", "sm_90", "block_qkv, sweep, bf16, d = 64"): 8,
+    ("3.6.0", "sm_90", "block_sweep_attend, fp32, d = 256"): 8,
 }
 # (version of Triton, target, kernel) whose products of tensor cores may not overlap: two per iteration, of depth 16.
 SERIALIZED = {
@@ -57,11 +60,10 @@ SERIALIZED = {
 }
 # Kernel -> the most loops that wait for memory, and the fewest bytes in flight, of its rows in bf16.
 LOOPS = {
-    "block_qkv": Loops(2, 16384),
-    "block_attend": Loops(1, 0),
-    "block_project": Loops(7, 0),
-    "block_up": Loops(2, 20480),
-    "block_down": Loops(0, 8192),
+    "block_qkv": Loops(3, 38912),
+    "block_attend": Loops(1, 32768),
+    "block_up": Loops(3, 49152),
+    "block_product": Loops(0, 24576),
     "causal_attention_forward": Loops(0, 16384),
     "causal_attention_queries": Loops(0, 8192),
 }
