@@ -19,3 +19,6 @@ LD_PRELOAD="$libraries" python -m pytest -q -n 2 tests/kernels/test_block_{nativ
     tests/kernels/test_{causal,cached}_attention.py tests/kernels/test_affine_flow{,_inverse}.py \
     tests/kernels/test_{flow_head,instruction_sets,linear,masked_inverse,transposed_solve,team}.py \
     -k "(test_block_native or test_instruction_sets or test_transposed or test_team or native) and not interrupt"
+LD_PRELOAD="$libraries" python -m pytest -q -n 2 \
+    tests/kernels/test_{block_layer,bfloat16_products,stack_inverse,weight_changes,all_finite}.py \
+    -k "not interrupt and not compile and not graph and not opcheck"
