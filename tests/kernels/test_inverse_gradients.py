@@ -162,7 +162,10 @@ def test_no_gradient_where_none_is_asked_for():
     torch.testing.assert_close(naive_affine(x, naive_network(x, w, spec, **context), spec.affine, shift=True)[0], z)
 
 
-@pytest.mark.parametrize("options, where", [({"guidance": 1.0}, "under guidance"), ({"quantize": "int8"}, "with quantize='int8'")])
+@pytest.mark.parametrize(
+    "options, where",
+    [({"guidance": 1.0}, "under guidance"), ({"quantize": "int8"}, "with quantize='int8'")],
+)
 def test_a_gradient_that_does_not_exist_is_refused(options, where):
     z, w, spec, context = block(BLOCKS["starflow"])
     with pytest.raises(ValueError, match=f"z, data, cond, prefix: the inverse has no gradient {where}"):
