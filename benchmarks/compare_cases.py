@@ -26,6 +26,7 @@ from starflow_kernels import AffineSpec, affine_flow, block_forward, block_inver
 
 from .machine import compile_c
 from .ops.bench_block import SHAPES, random_weights
+from .training_step import CONFIG, own_loss, trainer
 
 Run = Callable[[], object]
 COUNTER = """
@@ -51,8 +52,6 @@ def _flow(direction: str, batch: int) -> Run:
 
 
 def _training_step() -> Run:
-    from .cpu.density import CONFIG, own_loss, trainer
-
     return trainer(Flow(CONFIG), own_loss, torch.randn(4, 3, 32, 32))
 
 

@@ -14,20 +14,17 @@ from pathlib import Path
 
 import torch
 
-from starflow import Flow, FlowConfig
+from starflow import Flow
+from starflow_kernels.accelerate.upstream.structure import read
 
 from ..command import benchmark
 from ..machine import peak_flops
 from ..peers.released import load_peer, timed
-
-CONFIG = FlowConfig(image_size=32, image_channels=3, patch_size=2, channels=128, layers=(4, 4, 4, 4))
+from ..training_step import CONFIG, own_loss, trainer
 
 
 def make(peer):
     """Return the released model and ours with the same random weights."""
-    # `compare_cases` imports this module beside commits that do not have this one.
-    from starflow_kernels.accelerate.upstream.structure import read
-
     torch.manual_seed(0)
     model, flow = peer.Model(3, 32, 2, 128, 4, 4), Flow(CONFIG)
     with torch.no_grad():
@@ -43,23 +40,6 @@ def released_loss(model, images):
     """Return the loss by the released code."""
     z, _, logdets = model(images)
     return model.get_loss(z, logdets)
-
-
-def own_loss(flow, images):
-    """Return the same loss by our code."""
-    return flow.loss(flow(images))
-
-
-def trainer(module, loss, images):
-    """Return a function that takes one training step."""
-    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), lr=1e-6, weight_decay=1e-4, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss(module, images).backward()
-        optimizer.step()
-
-    return step
 
 
 def operations(batch: int) -> int:

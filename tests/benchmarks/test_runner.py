@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import string
 from argparse import Namespace
@@ -174,3 +175,11 @@ def test_long_sequences(monkeypatch):
     assert row["block"] == "C 64, 2 layers" and row["error"] < long.AGREEMENT
     weights = 2 * 12 * 64 * 64 + 64 * 36
     assert row["megabytes_per_token"] > 4e-6 * (weights + 2 * 2 * 64 * 36)
+
+
+@pytest.mark.parametrize("module", ["compare_cases", "training_step", "machine", "ops/bench_block"])
+def test_cases_of_a_comparison_stand_on_public_names_that_older_commits_have(module):
+    tree = ast.parse((BENCHMARKS / f"{module}.py").read_text(encoding="utf-8"))
+    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    imported += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+    assert {name for name in imported if name.startswith("starflow")} <= {"starflow", "starflow_kernels"}
