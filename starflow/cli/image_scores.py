@@ -218,10 +218,8 @@ def _print(results: dict[str, Any], network: Inception) -> None:
             stacklevel=2,
         )
     if "fid" in results:
-        reference = results["reference"]["images"]
-        print(
-            f"FID {results['fid']:.4f} ({results['images']} images, {reference or 'unknown number of'} in the reference)"
-        )
+        reference = results["reference"]["images"] or "an unknown number"
+        print(f"FID {results['fid']:.4f} ({results['images']} images, {reference} in the reference)")
     if "kid" in results:
         print(
             "KID {mean:.6f} +- {standard_deviation:.6f} ({subsets} subsets of {subset_size})".format(**results["kid"])
