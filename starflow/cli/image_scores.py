@@ -209,7 +209,7 @@ def _reference_report(args: argparse.Namespace, found: Features | Statistics | N
 
 def _print(results: dict[str, Any], network: Inception) -> None:
     """Print the scores, one per line."""
-    if not network.is_published:
+    if network.is_published is False:
         print(f"{network.path}: not the Inception weights of published scores")
     if results["images"] <= network.layer:
         warnings.warn(

@@ -64,7 +64,7 @@ def images_below(folder: Path) -> list[Path]:
     """Return the image files in a folder and in folders below, sorted; a folder of samples has those of its ledger.
 
     Raises:
-        DataError: there is no folder, or no image in it.
+        DataError: there is no folder, or there are fewer than two images in it.
     """
     if not folder.is_dir():
         raise DataError(f"no folder of images at {located(folder)}")
@@ -75,12 +75,14 @@ def images_below(folder: Path) -> list[Path]:
         files = sorted(path for paths in image_files(folder, flat=True).values() for path in paths)
     if not files:
         raise DataError(f"no images in {folder}: expected .png, .jpg, .webp or other image files")
+    if len(files) < 2:
+        raise DataError(f"{folder}: one image, a covariance takes at least 2")
     return files
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """Return height and width of an image file in pixels."""
-    height, width = _read(path, None).shape[1:]
+    height, width = read_rgb(path).shape[1:]
     return height, width
 
 
@@ -107,11 +109,11 @@ def extract(files: Sequence[Path], network: Network, dims: int, name: str, size:
     first, moments, rows, digests = files[0], Moments(dims), [], []
     values: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
-    shape = _read(first, size).shape[1:]
+    shape = read_rgb(first, size).shape[1:]
     starts = range(0, len(files), BATCH)[processes.rank :: processes.count]
 
     def read(path: Path) -> torch.Tensor:
-        image = _read(path, size)
+        image = read_rgb(path, size)
         if image.shape[1:] != shape:
             raise DataError(f"{path}: {image.shape[2]}x{image.shape[1]} pixels, but {first} has {shape[1]}x{shape[0]}")
         return image
@@ -217,7 +219,7 @@ def image_scores(evaluated: Features, reference: Features | Statistics | None) -
     return {**scores, "not_measured": reasons}
 
 
-def _read(path: Path, size: int | None) -> torch.Tensor:
+def read_rgb(path: Path, size: int | None = None) -> torch.Tensor:
     """Return a uint8 image (3, H, W), scaled and cropped to a square of side `size` unless that is None."""
     if size is not None:
         return read_image(path, size, resize=True)

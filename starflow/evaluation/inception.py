@@ -52,8 +52,9 @@ class Inception:
                 f"no weights of the Inception network at {located(self.path)}: put {WEIGHTS_URL} there, or name the "
                 "file with --inception"
             )
+        weights, self._is_nested = self._weights()
         buffer = io.BytesIO()
-        torch.save(self._weights(), buffer)
+        torch.save(weights, buffer)
         buffer.seek(0)
         names = [str(layer), *(["logits_unbiased"] if layer == POOL else [])]
         try:
@@ -68,9 +69,9 @@ class Inception:
         self.digest = digest(self.path)
 
     @property
-    def is_published(self) -> bool:
-        """Whether the weights are those of the published FIDs, as far as the name of their file tells."""
-        return self.digest.startswith(WEIGHTS_DIGEST)
+    def is_published(self) -> bool | None:
+        """Whether the weight file is that of the published scores, by its digest; None for a state with other parts."""
+        return None if self._is_nested else self.digest.startswith(WEIGHTS_DIGEST)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -80,7 +81,8 @@ class Inception:
             features, *logits = self._network(images.to(self.device))
         return features.cpu(), logits[0].cpu() if logits else None
 
-    def _weights(self) -> dict[str, torch.Tensor]:
+    def _weights(self) -> tuple[dict[str, torch.Tensor], bool]:
+        """Return the weights of the network, and whether they are a part of the file."""
         try:
             state, _ = read_pickle(self.path, contiguous=False)
         except CheckpointError as error:
@@ -88,7 +90,7 @@ class Inception:
         nested = {
             name.removeprefix(STATE_PREFIX): tensor for name, tensor in state.items() if name.startswith(STATE_PREFIX)
         }
-        return nested or state
+        return nested or state, bool(nested)
 
 
 def _extractor() -> type[Any]:
