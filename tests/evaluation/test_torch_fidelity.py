@@ -155,7 +155,7 @@ def test_drawn_samples_have_the_scores_of_one_process_however_often_they_stop(we
     assert two["processes"] == 2 and two["images_per_process"] == [32, 8] and texts[1] == ""
     for path in sorted(out.glob("0*.png"))[5:30]:
         path.unlink()
-    (out / "000003-0099.png").write_bytes((out / "000003-0000.png").read_bytes())
+    (out / "000003-0099.png").write_bytes((out / "000000-0000.png").read_bytes())
     codes, texts = workers.run(tmp_path, 2, *command, "--json", report)
     again = json.loads((tmp_path / "two.json").read_text())["results"]["image_scores"]
     assert codes == [0, 0] and again["drawn"]["count"] == 25 and again["drawn"]["kept"] == 15, texts
