@@ -168,55 +168,65 @@ def image_scores(evaluated: Features, reference: Features | Statistics | None) -
     Raises:
         DataError: the statistics allow no FID.
     """
-    from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
-
     scores: dict[str, Any] = {}
     reasons: dict[str, str] = {}
-    both = "a folder as reference is needed, with features of each image"
-    if reference is not None:
-        other = reference if isinstance(reference, Statistics) else reference.statistics
-        pair = [{"mu": each.mean, "sigma": each.covariance} for each in (evaluated.statistics, other)]
-        try:
-            scores["fid"] = metric_fid.fid_statistics_to_metric(*pair, verbose=False)[metric_fid.KEY_METRIC_FID]
-        except np.linalg.LinAlgError as error:
-            raise DataError(f"FID: {error}") from None
     fake, real = evaluated.values, reference.values if isinstance(reference, Features) else None
     too_many = f"more than {MOST_KEPT} images, whose features are not kept"
-    if isinstance(reference, Features) and (fake is None or real is None):
-        both = too_many
-    if fake is None or real is None:
-        reasons |= dict.fromkeys(("kid", "precision", "recall"), both)
-    else:
-        subset = min(KID_SUBSET, len(fake), len(real))
-        kid = metric_kid.kid_features_to_metric(
-            fake, real, kid_subset_size=subset, kid_subsets=KID_SUBSETS, verbose=False
-        )
-        scores["kid"] = {
-            "mean": kid[metric_kid.KEY_METRIC_KID_MEAN],
-            "standard_deviation": kid[metric_kid.KEY_METRIC_KID_STD],
-            "subset_size": subset,
-            "subsets": KID_SUBSETS,
-        }
+    if reference is not None:
+        other = reference if isinstance(reference, Statistics) else reference.statistics
+        scores["fid"] = _fid(evaluated.statistics, other)
+    if fake is not None and real is not None:
+        scores["kid"] = _kid(fake, real)
         if min(len(fake), len(real)) > NEIGHBORS:
-            found = metric_prc.prc_features_to_metric(
-                fake, real, prc_neighborhood=NEIGHBORS, prc_batch_size=DISTANCE_ROWS, save_cpu_ram=True, verbose=False
-            )
-            scores["precision"] = found[metric_prc.KEY_METRIC_PRECISION]
-            scores["recall"] = found[metric_prc.KEY_METRIC_RECALL]
+            scores |= _precision_and_recall(fake, real)
         else:
-            reasons |= dict.fromkeys(("precision", "recall"), f"it takes more than {NEIGHBORS} images of each kind")
+            reasons |= dict.fromkeys(("precision", "recall"), f"more than {NEIGHBORS} images of each kind are needed")
+    else:
+        needed = "a folder as reference is needed, with features of each image"
+        reason = too_many if isinstance(reference, Features) else needed
+        reasons |= dict.fromkeys(("kid", "precision", "recall"), reason)
     if evaluated.logits is None:
         reasons["inception_score"] = too_many if fake is None else "it is defined for the layer 2048 alone"
     elif len(evaluated.logits) < SPLITS:
-        reasons["inception_score"] = f"it takes at least {SPLITS} images"
+        reasons["inception_score"] = f"at least {SPLITS} images are needed"
     else:
-        found = metric_isc.isc_features_to_metric(evaluated.logits, SPLITS)
-        scores["inception_score"] = {
-            "mean": found[metric_isc.KEY_METRIC_ISC_MEAN],
-            "standard_deviation": found[metric_isc.KEY_METRIC_ISC_STD],
-            "splits": SPLITS,
-        }
+        scores["inception_score"] = _inception_score(evaluated.logits)
     return {**scores, "not_measured": reasons}
+
+
+def _fid(fake: Statistics, real: Statistics) -> float:
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    pair = [{"mu": each.mean, "sigma": each.covariance} for each in (fake, real)]
+    try:
+        return fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID]
+    except np.linalg.LinAlgError as error:
+        raise DataError(f"FID: {error}") from None
+
+
+def _kid(fake: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    size = min(KID_SUBSET, len(fake), len(real))
+    found = kid_features_to_metric(fake, real, kid_subset_size=size, kid_subsets=KID_SUBSETS, verbose=False)
+    mean, deviation = found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+    return {"mean": mean, "standard_deviation": deviation, "subset_size": size, "subsets": KID_SUBSETS}
+
+
+def _precision_and_recall(fake: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    found = prc_features_to_metric(
+        fake, real, prc_neighborhood=NEIGHBORS, prc_batch_size=DISTANCE_ROWS, save_cpu_ram=True, verbose=False
+    )
+    return {"precision": found[KEY_METRIC_PRECISION], "recall": found[KEY_METRIC_RECALL]}
+
+
+def _inception_score(logits: torch.Tensor) -> dict[str, float]:
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    found = isc_features_to_metric(logits, SPLITS)
+    return {"mean": found[KEY_METRIC_ISC_MEAN], "standard_deviation": found[KEY_METRIC_ISC_STD], "splits": SPLITS}
 
 
 def read_rgb(path: Path, size: int | None = None) -> torch.Tensor:
