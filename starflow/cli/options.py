@@ -12,7 +12,55 @@ from starflow_kernels.spec import GuidanceRule, Quantize
 from ..errors import ConfigError
 from ..inversion.request import METHODS, TOLERANCE, Inversion
 from ..models.guidance import Guidance
-from .common import Parser, positive, refuse
+from ..sampling.processes import Processes
+from .common import Parser, device, non_empty, positive, refuse
+
+
+def process_device(name: str) -> str:
+    """Return the device of this process, see `device`; under torchrun, each process has its own GPU."""
+    name, processes = device(name), Processes()
+    return f"cuda:{processes.local_rank}" if name == "cuda" and processes.count > 1 else name
+
+
+def denoise_argument(parser: argparse._ActionsContainer) -> None:
+    """Add --denoise."""
+    parser.add_argument(
+        "--denoise",
+        type=float,
+        metavar="FACTOR",
+        help="Factor of a denoising step after sampling, usually 1; 0 means none. Default: 0, or the pipeline's own.",
+    )
+
+
+def label_argument(parser: argparse._ActionsContainer) -> None:
+    """Add --label."""
+    parser.add_argument(
+        "--label",
+        metavar="CLASS",
+        help="Class to draw; all draws each class in turn, none draws without a class. Default: all.",
+    )
+
+
+def prompt_file_argument(parser: argparse._ActionsContainer) -> None:
+    """Add --prompt-file."""
+    parser.add_argument(
+        "--prompt-file",
+        type=non_empty,
+        metavar="FILE",
+        help="File with one prompt per line; empty lines do not count.",
+    )
+
+
+def temperature_argument(parser: argparse._ActionsContainer) -> None:
+    """Add --attention-temperature."""
+    parser.add_argument(
+        "--attention-temperature",
+        "--attn_temp",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="Attention temperature of the branch without a condition. Default: 1.",
+    )
 
 
 def guidance_arguments(parser: argparse._ActionsContainer, described: str) -> None:

@@ -26,6 +26,7 @@ PACKAGES = {
     "transformers": Package("transformers", "models"),
     "emoji": Package("emoji", "emoji"),
     "lpips": Package("lpips", "lpips"),
+    "torch_fidelity": Package("torch-fidelity", "fid"),
     "gradio": Package("gradio", "demo"),
     "tensorboard": Package("tensorboard", "logging"),
     "triton": Package("triton", "gpu"),

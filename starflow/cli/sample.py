@@ -32,7 +32,6 @@ from .common import (
     byte_count,
     checkpoint_arguments,
     default_checkpoint,
-    device,
     interrupted_by_sigterm,
     non_empty,
     positive,
@@ -40,7 +39,17 @@ from .common import (
     refuse,
     unicode_text,
 )
-from .options import guidance_arguments, read_guidance, read_inversion, solver_arguments
+from .options import (
+    denoise_argument,
+    guidance_arguments,
+    label_argument,
+    process_device,
+    prompt_file_argument,
+    read_guidance,
+    read_inversion,
+    solver_arguments,
+    temperature_argument,
+)
 
 if TYPE_CHECKING:
     from ..pipelines import FlowPipeline
@@ -80,12 +89,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="N",
         help="Number of images, or of images per prompt. Under torchrun, use --count. Default: 100, or 1 per prompt.",
     )
-    parser.add_argument(
-        "--denoise",
-        type=float,
-        metavar="FACTOR",
-        help="Factor of a denoising step after sampling, usually 1; 0 means none. Default: 0, or the pipeline's own.",
-    )
+    denoise_argument(parser)
     parser.add_argument(
         "--certify",
         action="store_true",
@@ -98,23 +102,14 @@ def add_arguments(parser: Parser) -> None:
     )
     conditions = parser.add_argument_group("conditions and guidance")
     condition = conditions.add_mutually_exclusive_group()
-    condition.add_argument(
-        "--label",
-        metavar="CLASS",
-        help="Class to draw; all draws each class in turn, none draws without a class. Default: all.",
-    )
+    label_argument(condition)
     condition.add_argument(
         "--prompt",
         type=prompt_text,
         metavar="TEXT",
         help="Text to draw, with a text-to-image pipeline. It needs this or --prompt-file.",
     )
-    condition.add_argument(
-        "--prompt-file",
-        type=non_empty,
-        metavar="FILE",
-        help="File with one prompt per line; empty lines do not count.",
-    )
+    prompt_file_argument(condition)
     conditions.add_argument(
         "--negative-prompt",
         type=unicode_text,
@@ -122,14 +117,7 @@ def add_arguments(parser: Parser) -> None:
         help="Prompt that guidance moves away from. Default: the empty prompt.",
     )
     guidance_arguments(conditions, "0, or the pipeline's own")
-    conditions.add_argument(
-        "--attention-temperature",
-        "--attn_temp",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="Attention temperature of the branch without a condition. Default: 1.",
-    )
+    temperature_argument(conditions)
     pipelines = parser.add_argument_group("pipelines")
     pipelines.add_argument(
         "--aspect",
@@ -183,6 +171,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Draw images with a flow or a pipeline."""
+    return draw(args)[0]
+
+
+def draw(args: argparse.Namespace) -> tuple[dict[str, Any], list[Path]]:
+    """Draw images with a flow or a pipeline; return the results and the files of the samples."""
     inversion = read_inversion(args)
     if args.checkpoint is None:
         texts = args.prompt, args.prompt_file, args.negative_prompt
@@ -191,7 +184,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_writable(Path(args.out))
     # Joined before the model is loaded, which may take a different time in each process.
     Processes().join()
-    model = open_image_model(args.checkpoint, _device(args.device), DTYPES[args.dtype], args.variant)
+    model = open_image_model(args.checkpoint, process_device(args.device), DTYPES[args.dtype], args.variant)
     return (_flow if isinstance(model, Flow) else _pipeline)(args, model, inversion)
 
 
@@ -205,7 +198,7 @@ def _default_folder(prompt: str | None, seed: int) -> str:
     return f"{DEFAULT_FOLDER}/{'-'.join([word[:room] for word in words] + [str(seed)])}"
 
 
-def _flow(args: argparse.Namespace, flow: Flow, inversion: Inversion) -> dict[str, Any]:
+def _flow(args: argparse.Namespace, flow: Flow, inversion: Inversion) -> tuple[dict[str, Any], list[Path]]:
     reason = f"{args.checkpoint} is not the folder of a pipeline, it has no {PIPELINE_INDEX}"
     refuse(_flags(args, *PIPELINE_ONLY), reason)
     count = args.num or 100
@@ -239,10 +232,10 @@ def _flow(args: argparse.Namespace, flow: Flow, inversion: Inversion) -> dict[st
     grid = Path(args.out) / GRID
     save_grid(images, grid, columns)
     _print(report, grid, args.verbose)
-    return {"grid": str(grid), "options": options.to_json(), **report.to_json()}
+    return {"grid": str(grid), "options": options.to_json(), **report.to_json()}, []
 
 
-def _pipeline(args: argparse.Namespace, pipe: FlowPipeline, inversion: Inversion) -> dict[str, Any]:
+def _pipeline(args: argparse.Namespace, pipe: FlowPipeline, inversion: Inversion) -> tuple[dict[str, Any], list[Path]]:
     from ..data.prompts import nearest_ratio, warn_of_unknown_words
 
     guidance = read_guidance(args, pipe.default_guidance, args.attention_temperature)
@@ -289,7 +282,7 @@ def _generate(
     columns: int,
     layout: Layout,
     device: torch.device,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Path]]:
     """Draw images into files, together with the other processes of torchrun if there are any."""
     settings = {"checkpoint": _place(args.checkpoint), "dtype": args.dtype, "variant": args.variant}
     try:
@@ -308,12 +301,13 @@ def _generate(
     except KeyboardInterrupt:
         print(f"stopped; the same command continues in {args.out}", file=sys.stderr)
         raise
+    files = [Path(args.out, file.name) for file in layout.files(jobs)]
     if Processes().rank:
         args.json = None
-        return {}
+        return {}, files
     has_grid = layout.format == "png" and len(jobs) <= GRID_IMAGES
     _print(report, Path(args.out, GRID if has_grid else ""), args.verbose)
-    return {"out": args.out, "options": options.to_json(), **report.to_json()}
+    return {"out": args.out, "options": options.to_json(), **report.to_json()}, files
 
 
 def _print(report: SampleReport, where: Path, verbose: bool) -> None:
@@ -341,12 +335,6 @@ def _layout(args: argparse.Namespace) -> Layout:
     if layout.format == "png":
         refuse(_flags(args, "samples_per_file"), "every image has a file of its own, see --format")
     return layout
-
-
-def _device(name: str) -> str:
-    """Return the device of this process; under torchrun, each process has its own GPU."""
-    name, processes = device(name), Processes()
-    return f"cuda:{processes.local_rank}" if name == "cuda" and processes.count > 1 else name
 
 
 def _jobs(labels: list[int | None]) -> list[Job]:

@@ -16,11 +16,12 @@ ZIP = b"PK\x03\x04"
 UNCHECKED = "the file has no checksums: its bytes are not checked"
 
 
-def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+def read_pickle(path: Path, contiguous: bool = True) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the tensors of a state dict, mapped from the file, and the checks that passed, in words.
 
     Args:
         path: .pth file.
+        contiguous: refuse tensors that are not contiguous.
 
     Raises:
         CheckpointError: the file is missing, truncated or damaged, is no state dict, or holds more than tensors.
@@ -54,7 +55,7 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     except Exception as error:
         # A damaged pickle can raise any type of error.
         raise CheckpointError(f"{path} is damaged or not a checkpoint of torch: {_line(error)}") from None
-    _check_state(path, state)
+    _check_state(path, state, contiguous)
     return dict(state), [*checks, "the file holds tensors alone and was read with weights_only"]
 
 
@@ -80,7 +81,7 @@ def _check_archive(path: Path) -> str:
     return f"checksums of {len(records)} records"
 
 
-def _check_state(path: Path, state: object) -> None:
+def _check_state(path: Path, state: object, contiguous: bool) -> None:
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path} holds no weights but a {type(state).__name__}")
     for name, tensor in state.items():
@@ -89,5 +90,5 @@ def _check_state(path: Path, state: object) -> None:
             raise CheckpointError(f"{path} is no state dict of a model: {str(name)[:80]!r} is a {kind}, not a tensor")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"{path}: {name} is not a dense tensor")
-        if not tensor.is_contiguous():
+        if contiguous and not tensor.is_contiguous():
             raise CheckpointError(f"{path}: {name} is not contiguous")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -11,6 +13,7 @@ from ..data.batches import batches
 from ..data.datasets import ImageSet, dequantize
 from ..errors import DataError
 from ..models.flow import Flow
+from ..sampling.processes import Processes
 from ..seeds import generator
 
 COARSE = 1e-2
@@ -19,17 +22,59 @@ FINE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """Likelihood of images under uniform dequantization.
+    """Upper bound on the bits per dimension of integer images, averaged over the images.
 
     Args:
         bits_per_dim: mean bits per dimension.
-        standard_error: standard error of that mean over the images.
+        standard_error: standard error of that mean over the images; NaN for a single image.
         images: number of images.
+        draws: draws of the dequantization noise per image.
     """
 
     bits_per_dim: float
     standard_error: float
     images: int
+    draws: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Log densities of dequantized images.
+
+    Args:
+        log_probs: (N, draws) float64, in nats, under the class of each image.
+        correct: (N,) bool, whether the class of an image maximizes p(x | y) p(y); None if no prior was given.
+        dims: values per image.
+        levels: gray levels.
+    """
+
+    log_probs: torch.Tensor
+    correct: torch.Tensor | None
+    dims: int
+    levels: int
+
+    def uniform(self) -> Likelihood:
+        """Return the bound of uniform dequantization, the mean of -log2 p(x + u) (arXiv 2412.06329, section 3.1)."""
+        return self._bound(self.log_probs.mean(1))
+
+    def importance_weighted(self) -> Likelihood:
+        """Return the bound -log2 mean_k p(x + u_k), which is tighter the more draws there are."""
+        return self._bound(self.log_probs.logsumexp(1) - math.log(self.log_probs.shape[1]))
+
+    def accuracy(self) -> float:
+        """Return the fraction of images that are classified correctly.
+
+        Raises:
+            ValueError: no prior was given.
+        """
+        if self.correct is None:
+            raise ValueError("prior: the images were scored without one, under their own class alone")
+        return self.correct.double().mean().item()
+
+    def _bound(self, nats: torch.Tensor) -> Likelihood:
+        bits = -nats / self.dims / math.log(2) + math.log2(self.levels / 2)
+        error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
+        return Likelihood(bits.mean().item(), error, *self.log_probs.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +97,18 @@ class RoundTrip:
 
 
 @torch.no_grad()
-def likelihood(flow: Flow, images: ImageSet, draws: int = 8, batch_size: int = 256, seed: int = 0) -> Likelihood:
-    """Return bits per dimension, -log2 p (arXiv 2412.06329, section 3.1), averaged over the dequantization noise.
+def score(
+    flow: Flow,
+    images: ImageSet,
+    draws: int = 8,
+    batch_size: int = 256,
+    seed: int = 0,
+    prior: torch.Tensor | None = None,
+) -> Scores:
+    """Return log densities of images with draws of uniform dequantization noise.
 
-    With uniform noise, it is an upper bound on the bits per dimension of the integer images.
+    The noise of an image is determined by the seed and the index of the image. Under torchrun every process calls this
+    function and scores its part of the batches. All of them get all scores, the same for any number of processes.
 
     Args:
         flow: flow to evaluate; a class-conditional one gets the class of each image.
@@ -63,50 +116,26 @@ def likelihood(flow: Flow, images: ImageSet, draws: int = 8, batch_size: int = 2
         draws: draws of the noise per image.
         batch_size: images per batch.
         seed: seed of the noise.
+        prior: (num_classes,) probabilities p(y) of the classes, to classify the images by Bayes' rule as well.
 
     Raises:
         DataError: there are no images.
         ValueError: `draws` or `batch_size` is less than 1.
     """
     _check(images, draws=draws, batch_size=batch_size)
-    bits = []
-    for x, labels in _batches(flow, images, batch_size):
-        random = generator(seed, len(bits))
-        total = sum(_log_prob(flow, x, labels, random) for _ in range(draws)) / draws
-        bits.append(-total / x[0].numel() / math.log(2) + math.log2(images.levels / 2))
-    bits = torch.cat(bits).double()
-    return Likelihood(bits.mean().item(), (bits.std() / math.sqrt(len(bits))).item(), len(bits))
-
-
-@torch.no_grad()
-def bayes_accuracy(
-    flow: Flow, images: ImageSet, prior: torch.Tensor, draws: int = 8, batch_size: int = 256, seed: int = 0
-) -> float:
-    """Return the fraction of images whose class maximizes p(x | y) p(y).
-
-    Args:
-        flow: class-conditional flow.
-        images: images to classify.
-        prior: (num_classes,) probabilities p(y).
-        draws: draws of the dequantization noise, over which p(x | y) is averaged.
-        batch_size: images per batch.
-        seed: seed of the noise.
-
-    Raises:
-        DataError: there are no images.
-        ValueError: `draws` or `batch_size` is less than 1.
-    """
-    _check(images, draws=draws, batch_size=batch_size)
-    right = 0
-    for i, (x, labels) in enumerate(_batches(flow, images, batch_size)):
-        scores = []
-        for label in range(len(prior)):
-            # Every class gets the same noise.
-            random, candidates = generator(seed, i), torch.full_like(labels, label)
-            scores.append(torch.stack([_log_prob(flow, x, candidates, random) for _ in range(draws)]).logsumexp(0))
-        scores = torch.stack(scores, dim=1) + prior.log().to(flow.device)
-        right += (scores.argmax(1) == labels).sum().item()
-    return right / len(images)
+    rows = torch.arange(len(images), dtype=torch.int64, device="cpu").split(batch_size)
+    processes = Processes()
+    own = rows[processes.rank :: processes.count]
+    found = [
+        _score_batch(flow, *batch, [generator(seed, i) for i in part.tolist()], draws, prior)
+        for part, batch in zip(own, _batches(flow, images, batch_sampler=[part.tolist() for part in own]))
+    ]
+    gathered = processes.gather(found)
+    # Batches were dealt out in turn.
+    ordered = [gathered[i % processes.count][i // processes.count] for i in range(len(rows))]
+    log_probs = torch.cat([log_prob for log_prob, _ in ordered])
+    correct = None if prior is None else torch.cat([part for _, part in ordered])
+    return Scores(log_probs, correct, images[0][0].numel(), images.levels)
 
 
 @torch.no_grad()
@@ -124,7 +153,7 @@ def round_trips(flow: Flow, images: ImageSet, count: int = 64, seed: int = 0) ->
         ValueError: `count` is less than 1.
     """
     _check(images, count=count)
-    x, labels = next(_batches(flow, images, min(count, len(images))))
+    x, labels = next(_batches(flow, images, batch_size=min(count, len(images))))
     labels = labels if flow.config.num_classes else None
     x = dequantize(x, images.levels, flow.config.noise_std, generator(seed)).to(flow.device, _dtype(flow))
     z = flow.noise(len(x), generator(seed, 1)).to(x.dtype)
@@ -169,14 +198,34 @@ def _dtype(flow: Flow) -> torch.dtype:
     return torch.promote_types(next(flow.parameters()).dtype, torch.float32)
 
 
-def _batches(flow: Flow, images: ImageSet, batch_size: int):
-    for x, labels in batches(images, batch_size=batch_size):
+def _batches(flow: Flow, images: ImageSet, **options: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for x, labels in batches(images, **options):
         yield x, labels.to(flow.device)
 
 
-def _log_prob(flow: Flow, x: torch.Tensor, labels: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    noisy = dequantize(x, flow.config.levels, 0.0, random).to(flow.device, _dtype(flow))
-    return flow.log_prob(noisy, labels if flow.config.num_classes else None)
+def _score_batch(
+    flow: Flow,
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    random: list[torch.Generator],
+    draws: int,
+    prior: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the (B, draws) log densities of a batch, and with a prior which images are classified correctly."""
+    candidates = [labels] if prior is None else [torch.full_like(labels, label) for label in range(len(prior))]
+    found = []
+    for _ in range(draws):
+        noisy = torch.stack([dequantize(image, flow.config.levels, 0.0, each) for image, each in zip(x, random)])
+        noisy = noisy.to(flow.device, _dtype(flow))
+        # Every class gets the same noise.
+        scores = [flow.log_prob(noisy, each if flow.config.num_classes else None) for each in candidates]
+        found.append(torch.stack(scores, dim=1).double().cpu())
+    # (B, classes, draws)
+    log_probs, labels = torch.stack(found, dim=2), labels.cpu()
+    if prior is None:
+        return log_probs[:, 0], None
+    predicted = (log_probs.logsumexp(2) + prior.double().log()).argmax(1)
+    return log_probs[torch.arange(len(x), dtype=torch.int64, device="cpu"), labels], predicted == labels
 
 
 def _round_trip(result: torch.Tensor, expected: torch.Tensor) -> RoundTrip:

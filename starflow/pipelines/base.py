@@ -26,7 +26,7 @@ from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..sampling.budget import denoise_bytes
 from ..sampling.jobs import Job
-from ..sampling.sample import Recorder, SampleOptions, SampleReport, draw
+from ..sampling.sample import Recorder, SampleOptions, SampleReport, check_finite, draw
 from .card import model_card
 from .model import FlowModel
 
@@ -235,7 +235,9 @@ class FlowPipeline(DiffusionPipeline):
         images = x
         if output_type != "latent":
             with recorder.clock("decode"):
-                images = VaeImageProcessor(do_normalize=False).postprocess(self.decode(x), output_type)
+                decoded = self.decode(x)
+                check_finite(decoded, "decoding")
+                images = VaeImageProcessor(do_normalize=False).postprocess(decoded, output_type)
         self.maybe_free_model_hooks()
         return images
 

@@ -108,6 +108,14 @@ class Processes:
         self._together(lambda: dist.all_gather_object(values, value))
         return values
 
+    def collect(self, value: Result) -> list[Result] | None:
+        """Wait for all processes; rank 0 gets the value of each, in the order of ranks, the others get None."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] | None = None if self.rank else [None] * self.count
+        self._together(lambda: dist.gather_object(value, values))
+        return values
+
     def _together(self, action: Callable[[], None]) -> None:
         self.join()
         try:

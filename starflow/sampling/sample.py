@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from starflow_kernels._core.checks import all_finite
+
 from ..data.datasets import to_pixels
 from ..errors import ConfigError, InverseError
 from ..inversion.clock import Clock
@@ -176,6 +178,13 @@ def merge_reports(reports: Sequence[SampleReport], kept: int) -> SampleReport:
     )
 
 
+def check_finite(x: torch.Tensor, stage: str) -> None:
+    """Raise InverseError if a sample of a batch (B, ...) is not finite after a stage of sampling."""
+    if not all_finite(x):
+        bad = x.flatten(1).isfinite().all(1).logical_not().nonzero()[0].item()
+        raise InverseError(f"{stage}: values of sample {bad} are not finite")
+
+
 @torch.no_grad()
 def draw(
     flow: Flow,
@@ -206,6 +215,9 @@ def draw(
 
     Returns:
         (B, C, H, W) images or latents, denoised.
+
+    Raises:
+        InverseError: values are not finite.
     """
     guidance, clock = options.guidance, recorder.clock
     with clock("flow"):
@@ -225,6 +237,7 @@ def draw(
             rows = denoise_rows or len(x)
             parts = ([None] * len(x) if part is None else part.split(rows) for part in (labels, text))
             x = torch.cat([flow.denoise(*batch, factor=options.denoise) for batch in zip(x.split(rows), *parts)])
+        check_finite(x, "denoising")
     recorder.add(len(x), block_reports(solvers, reports), exact)
     return x
 

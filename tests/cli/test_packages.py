@@ -56,6 +56,7 @@ def test_required_packages_are_enough(tmp_path):
         "tensorboard": ["train", "--config", settings, "--out", str(tmp_path / "logged"), "--tensorboard"],
         "diffusers": ["sample", "--checkpoint", str(pipeline), "--out", str(tmp_path / "x")],
         "gradio": ["demo", "--port", "0"],
+        "torch-fidelity": ["eval", "--fid", "--reference", str(tmp_path / "x.npz")],
         "emoji": [*good[2][:3], "--out", str(tmp_path / "x"), "--set", "data.source=emoji", "--set", "data.path=''"],
     }
     results = run(*good, *bad.values(), distributions=REQUIRED)

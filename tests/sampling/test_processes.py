@@ -85,4 +85,4 @@ def test_a_single_process_waits_for_nobody_and_is_the_first_whatever_its_rank(co
     alone = Processes()
     assert alone.rank == 0
     alone.join()
-    assert alone.gather(3) == [3] and alone.first(lambda: 4) == 4
+    assert alone.gather(3) == [3] and alone.first(lambda: 4) == 4 and alone.collect(5) == [5]
