@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from starflow_kernels import BlockSpec, Inverse, block_forward, block_inverse, block_params
 
@@ -19,15 +20,36 @@ Rotary = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class LayerWeights(nn.Module):
-    """Parameters of one layer. Calling it returns them after hooks of accelerate and diffusers have loaded them."""
+    """Parameters of one layer, or of a part of it.
 
-    def forward(self) -> dict[str, torch.Tensor]:
-        """Return the parameters by name, see `views`."""
-        return views(dict(self.named_parameters()))
+    Hooks of its `forward` load them: those of accelerate, diffusers and FSDP.
+    """
+
+    # Whether the backward pass computes the layer again instead of keeping its inner values.
+    recomputes = False
+
+    def forward(self, layer: Callable[..., Any] | None = None, *states: Any) -> Any:
+        """Return the parameters by name, see `views`; or run a layer with them.
+
+        Args:
+            layer: maps parameters and states to the next states.
+            states: see `starflow_kernels.block_forward`, run_layer.
+        """
+        if layer is None:
+            return views(dict(self.named_parameters()))
+
+        def run(*states: Any) -> Any:
+            # Read here, since FSDP brings the parameters back before they are used again.
+            return layer(dict(self.named_parameters()), *states)
+
+        return checkpoint(run, *states, use_reentrant=False) if self.recomputes else run(*states)
 
 
 class FlowBlock(nn.Module):
     """Weights of a flow block, its embedding of a condition, and both directions.
+
+    With the attribute `by_layers`, `forward` calls the modules of `layer_modules`, so that FSDP may shard each, the backward
+    pass recompute it (`recomputes`), or torch compile it. The other methods then need unsharded layers.
 
     Args:
         spec: the block.
@@ -39,6 +61,7 @@ class FlowBlock(nn.Module):
     def __init__(self, spec: BlockSpec, num_classes: int = 0, features: int = 0, adaptive: Sequence[Any] = ()):
         super().__init__()
         self.spec = spec
+        self.by_layers = False
         # The block with an order of its call in place of its own.
         self._unflipped = dataclasses.replace(spec, flip=False) if spec.flip else spec
         # Name -> path of the module and name of the parameter; and the paths, each with that of its parent.
@@ -142,7 +165,20 @@ class FlowBlock(nn.Module):
             options: further arguments of `starflow_kernels.block_forward`.
         """
         context = self.context(classes, text, rotary, options)
+        if self.by_layers:
+            outer = {name: weight for name, weight in self.weights().items() if not name.startswith("layers.")}
+            return block_forward(
+                x, outer, self._ordered(options), **context, **options, run_layer=self._run_layer
+            )
         return block_forward(x, self.weights(), self._ordered(options), **context, **options)
+
+    def layer_modules(self) -> list[LayerWeights]:
+        """Return the modules with the weights of the layers."""
+        return [cast("LayerWeights", self.get_submodule(f"layers.{i}")) for i in range(self.spec.layers)]
+
+    def _run_layer(self, number: int, layer: Callable[..., Any], *states: Any) -> Any:
+        """Call the module of a layer, see `starflow_kernels.block_forward`."""
+        return self.get_submodule(f"layers.{number}")(layer, *states)
 
     @with_forward_hooks
     def params(

@@ -21,7 +21,7 @@ from .._triton import runtime
 from ..affine_flow.api import empty_logdet
 from ..solver import Inverse, Solver, SolveReport, sum_log_sigma
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
-from . import composed, cuda, jacobi, native, native_transposed, persistent, phases, reference
+from . import composed, cuda, jacobi, native, native_transposed, network, persistent, phases, reference
 from .checks import check_block, check_inverse, check_kinds, checked_inverse, checked_jacobi
 from .layout import Layout, arrange
 from .progress import reporting_to
@@ -110,6 +110,7 @@ def block_forward(
     logdet: Logdet = "sum",
     dropout: float = 0.0,
     backend: str | None = None,
+    run_layer: network.RunLayer | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform data to noise through one flow block, all tokens at once.
 
@@ -136,6 +137,9 @@ def block_forward(
         logdet: "sum", "mean" or "none", as in `affine_flow`.
         dropout: probability of zeroing an element of the residual branches; it acts only if a gradient is needed.
         backend: name of a backend; None takes the first that can run.
+        run_layer: called as run_layer(i, layer, *states) for each transformer layer i; it returns
+            layer(weights, *states) with the weights of the layer by names such as qkv.weight, which `weights` then
+            lacks. So a module may shard, recompute or compile each layer. The block is composed of smaller ops.
 
     Returns:
         z (B, T, D) in the dtype of x, and log|det dz/dx|, (B,) or (B, T, D), float32 (float64 for float64 x). With
@@ -156,14 +160,18 @@ def block_forward(
         raise ValueError(f"dropout={dropout}: expected a probability of at least 0 and below 1")
     check_kinds(weights, spec)
     check_tensor("x", x, ("B", "T", spec.token_dim))
-    tensors = check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
+    if run_layer is not None and not callable(run_layer):
+        raise TypeError(f"run_layer: expected a function, got {type(run_layer).__name__}")
+    tensors = check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0], layers=run_layer is None)
     layout = arrange(x, tensors, spec, cond, order, lengths)
     x_own, options = layout.enter(x), (layout.cond, prefix, layout.angles(cos), layout.angles(sin))
     per_value = "none" if layout.moves else logdet
-    if needs_gradient(x, *layout.weights, layout.cond, prefix):
+    needed = needs_gradient(x, *layout.weights, layout.cond, prefix)
+    if needed or run_layer is not None:
         z, values = composed.block_forward(
-            x_own, layout.weights, *options, layout.spec, per_value, dropout=dropout, backend=backend
-        )
+            x_own, layout.weights, *options, layout.spec, per_value,
+            dropout=dropout if needed else 0.0, backend=backend, run_layer=run_layer,
+        )  # fmt: skip
     else:
         given = x_own, layout.weights, *options, layout.spec.to_json(), per_value
         z, values = call("block_forward", *given, backend=backend)

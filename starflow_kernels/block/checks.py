@@ -49,6 +49,7 @@ def check_block(
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     rows: int,
+    layers: bool = True,
 ) -> list[torch.Tensor]:
     """Check the arguments of a block op beside its tokens; return the weights in the order of the spec.
 
@@ -61,22 +62,26 @@ def check_block(
         cos: cosines.
         sin: sines.
         rows: expected rows of cond and prefix.
+        layers: whether weights of the layers are among them; if not, they are None in the result.
     """
-    tensors = ordered(weights, spec)
-    if not _alike(tensors, spec, x):
-        for name, shape in spec.weight_shapes.items():
+    shapes = spec.weight_shapes
+    if not layers:
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("layers.")}
+    tensors = ordered(weights, shapes)
+    if not _alike(tensors, shapes, x):
+        for name, shape in shapes.items():
             check_tensor(f"weights[{name!r}]", weights[name], shape, like=x)
         raise TypeError(f"weights: expected one dtype, got {sorted({str(w.dtype) for w in tensors})}")
     check_context(x, spec, cond, prefix, cos, sin, rows)
-    return tensors
+    return tensors if layers else [weights.get(name) for name in spec.weight_shapes]
 
 
-def ordered(weights: Mapping[str, torch.Tensor], spec: BlockSpec) -> list[torch.Tensor]:
-    """Return the weights in the order of the spec, or raise ValueError."""
-    if weights.keys() != spec.weight_shapes.keys():
-        missing, unknown = spec.weight_shapes.keys() - weights.keys(), weights.keys() - spec.weight_shapes.keys()
+def ordered(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[torch.Tensor]:
+    """Return the weights in the order of their shapes by name, or raise ValueError."""
+    if weights.keys() != shapes.keys():
+        missing, unknown = shapes.keys() - weights.keys(), weights.keys() - shapes.keys()
         raise ValueError(f"weights: missing {sorted(missing)}, unknown {sorted(unknown)}")
-    return [weights[name] for name in spec.weight_shapes]
+    return [weights[name] for name in shapes]
 
 
 def check_context(
@@ -112,15 +117,15 @@ def check_context(
             raise ValueError("cos, sin: the rotary angles carry no gradient")
 
 
-def _alike(tensors: list, spec: BlockSpec, x: torch.Tensor) -> bool:
-    """Return whether all weights fit the spec. Full checks of each take longer than one token of a small block."""
+def _alike(tensors: list, shapes: Mapping[str, tuple[int, ...]], x: torch.Tensor) -> bool:
+    """Return whether all weights have these shapes. Full checks of each take longer than one token of a small block."""
     if not all(isinstance(w, torch.Tensor) for w in tensors):
         return False
     dtype, device = tensors[0].dtype, x.device
     return (
         dtype in FLOATS
         and all(w.dtype == dtype and w.device == device for w in tensors)
-        and [w.shape for w in tensors] == list(spec.weight_shapes.values())
+        and [w.shape for w in tensors] == list(shapes.values())
     )
 
 

@@ -23,6 +23,7 @@ def block_forward(
     *context: Any,
     dropout: float,
     backend: str | None,
+    run_layer: network.RunLayer | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return noise and log-determinant of data.
 
@@ -32,6 +33,7 @@ def block_forward(
         context: cond, prefix, cos, sin, spec and the convention of the log-determinant.
         dropout: probability of zeroing an element of the residual branches.
         backend: name of the backend of each op; None takes the first that can run.
+        run_layer: calls each layer with its weights, which are then None in `weights`.
     """
     return network.compose(
         x,
@@ -39,6 +41,7 @@ def block_forward(
         *context,
         head=functools.partial(call, "flow_head", backend=backend),
         dropout=dropout,
+        run_layer=run_layer,
         **_operations(x, weights, context[4], backend),
     )
 
@@ -105,21 +108,37 @@ def _layers(
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     dropout: float,
+    run_layer: network.RunLayer | None,
 ) -> torch.Tensor:
     """Apply the transformer layers, each by one op."""
     spec_json = spec.to_json()
     for i in range(spec.layers):
-        # torch draws the same factors in F.dropout.
-        drops = [torch.empty_like(h).bernoulli_(1 - dropout).div_(1 - dropout) if dropout else None for _ in range(2)]
-        weights = (w.get(f"layers.{i}.{name}") for name in layer.NAMES)
-        h, _ = call("block_layer", h, *weights, cos, sin, *drops, spec_json, backend=None)
+        step = functools.partial(_layer, cos=cos, sin=sin, dropout=dropout, spec_json=spec_json)
+        h = step(w, h, f"layers.{i}.") if run_layer is None else run_layer(i, step, h)
     return h
+
+
+def _layer(
+    w: network.Weights,
+    h: torch.Tensor,
+    prefix: str = "",
+    *,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    dropout: float,
+    spec_json: str,
+) -> torch.Tensor:
+    """Apply a layer, whose names in `w` begin with the prefix."""
+    # torch draws the same factors in F.dropout.
+    drops = [torch.empty_like(h).bernoulli_(1 - dropout).div_(1 - dropout) if dropout else None for _ in range(2)]
+    weights = (w.get(f"{prefix}{name}") for name in layer.NAMES)
+    return call("block_layer", h, *weights, cos, sin, *drops, spec_json, backend=None)[0]
 
 
 def _fused_ops(x: torch.Tensor, weights: list[torch.Tensor], spec: BlockSpec, backend: str | None) -> network.FusedOps:
     """Return the fused ops: what is between the products of a layer on a GPU, a trained layer on the CPU."""
     if not _on_gpu(x):
-        trained = _on_native(weights[0], backend) and any(weight.requires_grad for weight in weights)
+        trained = _on_native(weights[0], backend) and any(weight is not None and weight.requires_grad for weight in weights)
         return network.FusedOps(layers=_layers if trained and layer.supports(spec) else None)
 
     def add_norm(

@@ -41,10 +41,10 @@ def reference(h, *args) -> tuple[torch.Tensor, torch.Tensor]:
         factor = next(factors)
         return branch if factor is None else branch * factor
 
-    def attention(i, q, k, v):
+    def attention(q, k, v):
         return network.causal_attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0]
 
-    return network.layers(h, w, spec, None, attention, drop=drop), h.new_zeros(native_layer.kept_values(h, spec))
+    return network.layers(h, w, spec, None, lambda i: attention, drop=drop), h.new_zeros(native_layer.kept_values(h, spec))
 
 
 def reference_backward(grads, outputs, *args) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ def unchanged(x: torch.Tensor) -> torch.Tensor:
 class FusedOps(NamedTuple):
     """Operations that a backend may fuse: those between the matrix products of a layer, or all layers.
 
-    layers: layers(h, w, spec, cos, sin, dropout) in place of `layers`, or None.
+    layers: layers(h, w, spec, cos, sin, dropout, run_layer) in place of `layers`, or None.
     """
 
     add_norm: Callable = add_norm
@@ -98,14 +98,29 @@ def embed_text(prefix: torch.Tensor, w: Weights, linear: Callable = F.linear) ->
     return project(prefix.to(w["proj_text.weight"].dtype), w, "proj_text", linear)
 
 
-def mlp(x: torch.Tensor, w: Weights, layer: str, spec: BlockSpec, linear: Callable, up_gelu: Callable) -> torch.Tensor:
+def mlp(
+    x: torch.Tensor, w: Weights, prefix: str, spec: BlockSpec, linear: Callable, up_gelu: Callable
+) -> torch.Tensor:
     """Apply the MLP of a layer: GELU, or the gated "swiglu" with the tanh approximation of GELU."""
     if spec.mlp == "gelu":
-        hidden = up_gelu(x, w, f"{layer}.up", linear)
+        hidden = up_gelu(x, w, f"{prefix}up", linear)
     else:
-        hidden = project(x, w, f"{layer}.up", linear)
-        hidden = F.gelu(project(x, w, f"{layer}.gate", linear), approximate="tanh") * hidden
-    return project(hidden, w, f"{layer}.down", linear)
+        hidden = project(x, w, f"{prefix}up", linear)
+        hidden = F.gelu(project(x, w, f"{prefix}gate", linear), approximate="tanh") * hidden
+    return project(hidden, w, f"{prefix}down", linear)
+
+
+class RunLayer(Protocol):
+    """Call of a layer in place of layer(weights, *states), for instance within a module that holds its weights.
+
+    Args:
+        number: number of the layer in its block.
+        layer: maps the weights of the layer, by names such as qkv.weight, and states to the next states.
+        states: hidden states (B, n, C), and the residual (B, n, C) that is still to be added, or None.
+    """
+
+    def __call__(self, number: int, layer: Callable[..., Any], *states: Any) -> Any:
+        """Return the next states."""
 
 
 def layers(
@@ -117,6 +132,7 @@ def layers(
     linear: Callable = F.linear,
     drop: Callable = unchanged,
     fused: FusedOps = FusedOps(),
+    run_layer: RunLayer | None = None,
 ) -> torch.Tensor:
     """Apply the transformer layers to hidden states (B, n, C).
 
@@ -125,41 +141,64 @@ def layers(
         w: weights by name.
         spec: the block.
         cond: condition (B, cond_dim) or (B, n, cond_dim), whose modulations an adaptive block uses.
-        attention: maps (layer, q, k, v), each (B, n, heads, head_dim), to (B, n, heads, head_dim), causally.
+        attention: attention(i) maps (q, k, v) of layer i, each (B, n, heads, head_dim), to (B, n, heads, head_dim).
         linear: linear layer (x, weight, bias).
         drop: dropout of a residual branch.
         fused: operations between the matrix products.
+        run_layer: calls each layer with its weights, which `w` then lacks.
     """
-    groups, residual = [spec.heads, spec.kv_heads, spec.kv_heads], None
+    residual = None
     modulations = adaptive_branches(cond, h, spec)
     for i in range(spec.layers):
-        layer, outer = f"layers.{i}", h
-        if spec.adaptive:
-            outer = h if residual is None else h + residual
-            h, residual = modulate(outer, modulations[i, 0]), None
-        h, normed = fused.add_norm(h, residual, w, f"{layer}.attn_norm", spec)
-        qkv = project(normed, w, f"{layer}.qkv", linear)
-        q, k, v = qkv.unflatten(-1, (sum(groups), spec.head_dim)).split(groups, dim=-2)
-        if spec.qk_norm:
-            q, k = rms_norm(q, w[f"{layer}.q_norm.weight"]), rms_norm(k, w[f"{layer}.k_norm.weight"])
-        if spec.qk_layer_norm:
-            q, k = all_heads_norm(q, w, f"{layer}.q_norm"), all_heads_norm(k, w, f"{layer}.k_norm")
-        residual = project(attention(i, q, k, v).flatten(-2), w, f"{layer}.proj", linear)
-        residual = rms_norm(residual, w[f"{layer}.attn_post_norm.weight"]) if spec.post_norm else residual
-        residual = drop(residual)
-        h, normed = fused.add_norm(h, residual, w, f"{layer}.mlp_norm", spec)
-        residual = mlp(normed, w, layer, spec, linear, fused.up_gelu)
-        residual = rms_norm(residual, w[f"{layer}.mlp_post_norm.weight"]) if spec.post_norm else residual
-        residual = drop(residual)
-        if spec.adaptive:
-            h, residual = outer, modulations[i, 0, 2] * (h + residual)
-        if spec.transition_dim:
-            h = h + residual
-            x = modulate(h, modulations[i, 1])
-            hidden = F.silu(project(x, w, f"{layer}.transition.gate", linear))
-            hidden = hidden * project(x, w, f"{layer}.transition.up", linear)
-            residual = modulations[i, 1, 2] * project(hidden, w, f"{layer}.transition.down", linear)
+        modulation = modulations[i] if spec.adaptive else None
+        layer = functools.partial(
+            _layer, spec=spec, modulation=modulation, attention=attention(i), linear=linear, drop=drop, fused=fused
+        )
+        h, residual = layer(w, h, residual, f"layers.{i}.") if run_layer is None else run_layer(i, layer, h, residual)
     return h + residual
+
+
+def _layer(
+    w: Weights,
+    h: torch.Tensor,
+    residual: torch.Tensor | None,
+    prefix: str = "",
+    *,
+    spec: BlockSpec,
+    modulation: torch.Tensor | None,
+    attention: Callable,
+    linear: Callable,
+    drop: Callable,
+    fused: FusedOps,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply a layer, whose names in `w` begin with the prefix, to h + residual; return hidden states and a residual."""
+    groups, outer = [spec.heads, spec.kv_heads, spec.kv_heads], h
+    if modulation is not None:
+        outer = h if residual is None else h + residual
+        h, residual = modulate(outer, modulation[0]), None
+    h, normed = fused.add_norm(h, residual, w, f"{prefix}attn_norm", spec)
+    qkv = project(normed, w, f"{prefix}qkv", linear)
+    q, k, v = qkv.unflatten(-1, (sum(groups), spec.head_dim)).split(groups, dim=-2)
+    if spec.qk_norm:
+        q, k = rms_norm(q, w[f"{prefix}q_norm.weight"]), rms_norm(k, w[f"{prefix}k_norm.weight"])
+    if spec.qk_layer_norm:
+        q, k = all_heads_norm(q, w, f"{prefix}q_norm"), all_heads_norm(k, w, f"{prefix}k_norm")
+    residual = project(attention(q, k, v).flatten(-2), w, f"{prefix}proj", linear)
+    residual = rms_norm(residual, w[f"{prefix}attn_post_norm.weight"]) if spec.post_norm else residual
+    residual = drop(residual)
+    h, normed = fused.add_norm(h, residual, w, f"{prefix}mlp_norm", spec)
+    residual = mlp(normed, w, prefix, spec, linear, fused.up_gelu)
+    residual = rms_norm(residual, w[f"{prefix}mlp_post_norm.weight"]) if spec.post_norm else residual
+    residual = drop(residual)
+    if modulation is not None:
+        h, residual = outer, modulation[0, 2] * (h + residual)
+    if spec.transition_dim:
+        h = h + residual
+        x = modulate(h, modulation[1])
+        hidden = F.silu(project(x, w, f"{prefix}transition.gate", linear))
+        hidden = hidden * project(x, w, f"{prefix}transition.up", linear)
+        residual = modulation[1, 2] * project(hidden, w, f"{prefix}transition.down", linear)
+    return h, residual
 
 
 def adaptive_branches(cond: torch.Tensor | None, h: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
@@ -200,6 +239,7 @@ def hidden_states(
     linear: Callable = F.linear,
     dropout: float = 0.0,
     fused: FusedOps = FusedOps(),
+    run_layer: RunLayer | None = None,
 ) -> torch.Tensor:
     """Run the transformer on all tokens of data x (B, T, D); return states (B, T, C) in the block's own order.
 
@@ -213,14 +253,14 @@ def hidden_states(
     if prefix is not None:
         h = torch.cat([embed_text(prefix, w, linear), h], dim=1)
 
-    def attend(i, q, k, v):
+    def attend(q, k, v):
         return attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0]
 
     if fused.layers:
-        h = fused.layers(h, w, spec, cos, sin, dropout)
+        h = fused.layers(h, w, spec, cos, sin, dropout, run_layer)
     else:
         drop = functools.partial(F.dropout, p=dropout) if dropout else unchanged
-        h = layers(h, w, spec, cond, attend, linear, drop, fused)
+        h = layers(h, w, spec, cond, lambda i: attend, linear, drop, fused, run_layer)
     return h[:, h.shape[1] - x.shape[1] :]
 
 
@@ -282,7 +322,7 @@ class CachedNetwork:
             cache = self.k_cache[i], self.v_cache[i], lengths, self.cos, self.sin
             return cached_attention(q * self.query_scale, k, v, *cache, self.spec.rotary, 0, 1.0)
 
-        return layers(h, self.w, self.spec, cond, attention, self.linear)
+        return layers(h, self.w, self.spec, cond, lambda i: functools.partial(attention, i), self.linear)
 
     def params(self, x: torch.Tensor, first: int, count: int = 1) -> torch.Tensor:
         """Return the raw parameters (branches B, count, P) of the tokens from `first` on, in the block's own order.

@@ -78,7 +78,7 @@ def _in_one_call(z: torch.Tensor, blocks: Sequence[Block], backend: str | None) 
     tensors, specs = [], []
     for weights, spec, _ in blocks:
         check_kinds(weights, spec)
-        tensors.append(ordered(weights, spec))
+        tensors.append(ordered(weights, spec.weight_shapes))
         specs.append(spec)
     if not all(map(are_plain, tensors)) or not (states := native_stack.weight_states(tensors, specs)):
         return None
