@@ -32,6 +32,7 @@ COMMANDS = {
     "train-autoencoder": ("train_autoencoder", "Train a small autoencoder, on whose latents a flow can be trained."),
     "train-pipeline": ("train_pipeline", "Train a whole text-to-image pipeline, stage by stage."),
     "train-decoder": ("train_decoder", "Fine-tune the decoder of an autoencoder on noisy latents."),
+    "export": ("export", "Write the weights of a run's last checkpoint as a checkpoint folder of a flow."),
     "encode": ("encode", "Encode images to latents once, together with the text states of their captions."),
     "sample": ("sample", "Draw images with a flow or a pipeline."),
     "eval": ("evaluate", "Measure likelihood, accuracy and exactness of a flow on images."),

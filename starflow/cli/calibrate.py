@@ -21,7 +21,8 @@ from ..models.checkpoint import BUNDLED, TRANSFORMER, is_pipeline, locate, resol
 from ..models.flow import Flow
 from ..models.guidance import Guidance
 from ..opening import open_image_model
-from ..training.loop import METRICS, STATE
+from ..training.checkpoints import FOLDER
+from ..training.loop import METRICS
 from .common import (
     DTYPES,
     Parser,
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.out:
         with write_folder(Path(args.out)) as target:
             shutil.copytree(
-                folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STATE, METRICS, "samples")
+                folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FOLDER, METRICS, "samples")
             )
             save_calibration(flow.calibration, target / part)
     else:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..settings import PRESETS, override, read_settings
-from ..training.loop import STATE, Loop
-from .common import Parser, device, interrupted_by_sigterm, non_empty, seed_argument
+from ..training.checkpoints import latest
+from ..training.loop import Loop
+from .common import Parser, interrupted_by_sigterm, non_empty, process_device, seed_argument
 
-RESUMED = "--resume continues with the settings of the run: drop --set, --out, --seed and --dtype"
+RESUMED = "--resume continues with the settings of the run: drop --set, --out, --seed, --dtype and --compile"
 
 
 def run_arguments(parser: Parser, sections: str, presets: Collection[str] = ()) -> None:
@@ -62,12 +63,12 @@ def run_arguments(parser: Parser, sections: str, presets: Collection[str] = ()) 
     )
 
 
-def new_run(args: argparse.Namespace, mark: str, kind: str = "") -> tuple[dict[str, Any], Path]:
+def new_run(args: argparse.Namespace, holds_run: Callable[[Path], Any], kind: str = "") -> tuple[dict[str, Any], Path]:
     """Return the settings of a new run, with the changes by --set, and its folder.
 
     Args:
         args: the parsed arguments.
-        mark: file that a folder with a run holds.
+        holds_run: whether a folder holds a run.
         kind: folder of the command's presets inside the folder of all presets.
 
     Raises:
@@ -76,7 +77,7 @@ def new_run(args: argparse.Namespace, mark: str, kind: str = "") -> tuple[dict[s
     settings = read_settings(PRESETS / kind / f"{args.preset}.yaml" if args.preset else Path(args.config))
     override(settings, args.set)
     folder = Path(args.out or f"runs/{args.preset or Path(args.config).stem}")
-    if (folder / mark).exists():
+    if holds_run(folder):
         raise ConfigError(f"{folder} holds a run: continue it with --resume {folder}, or choose another --out")
     return settings, folder
 
@@ -92,7 +93,7 @@ def run_loop(
         changes: values of settings, by section and name, that result from other arguments; None changes nothing.
 
     Returns:
-        Folder, number of steps, seconds and last metrics of the run.
+        Folder, number of steps, seconds, number of processes, rows of the batch of each, and last metrics of the run.
 
     Raises:
         ConfigError: arguments contradict each other or the run's folder.
@@ -101,23 +102,35 @@ def run_loop(
     if args.resume:
         if args.set or args.out or changes:
             raise ConfigError(RESUMED)
-        trainer = trainer_class.resume(Path(args.resume), device(args.device), args.tensorboard)
+        trainer = trainer_class.resume(Path(args.resume), process_device(args.device), args.tensorboard)
     else:
-        settings, folder = new_run(args, STATE)
+        settings, folder = new_run(args, latest)
         for (section, name), value in changes.items():
             if isinstance(settings.get(section), dict):
                 settings[section][name] = value
         config = trainer_class.CONFIG.from_dict(settings)
-        trainer = trainer_class(config, folder, device(args.device), args.tensorboard)
+        trainer = trainer_class(config, folder, process_device(args.device), args.tensorboard)
     start, first = time.perf_counter(), trainer.step
     try:
         with interrupted_by_sigterm():
             trainer.run(args.quiet)
     except KeyboardInterrupt:
         resume = f"starflow {trainer.COMMAND} --resume {trainer.folder}"
-        print(f"stopped at step {trainer.step}; continue with: {resume}", file=sys.stderr)
+        if trainer.team.rank == 0:
+            print(f"stopped at step {trainer.step}; continue with: {resume}", file=sys.stderr)
         raise
     seconds = time.perf_counter() - start
+    if trainer.team.rank:
+        args.json = None
+        return {}
     print(f"{trainer.folder}: {trainer.step} steps, {seconds:.0f} s")
     last = trainer.metrics[-1] if trainer.metrics else {}
-    return {"folder": str(trainer.folder), "steps": trainer.step - first, "seconds": seconds, "last": last}
+    share = trainer.rows.stop - trainer.rows.start
+    return {
+        "folder": str(trainer.folder),
+        "steps": trainer.step - first,
+        "seconds": seconds,
+        "processes": trainer.team.count,
+        "rows_per_step": [share] * trainer.team.count,
+        "last": last,
+    }

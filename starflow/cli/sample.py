@@ -35,6 +35,7 @@ from .common import (
     interrupted_by_sigterm,
     non_empty,
     positive,
+    process_device,
     prompt_text,
     refuse,
     unicode_text,

@@ -22,9 +22,15 @@ def add_arguments(parser: Parser) -> None:
         help="Data type of the computation; bfloat16 uses autocast and keeps the weights in float32. Default: "
         "training.bf16 of the settings.",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="Let torch compile the layers, which takes minutes at first. Default: training.compile of the settings.",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train a flow; return the report of the run."""
     bf16 = None if args.dtype is None else args.dtype == "bfloat16"
-    return run_loop(args, FlowTrainer, {("training", "bf16"): bf16})
+    return run_loop(args, FlowTrainer, {("training", "bf16"): bf16, ("training", "compile"): args.compile})

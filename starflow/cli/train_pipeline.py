@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(RESUMED)
         trainer = PipelineTrainer.resume(Path(args.resume), device(args.device), args.tensorboard)
     else:
-        settings, folder = new_run(args, SETTINGS, KIND)
+        settings, folder = new_run(args, lambda folder: (folder / SETTINGS).exists(), KIND)
         if args.seed is not None:
             override(settings, [f"{section}.seed={args.seed}" for section in SEEDED])
         trainer = PipelineTrainer(settings, folder, device(args.device), args.tensorboard)

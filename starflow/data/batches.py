@@ -28,6 +28,7 @@ class ShuffledBatches(Sampler):
         seed: seed of the order.
         first: first step.
         last: step after the last one.
+        rows: rows of each batch to take; None takes all.
     """
 
     count: int
@@ -35,6 +36,7 @@ class ShuffledBatches(Sampler):
     seed: int
     first: int
     last: int
+    rows: slice | None = None
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -45,7 +47,7 @@ class ShuffledBatches(Sampler):
             epoch, position = divmod(step, self.count // size)
             if position == 0 or step == self.first:
                 order = permutation(self.count, generator(self.seed, epoch, 0))
-            yield order[position * size : (position + 1) * size]
+            yield order[position * size : (position + 1) * size][self.rows or slice(None)]
 
 
 def batches(images: ImageSet | LatentSet, **options: Any) -> Iterator[list[torch.Tensor]]:

@@ -48,8 +48,8 @@ class LayerWeights(nn.Module):
 class FlowBlock(nn.Module):
     """Weights of a flow block, its embedding of a condition, and both directions.
 
-    With the attribute `by_layers`, `forward` calls the modules of `layer_modules`, so that FSDP may shard each, the backward
-    pass recompute it (`recomputes`), or torch compile it. The other methods then need unsharded layers.
+    With the attribute `by_layers`, `forward` calls the modules of `layer_modules`. FSDP may then shard each, the
+    backward pass recompute it (`recomputes`), or torch compile it. The other methods need unsharded layers.
 
     Args:
         spec: the block.
@@ -167,9 +167,7 @@ class FlowBlock(nn.Module):
         context = self.context(classes, text, rotary, options)
         if self.by_layers:
             outer = {name: weight for name, weight in self.weights().items() if not name.startswith("layers.")}
-            return block_forward(
-                x, outer, self._ordered(options), **context, **options, run_layer=self._run_layer
-            )
+            return block_forward(x, outer, self._ordered(options), **context, **options, run_layer=self._run_layer)
         return block_forward(x, self.weights(), self._ordered(options), **context, **options)
 
     def layer_modules(self) -> list[LayerWeights]:

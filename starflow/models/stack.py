@@ -250,8 +250,14 @@ class BlockStack(nn.Module):
     @torch.no_grad()
     def update_prior(self, z: torch.Tensor) -> None:
         """Move the prior variance of a volume-preserving flow toward the variance of z (B, T, D), if there are any."""
-        if self.prior_variance is not None and len(z):
-            self.prior_variance.lerp_(z.square().mean(dim=0).to(self.prior_variance.dtype), PRIOR_RATE)
+        if len(z):
+            self.move_prior(z.square().mean(dim=0))
+
+    @torch.no_grad()
+    def move_prior(self, variance: torch.Tensor) -> None:
+        """Move the prior variance of a volume-preserving flow toward one (T, D), if there are any."""
+        if self.prior_variance is not None:
+            self.prior_variance.lerp_(variance.to(self.prior_variance.dtype), PRIOR_RATE)
 
     def _noise(
         self, count: int, tokens: int, generator: torch.Generator | Sequence[torch.Generator] | None

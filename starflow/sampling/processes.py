@@ -50,8 +50,11 @@ class Processes:
                 f"start with torchrun, or unset WORLD_SIZE to run as a single process"
             )
 
-    def join(self) -> None:
+    def join(self, backend: str = "gloo") -> None:
         """Wait until all processes have started, for up to STARFLOW_JOIN_SECONDS (an environment variable) seconds.
+
+        Args:
+            backend: backends of torch.distributed by device, such as "cpu:gloo,cuda:nccl".
 
         Raises:
             StarflowError: a process did not start in time.
@@ -70,7 +73,7 @@ class Processes:
             store.set(f"starflow/{rank}", "")
             store.wait([f"starflow/{other}" for other in range(count)], limit)
             store.set_timeout(PATIENCE)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
             # A thread of the group that outlives the interpreter can abort the process.
             atexit.register(_leave)
 

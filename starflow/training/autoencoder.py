@@ -16,7 +16,8 @@ from ..io.images import save_grid
 from ..models.autoencoder import autoencoder_class, posterior, save_vae, scale_images
 from ..seeds import normal
 from ..settings import check_types
-from .loop import Loop, LoopConfig, RunConfig, standard_defaults
+from .config import LoopConfig, RunConfig
+from .loop import Loop, standard_defaults
 
 Loss = Literal["l1", "l2"]
 # Number of images that determine the scaling factor.
@@ -116,7 +117,8 @@ class AutoencoderTrainer(Loop):
         difference = decoded.float() - x
         reconstruction = difference.abs().mean() if config.loss == "l1" else difference.square().mean()
         divergence = distribution.kl().mean() / distribution.mean[0].numel()
-        norm = self.descend(self.optimizer, self.vae.parameters(), reconstruction + config.kl_weight * divergence)
+        loss = reconstruction + config.kl_weight * divergence
+        norm = self.descend(self.optimizer, self.vae.parameters(), [loss]).norm
         return {"reconstruction": reconstruction.item(), "divergence": divergence.item(), "gradient_norm": norm}
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:

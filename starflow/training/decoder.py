@@ -16,8 +16,9 @@ from ..models.autoencoder import decode, load_vae, posterior, save_vae, scale_im
 from ..seeds import generator, normal
 from ..settings import check_types
 from .autoencoder import first_images, save_pairs
+from .config import LoopConfig, RunConfig
 from .discriminator import PatchDiscriminator, hinge_loss
-from .loop import Loop, LoopConfig, RunConfig, standard_defaults
+from .loop import Loop, standard_defaults
 
 SHOWN_IMAGES = 16
 
@@ -101,10 +102,10 @@ class DecoderTrainer(Loop):
             self.discriminator.requires_grad_(False)
             loss = loss - settings.gan_weight * self.discriminator(decoded).mean()
             self.discriminator.requires_grad_(True)
-        metrics["gradient_norm"] = self.descend(self.optimizer, self.trained, loss)
+        metrics["gradient_norm"] = self.descend(self.optimizer, self.trained, [loss]).norm
         if adversarial:
             loss = hinge_loss(self.discriminator(x), self.discriminator(decoded.detach()))
-            self.descend(self.discriminator_optimizer, self.discriminator.parameters(), loss)
+            self.descend(self.discriminator_optimizer, self.discriminator.parameters(), [loss])
             metrics["discriminator"] = loss.item()
         return metrics
 

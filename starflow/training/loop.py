@@ -7,16 +7,14 @@ bits as an uninterrupted one.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
-import pickle
+import re
 import signal
 import threading
-import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import yaml
@@ -26,104 +24,31 @@ from tqdm import tqdm
 from ..data.batches import ShuffledBatches, batches
 from ..data.datasets import data_state, load
 from ..errors import CheckpointError, ConfigError, DataError, StarflowError
-from ..io.files import check_writable, write_atomically, write_text
-from ..seeds import MAX_SEED, generator
-from ..settings import check_types, read_sections, section
+from ..io.files import check_writable, write_text
+from ..seeds import generator
+from .checkpoints import Checkpoints, flat_state, last_checkpoint, load_tensors, make_state, read_progress, read_shapes
+from .config import RunConfig
+from .guard import Guard
+from .parallel import Team, scalar
 
-MAX_WORKERS = 1024
-STATE = "training.pt"
 METRICS = "metrics.jsonl"
 SETTINGS = "settings.yaml"
+# Messages of torch when a process of the run is gone.
+LOST_PROCESS = re.compile("gloo|connection (closed|reset)|NCCL|broken pipe|socket", re.IGNORECASE)
 
 
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-    """Settings of the training loop.
+class Descent(NamedTuple):
+    """Result of `Loop.descend`.
 
-    Args:
-        steps: number of optimizer steps.
-        batch_size: images per step.
-        learning_rate: largest learning rate. It rises linearly over `warmup_steps`, then falls along a cosine.
-        min_learning_rate: learning rate at the end.
-        warmup_steps: number of steps with a rising learning rate.
-        weight_decay: weight decay of AdamW.
-        beta1: decay of the first moment of AdamW.
-        beta2: decay of the second moment of AdamW.
-        clip: largest gradient norm; 0 turns clipping off.
-        bf16: whether to autocast the networks to bfloat16.
-        seed: seed of all random numbers.
-        workers: processes that read images.
-        sample_every: steps between sample grids; 0 writes none.
-        checkpoint_every: steps between checkpoints; 0 writes one at the end only.
-        log_every: steps between entries of the metrics; 0 writes the last step only.
+    Attributes:
+        loss: loss, the mean over the processes.
+        norm: norm of the gradient before clipping.
+        taken: whether the optimizer took the step.
     """
 
-    steps: int
-    batch_size: int
-    learning_rate: float = 1e-4
-    min_learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    weight_decay: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
-    bf16: bool = False
-    seed: int = 0
-    workers: int = 0
-    sample_every: int = 1000
-    checkpoint_every: int = 1000
-    log_every: int = 50
-
-    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
-        "steps": (1, math.inf),
-        "batch_size": (1, math.inf),
-        "seed": (0, MAX_SEED + 1),
-        "workers": (0, MAX_WORKERS + 1),
-        "beta1": (0, 1),
-        "beta2": (0, 1),
-    }
-
-    def __post_init__(self):
-        check_types(self)
-        for field in dataclasses.fields(self):
-            value, (low, high) = getattr(self, field.name), self.RANGES.get(field.name, (0, math.inf))
-            if not isinstance(value, str) and not low <= value < high:
-                raise ConfigError(f"{field.name}={value} is not in [{low}, {high})")
-
-    def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return self.min_learning_rate + (self.learning_rate - self.min_learning_rate) * cosine
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Base of the settings that determine a run, with a frozen dataclass per section, such as `data` and `training`."""
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> RunConfig:
-        """Read nested mappings.
-
-        Args:
-            settings: a mapping per section, as `to_dict` gives.
-
-        Raises:
-            ConfigError: a setting is unknown, missing or out of range.
-        """
-        kinds = typing.get_type_hints(cls)
-        readers = {field.name: _reader(kinds[field.name]) for field in dataclasses.fields(cls)}
-        return cls(**read_sections(settings, readers))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return nested plain mappings."""
-        return dataclasses.asdict(self)
-
-
-def _reader(kind: type) -> Callable[[dict[str, Any]], Any]:
-    return getattr(kind, "from_dict", None) or section(kind)
+    loss: float
+    norm: float
+    taken: bool
 
 
 class Loop:
@@ -141,18 +66,28 @@ class Loop:
 
     CONFIG: ClassVar[type[RunConfig]]
     COMMAND: ClassVar[str]
+    # Whether several processes may train together.
+    SHARED: ClassVar[bool] = False
 
     def __init__(self, config: Any, folder: Path, device: str = "cpu", tensorboard: bool = False):
         self.config, self.folder, self.device = config, Path(folder), device
+        self.team = Team(device)
+        if self.team.count > 1 and not self.SHARED:
+            raise ConfigError(f"starflow {self.COMMAND} runs in one process: start it without torchrun")
         check_writable(self.folder)
+        self.checkpoints = Checkpoints(self.folder, config.training.keep_checkpoints, self.team.group)
+        self.team.processes.first(self.checkpoints.remove_leftovers)
         self.images, _ = load(config.data)
         if not len(self.images):
             raise ConfigError("data: no images are left for training")
         self.data_state = data_state(config.data)
+        batch_size = min(config.training.batch_size, len(self.images))
+        self.rows = self.team.rows(batch_size, getattr(config.training, "accumulate", 1))
         self.step = 0
         self.metrics: list[dict[str, float]] = []
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.writer = _tensorboard(self.folder) if tensorboard else None
+        self.guards: list[Guard] = []
+        self.writer = _tensorboard(self.folder) if tensorboard and self.team.rank == 0 else None
 
     @classmethod
     def resume(cls, folder: Path, device: str = "cpu", tensorboard: bool = False) -> Loop:
@@ -167,14 +102,16 @@ class Loop:
             CheckpointError: the folder has no checkpoint, or a damaged one.
             DataError: files of the data were added, removed or changed since the run began.
         """
-        path = Path(folder) / STATE
-        if not path.exists():
-            raise CheckpointError(f"nothing to resume: no {path}")
-        with _reading(path):
-            state = torch.load(path, map_location=device, weights_only=True)
-            settings, step, metrics = (state[name] for name in ("config", "step", "metrics"))
+        path = last_checkpoint(folder)
+        progress = read_progress(path)
+        try:
+            settings, step, metrics, guards = (progress[name] for name in ("config", "step", "metrics", "guards"))
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path} lacks {error}: it is damaged, or of another version of this package"
+            ) from None
         trainer = cls(cls.CONFIG.from_dict(settings), folder, device, tensorboard)
-        recorded = state.get("data", {})
+        recorded = progress.get("data", {})
         if trainer.data_state.keys() != recorded.keys():
             raise CheckpointError(
                 f"{path}: another version of this package wrote it and recorded the data in another way, so it is "
@@ -186,9 +123,10 @@ class Loop:
                 f"{data.path or data.source}: the data changed since the run began, from {recorded} to "
                 f"{trainer.data_state}: restore the files, or begin a new run"
             )
-        with _reading(path):
-            trainer.load_state(state, path)
-        trainer.step, trainer.metrics = step, metrics
+        trainer.load_state(path)
+        for guard, state in zip(trainer.guards, guards):
+            guard.load_state(state)
+        trainer.step, trainer.metrics, trainer.checkpoints.last = step, metrics, step
         return trainer
 
     def run(self, quiet: bool = False) -> None:
@@ -198,27 +136,47 @@ class Loop:
             quiet: whether to hide the progress bar.
         """
         training = self.config.training
-        bar = tqdm(total=training.steps, initial=self.step, disable=quiet or None, unit="step", smoothing=0.05)
+        hidden = True if self.team.rank else quiet or None
+        bar = tqdm(total=training.steps, initial=self.step, disable=hidden, unit="step", smoothing=0.05)
         try:
-            order = ShuffledBatches(len(self.images), training.batch_size, training.seed, self.step, training.steps)
-            with standard_defaults():
-                for batch in batches(self.images, batch_sampler=order, num_workers=training.workers):
-                    with uninterrupted():
-                        self._take_step(batch, bar)
-        except KeyboardInterrupt:
-            self.save()
-            raise
+            with standard_defaults(), contextlib.ExitStack() as stack:
+                # Processes together stop after a step that all have taken.
+                held = stack.enter_context(uninterrupted()) if self.team.count > 1 else []
+                try:
+                    self._take_steps(bar, held)
+                except KeyboardInterrupt:
+                    self.save()
+                    self.checkpoints.wait()
+                    raise
+                self.checkpoints.wait()
+        except RuntimeError as error:
+            if not (self.team.count > 1 and LOST_PROCESS.search(str(error))):
+                raise
+            raise StarflowError("another process of this run has ended, see its message") from error
         finally:
             bar.close()
             if self.writer:
                 self.writer.close()
+
+    def _take_steps(self, bar: tqdm, held: list[int]) -> None:
+        """Train to the last step, or until a signal is held in any process."""
+        training = self.config.training
+        order = ShuffledBatches(
+            len(self.images), training.batch_size, training.seed, self.step, training.steps, self.rows
+        )
+        for batch in batches(self.images, batch_sampler=order, num_workers=training.workers):
+            with uninterrupted():
+                self._take_step(batch, bar)
+            if self.team.any(bool(held)):
+                raise KeyboardInterrupt
 
     def _take_step(self, batch: list[torch.Tensor], bar: tqdm) -> None:
         """Train on a batch; then log, draw samples and write a checkpoint if they are due."""
         training, rate = self.config.training, self._set_learning_rate()
         metrics = self.train_step(generator(training.seed, self.step, 1), *batch)
         self.step += 1
-        metrics = {"step": self.step, **metrics, "learning_rate": rate}
+        skipped = sum(guard.skipped for guard in self.guards)
+        metrics = {"step": self.step, **metrics, "learning_rate": rate, "skipped_steps": skipped}
         bar.update()
         last = self.step == training.steps
         if last or (training.log_every and self.step % training.log_every == 0):
@@ -243,6 +201,7 @@ class Loop:
             fused=True,
         )
         self.optimizers.append(optimizer)
+        self.guards.append(Guard(training.spike_factor, training.max_skips, self.team.rank == 0))
         return optimizer
 
     def autocast(self) -> torch.autocast:
@@ -250,58 +209,70 @@ class Loop:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.config.training.bf16)
 
     def descend(
-        self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], loss: torch.Tensor
-    ) -> float:
-        """Take one optimizer step down the clipped gradient of a loss, and return the gradient norm before clipping.
+        self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], losses: Iterable[torch.Tensor]
+    ) -> Descent:
+        """Take one optimizer step down the clipped gradient of a loss, unless the guard of the optimizer skips it.
 
         Args:
             optimizer: optimizer that `add_optimizer` returned.
             parameters: parameters of that optimizer, in the order in which the norm adds them.
-            loss: scalar.
+            losses: scalars, whose sum is the loss of this process. The next one is asked for after the backward pass of
+                the last one.
 
         Raises:
-            StarflowError: the loss is not finite.
+            StarflowError: too many steps in a row were skipped.
         """
-        if not torch.isfinite(loss):
-            raise StarflowError(
-                f"the loss is {loss.item()} at step {self.step}: nothing was saved since the last checkpoint; "
-                f"lower training.learning_rate"
-            )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.training.clip or math.inf)
-        optimizer.step()
-        return norm.item()
+        parts = []
+        for loss in losses:
+            loss.backward()
+            parts.append(loss.detach())
+        mean = self.team.mean(sum(parts[1:], parts[0])).item()
+        norm = scalar(nn.utils.clip_grad_norm_(parameters, self.config.training.clip or math.inf))
+        taken = self.guards[self.optimizers.index(optimizer)].accepts(self.step, mean, norm)
+        if taken:
+            optimizer.step()
+        return Descent(mean, norm, taken)
 
     def save(self) -> None:
-        """Write weights, settings, metrics and then the checkpoint, each file atomically."""
-        self.save_weights()
-        write_text(self.folder / SETTINGS, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
-        write_text(self.folder / METRICS, "".join(json.dumps(m) + "\n" for m in self.metrics))
+        """Write weights, settings and metrics, each file atomically, and begin to write the checkpoint.
+
+        Several processes write the weights at the end only, since these must be gathered. `export` reads them from a
+        checkpoint.
+        """
+        if self.team.count == 1 or self.step == self.config.training.steps:
+            self.save_weights()
+        if self.team.rank == 0:
+            write_text(self.folder / SETTINGS, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+            write_text(self.folder / METRICS, "".join(json.dumps(m) + "\n" for m in self.metrics))
         progress = {"data": self.data_state, "step": self.step, "metrics": self.metrics}
-        state = {"config": self.config.to_dict(), **progress, **self.state()}
-        write_atomically(self.folder / STATE, lambda path: torch.save(state, path))
+        guards = [guard.state() for guard in self.guards]
+        self.checkpoints.save(self.step, self.state(), {"config": self.config.to_dict(), "guards": guards, **progress})
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds in addition to settings, step and metrics."""
-        return {name: part.state_dict() for name, part in self.parts().items()}
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of a checkpoint by name."""
+        return {
+            f"{name}.{key}": tensor for name, part in self.parts().items() for key, tensor in flat_state(part).items()
+        }
 
-    def load_state(self, state: dict[str, Any], source: Path) -> None:
-        """Restore what `state` returned.
+    def load_state(self, path: Path) -> None:
+        """Read the tensors of a checkpoint.
 
         Args:
-            state: content of a checkpoint.
-            source: path of the checkpoint, for error messages.
+            path: the checkpoint.
 
         Raises:
-            CheckpointError: names or shapes of the weights do not fit the settings.
+            CheckpointError: it is damaged, or names or shapes of its tensors do not fit the settings.
         """
+        saved = read_shapes(path)
         for name, part in self.parts().items():
-            try:
-                part.load_state_dict(state[name])
-            except RuntimeError as error:
-                reason = str(error).splitlines()[-1].strip()
-                raise CheckpointError(f"{source} does not fit its settings: {reason}") from None
+            if isinstance(part, torch.optim.Optimizer):
+                make_state(part, {key.removeprefix(f"{name}.") for key in saved if key.startswith(f"{name}.")})
+        tensors = self.state()
+        expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if wrong := sorted(name for name, _ in expected.items() ^ saved.items()):
+            raise CheckpointError(f"{path} does not fit its settings: its {wrong[0]} is another, or not there")
+        load_tensors(path, tensors, self.team.group)
 
     def _set_learning_rate(self) -> float:
         rate = self.config.training.learning_rate_at(self.step)
@@ -356,8 +327,12 @@ def standard_defaults() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM act only at the end of the block, as far as Python handles them."""
+def uninterrupted() -> Iterator[list[int]]:
+    """Let Ctrl-C and SIGTERM act only at the end of the block, as far as Python handles them.
+
+    Yields:
+        Numbers of the signals that were sent so far.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     handlers = {number: signal.getsignal(number) for number in numbers}
     held: list[int] = []
@@ -365,24 +340,13 @@ def uninterrupted() -> Iterator[None]:
         if callable(handler):
             signal.signal(number, lambda number, frame: held.append(number))
     try:
-        yield
+        yield held
     finally:
         for number, handler in handlers.items():
             if callable(handler):
                 signal.signal(number, handler)
     if held:
         signal.raise_signal(held[0])
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Report the errors of a damaged checkpoint as a CheckpointError."""
-    try:
-        yield
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error}: it is damaged, or of another version of this package") from None
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}".splitlines()[0]) from None
 
 
 def _tensorboard(folder: Path):

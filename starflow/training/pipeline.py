@@ -25,9 +25,11 @@ from ..models.autoencoder import load_vae
 from ..models.flow import Flow
 from ..settings import check_types, read_section, read_sections, read_settings, section
 from .autoencoder import AutoencoderRunConfig, AutoencoderTrainer
+from .checkpoints import latest
+from .config import RunConfig
 from .decoder import DecoderRunConfig, DecoderTrainer
 from .flow import FlowRunConfig, FlowTrainer
-from .loop import SETTINGS, STATE, Loop, RunConfig, standard_defaults
+from .loop import SETTINGS, Loop, standard_defaults
 
 # Sections with a seed of their own.
 SEEDED = ("autoencoder.training", "text", "flow.training", "decoder.training")
@@ -149,7 +151,7 @@ class PipelineTrainer:
 
     def _train(self, trainer_class: type[Loop], config: RunConfig, name: str, quiet: bool) -> None:
         folder = self.folder / name
-        if (folder / STATE).exists():
+        if latest(folder):
             trainer = trainer_class.resume(folder, self.device, self.tensorboard)
         else:
             trainer = trainer_class(config, folder, self.device, self.tensorboard)

@@ -138,7 +138,7 @@ def _layer(
 def _fused_ops(x: torch.Tensor, weights: list[torch.Tensor], spec: BlockSpec, backend: str | None) -> network.FusedOps:
     """Return the fused ops: what is between the products of a layer on a GPU, a trained layer on the CPU."""
     if not _on_gpu(x):
-        trained = _on_native(weights[0], backend) and any(weight is not None and weight.requires_grad for weight in weights)
+        trained = _on_native(weights[0], backend) and any(w is not None and w.requires_grad for w in weights)
         return network.FusedOps(layers=_layers if trained and layer.supports(spec) else None)
 
     def add_norm(

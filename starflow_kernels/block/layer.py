@@ -44,7 +44,8 @@ def reference(h, *args) -> tuple[torch.Tensor, torch.Tensor]:
     def attention(q, k, v):
         return network.causal_attention(q, k, v, cos, sin, spec.rotary, 0, 1.0)[0]
 
-    return network.layers(h, w, spec, None, lambda i: attention, drop=drop), h.new_zeros(native_layer.kept_values(h, spec))
+    kept = h.new_zeros(native_layer.kept_values(h, spec))
+    return network.layers(h, w, spec, None, lambda i: attention, drop=drop), kept
 
 
 def reference_backward(grads, outputs, *args) -> list[torch.Tensor]:

@@ -98,9 +98,7 @@ def embed_text(prefix: torch.Tensor, w: Weights, linear: Callable = F.linear) ->
     return project(prefix.to(w["proj_text.weight"].dtype), w, "proj_text", linear)
 
 
-def mlp(
-    x: torch.Tensor, w: Weights, prefix: str, spec: BlockSpec, linear: Callable, up_gelu: Callable
-) -> torch.Tensor:
+def mlp(x: torch.Tensor, w: Weights, prefix: str, spec: BlockSpec, linear: Callable, up_gelu: Callable) -> torch.Tensor:
     """Apply the MLP of a layer: GELU, or the gated "swiglu" with the tanh approximation of GELU."""
     if spec.mlp == "gelu":
         hidden = up_gelu(x, w, f"{prefix}up", linear)

@@ -52,7 +52,7 @@ def test_train_writes_a_run_and_a_report(tmp_path, settings):
     out = tmp_path / "run"
     assert main(["train", "--config", settings, "--out", str(out), "--quiet", "--json", str(report)]) == 0
     written = {p.name for p in out.iterdir()}
-    assert written == {"config.json", "model.safetensors", "settings.yaml", "metrics.jsonl", "training.pt", "samples"}
+    assert written == {"config.json", "model.safetensors", "settings.yaml", "metrics.jsonl", "checkpoints", "samples"}
     measured = json.loads(report.read_text())["results"]
     assert measured["steps"] == 3 and measured["last"]["step"] == 3
 

@@ -333,7 +333,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     drawn = ["sample", "--checkpoint", str(folder), "--num", "2", "--out", str(tmp_path / "drawn"), "--certify"]
     assert main([*drawn, "--guidance", "2", "--tol", "1e-4", "--verbose"]) == 0
     assert "block 1: quasi-Newton, window 8: " in capsys.readouterr().out
-    (folder / "training.pt").write_bytes(b"state")
+    (folder / "checkpoints").mkdir()
     assert main(["calibrate", "--checkpoint", str(folder), "--batch-size", "1", "--out", str(tmp_path / "copy")]) == 0
     assert len(Flow.from_pretrained(tmp_path / "copy").calibration.measurements) == 3
     assert len(list(tmp_path.glob("copy/*"))) == 3

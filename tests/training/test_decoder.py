@@ -17,6 +17,7 @@ from starflow import ConfigError
 from starflow.cli import main
 from starflow.models.autoencoder import load_vae, save_vae
 from starflow.training.autoencoder import AutoencoderConfig
+from starflow.training.checkpoints import latest
 from starflow.training.decoder import DecoderRunConfig, DecoderTrainer, load_lpips
 from starflow.training.discriminator import PatchDiscriminator, hinge_loss
 
@@ -72,7 +73,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights(vae, tmp_path):
     )
     child = subprocess.Popen([sys.executable, "-c", code, json.dumps(config.to_dict()), str(tmp_path / "killed")])
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "training.pt").exists() and time.monotonic() < deadline:
+    while latest(tmp_path / "killed") is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()

@@ -15,9 +15,9 @@ from starflow.sampling.jobs import Layout
 from starflow.sampling.sample import SampleOptions
 from starflow.settings import override, read_settings
 from starflow.training.autoencoder import AutoencoderConfig
+from starflow.training.config import LoopConfig
 from starflow.training.decoder import DecoderConfig
 from starflow.training.flow import FlowRunConfig, FlowTrainingConfig
-from starflow.training.loop import LoopConfig
 from starflow_kernels import BlockSpec, Solver
 
 MODEL = {"image_size": 8, "image_channels": 1, "patch_size": 2, "channels": 16, "layers": [1, 1], "head_dim": 8}

@@ -1,5 +1,6 @@
 """Training a whole pipeline: stages, resuming, what is derived, and a text encoder that is trained along."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from starflow.data.prompts import load_text, save_text
 from starflow.data.vocabulary import make_tokenizer
 from starflow.pipelines import STARFlowPipeline
 from starflow.settings import PRESETS, presets, read_settings
+from starflow.training.checkpoints import latest
 from starflow.training.flow import FlowTrainer
-from starflow.training.loop import SETTINGS, STATE
+from starflow.training.loop import SETTINGS
 from starflow.training.pipeline import PipelineTrainer
 
 STAGES = ("autoencoder", "text", "latents", "flow", "decoder", "pipeline")
@@ -231,8 +233,9 @@ def test_a_text_encoder_with_another_tokenizer_is_refused(run, tmp_path):
 
 def test_a_checkpoint_whose_average_has_other_weights_is_refused(run, tmp_path):
     shutil.copytree(run / "flow", tmp_path / "flow")
-    state = torch.load(tmp_path / "flow" / STATE)
-    state["average"] = {name.removeprefix("model."): value for name, value in state["average"].items()}
-    torch.save(state, tmp_path / "flow" / STATE)
-    with pytest.raises(CheckpointError, match="its average has other weights"):
+    path = latest(tmp_path / "flow") / "run.json"
+    progress = json.loads(path.read_text())
+    progress["config"]["training"]["ema"] = 0.0
+    path.write_text(json.dumps(progress))
+    with pytest.raises(CheckpointError, match=r"does not fit its settings: its average\.model\.blocks"):
         FlowTrainer.resume(tmp_path / "flow")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from starflow import CheckpointError, ConfigError, StarflowError
+from starflow.training.checkpoints import latest
 from starflow.training.flow import FlowRunConfig, FlowTrainer, FlowTrainingConfig
 
 MODEL = {
@@ -103,7 +104,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights(tmp_path):
     )
     child = subprocess.Popen([sys.executable, "-c", code, json.dumps(config.to_dict()), str(tmp_path / "killed")])
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "training.pt").exists() and time.monotonic() < deadline:
+    while latest(tmp_path / "killed") is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
@@ -117,22 +118,26 @@ def test_a_missing_or_damaged_checkpoint_is_not_resumed(tmp_path):
     with pytest.raises(CheckpointError, match="nothing to resume"):
         FlowTrainer.resume(tmp_path)
     train(settings(steps=1), tmp_path)
-    whole = (tmp_path / "training.pt").read_bytes()
-    (tmp_path / "training.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="damaged"):
-        FlowTrainer.resume(tmp_path)
+    for file in latest(tmp_path).iterdir():
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(CheckpointError, match="damaged"):
+            FlowTrainer.resume(tmp_path)
+        file.write_bytes(whole)
+    assert FlowTrainer.resume(tmp_path).step == 1
 
 
-def edit(path, change) -> None:
-    """Change the content of a checkpoint in place."""
-    state = torch.load(path, weights_only=True)
-    change(state)
-    torch.save(state, path)
+def edit(run, change) -> None:
+    """Change the progress in a checkpoint in place."""
+    path = latest(run) / "run.json"
+    progress = json.loads(path.read_text())
+    change(progress)
+    path.write_text(json.dumps(progress))
 
 
 def test_a_run_without_files_resumes_though_an_older_version_recorded_no_state_of_the_data(tmp_path):
     train(settings(steps=1), tmp_path)
-    edit(tmp_path / "training.pt", lambda state: state.pop("data"))
+    edit(tmp_path, lambda state: state.pop("data"))
     assert FlowTrainer.resume(tmp_path).step == 1
 
 
@@ -141,7 +146,7 @@ def test_a_run_whose_version_recorded_the_data_in_another_way_is_refused_as_such
     monkeypatch.setattr("starflow.training.loop.data_state", lambda config: {"images": 3, "digest": "abc"})
     train(settings(steps=1), tmp_path)
     assert FlowTrainer.resume(tmp_path).step == 1
-    edit(tmp_path / "training.pt", lambda state: state.pop("data") if recorded is None else state.update(data=recorded))
+    edit(tmp_path, lambda state: state.pop("data") if recorded is None else state.update(data=recorded))
     with pytest.raises(
         CheckpointError, match="another version of this package wrote it and recorded the data"
     ) as error:
@@ -151,7 +156,7 @@ def test_a_run_whose_version_recorded_the_data_in_another_way_is_refused_as_such
 
 def test_a_checkpoint_that_lacks_a_part_is_refused_with_its_name(tmp_path):
     train(settings(steps=1), tmp_path)
-    edit(tmp_path / "training.pt", lambda state: state.pop("metrics"))
+    edit(tmp_path, lambda state: state.pop("metrics"))
     with pytest.raises(CheckpointError, match="lacks 'metrics': it is damaged, or of another version"):
         FlowTrainer.resume(tmp_path)
 
@@ -172,9 +177,12 @@ def test_defaults_of_torch_do_not_change_a_run(usual_run, hostile, tmp_path):
 
 
 def test_divergence_stops_the_run(tmp_path):
-    trainer = FlowTrainer(settings(), tmp_path)
+    trainer = FlowTrainer(settings(max_skips=2), tmp_path)
     next(trainer.flow.parameters()).data.fill_(float("nan"))
-    with pytest.raises(StarflowError, match="the loss is nan at step 0"):
+    with (
+        pytest.warns(UserWarning, match="the loss is nan at step 1: the step is skipped"),
+        pytest.raises(StarflowError, match="the loss is nan at step 2, after 2 skipped steps in a row"),
+    ):
         trainer.run(quiet=True)
     assert not (tmp_path / "model.safetensors").exists()
 

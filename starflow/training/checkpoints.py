@@ -1,0 +1,215 @@
+"""Checkpoints of a run, written by torch.distributed.checkpoint while the training goes on.
+
+A checkpoint is a folder with the tensors of all processes and a file of the progress. It is written under a hidden name
+and gets its own once it is whole. Any number of processes can read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from ..errors import CheckpointError, StarflowError
+from ..io.files import write_text
+
+FOLDER = "checkpoints"
+PROGRESS = "run.json"
+# Names of folders that are being written or removed.
+PART = ".{}.part"
+
+
+def whole(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    found = (path for path in (Path(run) / FOLDER).glob("*") if path.name.isdecimal())
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def latest(run: Path) -> Path | None:
+    """Return the last checkpoint of a run, or None."""
+    found = whole(run)
+    return found[-1] if found else None
+
+
+def last_checkpoint(run: Path) -> Path:
+    """Return the last checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path := latest(run)) is None:
+        raise CheckpointError(f"nothing to resume: no checkpoint in {Path(run) / FOLDER}")
+    return path
+
+
+class Checkpoints:
+    """Writer of the checkpoints of a run.
+
+    Args:
+        run: folder of the run.
+        keep: number of checkpoints to keep.
+        group: process group of the run for this purpose alone, or None for one process.
+    """
+
+    def __init__(self, run: Path, keep: int, group: dist.ProcessGroup | None = None):
+        self.run, self.keep, self.group = Path(run), keep, group
+        self.last: int | None = None
+        self._pending: Future | None = None
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process that was killed has left behind."""
+        for path in (self.run / FOLDER).glob(PART.format("*")):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]) -> None:
+        """Copy the tensors and begin to write a checkpoint; all processes call this together.
+
+        Args:
+            step: number of steps taken, which names the checkpoint. One that was saved last is not written again.
+            tensors: tensors by name, which may be shards.
+            progress: further content, in types of JSON.
+
+        Raises:
+            StarflowError: the previous checkpoint could not be written.
+        """
+        self.wait()
+        if step == self.last:
+            return
+        if self.group is None:
+            # Nothing is wrong with a single process.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        writer = _Writer(self.run / FOLDER / f"{step:07d}", json.dumps(progress), self.keep)
+        self._pending = dcp.async_save(
+            dict(tensors), storage_writer=writer, process_group=self.group, no_dist=self.group is None
+        )
+        self.last = step
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is whole.
+
+        Raises:
+            StarflowError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            raise StarflowError(f"cannot write a checkpoint into {self.run / FOLDER}: {_reason(error)}") from None
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Writer of a checkpoint that gets its name once every process has written its part."""
+
+    def __init__(self, target: Path, progress: str, keep: int):
+        super().__init__(target.with_name(PART.format(target.name)))
+        self.target, self.progress, self.keep = target, progress, keep
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        """Complete and rename the folder, then remove older checkpoints; the first process alone calls this."""
+        super().finish(metadata, results)
+        part = Path(self.path)
+        write_text(part / PROGRESS, self.progress)
+        os.rename(part, self.target)
+        for old in whole(self.target.parents[1])[: -self.keep]:
+            hidden = old.with_name(PART.format(old.name))
+            os.rename(old, hidden)
+            shutil.rmtree(hidden)
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """Return the progress that a checkpoint holds.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        return json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / PROGRESS} is damaged: {error}") from None
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    with _reading(path):
+        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name: tuple(e.size) for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+
+
+def load_tensors(path: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Read tensors in place, which may be shards; all processes call this together.
+
+    Args:
+        path: the checkpoint.
+        tensors: tensors by their names in the checkpoint.
+        group: process group, or None for one process.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    with _reading(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), process_group=group, no_dist=group is None)
+
+
+def flat_state(part: torch.nn.Module | torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module, or of an optimizer by number of the parameter and name."""
+    if isinstance(part, torch.nn.Module):
+        return part.state_dict()
+    return {
+        f"{i}.{name}": value
+        for i, parameter in enumerate(_parameters(part))
+        for name, value in part.state.get(parameter, {}).items()
+    }
+
+
+def make_state(optimizer: torch.optim.Optimizer, names: set[str]) -> None:
+    """Make the tensors of an AdamW optimizer that `flat_state` is to return.
+
+    Args:
+        optimizer: optimizer that has taken no step.
+        names: names of the tensors.
+    """
+    for i, parameter in enumerate(_parameters(optimizer)):
+        if f"{i}.step" in names:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": step, **moments}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Report the errors of a damaged checkpoint as a CheckpointError."""
+    errors = KeyError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, TypeError, ValueError
+    try:
+        yield
+    except (*errors, AttributeError, dcp.CheckpointException) as error:
+        raise CheckpointError(f"{path} is damaged: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error, or of the first one that torch has collected from the processes."""
+    failures = getattr(error, "failures", None)
+    first = next(iter(failures.values()))[0] if failures else error
+    return (str(first) or type(first).__name__).splitlines()[0]
