@@ -14,7 +14,7 @@ EXAMPLE = "starflow export runs/digits --out digits"
 
 def add_arguments(parser: Parser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("run", type=non_empty, help="Folder of the run. Required.")
+    parser.add_argument("source", type=non_empty, metavar="RUN", help="Folder of the run. Required.")
     parser.add_argument(
         "--out",
         type=non_empty,
@@ -27,6 +27,6 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Write the weights of a run's last checkpoint; return the folder and the steps that it has taken."""
     refuse({"--device": None if args.device in ("auto", "cpu") else args.device}, "an export runs on the CPU")
-    steps = export(Path(args.run), Path(args.out))
+    steps = export(Path(args.source), Path(args.out))
     print(f"{args.out}: weights after {steps} steps")
     return {"out": args.out, "steps": steps}

@@ -18,7 +18,7 @@ def start(
 ) -> list[multiprocessing.Process]:
     """Start `count` processes of `starflow` with the environment of torchrun; they write to folder/RANK.txt.
 
-    failing: rank of a process whose flow gives values that are not finite. missing: rank of a process to leave out.
+    arguments: words of a command, or of several with ";" between them. failing: rank of a process whose flow gives values that are not finite. missing: rank of a process to leave out.
     """
     CONTEXT.set_forkserver_preload(["starflow.cli", "starflow.pipelines", "torch.distributed"])
     with socket.socket() as server:
@@ -56,5 +56,11 @@ def work(variables: dict[str, object], arguments: list[str], output: str, fails:
     if fails:
         Flow.inverse = fail
     with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        code = main(arguments)
+        words = [[]]
+        for word in arguments:
+            if word == ";":
+                words.append([])
+            else:
+                words[-1].append(word)
+        code = max(main(command) for command in words)
     sys.exit(code)
