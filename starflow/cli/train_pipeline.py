@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..settings import override, presets
 from ..training.loop import SETTINGS
+from ..training.parallel import refuse_processes
 from ..training.pipeline import SEEDED, PipelineTrainer
 from .common import Parser, device, interrupted_by_sigterm
 from .runs import RESUMED, new_run, run_arguments
@@ -26,6 +27,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train the stages that are not finished; return the folder of the pipeline."""
+    refuse_processes(PipelineTrainer.COMMAND)
     if args.resume:
         if args.set or args.out or args.seed is not None:
             raise ConfigError(RESUMED)

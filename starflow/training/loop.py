@@ -29,7 +29,7 @@ from ..seeds import generator
 from .checkpoints import Checkpoints, flat_state, last_checkpoint, load_tensors, make_state, read_progress, read_shapes
 from .config import RunConfig
 from .guard import Guard
-from .parallel import Team, scalar
+from .parallel import Team, refuse_processes, scalar
 
 METRICS = "metrics.jsonl"
 SETTINGS = "settings.yaml"
@@ -71,9 +71,9 @@ class Loop:
 
     def __init__(self, config: Any, folder: Path, device: str = "cpu", tensorboard: bool = False):
         self.config, self.folder, self.device = config, Path(folder), device
+        if not self.SHARED:
+            refuse_processes(self.COMMAND)
         self.team = Team(device)
-        if self.team.count > 1 and not self.SHARED:
-            raise ConfigError(f"starflow {self.COMMAND} runs in one process: start it without torchrun")
         check_writable(self.folder)
         self.checkpoints = Checkpoints(self.folder, config.training.keep_checkpoints, self.team.group)
         self.team.processes.first(self.checkpoints.remove_leftovers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -113,6 +114,8 @@ class Team:
             return
         shape, names = ((self.count, 1), ("copy", "shard")) if parallel == "data" else ((self.count,), ("shard",))
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        # Nothing in a layer is changed in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         # Tokens and noise stay in float32.
         policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
         for unit in (*units, module):
@@ -132,6 +135,12 @@ class Team:
             if self.rank == 0:
                 whole[name] = full.cpu()
         return whole
+
+
+def refuse_processes(command: str) -> None:
+    """Raise ConfigError if torchrun has started several processes of a command that runs in one."""
+    if Processes().count > 1:
+        raise ConfigError(f"starflow {command} runs in one process: start it without torchrun")
 
 
 def reduce_gradients(modules: Iterable[nn.Module], now: bool) -> None:

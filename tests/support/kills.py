@@ -24,7 +24,7 @@ MODEL = {
     "start": True, "scale": "unit", "num_classes": 10, "levels": 17,
 }  # fmt: skip
 TRAINING = {
-    "steps": 12, "batch_size": 32, "learning_rate": 3e-3, "warmup_steps": 2, "ema": 0.9, "sample_every": 0,
+    "steps": 8, "batch_size": 32, "learning_rate": 3e-3, "warmup_steps": 2, "ema": 0.9, "sample_every": 0,
     "checkpoint_every": 0, "log_every": 1,
 }  # fmt: skip
 COUNTS = (2, 4, 1)

@@ -18,7 +18,8 @@ def start(
 ) -> list[multiprocessing.Process]:
     """Start `count` processes of `starflow` with the environment of torchrun; they write to folder/RANK.txt.
 
-    arguments: words of a command, or of several with ";" between them. failing: rank of a process whose flow gives values that are not finite. missing: rank of a process to leave out.
+    arguments: words of a command, or of several with ";" between them. failing: rank of a process whose flow gives
+    values that are not finite. missing: rank of a process to leave out.
     """
     CONTEXT.set_forkserver_preload(["starflow.cli", "starflow.pipelines", "torch.distributed"])
     with socket.socket() as server:

@@ -1,9 +1,6 @@
 """Training on several processes gives the losses of one, and survives signals, kills and other numbers of processes."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -36,58 +33,50 @@ def check_same(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "training"),
-    [
-        (2, {}),
-        (2, {"parallel": "fsdp", "accumulate": 2, "checkpoint_layers": True}),
-        (4, {"accumulate": 2}),
-        (4, {"parallel": "fsdp", "reshard_after_forward": False}),
-    ],
+    ("count", "data", "fsdp"),
+    [(2, {}, {"accumulate": 2, "checkpoint_layers": True}), (4, {"accumulate": 2}, {"reshard_after_forward": False})],
 )
-def test_processes_together_train_as_one_does(alone, tmp_path, count, training):
-    given = kills.write_settings(tmp_path / "run.yaml", sample_every=12, **training)
-    codes, texts = workers.run(
-        tmp_path, count, *given, "--out", str(tmp_path / "run"), "--json", str(tmp_path / "run.json")
-    )
+def test_processes_together_train_as_one_does(alone, tmp_path, count, data, fsdp):
+    commands = []
+    for name, training in (("data", data), ("fsdp", {"parallel": "fsdp", **fsdp})):
+        given = kills.write_settings(tmp_path / f"{name}.yaml", sample_every=8, **training)
+        commands += [";", *given, "--out", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json")]
+    codes, texts = workers.run(tmp_path, count, *commands[1:])
     assert codes == [0] * count, texts
-    check_same(alone, tmp_path / "run")
     assert not any(texts[1:])
-    found = json.loads((tmp_path / "run.json").read_text())["results"]
-    assert found["processes"] == count and found["rows_per_step"] == [32 // count] * count
-    assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["0000012.png"]
-    resumed = FlowTrainer.resume(tmp_path / "run")
-    assert resumed.step == 12
-    before = load_file(tmp_path / "run" / "model.safetensors")
-    averages = {name.removeprefix("model."): tensor for name, tensor in resumed.average.items()}
-    assert all(torch.equal(before[name], averages[name]) for name in before)
+    for name in ("data", "fsdp"):
+        run, report = tmp_path / name, json.loads((tmp_path / f"{name}.json").read_text())["results"]
+        check_same(alone, run)
+        assert report["processes"] == count and report["rows_per_step"] == [32 // count] * count
+        assert [path.name for path in (run / "samples").iterdir()] == ["0000008.png"]
+        resumed, saved = FlowTrainer.resume(run), load_file(run / "model.safetensors")
+        assert resumed.step == 8
+        assert all(torch.equal(saved[name], resumed.average[f"model.{name}"]) for name in saved)
 
 
 def test_a_killed_run_goes_on_with_other_numbers_of_processes(tmp_path):
-    given = kills.write_settings(tmp_path / "run.yaml", steps=24, checkpoint_every=2, keep_checkpoints=2)
-    FlowTrainer(FlowRunConfig.from_dict(kills.settings(steps=24)), tmp_path / "whole").run(quiet=True)
+    given = kills.write_settings(tmp_path / "run.yaml", steps=16, checkpoint_every=2, keep_checkpoints=2)
+    FlowTrainer(FlowRunConfig.from_dict(kills.settings(steps=16)), tmp_path / "whole").run(quiet=True)
     kills.killed(tmp_path, tmp_path / "run", 2, 1, given, 0.2)
     check_same(tmp_path / "whole", tmp_path / "run")
-    assert [path.name for path in whole(tmp_path / "run")] == ["0000022", "0000024"]
+    assert [path.name for path in whole(tmp_path / "run")] == ["0000014", "0000016"]
 
 
-def test_sigterm_under_torchrun_saves_a_step_that_all_processes_have_taken(tmp_path):
-    steps = 3000
-    given = kills.write_settings(tmp_path / "run.yaml", steps=steps, checkpoint_every=1, parallel="fsdp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "starflow"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with open(tmp_path / "text", "w") as file:
-        child = subprocess.Popen(
-            [*command, *given, "--out", "run"], stdout=file, stderr=file, cwd=tmp_path, env=environment
-        )
+def test_processes_stop_together_after_a_signal_to_one(tmp_path):
+    given = kills.write_settings(tmp_path / "run.yaml", steps=3000, checkpoint_every=1, parallel="fsdp")
+    processes = workers.start(tmp_path, 2, *given, "--out", str(tmp_path / "run"))
     deadline = time.monotonic() + 120
-    while latest(tmp_path / "run") is None and time.monotonic() < deadline and child.poll() is None:
+    while latest(tmp_path / "run") is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    child.terminate()
-    child.wait(60)
-    text = (tmp_path / "text").read_text()
+    processes[1].terminate()
+    for process in processes:
+        process.join(60)
+    texts = kills.texts(tmp_path, 2)
+    assert [process.exitcode for process in processes] == [130, 130], texts
     step = int(latest(tmp_path / "run").name)
-    assert f"stopped at step {step}; continue with: starflow train --resume run" in text
-    assert 0 < step < steps and text.count("stopped at") == 1
+    assert 0 < step < 3000
+    resume = f"continue with: starflow train --resume {tmp_path / 'run'}"
+    assert texts == [f"stopped at step {step}; {resume}\n", ""]
     assert FlowTrainer.resume(tmp_path / "run").step == step
 
 
@@ -137,7 +126,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(tmp_path):
         trainer.run(quiet=True)
     assert [m["skipped_steps"] for m in trainer.metrics[2:6]] == [0, 1, 2, 2]
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "model.safetensors").values())
-    assert int(trainer.optimizer.state[next(trainer.flow.parameters())]["step"]) == 10
+    assert int(trainer.optimizer.state[next(trainer.flow.parameters())]["step"]) == 6
     assert FlowTrainer.resume(tmp_path).guards[0].state() == trainer.guards[0].state()
 
 
@@ -170,3 +159,14 @@ def test_rows_that_cannot_be_divided_are_refused(tmp_path, capsys):
     assert main([*given, "--out", str(tmp_path / "run")]) == 2
     assert "a batch of 32 rows: 1 process times accumulate=3 do not divide it" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train-autoencoder", "train-pipeline"])
+def test_other_trainers_refuse_several_processes(tmp_path, monkeypatch, capsys, command):
+    pytest.importorskip("diffusers")
+    path = tmp_path / "run.yaml"
+    path.write_text("autoencoder: {channels: 1}\ndata: {}\ntraining: {steps: 1, batch_size: 8}\n")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([command, "--config", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert f"starflow {command} runs in one process: start it without torchrun" in capsys.readouterr().err
