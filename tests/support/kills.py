@@ -108,7 +108,7 @@ def main(kills: int) -> None:
         folder = Path(name)
         for parallel in ("data", "fsdp"):
             given = write_settings(
-                folder / "run.yaml", steps=30 * kills, checkpoint_every=2, parallel=parallel, keep_checkpoints=2
+                folder / "run.yaml", steps=8 * kills, checkpoint_every=2, parallel=parallel, keep_checkpoints=2
             )
             codes, printed = workers.run(folder, 1, *given, "--out", str(folder / parallel))
             assert codes == [0], printed
