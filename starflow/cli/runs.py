@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -13,6 +14,7 @@ from ..errors import ConfigError
 from ..settings import PRESETS, override, read_settings
 from ..training.checkpoints import latest
 from ..training.loop import Loop
+from ..training.parallel import LostProcessError
 from .common import Parser, interrupted_by_sigterm, non_empty, process_device, seed_argument
 
 RESUMED = "--resume continues with the settings of the run: drop --set, --out, --seed, --dtype and --compile"
@@ -119,6 +121,10 @@ def run_loop(
         if trainer.team.rank == 0:
             print(f"stopped at step {trainer.step}; continue with: {resume}", file=sys.stderr)
         raise
+    except LostProcessError as error:
+        print(f"starflow {trainer.COMMAND}: error: {error}", file=sys.stderr, flush=True)
+        # A thread that writes a checkpoint may wait for a process that waits for this one.
+        os._exit(2)
     seconds = time.perf_counter() - start
     if trainer.team.rank:
         args.json = None

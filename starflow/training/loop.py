@@ -29,7 +29,7 @@ from ..seeds import generator
 from .checkpoints import Checkpoints, flat_state, last_checkpoint, load_tensors, make_state, read_progress, read_shapes
 from .config import RunConfig
 from .guard import Guard
-from .parallel import Team, refuse_processes, scalar
+from .parallel import LostProcessError, Team, refuse_processes, scalar
 
 METRICS = "metrics.jsonl"
 SETTINGS = "settings.yaml"
@@ -134,6 +134,9 @@ class Loop:
 
         Args:
             quiet: whether to hide the progress bar.
+
+        Raises:
+            LostProcessError: another process has ended. This one should too, without waiting for its threads.
         """
         training = self.config.training
         hidden = True if self.team.rank else quiet or None
@@ -148,11 +151,14 @@ class Loop:
                     self.save()
                     self.checkpoints.wait()
                     raise
+                except StarflowError:
+                    self.checkpoints.wait()
+                    raise
                 self.checkpoints.wait()
         except RuntimeError as error:
             if not (self.team.count > 1 and LOST_PROCESS.search(str(error))):
                 raise
-            raise StarflowError("another process of this run has ended, see its message") from error
+            raise LostProcessError("another process of this run has ended, see its message") from error
         finally:
             bar.close()
             if self.writer:

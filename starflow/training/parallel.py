@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StarflowError
 from ..sampling.processes import PATIENCE, Processes
 
 Parallel = Literal["data", "fsdp"]
@@ -135,6 +135,10 @@ class Team:
             if self.rank == 0:
                 whole[name] = full.cpu()
         return whole
+
+
+class LostProcessError(StarflowError):
+    """Another process of a run has ended."""
 
 
 def refuse_processes(command: str) -> None:

@@ -102,11 +102,11 @@ def texts(folder: Path, count: int) -> list[str]:
     return [(folder / f"{rank}.txt").read_text() for rank in range(count)]
 
 
-def main(kills: int) -> None:
-    """Compare a run that is killed with one that is not."""
+def main(kills: int, *kinds: str) -> None:
+    """Compare a run that is killed with one that is not; kinds are "data" and "fsdp"."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for parallel in ("data", "fsdp"):
+        for parallel in kinds or ("data", "fsdp"):
             given = write_settings(
                 folder / "run.yaml", steps=8 * kills, checkpoint_every=2, parallel=parallel, keep_checkpoints=2
             )
@@ -117,4 +117,4 @@ def main(kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])
