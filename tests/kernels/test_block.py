@@ -315,3 +315,28 @@ def test_compiles_with_gradients(name):
     seeds = torch.randn_like(x), torch.randn(2)
     eager, graph = (with_gradients(f, tensors, seeds) for f in (flow, compiled(flow)))
     torch.testing.assert_close(graph, eager, rtol=1e-10, atol=1e-10)
+
+
+@every_block
+def test_layers_that_a_caller_runs_are_the_same(case):
+    x, w, spec, context = block(case)
+    outer = {name: weight for name, weight in w.items() if not name.startswith("layers.")}
+    numbers = []
+
+    def run_layer(number, layer, *states):
+        numbers.append(number)
+        start = f"layers.{number}."
+        return layer({n.removeprefix(start): weight for n, weight in w.items() if n.startswith(start)}, *states)
+
+    for tensor in w.values():
+        tensor.requires_grad_()
+    found = block_forward(x, outer, spec, **context, run_layer=run_layer)
+    assert numbers == list(range(spec.layers))
+    torch.testing.assert_close(found, block_forward(x, w, spec, **context), rtol=0, atol=0)
+    gradients = torch.autograd.grad(found[1].sum(), list(w.values()), allow_unused=True)
+    expected = torch.autograd.grad(block_forward(x, w, spec, **context)[1].sum(), list(w.values()), allow_unused=True)
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="unknown \\['layers.0"):
+        block_forward(x, w, spec, **context, run_layer=run_layer)
+    with pytest.raises(TypeError, match="run_layer: expected a function"):
+        block_forward(x, outer, spec, **context, run_layer=1)
