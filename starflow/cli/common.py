@@ -200,19 +200,6 @@ def device(name: str) -> str:
     return name
 
 
-def process_device(name: str) -> str:
-    """Return the device of this process; under torchrun, each process has its own GPU.
-
-    Raises:
-        ConfigError: torch cannot use the device.
-    """
-    # Commands that no torchrun starts need no torch.distributed.
-    from ..sampling.processes import Processes
-
-    name, processes = device(name), Processes()
-    return f"cuda:{processes.local_rank}" if name == "cuda" and processes.count > 1 else name
-
-
 @contextlib.contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
     """Let SIGTERM raise KeyboardInterrupt in the block. Handlers can be set in the main thread alone."""

@@ -15,7 +15,8 @@ from ..settings import PRESETS, override, read_settings
 from ..training.checkpoints import latest
 from ..training.loop import Loop
 from ..training.parallel import LostProcessError
-from .common import Parser, interrupted_by_sigterm, non_empty, process_device, seed_argument
+from .common import Parser, interrupted_by_sigterm, non_empty, seed_argument
+from .options import process_device
 
 RESUMED = "--resume continues with the settings of the run: drop --set, --out, --seed, --dtype and --compile"
 

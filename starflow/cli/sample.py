@@ -35,7 +35,6 @@ from .common import (
     interrupted_by_sigterm,
     non_empty,
     positive,
-    process_device,
     prompt_text,
     refuse,
     unicode_text,

@@ -336,7 +336,7 @@ def test_layers_that_a_caller_runs_are_the_same(case):
     gradients = torch.autograd.grad(found[1].sum(), list(w.values()), allow_unused=True)
     expected = torch.autograd.grad(block_forward(x, w, spec, **context)[1].sum(), list(w.values()), allow_unused=True)
     torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
-    with pytest.raises(ValueError, match="unknown \\['layers.0"):
+    with pytest.raises(ValueError, match=r"unknown \['layers.0"):
         block_forward(x, w, spec, **context, run_layer=run_layer)
     with pytest.raises(TypeError, match="run_layer: expected a function"):
         block_forward(x, outer, spec, **context, run_layer=1)

@@ -134,7 +134,7 @@ def test_a_spike_is_skipped_and_too_many_end_the_run(tmp_path, capsys):
     training = {"steps": 40, "spike_factor": 10.0, "max_skips": 2, "clip": 0.0}
     trainer = FlowTrainer(FlowRunConfig.from_dict(kills.settings(**training)), tmp_path / "one")
     spoil(trainer, (30,), 1e4)
-    with pytest.warns(UserWarning, match="running average .* at step 30: the step is skipped"):
+    with pytest.warns(UserWarning, match=r"running average .* at step 30: the step is skipped"):
         trainer.run(quiet=True)
     assert trainer.metrics[-1]["skipped_steps"] == 1
     spoiled = FlowTrainer(FlowRunConfig.from_dict(kills.settings(**training)), tmp_path / "two")
