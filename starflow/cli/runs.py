@@ -66,6 +66,33 @@ def run_arguments(parser: Parser, sections: str, presets: Collection[str] = ()) 
     )
 
 
+def run_settings(args: argparse.Namespace, kind: str = "") -> dict[str, Any]:
+    """Return the settings of a preset or a file, with the changes by --set.
+
+    Args:
+        args: the parsed arguments.
+        kind: folder of the command's presets inside the folder of all presets.
+
+    Raises:
+        ConfigError: the settings are unreadable.
+    """
+    settings = read_settings(PRESETS / kind / f"{args.preset}.yaml" if args.preset else Path(args.config))
+    override(settings, args.set)
+    return settings
+
+
+def change_settings(settings: dict[str, Any], changes: dict[tuple[str, str], Any]) -> None:
+    """Change settings in place.
+
+    Args:
+        settings: mapping of sections.
+        changes: new values by section and name; None changes nothing.
+    """
+    for (section, name), value in changes.items():
+        if value is not None and isinstance(settings.get(section), dict):
+            settings[section][name] = value
+
+
 def new_run(args: argparse.Namespace, holds_run: Callable[[Path], Any], kind: str = "") -> tuple[dict[str, Any], Path]:
     """Return the settings of a new run, with the changes by --set, and its folder.
 
@@ -77,8 +104,7 @@ def new_run(args: argparse.Namespace, holds_run: Callable[[Path], Any], kind: st
     Raises:
         ConfigError: the settings are unreadable, or the folder holds a run.
     """
-    settings = read_settings(PRESETS / kind / f"{args.preset}.yaml" if args.preset else Path(args.config))
-    override(settings, args.set)
+    settings = run_settings(args, kind)
     folder = Path(args.out or f"runs/{args.preset or Path(args.config).stem}")
     if holds_run(folder):
         raise ConfigError(f"{folder} holds a run: continue it with --resume {folder}, or choose another --out")
@@ -108,9 +134,7 @@ def run_loop(
         trainer = trainer_class.resume(Path(args.resume), process_device(args.device), args.tensorboard)
     else:
         settings, folder = new_run(args, latest)
-        for (section, name), value in changes.items():
-            if isinstance(settings.get(section), dict):
-                settings[section][name] = value
+        change_settings(settings, changes)
         config = trainer_class.CONFIG.from_dict(settings)
         trainer = trainer_class(config, folder, process_device(args.device), args.tensorboard)
     start, first = time.perf_counter(), trainer.step

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..settings import presets
 from ..training.flow import FlowTrainer
-from .common import Parser
+from .common import Parser, refuse
+from .dry_run import dry_run, dry_run_arguments, machine_flags
 from .runs import run_arguments, run_loop
 
 EXAMPLE = "starflow train --preset digits --out runs/digits"
@@ -28,9 +29,14 @@ def add_arguments(parser: Parser) -> None:
         default=None,
         help="Let torch compile the layers, which takes minutes at first. Default: training.compile of the settings.",
     )
+    dry_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train a flow; return the report of the run."""
+    """Train a flow, or plan its training; return the report."""
     bf16 = None if args.dtype is None else args.dtype == "bfloat16"
-    return run_loop(args, FlowTrainer, {("training", "bf16"): bf16, ("training", "compile"): args.compile})
+    changes = {("training", "bf16"): bf16, ("training", "compile"): args.compile}
+    if args.dry_run:
+        return dry_run(args, changes)
+    refuse(machine_flags(args), "it describes devices for --dry-run")
+    return run_loop(args, FlowTrainer, changes)

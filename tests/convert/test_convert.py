@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.parity import assert_parity, load
-from support.upstream import FLOWS, STARFLOW, TARFLOW, make, settings, upstream_state
+from support.upstream import FLOWS, STARFLOW, TARFLOW, THREE_BILLION, make, settings, upstream_state
 
 from starflow import Flow, FlowConfig
 from starflow.cli import main
@@ -117,15 +117,6 @@ def test_size_and_classes_of_published_files_come_from_the_shapes(name, size, cl
     assert len(shapes) == 817 + 8 * bool(classes) and names.count(ours) == parameters
     arguments, where = read_arguments(Path(f"{name}.pth"), None)
     assert flow_config(arguments, shapes, where) == config
-
-
-# Flags of the upstream text-to-image model that shape it.
-THREE_BILLION = {
-    "img_size": 256, "txt_size": 128, "channel_size": 4, "patch_size": 1, "channels": 3072, "blocks": 6,
-    "layers_per_block": "2 2 2 2 2 24", "noise_std": 0.3, "nvp": 1, "rope": 1, "adaln": 0, "sos": 1,
-    "seq_order": "L2R", "use_softplus": 1, "cond_top_only": 1, "use_final_norm": 1, "soft_clip": 4, "fsdp": 1,
-    "vae": "stabilityai/sd-vae-ft-ema", "text": "google/flan-t5-xl", "cfg": 2.5,
-}  # fmt: skip
 
 
 def test_the_published_text_to_image_model_has_its_configuration():

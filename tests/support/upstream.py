@@ -29,6 +29,13 @@ FLOWS = {
     "wide": {**STARFLOW, "last_channels": 128, "rotary_size": 3, "norm": "none", "patch_size": 2},
     "no text": {**STARFLOW, "text_dim": 0, "text_len": 0, "condition_blocks": "all", "layers": (1, 1)},
 }  # fmt: skip
+# Flags of the upstream text-to-image model that shape it.
+THREE_BILLION = {
+    "img_size": 256, "txt_size": 128, "channel_size": 4, "patch_size": 1, "channels": 3072, "blocks": 6,
+    "layers_per_block": "2 2 2 2 2 24", "noise_std": 0.3, "nvp": 1, "rope": 1, "adaln": 0, "sos": 1,
+    "seq_order": "L2R", "use_softplus": 1, "cond_top_only": 1, "use_final_norm": 1, "soft_clip": 4, "fsdp": 1,
+    "vae": "stabilityai/sd-vae-ft-ema", "text": "google/flan-t5-xl", "cfg": 2.5,
+}  # fmt: skip
 
 
 def make(fields: dict) -> Flow:

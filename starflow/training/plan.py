@@ -1,0 +1,342 @@
+"""Plan of a training run before it starts: parameters, memory, work, time, and what to switch on when it does not fit.
+
+The formulas count what autograd keeps for the backward pass, tensor by tensor. `c` is the bytes per value of the
+products (2 with bf16, else 4), `s` that of the hidden states. For a layer of width C with Q query and K key channels,
+H heads and an MLP of width M, a token keeps
+
+| part | on a GPU | native kernels (CPU, float32) | torch (CPU) |
+|---|---|---|---|
+| each of two norms | s C (sum), s C (norm), c C (cast, if s != c) | 4 C | 4 C (input), c C (norm) |
+| attention | c (Q + 2 K), c Q, 4 H | 4 (2 Q + 2 K + H) | c (Q + 2 K), c Q, 4 H |
+| MLP | 2 c M, with a gate 4 c M | 4 M | 2 c M, with a gate 4 c M |
+
+A product of an m x n matrix takes 2 m n floating-point operations per token, causal attention 2 Q (S + 1) per token and
+layer for S tokens. The backward pass takes twice the forward pass; a checkpointed layer runs forward twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any, Literal
+
+import torch
+
+from starflow_kernels import BlockSpec
+
+from ..errors import ConfigError
+from ..models.block import FlowBlock
+from ..models.config import FlowConfig
+from ..models.flow import Flow
+from .flow import FlowRunConfig
+
+Parallel = Literal["data", "fsdp"]
+Kernels = Literal["gpu", "native", "torch"]
+FLOAT = 4
+BFLOAT16 = 2
+SECONDS_PER_DAY = 86400
+# Fraction of a device's memory that tensors may take; the rest is for its context and for fragmentation.
+USABLE = 0.92
+# Images per device and pass below which products of large matrices become slow.
+EFFICIENT_IMAGES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices to train on.
+
+    Args:
+        gpus: number of devices.
+        memory_gb: memory per device in units of 1e9 bytes.
+        tflops: peak of a device in units of 1e12 operations per second.
+        utilisation: expected fraction of that peak.
+    """
+
+    gpus: int = 8
+    memory_gb: float = 80.0
+    tflops: float = 989.0
+    utilisation: float = 0.4
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if not 0 < getattr(self, field.name) < math.inf:
+                raise ConfigError(f"{field.name}={getattr(self, field.name)}: expected a number above 0")
+        if self.utilisation > 1:
+            raise ConfigError(f"utilisation={self.utilisation}: expected at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Switches:
+    """Settings that trade memory for time.
+
+    Args:
+        parallel: "data" keeps all weights on each device, "fsdp" a part.
+        reshard_after_forward: whether FSDP drops the gathered weights of a block until its backward pass.
+        accumulate: parts of a batch, whose gradients are added.
+        checkpoint_layers: whether the backward pass computes each layer again in place of keeping its values.
+        bf16: whether the networks run in bfloat16.
+    """
+
+    parallel: Parallel = "data"
+    reshard_after_forward: bool = True
+    accumulate: int = 1
+    checkpoint_layers: bool = False
+    bf16: bool = False
+
+    def changes(self, other: Switches) -> str:
+        """Return the settings in which `other` differs, as arguments of --set."""
+        values = {f.name: getattr(other, f.name) for f in dataclasses.fields(self)}
+        changed = {name: value for name, value in values.items() if value != getattr(self, name)}
+        return " ".join(f"--set training.{name}={str(value).lower()}" for name, value in changed.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """Share of a flow block.
+
+    Args:
+        parameters: number of parameters.
+        flops: operations of a forward pass of one image.
+        activations: bytes that a device keeps for the backward pass.
+        without_checkpoints: the same if no layer is computed again.
+        rank_bytes: bytes of the weights that a device stores.
+        gathered_bytes: bytes of the whole weights that FSDP gathers for the block, 0 without FSDP.
+    """
+
+    parameters: int
+    flops: int
+    activations: int
+    without_checkpoints: int
+    rank_bytes: int
+    gathered_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Plan of a run.
+
+    Args:
+        parameters: number of parameters.
+        switches: settings that the plan assumes.
+        images: images per device and pass.
+        blocks: share of each block.
+        memory: bytes per device by part.
+        peak: largest bytes per device, see `_peak`.
+        flops: operations of a step on all devices.
+        seconds: seconds per step.
+        tokens_per_second: tokens of images per second on all devices.
+        days: days of the run.
+        fits: whether the peak fits into the usable memory of a device.
+        advice: what to switch on, empty if the run fits.
+    """
+
+    parameters: int
+    switches: Switches
+    images: int
+    blocks: tuple[BlockPlan, ...]
+    memory: dict[str, int]
+    peak: int
+    flops: float
+    seconds: float
+    tokens_per_second: float
+    days: float
+    fits: bool
+    advice: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return nested plain mappings."""
+        return dataclasses.asdict(self)
+
+
+def switches_of(training: Any) -> Switches:
+    """Return the switches of the training settings."""
+    return Switches(**{f.name: getattr(training, f.name, f.default) for f in dataclasses.fields(Switches)})
+
+
+def plan(config: FlowRunConfig, machine: Machine, switches: Switches | None = None, kernels: Kernels = "gpu") -> Plan:
+    """Return the plan of a run, with advice if it does not fit.
+
+    Args:
+        config: settings of the run.
+        machine: devices to train on.
+        switches: switches in place of those in the settings.
+        kernels: implementation of the layers, see the table of the module.
+    """
+    switches = switches_of(config.training) if switches is None else switches
+    with torch.device("meta"):
+        flow = Flow(config.model)
+    found = _plan(flow, config, machine, switches, kernels)
+    return found if found.fits else dataclasses.replace(found, advice=_advice(flow, config, machine, found, kernels))
+
+
+def step_flops(config: FlowConfig, images: int) -> float:
+    """Return the operations of a training step without recomputation: three forward passes.
+
+    Args:
+        config: settings of the flow.
+        images: images per step.
+    """
+    return 3.0 * images * sum(sum(_block_flops(config, i)) for i in range(len(config.layers)))
+
+
+def _plan(flow: Flow, config: FlowRunConfig, machine: Machine, switches: Switches, kernels: Kernels) -> Plan:
+    model, training = config.model, config.training
+    images = math.ceil(training.batch_size / (machine.gpus * switches.accumulate))
+    compute = BFLOAT16 if switches.bf16 else FLOAT
+    shards = machine.gpus if switches.parallel == "fsdp" else 1
+    blocks, copies, one_layer = [], 0, 0
+    for i, block in enumerate(flow.blocks):
+        count = sum(p.numel() for p in block.parameters())
+        kept, layer = _kept_bytes(model, i, images, compute, kernels, training.dropout)
+        layers = model.layers[i]
+        states = images * _rows(model, i) * model.block_channels(i) * _state_bytes(model, i, compute)
+        checkpointed = kept - layers * (layer - states)
+        one_layer = max(one_layer, layer)
+        copies += BFLOAT16 * _cast_values(block) if switches.bf16 else 0
+        blocks.append(
+            BlockPlan(
+                parameters=count,
+                flops=sum(_block_flops(model, i)),
+                activations=checkpointed if switches.checkpoint_layers else kept,
+                without_checkpoints=kept,
+                rank_bytes=FLOAT * -(-count // shards),
+                gathered_bytes=FLOAT * count if shards > 1 else 0,
+            )
+        )
+    weights, gathered = sum(b.rank_bytes for b in blocks), [b.gathered_bytes for b in blocks]
+    # FSDP gathers the next block while one computes.
+    pairs = [sum(gathered[i : i + 2]) for i in range(len(gathered))]
+    tokens, token_dim = model.token_shape
+    memory = {
+        "weights": weights,
+        "gradients": weights,
+        "Adam moments": 2 * weights,
+        "moving average": weights if training.ema else 0,
+        "activations": sum(b.activations for b in blocks),
+        "bfloat16 weights": max(copies // len(blocks), 0) if shards > 1 and switches.reshard_after_forward else copies,
+        "gathered weights": max(pairs) if switches.reshard_after_forward else sum(gathered),
+        "working memory": max(_working_bytes(model, i, images, compute, kernels) for i in range(len(blocks)))
+        + (one_layer if switches.checkpoint_layers else 0),
+        "data": 2 * FLOAT * images * tokens * token_dim + FLOAT * images * model.text_len * model.text_dim,
+    }
+    forward = sum(b.flops for b in blocks)
+    again = sum(_block_flops(model, i)[0] for i in range(len(blocks))) if switches.checkpoint_layers else 0
+    flops = float(training.batch_size * (3 * forward + again))
+    seconds = flops / (machine.gpus * machine.tflops * 1e12 * machine.utilisation)
+    peak = _peak(memory, switches)
+    return Plan(
+        parameters=sum(b.parameters for b in blocks),
+        switches=switches,
+        images=images,
+        blocks=tuple(blocks),
+        memory=memory,
+        peak=peak,
+        flops=flops,
+        seconds=seconds,
+        tokens_per_second=training.batch_size * tokens / seconds,
+        days=training.steps * seconds / SECONDS_PER_DAY,
+        fits=peak <= USABLE * machine.memory_gb * 1e9,
+    )
+
+
+def _peak(memory: dict[str, int], switches: Switches) -> int:
+    """Return the largest bytes of a step, at the end of a forward pass.
+
+    The gradients of the step before are freed before the backward pass, whose first layers need working memory in
+    their place; gradients that are accumulated stay.
+    """
+    changing = memory["gradients"], memory["working memory"]
+    rest = sum(memory.values()) - sum(changing)
+    return rest + (sum(changing) if switches.accumulate > 1 else max(changing))
+
+
+def _advice(flow: Flow, config: FlowRunConfig, machine: Machine, found: Plan, kernels: Kernels) -> str:
+    """Return the switches with the least loss of speed under which a run fits."""
+    given = found.switches
+    # A likelihood is trained in float32.
+    bf16 = given.bf16 or config.model.noise_std > 0 or not config.model.levels
+    parallel: Parallel = "fsdp" if machine.gpus > 1 else given.parallel
+    trials = [given, dataclasses.replace(given, bf16=bf16)]
+    trials.append(dataclasses.replace(trials[-1], parallel=parallel))
+    trials.append(dataclasses.replace(trials[-1], checkpoint_layers=True))
+    for images, trial in itertools.product((EFFICIENT_IMAGES, 1), dict.fromkeys(trials)):
+        accumulate = trial.accumulate
+        while images * accumulate * machine.gpus <= config.training.batch_size:
+            switches = dataclasses.replace(trial, accumulate=accumulate)
+            better = _plan(flow, config, machine, switches, kernels)
+            if better.fits:
+                return f"{given.changes(switches)} takes {better.peak / 1e9:.1f} GB per device"
+            accumulate *= 2
+    return "no switch makes it fit: use more devices, or devices with more memory"
+
+
+def _rows(config: FlowConfig, block: int) -> int:
+    """Return the states per image in a block: tokens, and text in front of them."""
+    return config.token_shape[0] + (config.text_len if config.block_spec(block).text_dim else 0)
+
+
+def _state_bytes(config: FlowConfig, block: int, compute: int) -> int:
+    """Return the bytes per value of the hidden states: learned positions are added in float32."""
+    return FLOAT if config.block_spec(block).positions else compute
+
+
+def _layer_values(spec: BlockSpec) -> tuple[int, int, int]:
+    """Return the channels of queries, those of keys, and the number of values of a layer's matrices."""
+    q, kv, C, M = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.channels, spec.mlp_dim
+    return q, kv, C * (q + 2 * kv) + q * C + (3 if spec.mlp == "swiglu" else 2) * C * M
+
+
+def _block_flops(config: FlowConfig, block: int) -> tuple[int, int]:
+    """Return the operations of a forward pass of one image: of the layers, and of the rest."""
+    spec, rows, (tokens, token_dim) = config.block_spec(block), _rows(config, block), config.token_shape
+    q, _, matrices = _layer_values(spec)
+    layers = spec.layers * (2 * matrices * rows + 2 * q * rows * (rows + 1))
+    ends = 2 * spec.channels * tokens * (token_dim + spec.affine.params_dim(token_dim))
+    return layers, ends + 2 * spec.channels * spec.text_dim * (rows - tokens)
+
+
+def _layer_bytes(spec: BlockSpec, state: int, compute: int, kernels: Kernels, dropout: float) -> int:
+    """Return the bytes that a layer keeps per token, see the table of the module."""
+    (q, kv, _), C, M = _layer_values(spec), spec.channels, spec.mlp_dim
+    if kernels == "native":
+        return FLOAT * (2 * C + 2 * q + 2 * kv + M + spec.heads + (2 * C if dropout else 0))
+    if kernels == "gpu":
+        norm = 2 * state * C + (compute * C if state != compute else 0)
+        drop = C if dropout else 0
+    else:
+        norm = FLOAT * C * (2 if spec.norm == "rms_norm" else 1) + compute * C
+        drop = compute * C if dropout else 0
+    norm = compute * C if spec.norm == "none" else norm
+    attention = compute * (2 * q + 2 * kv) + FLOAT * spec.heads
+    mlp = compute * M * (4 if spec.mlp == "swiglu" else 2)
+    extra = (2 * FLOAT + (0 if compute == FLOAT else compute)) * (
+        (q + kv if spec.qk_norm else 0) + (2 * C if spec.post_norm else 0)
+    )
+    return 2 * (norm + drop) + attention + mlp + extra
+
+
+def _kept_bytes(
+    config: FlowConfig, block: int, images: int, compute: int, kernels: Kernels, dropout: float
+) -> tuple[int, int]:
+    """Return the bytes that a block keeps for the backward pass, and those of each of its layers."""
+    spec, rows, (tokens, token_dim) = config.block_spec(block), images * _rows(config, block), config.token_shape
+    state = _state_bytes(config, block, compute)
+    layer = rows * _layer_bytes(spec, state, compute, kernels, dropout)
+    # Noise, and the tokens in the order and dtype of the input projection.
+    ends = images * tokens * token_dim * (FLOAT + compute) + rows * state * spec.channels
+    text = images * config.text_len * spec.text_dim * (compute if compute != FLOAT else 0)
+    return spec.layers * layer + ends + text, layer
+
+
+def _working_bytes(config: FlowConfig, block: int, images: int, compute: int, kernels: Kernels) -> int:
+    """Return the bytes of the gradients inside a layer: two of the states and, outside of a kernel, two of the MLP."""
+    spec = config.block_spec(block)
+    inside = 0 if kernels == "native" else 2 * compute * spec.mlp_dim
+    return images * _rows(config, block) * (inside + 2 * FLOAT * spec.channels)
+
+
+def _cast_values(block: FlowBlock) -> int:
+    """Return the number of weights that autocast copies: all matrices but the head's, which runs in float32."""
+    named = block.named_parameters()
+    return sum(p.numel() for name, p in named if p.ndim == 2 and name.split(".")[0] not in ("proj_out", "pos_embed"))
