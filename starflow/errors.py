@@ -17,5 +17,9 @@ class DataError(StarflowError):
     """Data set that is missing, unreadable, or of the wrong size."""
 
 
+class ImageError(DataError):
+    """Image that cannot be read. Training takes another one in its place."""
+
+
 class InverseError(StarflowError):
     """Noise that a flow cannot map to finite data. The message names the block, token and sample."""

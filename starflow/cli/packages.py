@@ -29,6 +29,9 @@ PACKAGES = {
     "torch_fidelity": Package("torch-fidelity", "fid"),
     "gradio": Package("gradio", "demo"),
     "tensorboard": Package("tensorboard", "logging"),
+    "datasets": Package("datasets", "data"),
+    "matplotlib": Package("matplotlib", "plot"),
+    "wandb": Package("wandb", "logging"),
     "triton": Package("triton", "gpu"),
     "flash_attn": Package("flash-attn", "flash"),
 }

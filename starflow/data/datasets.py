@@ -1,4 +1,4 @@
-"""Data sets: digits and crops of two photographs of scikit-learn, emoji, folders of images, and caches of latents."""
+"""Data sets: digits and crops of two photographs of scikit-learn, emoji, images in files, and caches of latents."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import ConfigError, DataError
 from ..io.digests import digest
-from ..io.files import located
-from ..io.images import open_image
 from ..models.autoencoder import downsampling
 from ..seeds import check_seed, normal
 from ..settings import check_types
+from .crops import Crop, fetch_image, vary_image
 from .emoji import Emoji, EmojiImages, catalogue, check_backgrounds, concept_names, draw, emoji_state, find_font
-from .folders import METADATA, folder_state, image_files, is_held_out, read_captions, relative_name
+from .folders import folder_state, is_held_out, read_folder
 from .latents import INDEX, LatentSet, load_latents
+from .reading import readable_row
+from .samples import caption_row, opened_row
+from .tables import read_table, table_state
+from .tars import read_tars, tar_state
 
-Source = Literal["digits", "photos", "emoji", "folder", "latents"]
-# Settings of the source "emoji" alone.
-EMOJI_SETTINGS = (
-    "language", "backgrounds", "variants", "shift", "flip", "plain_repeats", "paraphrases", "validation",
-)  # fmt: skip
+Source = Literal["digits", "photos", "emoji", "folder", "webdataset", "huggingface", "latents"]
+# Sources of images in files, which may have any size.
+FILES = ("folder", "webdataset", "huggingface")
+# Setting -> sources that it goes with. The others go with every source.
+SOURCES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("language", "backgrounds", "variants", "shift", "plain_repeats", "paraphrases", "validation"), ("emoji",)
+    ),
+    "flip": ("emoji", *FILES),
+    "crop": FILES,
+    **dict.fromkeys(("image_column", "label_column", "caption_column", "split"), ("huggingface",)),
+}
 DIGITS_SIZE = 8
 DIGITS_HELD_OUT = 360
 PHOTO_HELD_OUT_COLUMNS = 128
@@ -40,7 +49,7 @@ class DataConfig:
     """Images to train on and to hold out.
 
     Args:
-        source: one of five sources.
+        source: one of seven sources.
             "digits": 1797 images of 8x8 pixels, 17 levels and 10 classes; 360 of them, stratified, are held out.
             A `size` other than 8 scales them bilinearly, to three channels of 256 levels.
             "photos": crops of two photographs, one per class; the right 128 columns are held out.
@@ -48,11 +57,15 @@ class DataConfig:
             tone and gender is held out, whatever `held_out` and `seed` are. The classes are the concepts.
             "folder": images such as path/CLASS/*.png, read by `open_image`. Hidden files and folders, and those of
             `folders.IGNORED_NAMES`, are ignored. Folders without images are no classes.
+            "webdataset": a tar file, or a folder of tar files, whose members KEY.png (or .jpg, ...), KEY.cls (number of
+            the class) and KEY.txt (caption) are a sample; KEY.json may hold `label` and `caption` in their place.
+            "huggingface": a data set of the package datasets.
             "latents": a cache that `starflow encode` wrote.
-        path: folder of the source "folder" or "latents", or font file of the emoji; without one, fontconfig finds it.
+        path: folder or file of the source; font file of the emoji, which fontconfig finds without one; folder of
+            `Dataset.save_to_disk`, or name on the Hugging Face hub.
         size: side of the images in pixels, or of the latents.
-        resize: whether to scale images of a folder to `size` and to crop their center; without it they must have that
-            size.
+        resize: whether to scale images in files to `size` and to crop them; without it they must have that size.
+        crop: "center" crops the center; "random" lets training take a square of 80 % to 100 % of the shorter side.
         held_out: expected held-out fraction of a folder. Whether an image is held out depends on its path in the
             folder and the seed alone, so that other images may be added or removed.
         seed: seed for the choice of held-out images.
@@ -66,17 +79,23 @@ class DataConfig:
             random backgrounds, shifts and mirror images, which depend on `seed`. A caption names a background other
             than the first one ("red heart on navy"). Held-out emoji have the first variant alone.
         shift: largest shift of an emoji in pixels. It is drawn with a margin of that width.
-        flip: whether to mirror half of the emoji whose meaning a mirror does not change.
+        flip: whether training mirrors half of the images, and `starflow encode` writes the mirror images too. Of emoji,
+            half of those whose meaning a mirror does not change are mirrored.
         plain_repeats: times that an emoji without skin tone is in the training set, nearly half of which are the few
             concepts with tones.
         paraphrases: further captions per emoji, in English: other names, words left out or in another order.
         validation: whether to leave emoji for validation out of training; they then take the place of those held out.
+        image_column: column of the images of the source "huggingface".
+        label_column: column of the classes; empty for none.
+        caption_column: column of the captions; empty for captions made of class names.
+        split: part of a data set that has several.
     """
 
     source: Source = "digits"
     path: str = ""
     size: int = 8
     resize: bool = False
+    crop: Crop = "center"
     held_out: float = 0.1
     seed: int = 0
     class_names: tuple[str, ...] = ()
@@ -89,11 +108,17 @@ class DataConfig:
     plain_repeats: int = 1
     paraphrases: int = 0
     validation: bool = False
+    image_column: str = "image"
+    label_column: str = ""
+    caption_column: str = ""
+    split: str = "train"
 
     def __post_init__(self):
         check_types(self)
-        if self.source != "emoji" and (self.source in ("folder", "latents")) != bool(self.path):
-            raise ConfigError(f"path={self.path!r} goes with source 'folder' or 'latents', and only with them")
+        if self.source != "emoji" and (self.source in (*FILES, "latents")) != bool(self.path):
+            raise ConfigError(
+                f"path={self.path!r}: expected with the sources {', '.join(FILES)}, latents, and only there"
+            )
         if self.size < 1:
             raise ConfigError(f"size={self.size} is not a number of pixels")
         if not self.templates or any(template.count("{}") != 1 for template in self.templates):
@@ -101,10 +126,13 @@ class DataConfig:
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out} is not a fraction of at least 0 and below 1")
         check_seed(self.seed)
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        changed = [name for name in EMOJI_SETTINGS if getattr(self, name) != defaults[name]]
-        if self.source != "emoji" and changed:
-            raise ConfigError(f"{', '.join(changed)} goes with source 'emoji', not {self.source!r}")
+        for field in dataclasses.fields(self):
+            sources = SOURCES.get(field.name, (self.source,))
+            if self.source not in sources and getattr(self, field.name) != field.default:
+                goes_with = " or ".join(map(repr, sources))
+                raise ConfigError(f"{field.name} goes with source {goes_with}, not {self.source!r}")
+        if self.crop == "random" and not self.resize:
+            raise ConfigError("crop='random': needs resize=true")
         for name in ("variants", "plain_repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
@@ -128,6 +156,7 @@ class ImageSet(Dataset):
         levels: gray levels.
         classes: names of the classes.
         captions: function that returns the captions of an image by index, the same number for each image.
+        vary: function that returns a random variant of an image for training, by index and generator; None without.
     """
 
     fetch: Callable[[int], torch.Tensor]
@@ -135,6 +164,7 @@ class ImageSet(Dataset):
     levels: int
     classes: tuple[str, ...]
     captions: Callable[[int], tuple[str, ...]]
+    vary: Callable[[int, torch.Generator], torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -155,7 +185,7 @@ def load(config: DataConfig) -> tuple[ImageSet, ImageSet] | tuple[LatentSet, Lat
     """
     if config.source == "latents":
         return load_latents(Path(config.path), config.size)
-    return {"digits": _digits, "photos": _photos, "emoji": _emoji, "folder": _folder}[config.source](config)
+    return {"digits": _digits, "photos": _photos, "emoji": _emoji}.get(config.source, _files)(config)
 
 
 def data_state(config: DataConfig) -> dict[str, int | str]:
@@ -169,6 +199,10 @@ def data_state(config: DataConfig) -> dict[str, int | str]:
     """
     if config.source == "folder":
         return folder_state(Path(config.path))
+    if config.source == "webdataset":
+        return tar_state(Path(config.path))
+    if config.source == "huggingface":
+        return table_state(config.path, config.split)
     if config.source == "emoji":
         return emoji_state(find_font(config.path), config.language, config.size - 2 * config.shift)
     return {"digest": digest(Path(config.path) / INDEX)[:16]} if config.source == "latents" else {}
@@ -218,7 +252,7 @@ def check_autoencoder_input(vae: Any, images: ImageSet | LatentSet, size: int) -
         raise ConfigError("data: latents, but an autoencoder takes images")
     if size % downsampling(vae):
         raise ConfigError(f"data.size={size}: the autoencoder makes latents of 1/{downsampling(vae)} of the side")
-    channels = images[0][0].shape[0]
+    channels = readable_row(images, 0)[0].shape[0]
     if channels not in (1, vae.config.in_channels):
         raise ConfigError(f"the autoencoder takes {vae.config.in_channels} channels, the images have {channels}")
 
@@ -307,62 +341,51 @@ def _emoji(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     return image_set(train, config.variants), image_set(test, 1)
 
 
-def _folder(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    root = Path(config.path)
-    if not root.is_dir():
-        raise DataError(
-            f"no folder of images at {located(root)}: start where the path holds, or change it with --data FOLDER or "
-            "--set data.path=FOLDER, whichever the command has"
-        )
-    texts = read_captions(root)
-    # Captioned images need no class folders.
-    by_class = image_files(root, flat=texts is not None)
-    if not by_class:
-        raise DataError(f"no images in {root}: expected {root}/CLASS/*.png (or .jpg, .webp, ...), or a {METADATA}")
-    classes = tuple(by_class)
-    parts: tuple[list, list] = [], []
-    for label, paths in enumerate(by_class.values()):
-        for path in paths:
-            name = relative_name(root, path.relative_to(root))
-            parts[is_held_out(name, config.held_out, config.seed)].append((path, name, label))
+def _files(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    """Return the parts of the images in a folder, in tar files or in a table."""
+    if config.source == "folder":
+        samples = read_folder(Path(config.path))
+    elif config.source == "webdataset":
+        samples = read_tars(Path(config.path))
+    else:
+        columns = config.image_column, config.label_column, config.caption_column
+        samples = read_table(config.path, config.split, *columns)
+    parts: tuple[list[int], list[int]] = [], []
+    for index, name in enumerate(samples.names):
+        parts[is_held_out(name, config.held_out, config.seed)].append(index)
+    labels = torch.tensor(samples.labels, dtype=torch.int64, device="cpu")
 
-    def image_set(items: list[tuple[Path, str, int]]) -> ImageSet:
-        labels = torch.tensor([label for _, _, label in items], dtype=torch.int64, device="cpu")
-        fetch = partial(_read, [path for path, _, _ in items], config.size, config.resize)
-        if texts is None:
-            return _class_set(fetch, labels, 256, classes, config)
-        if missing := [name for _, name, _ in items if name not in texts]:
-            raise DataError(f"{root / METADATA}: no line for {missing[0]}")
-        captions = [(texts[name],) for _, name, _ in items]
-        return ImageSet(fetch, labels, 256, classes, captions.__getitem__)
+    def image_set(rows: list[int]) -> ImageSet:
+        opened = partial(opened_row, samples.opened, rows)
+        fetch = partial(fetch_image, opened, config.size, config.resize)
+        images = _class_set(fetch, labels[rows], 256, samples.classes, config)
+        vary = partial(vary_image, opened, config.size, config.resize, config.crop, config.flip)
+        varied = vary if config.flip or config.crop != "center" else None
+        caption = samples.caption and partial(caption_row, samples.caption, rows)
+        return dataclasses.replace(images, vary=varied, captions=caption or images.captions)
 
     return image_set(parts[0]), image_set(parts[1])
 
 
-def _read(paths: list[Path], size: int, resize: bool, index: int) -> torch.Tensor:
-    return read_image(paths[index], size, resize)
-
-
-def read_image(path: Path, size: int, resize: bool) -> torch.Tensor:
-    """Return a uint8 (3, size, size) image.
+def mirrored(images: ImageSet) -> ImageSet:
+    """Return each image followed by its mirror image.
 
     Args:
-        path: image file.
-        size: side in pixels.
-        resize: whether to scale the shorter side and to crop the center; without it the image must have that size.
-
-    Raises:
-        DataError: the file is unreadable, of an unsupported kind, or its image has another size.
+        images: images to mirror.
     """
-    image = open_image(path)
-    if resize and image.size != (size, size):
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
-    if image.size != (size, size):
-        raise DataError(
-            f"{path}: {image.width}x{image.height} pixels, expected {size}x{size}; to scale and crop the images, train "
-            "and encode take --set data.resize=true"
-        )
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    return dataclasses.replace(
+        images,
+        fetch=partial(_fetch_mirrored, images.fetch),
+        labels=images.labels.repeat_interleave(2),
+        captions=partial(_captions_mirrored, images.captions),
+        vary=None,
+    )
+
+
+def _fetch_mirrored(fetch: Callable[[int], torch.Tensor], index: int) -> torch.Tensor:
+    image = fetch(index // 2)
+    return image.flip(2) if index % 2 else image
+
+
+def _captions_mirrored(captions: Callable[[int], tuple[str, ...]], index: int) -> tuple[str, ...]:
+    return captions(index // 2)

@@ -51,6 +51,8 @@ class EncodeConfig:
         for name in ("length", "rows_per_file"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a positive integer")
+        if self.data.crop != "center":
+            raise ConfigError(f"data.crop={self.data.crop!r}: an image is encoded once, so take its center")
 
     def identity(self, captions: list[str]) -> dict[str, Any]:
         """Return the settings that determine a cache, with the state of the data and digests of the models.
@@ -111,6 +113,8 @@ def encode(
     check_writable(folder)
     vae = load_vae(config.vae, device)
     splits = dict(zip(SPLITS, datasets.load(config.data)))
+    if config.data.flip and config.data.source != "emoji":
+        splits["train"] = datasets.mirrored(splits["train"])
     for images in splits.values():
         if len(images):
             datasets.check_autoencoder_input(vae, images, config.data.size)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
+from functools import partial
 from pathlib import Path
+
+from PIL import Image
 
 from ..errors import DataError
 from ..io.digests import digest
-from ..io.files import read_lines
+from ..io.files import located, read_lines
+from ..io.images import open_image
+from .samples import Samples
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 METADATA = "metadata.jsonl"
@@ -70,13 +75,56 @@ def folder_state(root: Path) -> dict[str, int | str]:
     """
     metadata = [path for path in [root / METADATA] if path.exists()]
     files = [path for paths in image_files(root, flat=bool(metadata)).values() for path in paths]
+    return {"images": len(files), "digest": files_digest(root, files + metadata)}
+
+
+def files_digest(root: Path, files: list[Path]) -> str:
+    """Return a digest of the names and sizes of files.
+
+    Args:
+        root: folder to which the names are relative.
+        files: files in that folder.
+
+    Raises:
+        DataError: a file is unreadable.
+    """
     try:
-        lines = sorted(
-            f"{relative_name(root, path.relative_to(root))}\0{path.stat().st_size}\n" for path in files + metadata
-        )
+        lines = sorted(f"{relative_name(root, path.relative_to(root))}\0{path.stat().st_size}\n" for path in files)
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None
-    return {"images": len(files), "digest": digest("".join(lines).encode("utf-8", "surrogateescape"))[:16]}
+    return digest("".join(lines).encode("utf-8", "surrogateescape"))[:16]
+
+
+def read_folder(root: Path) -> Samples:
+    """Return the images of a folder.
+
+    Args:
+        root: folder with a folder per class, or with captions.
+
+    Raises:
+        DataError: there is no such folder, it has no images, or a caption is missing.
+    """
+    if not root.is_dir():
+        raise DataError(
+            f"no folder of images at {located(root)}: start where the path holds, or change it with --data FOLDER or "
+            "--set data.path=FOLDER, whichever the command has"
+        )
+    texts = read_captions(root)
+    # Captioned images need no class folders.
+    by_class = image_files(root, flat=texts is not None)
+    if not by_class:
+        raise DataError(f"no images in {root}: expected {root}/CLASS/*.png (or .jpg, .webp, ...), or a {METADATA}")
+    paths = [path for paths in by_class.values() for path in paths]
+    labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
+    names = [relative_name(root, path.relative_to(root)) for path in paths]
+    if texts is not None and (missing := [name for name in names if name not in texts]):
+        raise DataError(f"{root / METADATA}: no line for {missing[0]}")
+    captions = texts and [texts[name] for name in names]
+    return Samples(partial(_open, paths), names, labels, tuple(by_class), captions and captions.__getitem__)
+
+
+def _open(paths: list[Path], index: int) -> tuple[Image.Image, str]:
+    return open_image(paths[index]), str(paths[index])
 
 
 def read_captions(root: Path) -> dict[str, str] | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..errors import DataError
+from ..errors import DataError, ImageError
 from .files import write_atomically
 
 MIN_GRID_PIXELS = 512
@@ -21,20 +21,23 @@ TIFF_PHOTOMETRIC = 262
 TIFF_WHITE_IS_ZERO = 0
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(source: Path | BinaryIO, name: str = "") -> Image.Image:
     """Return an image file as upright 8-bit RGB, the first frame of an animation.
 
     The EXIF orientation is applied. Transparent pixels are composited on white. 16-bit gray levels are scaled to
     8 bits and rounded. Color profiles are ignored. 32-bit integers and floats are refused: their range is not known.
 
     Args:
-        path: image file.
+        source: image file, or a stream of its bytes.
+        name: name of the image for messages, by default the path.
 
     Raises:
-        DataError: the file is unreadable, or has 32-bit pixels.
+        ImageError: the file is unreadable.
+        DataError: the file has 32-bit pixels.
     """
+    path = name or source
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             image = ImageOps.exif_transpose(file)
             # Older versions of Pillow read 16-bit PNG in the mode of 32-bit integers.
             if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG"):
@@ -50,7 +53,7 @@ def open_image(path: Path) -> Image.Image:
         raise
     # Decoders of damaged files raise errors of any type.
     except Exception as error:
-        raise DataError(f"{path}: not a readable image ({error})") from None
+        raise ImageError(f"{path}: not a readable image ({error})") from None
 
 
 def image_grid(images: torch.Tensor, columns: int) -> Image.Image:

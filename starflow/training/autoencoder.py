@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..data.datasets import DataConfig, ImageSet, check_autoencoder_input, to_pixels
+from ..data.reading import readable_row
 from ..errors import ConfigError
 from ..io.images import save_grid
 from ..models.autoencoder import autoencoder_class, posterior, save_vae, scale_images
@@ -154,7 +155,7 @@ def first_images(images: ImageSet, count: int) -> torch.Tensor:
         count: number of images; a smaller set returns all of its images.
     """
     count = min(count, len(images))
-    return torch.stack([images[i * len(images) // count][0] for i in range(count)])
+    return torch.stack([readable_row(images, i * len(images) // count)[0] for i in range(count)])
 
 
 def save_pairs(x: torch.Tensor, decoded: torch.Tensor, path: Path) -> None:

@@ -15,6 +15,7 @@ from ..data.datasets import DataConfig, dequantize
 from ..data.encode import folder_hash
 from ..data.latents import EMPTY_PROMPT, draw_latents
 from ..data.prompts import load_text, save_text, text_states
+from ..data.reading import readable_row
 from ..errors import CheckpointError, ConfigError
 from ..io.files import write_folder
 from ..io.images import save_grid
@@ -246,7 +247,7 @@ class FlowTrainer(Loop):
                 raise ConfigError("training.text_encoder: given, but model.text_dim is 0")
             if folder_hash(Path(folder) / "tokenizer") != texts.tokenizer:
                 raise ConfigError(f"training.text_encoder={folder}: the latents were encoded with another tokenizer")
-        channels = images[0][0].shape[-3]
+        channels = readable_row(images, 0)[0].shape[-3]
         if channels != model.image_channels:
             raise ConfigError(f"model.image_channels={model.image_channels}, the images have {channels}")
 

@@ -21,8 +21,9 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from ..data.batches import ShuffledBatches, batches
+from ..data.batches import ShuffledBatches
 from ..data.datasets import data_state, load
+from ..data.reading import Broken, training_batches
 from ..errors import CheckpointError, ConfigError, DataError, StarflowError
 from ..io.files import check_writable, write_text
 from ..seeds import generator
@@ -85,6 +86,7 @@ class Loop:
         self.rows = self.team.rows(batch_size, getattr(config.training, "accumulate", 1))
         self.step = 0
         self.metrics: list[dict[str, float]] = []
+        self.broken: Broken = {}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.guards: list[Guard] = []
         self.writer = _tensorboard(self.folder) if tensorboard and self.team.rank == 0 else None
@@ -127,6 +129,7 @@ class Loop:
         for guard, state in zip(trainer.guards, guards):
             guard.load_state(state)
         trainer.step, trainer.metrics, trainer.checkpoints.last = step, metrics, step
+        trainer.broken = dict.fromkeys(progress.get("broken", []), "")
         return trainer
 
     def run(self, quiet: bool = False) -> None:
@@ -170,7 +173,7 @@ class Loop:
         order = ShuffledBatches(
             len(self.images), training.batch_size, training.seed, self.step, training.steps, self.rows
         )
-        for batch in batches(self.images, batch_sampler=order, num_workers=training.workers):
+        for batch in training_batches(self.images, order, training.workers, self.device, self.broken):
             with uninterrupted():
                 self._take_step(batch, bar)
             if self.team.any(bool(held)):
@@ -251,7 +254,8 @@ class Loop:
         if self.team.rank == 0:
             write_text(self.folder / SETTINGS, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
             write_text(self.folder / METRICS, "".join(json.dumps(m) + "\n" for m in self.metrics))
-        progress = {"data": self.data_state, "step": self.step, "metrics": self.metrics}
+        self._share_broken()
+        progress = {"data": self.data_state, "step": self.step, "metrics": self.metrics, "broken": sorted(self.broken)}
         guards = [guard.state() for guard in self.guards]
         self.checkpoints.save(self.step, self.state(), {"config": self.config.to_dict(), "guards": guards, **progress})
 
@@ -287,7 +291,13 @@ class Loop:
                 group["lr"] = rate
         return rate
 
+    def _share_broken(self) -> None:
+        """Let every process know the images that one of them could not read."""
+        self.broken |= dict.fromkeys(self.team.union(self.broken) - self.broken.keys(), "")
+
     def _log(self, metrics: dict[str, float], bar: tqdm) -> None:
+        self._share_broken()
+        metrics["broken_images"] = len(self.broken)
         self.metrics.append(metrics)
         bar.set_postfix({name: f"{value:.4f}" for name, value in list(metrics.items())[1:3]})
         if self.writer:

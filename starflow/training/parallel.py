@@ -93,6 +93,13 @@ class Team:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
 
+    def union(self, numbers: Iterable[int]) -> set[int]:
+        """Return the numbers that any process has."""
+        found: list[set[int]] = [set(numbers)] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, set(numbers), group=self.group)
+        return set().union(*found)
+
     def shard(
         self,
         module: nn.Module,

@@ -7,7 +7,8 @@ from PIL import Image
 
 from starflow import ConfigError, DataError
 from starflow.data.batches import ShuffledBatches
-from starflow.data.datasets import DataConfig, data_state, dequantize, load, read_image, to_pixels
+from starflow.data.crops import read_image
+from starflow.data.datasets import DataConfig, data_state, dequantize, load, to_pixels
 from starflow.data.folders import relative_name
 from starflow.seeds import generator
 
@@ -42,9 +43,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+def paths(images) -> list:
+    opened, rows = images.fetch.args[0].args
+    return [opened.args[0][row] for row in rows]
+
+
 def held_out_names(root, **settings) -> tuple[set[str], set[str]]:
     config = DataConfig(source="folder", path=str(root), size=8, **settings)
-    return tuple({str(path.relative_to(root)) for path in images.fetch.args[0]} for images in load(config))
+    return tuple({str(path.relative_to(root)) for path in paths(images)} for images in load(config))
 
 
 def test_a_folder_is_split_in_the_same_way_each_time(folder):

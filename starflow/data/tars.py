@@ -1,0 +1,183 @@
+"""Images in tar files in the layout of WebDataset: a sample is a run of members KEY.png, KEY.cls, KEY.txt.
+
+The members are located once, so that any image can be read at any time. Order and resuming are those of a folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from ..errors import DataError
+from ..io.files import located
+from ..io.images import open_image
+from .folders import IMAGE_SUFFIXES, files_digest, is_ignored
+from .samples import Samples
+
+CLASS, CAPTION, FIELDS = "cls", "txt", "json"
+
+
+class Place(NamedTuple):
+    """Place of a member in a tar file: first byte and number of bytes."""
+
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass
+class TarImages:
+    """Images of tar files by index, with their captions. A call opens a file, so it may run in any process.
+
+    Args:
+        tars: tar files.
+        names: tar file and key of each image.
+        files: index of the tar file of each image.
+        images: place of each image.
+        captions: place of each caption, or the caption itself.
+    """
+
+    tars: list[Path]
+    names: list[str] = dataclasses.field(default_factory=list)
+    files: list[int] = dataclasses.field(default_factory=list)
+    images: list[Place] = dataclasses.field(default_factory=list)
+    captions: list[Place | str] = dataclasses.field(default_factory=list)
+
+    def __call__(self, index: int) -> tuple[Image.Image, str]:
+        """Return an image and its name."""
+        name = self.names[index]
+        return open_image(io.BytesIO(self._bytes(index, self.images[index])), name), name
+
+    def caption(self, index: int) -> str:
+        """Return the caption of an image."""
+        caption = self.captions[index]
+        return caption if isinstance(caption, str) else _text(self._bytes(index, caption), self.names[index])
+
+    def _bytes(self, index: int, place: Place) -> bytes:
+        path = self.tars[self.files[index]]
+        try:
+            with open(path, "rb") as file:
+                return _member(file, place)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+
+
+def read_tars(root: Path) -> Samples:
+    """Return the images of tar files.
+
+    Args:
+        root: a tar file, or a folder of tar files.
+
+    Raises:
+        DataError: there is no tar file, one is damaged or compressed, or a sample lacks what the others have.
+    """
+    images, labels = TarImages(tar_files(root)), []
+    for number, path in enumerate(images.tars):
+        for key, members, read in _samples(path):
+            name = f"{path.name}/{key}"
+            found = [place for suffix, place in members.items() if f".{suffix}" in IMAGE_SUFFIXES]
+            if not found:
+                raise DataError(f"{name}: a sample without an image; its members are {', '.join(members)}")
+            fields = _fields(read(members[FIELDS]), name) if FIELDS in members else {}
+            label = _text(read(members[CLASS]), name) if CLASS in members else fields.get("label")
+            caption = members.get(CAPTION, fields.get("caption"))
+            labels += [] if label is None else [_class(label, name)]
+            images.captions += [] if caption is None else [caption]
+            images.names.append(name)
+            images.files.append(number)
+            images.images.append(found[0])
+    count = len(images.names)
+    for kind, given in (("class", len(labels)), ("caption", len(images.captions))):
+        if given not in (0, count):
+            raise DataError(f"{root}: {count} images, of which {given} have a {kind}: expected all or none")
+    if not count:
+        raise DataError(f"{root}: no images in the tar files")
+    classes = tuple(map(str, range(max(labels) + 1))) if labels else (root.stem,)
+    return Samples(images, images.names, labels or [0] * count, classes, images.caption if images.captions else None)
+
+
+def tar_files(root: Path) -> list[Path]:
+    """Return the tar files at a path in sorted order.
+
+    Args:
+        root: a tar file, or a folder of tar files.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = sorted(path for path in root.glob("*.tar") if not is_ignored(path.name)) if root.is_dir() else [root]
+    if not files or not root.exists():
+        raise DataError(f"no tar files at {located(root)}: change it with --set data.path=FOLDER")
+    return files
+
+
+def tar_state(root: Path) -> dict[str, int | str]:
+    """Return the number of tar files, and a digest of their names and sizes.
+
+    Args:
+        root: a tar file, or a folder of tar files.
+
+    Raises:
+        DataError: a file is unreadable.
+    """
+    files = tar_files(root)
+    return {"tars": len(files), "digest": files_digest(files[0].parent, files)}
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, Place], partial[bytes]]]:
+    """Yield key, members by suffix, and a reader of members, for each sample of a tar file."""
+    key, members = "", {}
+    try:
+        with open(path, "rb") as file, tarfile.open(path, "r:") as tar:
+            read = partial(_member, file)
+            for info in tar:
+                folder, base = posixpath.split(info.name)
+                # Names such as __key__ describe the whole file.
+                if not info.isfile() or is_ignored(base) or base.startswith("__"):
+                    continue
+                stem, _, suffix = base.partition(".")
+                if (own := posixpath.join(folder, stem)) != key and members:
+                    yield key, members, read
+                    members = {}
+                key, members[suffix.lower()] = own, Place(info.offset_data, info.size)
+            if members:
+                yield key, members, read
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: not an uncompressed tar file ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+def _member(file: io.BufferedReader, place: Place) -> bytes:
+    file.seek(place.offset)
+    return file.read(place.size)
+
+
+def _text(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: {error}") from None
+
+
+def _fields(data: bytes, name: str) -> dict:
+    try:
+        fields = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{name}.{FIELDS}: {error}") from None
+    return fields if isinstance(fields, dict) else {}
+
+
+def _class(label: object, name: str) -> int:
+    """Return the number of a class."""
+    if not str(label).isdecimal():
+        raise DataError(f"{name}: class {label!r} is not an integer of at least 0")
+    return int(str(label))
