@@ -29,9 +29,9 @@ from ..errors import ConfigError
 from ..models.block import FlowBlock
 from ..models.config import FlowConfig
 from ..models.flow import Flow
-from .flow import FlowRunConfig
+from .flow import FlowRunConfig, FlowTrainingConfig
+from .parallel import Parallel
 
-Parallel = Literal["data", "fsdp"]
 Kernels = Literal["gpu", "native", "torch"]
 FLOAT = 4
 BFLOAT16 = 2
@@ -71,8 +71,8 @@ class Switches:
     """Settings that trade memory for time.
 
     Args:
-        parallel: "data" keeps all weights on each device, "fsdp" a part.
-        reshard_after_forward: whether FSDP drops the gathered weights of a block until its backward pass.
+        parallel: "data" keeps all weights on each device, and a copy during a step; "fsdp" keeps a part.
+        reshard_after_forward: whether FSDP drops the gathered weights of a layer until its backward pass.
         accumulate: parts of a batch, whose gradients are added.
         checkpoint_layers: whether the backward pass computes each layer again in place of keeping its values.
         bf16: whether the networks run in bfloat16.
@@ -101,7 +101,7 @@ class BlockPlan:
         activations: bytes that a device keeps for the backward pass.
         without_checkpoints: the same if no layer is computed again.
         rank_bytes: bytes of the weights that a device stores.
-        gathered_bytes: bytes of the whole weights that FSDP gathers for the block, 0 without FSDP.
+        gathered_bytes: bytes of the whole weights of a layer, which several devices gather.
     """
 
     parameters: int
@@ -122,7 +122,7 @@ class Plan:
         images: images per device and pass.
         blocks: share of each block.
         memory: bytes per device by part.
-        peak: largest bytes per device, see `_peak`.
+        peak: largest bytes per device. It is less than the sum of the parts that are never there together.
         flops: operations of a step on all devices.
         seconds: seconds per step.
         tokens_per_second: tokens of images per second on all devices.
@@ -149,9 +149,9 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def switches_of(training: Any) -> Switches:
+def switches_of(training: FlowTrainingConfig) -> Switches:
     """Return the switches of the training settings."""
-    return Switches(**{f.name: getattr(training, f.name, f.default) for f in dataclasses.fields(Switches)})
+    return Switches(**{f.name: getattr(training, f.name) for f in dataclasses.fields(Switches)})
 
 
 def plan(config: FlowRunConfig, machine: Machine, switches: Switches | None = None, kernels: Kernels = "gpu") -> Plan:
@@ -183,30 +183,33 @@ def step_flops(config: FlowConfig, images: int) -> float:
 def _plan(flow: Flow, config: FlowRunConfig, machine: Machine, switches: Switches, kernels: Kernels) -> Plan:
     model, training = config.model, config.training
     images = math.ceil(training.batch_size / (machine.gpus * switches.accumulate))
+    sharded = switches.parallel == "fsdp" and machine.gpus > 1
     compute = BFLOAT16 if switches.bf16 else FLOAT
-    shards = machine.gpus if switches.parallel == "fsdp" else 1
-    blocks, copies, one_layer = [], 0, 0
+    # FSDP gathers the weights in the dtype of the products; elsewhere autocast copies them and keeps the copies.
+    gathered_bytes = compute if sharded else FLOAT
+    blocks, copies = [], []
     for i, block in enumerate(flow.blocks):
-        count = sum(p.numel() for p in block.parameters())
+        count, layers = sum(p.numel() for p in block.parameters()), model.layers[i]
         kept, layer = _kept_bytes(model, i, images, compute, kernels, training.dropout)
-        layers = model.layers[i]
         states = images * _rows(model, i) * model.block_channels(i) * _state_bytes(model, i, compute)
-        checkpointed = kept - layers * (layer - states)
-        one_layer = max(one_layer, layer)
-        copies += BFLOAT16 * _cast_values(block) if switches.bf16 else 0
+        copies.append(BFLOAT16 * _cast_values(block) if switches.bf16 and not sharded else 0)
         blocks.append(
             BlockPlan(
                 parameters=count,
                 flops=sum(_block_flops(model, i)),
-                activations=checkpointed if switches.checkpoint_layers else kept,
+                activations=kept - layers * (layer - states) if switches.checkpoint_layers else kept,
                 without_checkpoints=kept,
-                rank_bytes=FLOAT * -(-count // shards),
-                gathered_bytes=FLOAT * count if shards > 1 else 0,
+                rank_bytes=FLOAT * -(-count // (machine.gpus if sharded else 1)),
+                gathered_bytes=gathered_bytes * (_layer_values(block.spec)[2] if layers else 0),
             )
         )
-    weights, gathered = sum(b.rank_bytes for b in blocks), [b.gathered_bytes for b in blocks]
-    # FSDP gathers the next block while one computes.
-    pairs = [sum(gathered[i : i + 2]) for i in range(len(gathered))]
+    weights = sum(b.rank_bytes for b in blocks)
+    # FSDP gathers the next layer while one computes.
+    gathered = 2 * max(b.gathered_bytes for b in blocks)
+    if not sharded or not switches.reshard_after_forward:
+        gathered = gathered_bytes * sum(b.parameters for b in blocks)
+    again = max(_kept_bytes(model, i, images, compute, kernels, training.dropout)[1] for i in range(len(blocks)))
+    working = max(_working_bytes(model, i, images, compute, kernels) for i in range(len(blocks)))
     tokens, token_dim = model.token_shape
     memory = {
         "weights": weights,
@@ -214,17 +217,16 @@ def _plan(flow: Flow, config: FlowRunConfig, machine: Machine, switches: Switche
         "Adam moments": 2 * weights,
         "moving average": weights if training.ema else 0,
         "activations": sum(b.activations for b in blocks),
-        "bfloat16 weights": max(copies // len(blocks), 0) if shards > 1 and switches.reshard_after_forward else copies,
-        "gathered weights": max(pairs) if switches.reshard_after_forward else sum(gathered),
-        "working memory": max(_working_bytes(model, i, images, compute, kernels) for i in range(len(blocks)))
-        + (one_layer if switches.checkpoint_layers else 0),
+        "bfloat16 weights": sum(copies),
+        "gathered weights": gathered if machine.gpus > 1 else 0,
+        "working memory": working + (again if switches.checkpoint_layers else 0),
         "data": 2 * FLOAT * images * tokens * token_dim + FLOAT * images * model.text_len * model.text_dim,
     }
-    forward = sum(b.flops for b in blocks)
-    again = sum(_block_flops(model, i)[0] for i in range(len(blocks))) if switches.checkpoint_layers else 0
-    flops = float(training.batch_size * (3 * forward + again))
+    forward, layers_only = sum(b.flops for b in blocks), sum(_block_flops(model, i)[0] for i in range(len(blocks)))
+    flops = float(training.batch_size * (3 * forward + (layers_only if switches.checkpoint_layers else 0)))
     seconds = flops / (machine.gpus * machine.tflops * 1e12 * machine.utilisation)
-    peak = _peak(memory, switches)
+    kept_bytes = [block.activations + copy for block, copy in zip(blocks, copies)]
+    peak = _peak(memory, [b.rank_bytes for b in blocks], kept_bytes, switches.accumulate > 1)
     return Plan(
         parameters=sum(b.parameters for b in blocks),
         switches=switches,
@@ -240,15 +242,22 @@ def _plan(flow: Flow, config: FlowRunConfig, machine: Machine, switches: Switche
     )
 
 
-def _peak(memory: dict[str, int], switches: Switches) -> int:
-    """Return the largest bytes of a step, at the end of a forward pass.
+def _peak(memory: dict[str, int], gradients: list[int], kept: list[int], accumulated: bool) -> int:
+    """Return the largest bytes of a step.
 
-    The gradients of the step before are freed before the backward pass, whose first layers need working memory in
-    their place; gradients that are accumulated stay.
+    The backward pass goes from the last block to the first. It frees what a block keeps and makes its gradients. The
+    sum is largest before or after a block.
+
+    Args:
+        memory: bytes by part.
+        gradients: bytes of the gradients of each block.
+        kept: bytes that each block keeps for the backward pass.
+        accumulated: whether the gradients of an earlier pass are there from the start.
     """
-    changing = memory["gradients"], memory["working memory"]
-    rest = sum(memory.values()) - sum(changing)
-    return rest + (sum(changing) if switches.accumulate > 1 else max(changing))
+    constant = ("weights", "Adam moments", "moving average", "gathered weights", "working memory", "data")
+    made = [sum(gradients) if accumulated else sum(gradients[i:]) for i in range(len(kept) + 1)]
+    moments = [made[i] + sum(kept[:i]) for i in range(len(kept) + 1)]
+    return sum(memory[name] for name in constant) + max(moments)
 
 
 def _advice(flow: Flow, config: FlowRunConfig, machine: Machine, found: Plan, kernels: Kernels) -> str:
