@@ -36,6 +36,7 @@ COMMANDS = {
     "encode": ("encode", "Encode images to latents once, together with the text states of their captions."),
     "sample": ("sample", "Draw images with a flow or a pipeline."),
     "eval": ("evaluate", "Measure likelihood, accuracy and exactness of a flow on images."),
+    "plot": ("plot", "Draw the metrics and the samples of a training run."),
     "calibrate": (
         "calibrate",
         "Measure the fastest exact solver of each block, for starflow sample --method auto.",

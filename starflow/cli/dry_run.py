@@ -39,7 +39,8 @@ def dry_run_arguments(parser: Parser) -> None:
         "--device-tflops",
         type=_number,
         metavar="X",
-        help=f"Peak of a GPU in 1e12 operations per second. Default: {default.tflops:g}, which is bfloat16 on an H100.",
+        help="Peak of a GPU in 1e12 operations per second. With it, training logs the fraction that is reached. "
+        f"Default: {default.tflops:g} for a dry run, which is bfloat16 on an H100; unknown in training.",
     )
 
 

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..settings import PRESETS, override, read_settings
 from ..training.checkpoints import latest
 from ..training.loop import Loop
+from ..training.metrics import LOGGERS
 from ..training.parallel import LostProcessError
 from .common import Parser, interrupted_by_sigterm, non_empty, seed_argument
 from .options import process_device
@@ -62,8 +63,16 @@ def run_arguments(parser: Parser, sections: str, presets: Collection[str] = ()) 
         "--tensorboard", action="store_true", help="Log the metrics to RUN/tensorboard as well. Default: off."
     )
     parser.add_argument(
+        "--wandb", action="store_true", help="Log the metrics to Weights & Biases as well. Default: off."
+    )
+    parser.add_argument(
         "--quiet", action="store_true", help="Show no progress bar. Default: show one if standard error is a terminal."
     )
+
+
+def loggers(args: argparse.Namespace) -> list[str]:
+    """Return the names of the loggers that are asked for."""
+    return [name for name in LOGGERS if getattr(args, name)]
 
 
 def run_settings(args: argparse.Namespace, kind: str = "") -> dict[str, Any]:
@@ -112,7 +121,7 @@ def new_run(args: argparse.Namespace, holds_run: Callable[[Path], Any], kind: st
 
 
 def run_loop(
-    args: argparse.Namespace, trainer_class: type[Loop], changes: dict[tuple[str, str], Any]
+    args: argparse.Namespace, trainer_class: type[Loop], changes: dict[tuple[str, str], Any], tflops: float = 0.0
 ) -> dict[str, Any]:
     """Train a new or a resumed run; on an interrupt, print the command that continues it.
 
@@ -120,6 +129,7 @@ def run_loop(
         args: the parsed arguments.
         trainer_class: the loop to run.
         changes: values of settings, by section and name, that result from other arguments; None changes nothing.
+        tflops: peak of a device in 1e12 operations per second; 0 if unknown.
 
     Returns:
         Folder, number of steps, seconds, number of processes, rows of the batch of each, and last metrics of the run.
@@ -131,12 +141,13 @@ def run_loop(
     if args.resume:
         if args.set or args.out or changes:
             raise ConfigError(RESUMED)
-        trainer = trainer_class.resume(Path(args.resume), process_device(args.device), args.tensorboard)
+        trainer = trainer_class.resume(Path(args.resume), process_device(args.device), loggers(args))
     else:
         settings, folder = new_run(args, latest)
         change_settings(settings, changes)
         config = trainer_class.CONFIG.from_dict(settings)
-        trainer = trainer_class(config, folder, process_device(args.device), args.tensorboard)
+        trainer = trainer_class(config, folder, process_device(args.device), loggers(args))
+    trainer.meter.tflops = tflops
     start, first = time.perf_counter(), trainer.step
     try:
         with interrupted_by_sigterm():
@@ -155,7 +166,7 @@ def run_loop(
         args.json = None
         return {}
     print(f"{trainer.folder}: {trainer.step} steps, {seconds:.0f} s")
-    last = trainer.metrics[-1] if trainer.metrics else {}
+    last = {**trainer.metrics[-1], **trainer.speeds[-1]} if trainer.metrics else {}
     share = trainer.rows.stop - trainer.rows.start
     return {
         "folder": str(trainer.folder),

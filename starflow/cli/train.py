@@ -39,4 +39,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run:
         return dry_run(args, changes)
     refuse(machine_flags(args), "it describes devices for --dry-run")
-    return run_loop(args, FlowTrainer, changes)
+    return run_loop(args, FlowTrainer, changes, args.device_tflops or 0.0)

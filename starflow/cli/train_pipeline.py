@@ -14,7 +14,7 @@ from ..training.loop import SETTINGS
 from ..training.parallel import refuse_processes
 from ..training.pipeline import SEEDED, PipelineTrainer
 from .common import Parser, device, interrupted_by_sigterm
-from .runs import RESUMED, new_run, run_arguments
+from .runs import RESUMED, loggers, new_run, run_arguments
 
 KIND = "pipeline"
 EXAMPLE = "starflow train-pipeline --preset emoji --out runs/emoji"
@@ -31,12 +31,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.resume:
         if args.set or args.out or args.seed is not None:
             raise ConfigError(RESUMED)
-        trainer = PipelineTrainer.resume(Path(args.resume), device(args.device), args.tensorboard)
+        trainer = PipelineTrainer.resume(Path(args.resume), device(args.device), loggers(args))
     else:
         settings, folder = new_run(args, lambda folder: (folder / SETTINGS).exists(), KIND)
         if args.seed is not None:
             override(settings, [f"{section}.seed={args.seed}" for section in SEEDED])
-        trainer = PipelineTrainer(settings, folder, device(args.device), args.tensorboard)
+        trainer = PipelineTrainer(settings, folder, device(args.device), loggers(args))
     start = time.perf_counter()
     try:
         with interrupted_by_sigterm():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -96,8 +97,8 @@ class AutoencoderTrainer(Loop):
     CONFIG = AutoencoderRunConfig
     COMMAND = "train-autoencoder"
 
-    def __init__(self, config: AutoencoderRunConfig, folder: Path, device: str = "cpu", tensorboard: bool = False):
-        super().__init__(config, folder, device, tensorboard)
+    def __init__(self, config: AutoencoderRunConfig, folder: Path, device: str = "cpu", loggers: Collection[str] = ()):
+        super().__init__(config, folder, device, loggers)
         torch.manual_seed(config.training.seed)
         with standard_defaults():
             self.vae = config.autoencoder.build(config.data.size).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -69,8 +70,8 @@ class DecoderTrainer(Loop):
     CONFIG = DecoderRunConfig
     COMMAND = "train-decoder"
 
-    def __init__(self, config: DecoderRunConfig, folder: Path, device: str = "cpu", tensorboard: bool = False):
-        super().__init__(config, folder, device, tensorboard)
+    def __init__(self, config: DecoderRunConfig, folder: Path, device: str = "cpu", loggers: Collection[str] = ()):
+        super().__init__(config, folder, device, loggers)
         settings = config.decoder
         self.vae = load_vae(settings.vae, device)
         check_autoencoder_input(self.vae, self.images, config.data.size)

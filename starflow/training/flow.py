@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -26,7 +26,9 @@ from ..sampling.sample import sample
 from .checkpoints import last_checkpoint, load_tensors, read_progress, read_shapes
 from .config import LoopConfig, RunConfig
 from .loop import Loop, standard_defaults
+from .metrics import BlockTerms, Meter
 from .parallel import Parallel, local, reduce_gradients
+from .work import step_flops
 
 # First part of the names of averaged weights in a checkpoint.
 AVERAGE = "average."
@@ -93,12 +95,15 @@ class FlowTrainer(Loop):
     COMMAND = "train"
     SHARED = True
 
-    def __init__(self, config: FlowRunConfig, folder: Path, device: str = "cpu", tensorboard: bool = False):
-        super().__init__(config, folder, device, tensorboard)
+    def __init__(self, config: FlowRunConfig, folder: Path, device: str = "cpu", loggers: Collection[str] = ()):
+        super().__init__(config, folder, device, loggers)
         self._check_data()
         self.trained, self.tokenizer = trained_modules(config, device)
         self.flow = cast("Flow", self.trained["model"])
+        tokens, token_dim = config.model.token_shape
+        self.meter = Meter(device, self.team.count, tokens, step_flops(config.model, 1))
         self._share_weights()
+        self.terms = BlockTerms(self.flow.blocks, tokens * token_dim)
         self.average = {n: t.clone() for n, t in self.trained.state_dict().items()} if config.training.ema else None
         decay, exempt = [], []
         for name, parameter in self.trained.named_parameters():
@@ -152,7 +157,8 @@ class FlowTrainer(Loop):
                 self.flow.move_prior(self.team.mean(sum(squares[1:], squares[0])))
             self._move_average()
         bits = bits_per_dim(self.team.mean(sum(nats[1:], nats[0])).item(), model.levels)
-        return {"loss": loss, "bits_per_dim": bits, "gradient_norm": norm}
+        terms = self.terms.read(self.team.mean)
+        return {"loss": loss, "bits_per_dim": bits, "gradient_norm": norm, **terms}
 
     @torch.no_grad()
     def _move_average(self) -> None:

@@ -12,7 +12,7 @@ import math
 import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,10 +30,12 @@ from ..seeds import generator
 from .checkpoints import Checkpoints, flat_state, last_checkpoint, load_tensors, make_state, read_progress, read_shapes
 from .config import RunConfig
 from .guard import Guard
+from .metrics import Meter, open_loggers
 from .parallel import LostProcessError, Team, refuse_processes, scalar
 
 METRICS = "metrics.jsonl"
 SETTINGS = "settings.yaml"
+SAMPLES = "samples"
 # Messages of torch when a process of the run is gone.
 LOST_PROCESS = re.compile("gloo|connection (closed|reset)|NCCL|broken pipe|socket", re.IGNORECASE)
 
@@ -62,7 +64,7 @@ class Loop:
         config: settings of the run, of the type CONFIG.
         folder: folder of the run; it is created if it does not exist.
         device: torch device that trains.
-        tensorboard: whether to log to a folder `tensorboard` too.
+        loggers: names of `metrics.LOGGERS` to log to, beside the file of the metrics.
     """
 
     CONFIG: ClassVar[type[RunConfig]]
@@ -70,7 +72,7 @@ class Loop:
     # Whether several processes may train together.
     SHARED: ClassVar[bool] = False
 
-    def __init__(self, config: Any, folder: Path, device: str = "cpu", tensorboard: bool = False):
+    def __init__(self, config: Any, folder: Path, device: str = "cpu", loggers: Collection[str] = ()):
         self.config, self.folder, self.device = config, Path(folder), device
         if not self.SHARED:
             refuse_processes(self.COMMAND)
@@ -89,16 +91,18 @@ class Loop:
         self.broken: Broken = {}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.guards: list[Guard] = []
-        self.writer = _tensorboard(self.folder) if tensorboard and self.team.rank == 0 else None
+        self.speeds: list[dict[str, float]] = []
+        self.meter = Meter(device, self.team.count)
+        self.loggers = open_loggers(() if self.team.rank else loggers, self.folder, config.to_dict())
 
     @classmethod
-    def resume(cls, folder: Path, device: str = "cpu", tensorboard: bool = False) -> Loop:
+    def resume(cls, folder: Path, device: str = "cpu", loggers: Collection[str] = ()) -> Loop:
         """Return the trainer at the last checkpoint of a run.
 
         Args:
             folder: folder of the run.
             device: torch device that trains.
-            tensorboard: whether to log to a folder `tensorboard` too.
+            loggers: names of `metrics.LOGGERS` to log to, beside the file of the metrics.
 
         Raises:
             CheckpointError: the folder has no checkpoint, or a damaged one.
@@ -112,7 +116,7 @@ class Loop:
             raise CheckpointError(
                 f"{path} lacks {error}: it is damaged, or of another version of this package"
             ) from None
-        trainer = cls(cls.CONFIG.from_dict(settings), folder, device, tensorboard)
+        trainer = cls(cls.CONFIG.from_dict(settings), folder, device, loggers)
         recorded = progress.get("data", {})
         if trainer.data_state.keys() != recorded.keys():
             raise CheckpointError(
@@ -129,6 +133,7 @@ class Loop:
         for guard, state in zip(trainer.guards, guards):
             guard.load_state(state)
         trainer.step, trainer.metrics, trainer.checkpoints.last = step, metrics, step
+        trainer.speeds = progress.get("speeds", [{} for _ in metrics])
         trainer.broken = dict.fromkeys(progress.get("broken", []), "")
         return trainer
 
@@ -164,12 +169,13 @@ class Loop:
             raise LostProcessError("another process of this run has ended, see its message") from error
         finally:
             bar.close()
-            if self.writer:
-                self.writer.close()
+            for logger in self.loggers:
+                logger.close()
 
     def _take_steps(self, bar: tqdm, held: list[int]) -> None:
         """Train to the last step, or until a signal is held in any process."""
         training = self.config.training
+        self.meter.start()
         order = ShuffledBatches(
             len(self.images), training.batch_size, training.seed, self.step, training.steps, self.rows
         )
@@ -183,6 +189,7 @@ class Loop:
         """Train on a batch; then log, draw samples and write a checkpoint if they are due."""
         training, rate = self.config.training, self._set_learning_rate()
         metrics = self.train_step(generator(training.seed, self.step, 1), *batch)
+        self.meter.stop(min(training.batch_size, len(self.images)))
         self.step += 1
         skipped = sum(guard.skipped for guard in self.guards)
         metrics = {"step": self.step, **metrics, "learning_rate": rate, "skipped_steps": skipped}
@@ -191,9 +198,10 @@ class Loop:
         if last or (training.log_every and self.step % training.log_every == 0):
             self._log(metrics, bar)
         if training.sample_every and (last or self.step % training.sample_every == 0):
-            self.save_samples(self.folder / "samples" / f"{self.step:07d}.png")
+            self.save_samples(self.folder / SAMPLES / f"{self.step:07d}.png")
         if last or (training.checkpoint_every and self.step % training.checkpoint_every == 0):
             self.save()
+        self.meter.start()
 
     def add_optimizer(self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return an AdamW optimizer with the settings of the run; its learning rate follows the schedule.
@@ -253,9 +261,11 @@ class Loop:
             self.save_weights()
         if self.team.rank == 0:
             write_text(self.folder / SETTINGS, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
-            write_text(self.folder / METRICS, "".join(json.dumps(m) + "\n" for m in self.metrics))
+            lines = [json.dumps({**m, **speed}) + "\n" for m, speed in zip(self.metrics, self.speeds)]
+            write_text(self.folder / METRICS, "".join(lines))
         self._share_broken()
         progress = {"data": self.data_state, "step": self.step, "metrics": self.metrics, "broken": sorted(self.broken)}
+        progress["speeds"] = self.speeds
         guards = [guard.state() for guard in self.guards]
         self.checkpoints.save(self.step, self.state(), {"config": self.config.to_dict(), "guards": guards, **progress})
 
@@ -300,9 +310,9 @@ class Loop:
         metrics["broken_images"] = len(self.broken)
         self.metrics.append(metrics)
         bar.set_postfix({name: f"{value:.4f}" for name, value in list(metrics.items())[1:3]})
-        if self.writer:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, self.step)
+        self.speeds.append(self.meter.read())
+        for logger in self.loggers:
+            logger.log({**metrics, **self.speeds[-1]}, self.step)
 
     def train_step(self, random: torch.Generator, *batch: torch.Tensor) -> dict[str, float]:
         """Take one step and return its metrics, the most important two first.
@@ -363,13 +373,3 @@ def uninterrupted() -> Iterator[list[int]]:
                 signal.signal(number, handler)
     if held:
         signal.raise_signal(held[0])
-
-
-def _tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "--tensorboard needs the package tensorboard: pip install 'starflow-kernels[logging]'"
-        ) from None
-    return SummaryWriter(str(folder / "tensorboard"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class PipelineTrainer:
             text states, and the noise of the decoder.
         folder: folder of the run.
         device: torch device that trains.
-        tensorboard: whether each stage logs to a folder `tensorboard` too.
+        loggers: names of `metrics.LOGGERS` that each stage logs to.
 
     Raises:
         ConfigError: a setting is unknown, missing or out of range.
@@ -84,8 +84,8 @@ class PipelineTrainer:
 
     COMMAND = "train-pipeline"
 
-    def __init__(self, settings: dict[str, Any], folder: Path, device: str = "cpu", tensorboard: bool = False):
-        self.settings, self.folder, self.device, self.tensorboard = settings, Path(folder), device, tensorboard
+    def __init__(self, settings: dict[str, Any], folder: Path, device: str = "cpu", loggers: Collection[str] = ()):
+        self.settings, self.folder, self.device, self.loggers = settings, Path(folder), device, loggers
         parts = read_sections(settings, SECTIONS)
         parts["data"] = dataclasses.asdict(parts["data"])
         paths = {name: str(self.folder / name) for name in ("autoencoder", "text", "latents")}
@@ -117,20 +117,20 @@ class PipelineTrainer:
         )
 
     @classmethod
-    def resume(cls, folder: Path, device: str = "cpu", tensorboard: bool = False) -> PipelineTrainer:
+    def resume(cls, folder: Path, device: str = "cpu", loggers: Collection[str] = ()) -> PipelineTrainer:
         """Return the run in a folder.
 
         Args:
             folder: folder of the run.
             device: torch device that trains.
-            tensorboard: whether each stage logs to a folder `tensorboard` too.
+            loggers: names of `metrics.LOGGERS` that each stage logs to.
 
         Raises:
             CheckpointError: the folder holds no run.
         """
         if not (path := Path(folder) / SETTINGS).exists():
             raise CheckpointError(f"nothing to resume: no {path}")
-        return cls(read_settings(path), folder, device, tensorboard)
+        return cls(read_settings(path), folder, device, loggers)
 
     def run(self, quiet: bool = False) -> None:
         """Run the stages that are not finished. Ctrl-C or SIGTERM writes a checkpoint of the current stage.
@@ -152,9 +152,9 @@ class PipelineTrainer:
     def _train(self, trainer_class: type[Loop], config: RunConfig, name: str, quiet: bool) -> None:
         folder = self.folder / name
         if latest(folder):
-            trainer = trainer_class.resume(folder, self.device, self.tensorboard)
+            trainer = trainer_class.resume(folder, self.device, self.loggers)
         else:
-            trainer = trainer_class(config, folder, self.device, self.tensorboard)
+            trainer = trainer_class(config, folder, self.device, self.loggers)
         trainer.run(quiet)
 
     def _make_text_encoder(self) -> None:

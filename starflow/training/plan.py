@@ -10,8 +10,7 @@ H heads and an MLP of width M, a token keeps
 | attention | c (Q + 2 K), c Q, 4 H | 4 (2 Q + 2 K + H) | c (Q + 2 K), c Q, 4 H |
 | MLP | 2 c M, with a gate 4 c M | 4 M | 2 c M, with a gate 4 c M |
 
-A product of an m x n matrix takes 2 m n floating-point operations per token, causal attention 2 Q (S + 1) per token and
-layer for S tokens. The backward pass takes twice the forward pass; a checkpointed layer runs forward twice.
+The work is that of `work.step_flops`; a checkpointed layer runs forward twice.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from ..models.config import FlowConfig
 from ..models.flow import Flow
 from .flow import FlowRunConfig, FlowTrainingConfig
 from .parallel import Parallel
+from .work import block_flops, layer_values, rows_per_image
 
 Kernels = Literal["gpu", "native", "torch"]
 FLOAT = 4
@@ -170,16 +170,6 @@ def plan(config: FlowRunConfig, machine: Machine, switches: Switches | None = No
     return found if found.fits else dataclasses.replace(found, advice=_advice(flow, config, machine, found, kernels))
 
 
-def step_flops(config: FlowConfig, images: int) -> float:
-    """Return the operations of a training step without recomputation: three forward passes.
-
-    Args:
-        config: settings of the flow.
-        images: images per step.
-    """
-    return 3.0 * images * sum(sum(_block_flops(config, i)) for i in range(len(config.layers)))
-
-
 def _plan(flow: Flow, config: FlowRunConfig, machine: Machine, switches: Switches, kernels: Kernels) -> Plan:
     model, training = config.model, config.training
     images = math.ceil(training.batch_size / (machine.gpus * switches.accumulate))
@@ -191,16 +181,16 @@ def _plan(flow: Flow, config: FlowRunConfig, machine: Machine, switches: Switche
     for i, block in enumerate(flow.blocks):
         count, layers = sum(p.numel() for p in block.parameters()), model.layers[i]
         kept, layer = _kept_bytes(model, i, images, compute, kernels, training.dropout)
-        states = images * _rows(model, i) * model.block_channels(i) * _state_bytes(model, i, compute)
+        states = images * rows_per_image(model, i) * model.block_channels(i) * _state_bytes(model, i, compute)
         copies.append(BFLOAT16 * _cast_values(block) if switches.bf16 and not sharded else 0)
         blocks.append(
             BlockPlan(
                 parameters=count,
-                flops=sum(_block_flops(model, i)),
+                flops=sum(block_flops(model, i)),
                 activations=kept - layers * (layer - states) if switches.checkpoint_layers else kept,
                 without_checkpoints=kept,
                 rank_bytes=FLOAT * -(-count // (machine.gpus if sharded else 1)),
-                gathered_bytes=gathered_bytes * (_layer_values(block.spec)[2] if layers else 0),
+                gathered_bytes=gathered_bytes * (layer_values(block.spec)[2] if layers else 0),
             )
         )
     weights = sum(b.rank_bytes for b in blocks)
@@ -222,7 +212,7 @@ def _plan(flow: Flow, config: FlowRunConfig, machine: Machine, switches: Switche
         "working memory": working + (again if switches.checkpoint_layers else 0),
         "data": 2 * FLOAT * images * tokens * token_dim + FLOAT * images * model.text_len * model.text_dim,
     }
-    forward, layers_only = sum(b.flops for b in blocks), sum(_block_flops(model, i)[0] for i in range(len(blocks)))
+    forward, layers_only = sum(b.flops for b in blocks), sum(block_flops(model, i)[0] for i in range(len(blocks)))
     flops = float(training.batch_size * (3 * forward + (layers_only if switches.checkpoint_layers else 0)))
     seconds = flops / (machine.gpus * machine.tflops * 1e12 * machine.utilisation)
     kept_bytes = [block.activations + copy for block, copy in zip(blocks, copies)]
@@ -280,34 +270,14 @@ def _advice(flow: Flow, config: FlowRunConfig, machine: Machine, found: Plan, ke
     return "no switch makes it fit: use more devices, or devices with more memory"
 
 
-def _rows(config: FlowConfig, block: int) -> int:
-    """Return the states per image in a block: tokens, and text in front of them."""
-    return config.token_shape[0] + (config.text_len if config.block_spec(block).text_dim else 0)
-
-
 def _state_bytes(config: FlowConfig, block: int, compute: int) -> int:
     """Return the bytes per value of the hidden states: learned positions are added in float32."""
     return FLOAT if config.block_spec(block).positions else compute
 
 
-def _layer_values(spec: BlockSpec) -> tuple[int, int, int]:
-    """Return the channels of queries, those of keys, and the number of values of a layer's matrices."""
-    q, kv, C, M = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.channels, spec.mlp_dim
-    return q, kv, C * (q + 2 * kv) + q * C + (3 if spec.mlp == "swiglu" else 2) * C * M
-
-
-def _block_flops(config: FlowConfig, block: int) -> tuple[int, int]:
-    """Return the operations of a forward pass of one image: of the layers, and of the rest."""
-    spec, rows, (tokens, token_dim) = config.block_spec(block), _rows(config, block), config.token_shape
-    q, _, matrices = _layer_values(spec)
-    layers = spec.layers * (2 * matrices * rows + 2 * q * rows * (rows + 1))
-    ends = 2 * spec.channels * tokens * (token_dim + spec.affine.params_dim(token_dim))
-    return layers, ends + 2 * spec.channels * spec.text_dim * (rows - tokens)
-
-
 def _layer_bytes(spec: BlockSpec, state: int, compute: int, kernels: Kernels, dropout: float) -> int:
     """Return the bytes that a layer keeps per token, see the table of the module."""
-    (q, kv, _), C, M = _layer_values(spec), spec.channels, spec.mlp_dim
+    (q, kv, _), C, M = layer_values(spec), spec.channels, spec.mlp_dim
     if kernels == "native":
         return FLOAT * (2 * C + 2 * q + 2 * kv + M + spec.heads + (2 * C if dropout else 0))
     if kernels == "gpu":
@@ -329,7 +299,11 @@ def _kept_bytes(
     config: FlowConfig, block: int, images: int, compute: int, kernels: Kernels, dropout: float
 ) -> tuple[int, int]:
     """Return the bytes that a block keeps for the backward pass, and those of each of its layers."""
-    spec, rows, (tokens, token_dim) = config.block_spec(block), images * _rows(config, block), config.token_shape
+    spec, rows, (tokens, token_dim) = (
+        config.block_spec(block),
+        images * rows_per_image(config, block),
+        config.token_shape,
+    )
     state = _state_bytes(config, block, compute)
     layer = rows * _layer_bytes(spec, state, compute, kernels, dropout)
     # Noise, and the tokens in the order and dtype of the input projection.
@@ -342,7 +316,7 @@ def _working_bytes(config: FlowConfig, block: int, images: int, compute: int, ke
     """Return the bytes of the gradients inside a layer: two of the states and, outside of a kernel, two of the MLP."""
     spec = config.block_spec(block)
     inside = 0 if kernels == "native" else 2 * compute * spec.mlp_dim
-    return images * _rows(config, block) * (inside + 2 * FLOAT * spec.channels)
+    return images * rows_per_image(config, block) * (inside + 2 * FLOAT * spec.channels)
 
 
 def _cast_values(block: FlowBlock) -> int:
