@@ -21,6 +21,8 @@ except ImportError:
     resource = None
 
 PROJECT = "starflow"
+# Metrics that a clock or the system gives, so that they differ between equal runs.
+MEASURED = ("images_per_second", "tokens_per_second", "flop_utilisation", "peak_memory_gb")
 NEEDED = "--{0} needs the package {0}: pip install 'starflow-kernels[logging]'"
 
 

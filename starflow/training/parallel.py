@@ -94,11 +94,18 @@ class Team:
         return bool(value)
 
     def union(self, numbers: Iterable[int]) -> set[int]:
-        """Return the numbers that any process has."""
-        found: list[set[int]] = [set(numbers)] * self.count
-        if self.count > 1:
-            dist.all_gather_object(found, set(numbers), group=self.group)
-        return set().union(*found)
+        """Return the numbers of at least 0 that any process has."""
+        own = torch.tensor(sorted(numbers), dtype=torch.int64, device="cpu")
+        if self.count == 1:
+            return set(own.tolist())
+        # The group of the threads that write checkpoints may be in use.
+        length = torch.tensor(len(own), dtype=torch.int64, device="cpu")
+        dist.all_reduce(length, dist.ReduceOp.MAX)
+        padded = torch.full((int(length),), -1, dtype=torch.int64, device="cpu")
+        padded[: len(own)] = own
+        found = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(found, padded)
+        return set(torch.cat(found).tolist()) - {-1}
 
     def shard(
         self,

@@ -1,9 +1,13 @@
 """Reading of training data: crops, mirror images, and images that cannot be read."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import workers
+from support.entries import entries
 
 from starflow import DataError
 from starflow.data.batches import ShuffledBatches
@@ -75,17 +79,36 @@ def test_a_data_set_without_a_readable_image_is_an_error(folder):
         Reader(load(config(folder))[0])[0, 5]
 
 
-def test_a_run_goes_on_and_counts_images_that_cannot_be_read(folder, tmp_path):
-    spoil(folder, 0, 7)
+def run_settings(folder) -> dict:
     model = {"image_size": 8, "image_channels": 3, "patch_size": 4, "channels": 16, "layers": [1], "head_dim": 8}
     training = {"steps": 6, "batch_size": 4, "sample_every": 0, "checkpoint_every": 3, "log_every": 1}
-    data = {"source": "folder", "path": str(folder), "size": 8, "held_out": 0.0}
-    trainer = FlowTrainer(FlowRunConfig.from_dict({"model": model, "data": data, "training": training}), tmp_path / "r")
+    data = {"source": "folder", "path": str(folder), "size": 8, "held_out": 0.0, "flip": True}
+    return {"model": model, "data": data, "training": training}
+
+
+def test_a_run_goes_on_and_counts_images_that_cannot_be_read(folder, tmp_path):
+    spoil(folder, 0, 7)
+    trainer = FlowTrainer(FlowRunConfig.from_dict(run_settings(folder)), tmp_path / "r")
     with pytest.warns(UserWarning, match="training takes another image in its place"):
         trainer.run(quiet=True)
     counts = [m["broken_images"] for m in trainer.metrics]
     assert counts == sorted(counts) and counts[-1] == 2 and trainer.step == 6
     assert FlowTrainer.resume(tmp_path / "r").broken.keys() == {0, 7}
+
+
+def test_processes_share_the_images_and_count_those_that_cannot_be_read(folder, tmp_path):
+    spoil(folder, 0, 7)
+    settings = run_settings(folder)
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    arguments = ["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "r"), "--quiet"]
+    codes, outputs = workers.run(tmp_path, 2, *arguments)
+    assert codes == [0, 0], outputs
+    assert entries(tmp_path / "r")[-1]["broken_images"] == 2
+    with pytest.warns(UserWarning, match="training takes another image in its place"):
+        alone = FlowTrainer(FlowRunConfig.from_dict(settings), tmp_path / "alone")
+        alone.run(quiet=True)
+    together = [row["loss"] for row in entries(tmp_path / "r")]
+    assert [m["loss"] for m in alone.metrics] == pytest.approx(together, rel=1e-4)
 
 
 def test_variants_depend_on_seed_step_and_index_alone(tmp_path):
