@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.datasets import read_image
+from ..data.crops import read_image
 from ..data.folders import image_files
 from ..errors import DataError
 from ..io.digests import digest

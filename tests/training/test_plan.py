@@ -14,7 +14,8 @@ from starflow.cli import main
 from starflow.seeds import generator
 from starflow.settings import PRESETS, read_settings
 from starflow.training.flow import FlowRunConfig, FlowTrainer
-from starflow.training.plan import Machine, Switches, plan, step_flops
+from starflow.training.plan import Machine, Switches, plan
+from starflow.training.work import step_flops
 from starflow_kernels._core import compiled
 from starflow_kernels.block import composed
 
