@@ -11,7 +11,7 @@ from ..data.datasets import DataConfig
 from ..data.encode import EncodeConfig, TextDtype, encode
 from ..errors import ConfigError
 from ..settings import override, read_section, read_settings, section
-from ..training.loop import SETTINGS
+from ..training.config import SETTINGS
 from .common import Parser, device, non_empty, positive, refuse
 
 EXAMPLE = "starflow encode --vae runs/autoencoder --text runs/text --length 8 --out runs/latents"

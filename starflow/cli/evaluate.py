@@ -19,8 +19,8 @@ from ..models.flow import Flow
 from ..sampling.processes import Processes
 from ..seeds import generator
 from ..settings import read_settings
+from ..training.config import SETTINGS
 from ..training.flow import FlowRunConfig
-from ..training.loop import SETTINGS
 from .common import DTYPES, Parser, checkpoint_arguments, non_empty, positive, refuse
 from .image_scores import drawing_arguments, given, measure, score_arguments
 from .options import process_device

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..settings import override, presets
-from ..training.loop import SETTINGS
+from ..training.config import SETTINGS
 from ..training.parallel import refuse_processes
 from ..training.pipeline import SEEDED, PipelineTrainer
 from .common import Parser, device, interrupted_by_sigterm

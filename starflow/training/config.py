@@ -6,13 +6,18 @@ import dataclasses
 import math
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
+
 from ..errors import ConfigError
+from ..io.files import write_text
 from ..seeds import MAX_SEED
 from ..settings import check_types, read_sections, section
 
 MAX_WORKERS = 1024
+SETTINGS = "settings.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +112,10 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain mappings."""
         return dataclasses.asdict(self)
+
+    def save(self, folder: Path) -> None:
+        """Write the settings into a folder."""
+        write_text(folder / SETTINGS, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 def _reader(kind: type) -> Callable[[dict[str, Any]], Any]:

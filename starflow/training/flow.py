@@ -295,7 +295,7 @@ def save_modules(
 
 
 def export(run: Path, out: Path) -> int:
-    """Write the weights of the last checkpoint of a run, averaged if there is an average, as `Flow.save_pretrained`.
+    """Write the weights of the last checkpoint of a run, averaged if there is an average, and its settings.
 
     Args:
         run: folder of the run.
@@ -322,6 +322,7 @@ def export(run: Path, out: Path) -> int:
     load_tensors(path, {f"{prefix}{name}": tensor for name, tensor in weights.items()})
     with write_folder(out) as folder:
         save_modules(config, {name: named(name, weights) for name in trained}, tokenizer, folder)
+        config.save(folder)
     return progress["step"]
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import yaml
 from torch import nn
 from tqdm import tqdm
 
@@ -34,7 +33,6 @@ from .metrics import Meter, open_loggers
 from .parallel import LostProcessError, Team, refuse_processes, scalar
 
 METRICS = "metrics.jsonl"
-SETTINGS = "settings.yaml"
 SAMPLES = "samples"
 # Messages of torch when a process of the run is gone.
 LOST_PROCESS = re.compile("gloo|connection (closed|reset)|NCCL|broken pipe|socket", re.IGNORECASE)
@@ -260,7 +258,7 @@ class Loop:
         if self.team.count == 1 or self.step == self.config.training.steps:
             self.save_weights()
         if self.team.rank == 0:
-            write_text(self.folder / SETTINGS, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+            self.config.save(self.folder)
             lines = [json.dumps({**m, **speed}) + "\n" for m, speed in zip(self.metrics, self.speeds)]
             write_text(self.folder / METRICS, "".join(lines))
         self._share_broken()

@@ -26,10 +26,10 @@ from ..models.flow import Flow
 from ..settings import check_types, read_section, read_sections, read_settings, section
 from .autoencoder import AutoencoderRunConfig, AutoencoderTrainer
 from .checkpoints import latest
-from .config import RunConfig
+from .config import SETTINGS, RunConfig
 from .decoder import DecoderRunConfig, DecoderTrainer
 from .flow import FlowRunConfig, FlowTrainer
-from .loop import SETTINGS, Loop, standard_defaults
+from .loop import Loop, standard_defaults
 
 # Sections with a seed of their own.
 SEEDED = ("autoencoder.training", "text", "flow.training", "decoder.training")

@@ -148,7 +148,7 @@ def test_a_spike_is_skipped_and_too_many_end_the_run(tmp_path, capsys):
 
 def test_export_writes_the_weights_of_the_run(alone, tmp_path, capsys):
     assert main(["export", str(alone), "--out", str(tmp_path / "flow")]) == 0
-    for name in ("model.safetensors", "config.json"):
+    for name in ("model.safetensors", "config.json", "settings.yaml"):
         assert (tmp_path / "flow" / name).read_bytes() == (alone / name).read_bytes()
     assert main(["export", str(tmp_path / "flow"), "--out", str(tmp_path / "other")]) == 2
     assert "nothing to resume: no checkpoint in" in capsys.readouterr().err

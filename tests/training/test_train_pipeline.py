@@ -18,8 +18,8 @@ from starflow.data.vocabulary import make_tokenizer
 from starflow.pipelines import STARFlowPipeline
 from starflow.settings import PRESETS, presets, read_settings
 from starflow.training.checkpoints import latest
+from starflow.training.config import SETTINGS
 from starflow.training.flow import FlowTrainer
-from starflow.training.loop import SETTINGS
 from starflow.training.pipeline import PipelineTrainer
 
 STAGES = ("autoencoder", "text", "latents", "flow", "decoder", "pipeline")
