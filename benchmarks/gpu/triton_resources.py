@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.triton_resources --check --results build/triton.json --write docs/triton.md
 
-Every kernel of launches.py is compiled for every target as it is launched: pointers aligned to 16 bytes, and widths that
+Every kernel of launches.py is compiled for every target as it is launched: pointers aligned to 16 bytes, widths that
 16 divides. --check fails if registers are spilled, if a target lacks the shared memory, on products in tf32, and if
 ptxas gives up an optimization, such as products of tensor cores that overlap. It also fails if loops of LOOPS wait for
 memory more often, or load less in the background, than they do now. --results keeps the numbers of each version of
