@@ -44,8 +44,9 @@ CALLS = {
     "bias_gelu": [(3, 5, 64), (1, 1, 64), (16, 16, 64)],
     "affine_flow": [(3, 16, 12), (1, 16, 12), (16, 32, 12)],
     "flow_head": [(3, 5, 12, 64), (1, 1, 12, 64), (16, 16, 12, 64)],
-    "causal_attention": [(3, 37, 4, 2, 16), (1, 32, 4, 2, 16), (16, 16, 4, 2, 16)],
-    "attention_flow": [(3, 37, 4, 2, 16, 12), (1, 32, 4, 2, 16, 12), (16, 16, 4, 2, 16, 12)],
+    # Attention needs to know whether 16 divides the number of tokens.
+    "causal_attention": [(3, 37, 4, 2, 16), (1, 5, 1, 1, 16), (16, 53, 16, 16, 16)],
+    "attention_flow": [(3, 37, 4, 2, 16, 12), (1, 5, 4, 4, 16, 12), (16, 53, 4, 1, 16, 12)],
     "session": sessions(),
     "session with text": sessions(6, 2),
     "session of a parallel inverse": sessions(0, 1, (7, True, ())),
