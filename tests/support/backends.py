@@ -13,7 +13,7 @@ from starflow_kernels._triton import runtime
 
 from . import chip_arithmetic, owners
 
-GPU = ("cuda", "flash", "persistent", "triton")
+GPU = ("cuda", "cudnn", "flash", "persistent", "triton")
 # Ops that are composed of others only on a GPU.
 COMPOSED_ON_GPU = ("block_forward", "block_params")
 if runtime.interpreted() and runtime.unavailable() is None:
