@@ -49,7 +49,6 @@ STACK_LIMIT: dict[tuple[str, str, str], int] = {
     ("3.9.0", "sm_100", "residual_norm_backward, fp32, rms_norm, C = 768"): 24,
     ("3.9.0", "sm_100", "residual_norm_backward, fp32, rms_norm, C = 1024"): 24,
     ("3.6.0", "sm_90", LARGE_MODEL): 32,
-    ("3.6.0", "sm_90", "block_embed, fp32, D = 128"): 16,
     ("3.6.0", "sm_90", "block_qkv, fp32, fp8 weights"): 8,
     ("3.6.0", "sm_90", "block_up, fp32, fp8 weights"): 8,
     ("3.6.0", "sm_90", "block_up, bf16, post-norms, gated"): 8,

@@ -151,7 +151,7 @@ def flow_head_forward_kernel(
         tl.store(logdet + offsets, 0.0 - log_sigma, inside)
 
 
-@triton.jit(do_not_specialize=("T",))
+@triton.jit
 def flow_head_backward_kernel(
     x, h, weight, bias, norm_weight, z, grad_z, grad_logdet, grad_x, grad_h, grad_raw, scaled, T, C, D, clip, share,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,

@@ -43,8 +43,8 @@ CALLS = {
     "residual_norm": [(3, 5, 64), (1, 1, 64), (16, 16, 64)],
     "bias_gelu": [(3, 5, 64), (1, 1, 64), (16, 16, 64)],
     "affine_flow": [(3, 16, 12), (1, 16, 12), (16, 32, 12)],
-    "flow_head": [(3, 5, 12, 64), (1, 1, 12, 64), (16, 16, 12, 64)],
-    # Attention needs to know whether 16 divides the number of tokens.
+    # These need to know whether 16 divides the number of tokens.
+    "flow_head": [(3, 5, 12, 64), (1, 7, 12, 64), (16, 5, 12, 64)],
     "causal_attention": [(3, 37, 4, 2, 16), (1, 5, 1, 1, 16), (16, 53, 16, 16, 16)],
     "attention_flow": [(3, 37, 4, 2, 16, 12), (1, 5, 4, 4, 16, 12), (16, 53, 4, 1, 16, 12)],
     "session": sessions(),
