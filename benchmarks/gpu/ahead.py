@@ -208,7 +208,7 @@ def attention(shape: tuple, dtype: torch.dtype) -> None:
 
 def session(given: Session) -> None:
     """Compile a step, or a sweep, and what comes before it."""
-    from starflow_kernels.block.triton import sequential, sweeps
+    from starflow_kernels.block.triton import sequential, sizes, sweeps
     from starflow_kernels.block.triton.sessions import Shape, bucket
     from starflow_kernels.block.triton.weights import Model
 
@@ -221,7 +221,7 @@ def session(given: Session) -> None:
     model = Model(spec, weights, kind.options.get("quantize", "none"), one_byte)
     shape, window = shape._replace(samples=bucket(shape.samples)), given.solver[0] if given.solver else 1
     # As block_jacobi pads a window.
-    n = -(-window // sequential.BLOCK_M) * sequential.BLOCK_M if given.solver else 1
+    n = -(-window // sizes.BLOCK_M) * sizes.BLOCK_M if given.solver else 1
     made = sweeps.JacobiSession if given.solver else sequential.TritonSession
     buffers = made.buffers(spec, kind.dtype, shape, n, *given.solver)
     of, w = made(model, shape, device, buffers, n, *given.solver), model.read(weights)

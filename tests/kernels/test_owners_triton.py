@@ -25,7 +25,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from starflow_kernels._triton import rotary  # noqa: E402
-from starflow_kernels.block.triton import sequential, step_kernels, sweep_kernels  # noqa: E402
+from starflow_kernels.block.triton import sequential, sizes, step_kernels, sweep_kernels  # noqa: E402
 
 
 def every_kernel() -> set[str]:
@@ -48,14 +48,15 @@ def launch_ops() -> None:
 
 def launch_blocks(monkeypatch) -> None:
     """Sample from small blocks whose attention has several splits, and whose products have several parts."""
-    for name, size in {"SPLIT": 2, "BLOCK_S": 2, "kept_sessions": sequential.Sessions()}.items():
-        monkeypatch.setattr(sequential, name, size)
-    sizes = {"B": 2, "tokens": 5, "layers": 1, "heads": 1, "kv_heads": 1, "mlp_dim": 130}
+    monkeypatch.setattr(sequential, "kept_sessions", sequential.Sessions())
+    for name in ("SPLIT", "BLOCK_S"):
+        monkeypatch.setattr(sizes, name, 2)
+    shape = {"B": 2, "tokens": 5, "layers": 1, "heads": 1, "kv_heads": 1, "mlp_dim": 130}
     for name in ("starflow-text", "tarflow-swiglu"):
-        z, w, spec, context = block(BLOCKS[name], dtype=torch.float32, **sizes)
+        z, w, spec, context = block(BLOCKS[name], dtype=torch.float32, **shape)
         block_inverse(z, w, spec, **context, backend="triton")
         block_inverse(z, w, spec, **context, solver=Solver("jacobi", 3), backend="triton")
-    z, w, spec, context = block(BLOCKS["tarflow"], dtype=torch.float32, **sizes)
+    z, w, spec, context = block(BLOCKS["tarflow"], dtype=torch.float32, **shape)
     block_inverse(z, w, spec, solver=Solver("jacobi", 3, neighbours=(1, 2)), backend="triton")
     block_inverse(z, w, spec, quantize="int8", backend="triton")
 
