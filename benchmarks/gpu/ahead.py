@@ -3,12 +3,15 @@
     TRITON_CACHE_DIR=DIR python -m benchmarks.gpu.ahead bench --capability 90 --jobs 12
 
 The code that launches runs on tensors without values, and each launch compiles its kernel as it will be specialised.
-Triton keeps the result in DIR, under a key of its own files, the source and the chip.
+Triton keeps the result in DIR, under a key of its own files, the source and the chip. --count compiles nothing and
+prints how many kernels there are: one for each combination of dtypes, compile-time arguments, and sizes as Triton
+specialises them.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import inspect
@@ -28,6 +31,14 @@ from typing import NamedTuple
 import torch
 
 SHARED_LIMIT = 232448
+
+
+class Kernel(NamedTuple):
+    """A kernel as it is specialised: its identity, the name of its function, and bytes of shared memory if compiled."""
+
+    identity: str
+    name: str
+    shared: int = 0
 
 
 class Session(NamedTuple):
@@ -70,14 +81,18 @@ def compile_all(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def pretend(capability: int) -> list[tuple[str, int]]:
+def pretend(capability: int, compiles: bool = True) -> list[Kernel]:
     """Let this process take its machine for one with a GPU, without tensors that have values.
 
+    Args:
+        capability: of the chip, such as 90.
+        compiles: compile each kernel that is launched; otherwise a launch only adds it to the list.
+
     Returns:
-        A list that gets the name, and the bytes of shared memory, of each kernel that is compiled.
+        A list that gets each kernel that is launched.
     """
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-    from triton import runtime
+    from triton import knobs, runtime
     from triton.backends.compiler import GPUTarget
     from triton.runtime import jit
 
@@ -109,15 +124,27 @@ def pretend(capability: int) -> list[tuple[str, int]]:
 
     found, seen, launch = [], set(), jit.JITFunction.run
 
+    def add(kernel: Kernel) -> bool:
+        new = kernel.identity not in seen
+        if new:
+            seen.add(kernel.identity)
+            found.append(kernel)
+        return new
+
     def compiled(self, *args, grid, warmup, **options):
         options = {name: mock(value) for name, value in options.items()}
         kernel = launch(self, *map(mock, args), grid=grid, warmup=True, **options)
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
-            found.append((self.__name__, kernel.metadata.shared))
+        if compiles and add(Kernel(kernel.hash, self.__name__, kernel.metadata.shared)):
             _compile_launcher(kernel)
         return kernel
 
+    def counted(*, key, fn, **others) -> bool:
+        add(Kernel(f"{fn.name} {key}", fn.jit_function.__name__))
+        # Nothing is compiled.
+        return True
+
+    if not compiles:
+        knobs.runtime.jit_cache_hook = counted
     runtime.driver.set_active(Driver())
     jit.JITFunction.run = compiled
     torch.cuda.device_count = lambda: 1
@@ -181,7 +208,7 @@ def attention(shape: tuple, dtype: torch.dtype) -> None:
 
 def session(given: Session) -> None:
     """Compile a step, or a sweep, and what comes before it."""
-    from starflow_kernels.block.triton import sequential, sweeps
+    from starflow_kernels.block.triton import sequential, sizes, sweeps
     from starflow_kernels.block.triton.sessions import Shape, bucket
     from starflow_kernels.block.triton.weights import Model
 
@@ -194,7 +221,7 @@ def session(given: Session) -> None:
     model = Model(spec, weights, kind.options.get("quantize", "none"), one_byte)
     shape, window = shape._replace(samples=bucket(shape.samples)), given.solver[0] if given.solver else 1
     # As block_jacobi pads a window.
-    n = -(-window // sequential.BLOCK_M) * sequential.BLOCK_M if given.solver else 1
+    n = -(-window // sizes.BLOCK_M) * sizes.BLOCK_M if given.solver else 1
     made = sweeps.JacobiSession if given.solver else sequential.TritonSession
     buffers = made.buffers(spec, kind.dtype, shape, n, *given.solver)
     of, w = made(model, shape, device, buffers, n, *given.solver), model.read(weights)
@@ -262,24 +289,28 @@ def jobs(program: str, checkpoint: str) -> Iterator[tuple[Callable, tuple]]:
 
 # The jobs, and what `pretend` returned in this process of the pool.
 _jobs: list[tuple[Callable, tuple]] = []
-_found: list[tuple[str, int]] = []
+_found: list[Kernel] = []
 
 
-def _begin(capability: int) -> None:
+def _begin(capability: int, compiles: bool) -> None:
     global _found
-    _found = pretend(capability)
+    _found = pretend(capability, compiles)
 
 
-def _compiled(number: int) -> tuple[int, list[str]]:
-    """Return the number of new kernels of a job in this process, and what failed."""
+def _compiled(number: int) -> tuple[list[Kernel], list[str]]:
+    """Return the kernels of a job that are new in this process, and what failed."""
+    from .runner import Skip
+
     (function, args), before = _jobs[number], len(_found)
     try:
-        function(*args)
+        # A combination that the kernels refuse launches nothing.
+        with contextlib.suppress(Skip):
+            function(*args)
     except Exception as error:
         traceback.print_exc()
-        return 0, [f"{function.__name__}{args}: {type(error).__name__}: {error}"[:300]]
+        return [], [f"{function.__name__}{args}: {type(error).__name__}: {error}"[:300]]
     new = _found[before:]
-    return len(new), [f"{name} needs {size} bytes of shared memory" for name, size in new if size > SHARED_LIMIT]
+    return new, [f"{name} needs {size} bytes of shared memory" for _, name, size in new if size > SHARED_LIMIT]
 
 
 def main() -> int:
@@ -290,15 +321,20 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="digits", help="trained flow: a folder or a bundled name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
     parser.add_argument("--wheel", type=Path, help="folder with the package triton for which the cache is made")
+    parser.add_argument("--count", action="store_true", help="count the kernels instead of compiling them")
     args = parser.parse_args()
     if args.wheel:
         take_key(args.wheel)
     start = time.perf_counter()
     _jobs.extend(jobs(args.program, args.checkpoint))
-    with multiprocessing.get_context("fork").Pool(args.jobs, _begin, (args.capability,)) as pool:
+    with multiprocessing.get_context("fork").Pool(args.jobs, _begin, (args.capability, not args.count)) as pool:
         found = pool.map(_compiled, range(len(_jobs)), chunksize=1)
     failed = [line for _, lines in found for line in lines]
-    result = {"kernels": sum(n for n, _ in found), "seconds": round(time.perf_counter() - start, 1)}
+    # Several processes may compile the same kernel.
+    kernels = {kernel.identity: kernel.name for new, _ in found for kernel in new}
+    result = {"kernels": len(kernels), "seconds": round(time.perf_counter() - start, 1)}
+    if args.count:
+        result["functions"] = dict(collections.Counter(kernels.values()).most_common())
     print(json.dumps({**result, "failed": "; ".join(dict.fromkeys(failed))} if failed else result))
     return 1 if failed else 0
 

@@ -17,7 +17,7 @@ from starflow_kernels.affine_flow import triton as affine_flow
 from starflow_kernels.attention_flow import triton as attention_flow
 from starflow_kernels.bias_gelu import triton as bias_gelu
 from starflow_kernels.block.quantize import KINDS
-from starflow_kernels.block.triton import head_kernels, sequential, step_kernels, sweep_kernels, sweeps, weights
+from starflow_kernels.block.triton import head_kernels, sizes, step_kernels, sweep_kernels, sweeps, weights
 from starflow_kernels.causal_attention import triton as causal_attention
 from starflow_kernels.flow_head import triton as flow_head
 from starflow_kernels.residual_norm import triton as residual_norm
@@ -42,7 +42,7 @@ class Launch(NamedTuple):
         kernel: the Triton function.
         types: parameter -> Triton type, for run-time arguments.
         constants: compile-time arguments, and options such as num_warps and num_stages.
-        sizes: run-time arguments that 16 divides.
+        sizes: run-time arguments that 16 divides, if the kernel is specialised by them.
     """
 
     kernel: triton.JITFunction
@@ -107,19 +107,19 @@ def _fused_ops() -> Launches:
     """Return the ops between the products of a block: bf16 or fp32 tensors, float32 weights."""
     tensors = ("x", "update", "total", "normed", "grad_total", "grad_normed", "grad_x", "out", "grad")
     others = dict.fromkeys(("weight", "bias", "partial"), "*fp32") | {"N": "i32", "C": "i32", "programs": "i32"}
-    sizes, launches = ("N", "C"), {}
+    aligned, launches = ("C",), {}
     forward, backward = residual_norm.residual_norm_forward_kernel, residual_norm.residual_norm_backward_kernel
     for dtype, C in itertools.product(("bf16", "fp32"), (64, 768, 1024, 3072, 8192)):
         types = {name: f"*{dtype}" for name in tensors} | others | {"eps": "fp32"}
         for kind in ("layer_norm", "rms_norm"):
             options = {"KIND": kind, "WEIGHT": True, "BIAS": kind == "layer_norm", **residual_norm.config(C)}
             variant = dtype, kind, f"C = {C}"
-            launches[label(forward, *variant)] = Launch(forward, types, {**options, "UPDATE": True}, sizes)
-            launches[label(backward, *variant)] = Launch(backward, types, {**options, "HAS_TOTAL": True}, sizes)
+            launches[label(forward, *variant)] = Launch(forward, types, {**options, "UPDATE": True}, aligned)
+            launches[label(backward, *variant)] = Launch(backward, types, {**options, "HAS_TOTAL": True}, aligned)
     for dtype in ("bf16", "fp32"):
         types, options = {name: f"*{dtype}" for name in tensors} | others, {"BIAS": True, **bias_gelu.CONFIG}
         for kernel in (bias_gelu.bias_gelu_forward_kernel, bias_gelu.bias_gelu_backward_kernel):
-            launches[label(kernel, dtype)] = Launch(kernel, types, options, sizes)
+            launches[label(kernel, dtype)] = Launch(kernel, types, options, aligned)
     return launches
 
 
@@ -140,8 +140,8 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     splits = ("split_out", "split_max", "split_sum", "partial", "statistics")
     types = dict.fromkeys(stored, f"*{dtype}") | dict.fromkeys((*states, *splits), "*fp32")
     types |= dict.fromkeys(("position", "known_tokens", "tickets"), "*i32")
-    sizes = ("rows", "n", "C", "D", "slots", "splits", "width", "samples", "stride", "cond_stride", "T", "prefix")
-    types |= dict.fromkeys(sizes, "i32") | {"clip": "fp32"}
+    integers = ("rows", "n", "C", "D", "slots", "splits", "width", "samples", "stride", "cond_stride", "T", "prefix")
+    types |= dict.fromkeys(integers, "i32") | {"clip": "fp32"}
     if kernel == "product":
         types["x"] = f"*{dtype}"
     constants, scales = {"H": 16, "KV": 4, "HEAD": d}, ("weight_scale", "gate_scale")
@@ -150,15 +150,15 @@ def step(kernel: str, dtype: str, d: int, D: int, options: dict, quantize: str =
     else:
         types |= dict.fromkeys(("weight", "gate"), {"int8": "*i8", "fp8": "*u8"}[quantize])
         types |= dict.fromkeys(scales, "*fp32")
-    constants |= {"PDL": False, "stop": None, "BLOCK_M": sequential.BLOCK_M}
-    constants |= {"SPLIT": sequential.SPLIT}
+    constants |= {"PDL": False, "stop": None, "BLOCK_M": sizes.BLOCK_M}
+    constants |= {"SPLIT": sizes.SPLIT}
     constants |= {"DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype]}
-    whole, part = sequential.WHOLE_TOKEN >= D, sequential.token_part(D)
-    constants |= {"BLOCK_D": part if kernel in ("head", "embed") else sequential.tile(d), "WHOLE": whole, **options}
+    whole, part = sizes.WHOLE_TOKEN >= D, sizes.token_part(D)
+    constants |= {"BLOCK_D": part if kernel in ("head", "embed") else sizes.tile(d), "WHOLE": whole, **options}
     constants |= dict.fromkeys(("BIAS", "QK_NORM", "ROTARY", "CLIPPED", "START", "TABLE", "COND"), True)
     constants |= {"BRANCHES": 2, "RULE": "starflow", "SCALE": "softplus", "PARTS": 12}
-    constants |= {"PAIRS": rotary.half_tile(d), "TILES": 0 if options["FIRST"] else sequential.TILES}
-    constants |= sequential.config(kernel, WIDTH[dtype], D, d, quantize != "none")
+    constants |= {"PAIRS": rotary.half_tile(d), "TILES": 0 if options["FIRST"] else sizes.TILES}
+    constants |= sizes.config(kernel, WIDTH[dtype], D, d, quantize != "none")
     module = head_kernels if kernel in ("head", "embed") else step_kernels
     return Launch(
         getattr(module, f"block_{kernel}_kernel"),
@@ -187,7 +187,7 @@ def _step() -> Launches:
         for d in (64, 256):
             launches[f"block_attend, {dtype}, d = {d}"] = step("attend", dtype, d, 64, plain)
         launches[f"block_product, {dtype}"] = step("product", dtype, 64, 64, plain)
-        widest = sequential.WHOLE_TOKEN
+        widest = sizes.WHOLE_TOKEN
         for kernel, D in (("embed", widest), ("head", 12), ("head", 64), ("head", widest), ("head", 768)):
             launches[f"block_{kernel}, {dtype}, D = {D}"] = step(kernel, dtype, 64, D, normed)
     for dtype, kind in (("bf16", "int8"), ("bf16", "fp8"), ("fp32", "fp8")):
@@ -242,7 +242,7 @@ def _sweep() -> Launches:
         for kernel in ("up", "product"):
             launches[f"block_{kernel}, sweep, {dtype}"] = sweep(kernel, dtype, 64, 64)
         launches[f"block_sweep_embed, {dtype}"] = sweep("embed", dtype, 64, 64)
-        for D in (12, sequential.WHOLE_TOKEN):
+        for D in (12, sizes.WHOLE_TOKEN):
             launches[f"block_sweep_head, {dtype}, D = {D}"] = sweep("head", dtype, 64, D)
     launches["block_sweep_settle, D = 256"] = sweep("settle", "fp32", 64, 256)
     for D in (12, 32, 64, 192):
@@ -280,8 +280,8 @@ def flow(chip: str, kernel: str, dtype: str, d: int, D: int, window: bool) -> La
     tile = max(16, triton.next_power_of_2(D))
     constants |= {"BLOCK_D": tile, "BLOCK_P": 2 * tile}
     # The kernel of the raw gradients has the block sizes of the forward pass.
-    sizes = "forward" if kernel == "raw" else kernel
-    constants |= blocks("attention_flow", sizes, chip, WIDTH[dtype], 2 * rotary.half_tile(d))
+    like = "forward" if kernel == "raw" else kernel
+    constants |= blocks("attention_flow", like, chip, WIDTH[dtype], 2 * rotary.half_tile(d))
     return Launch(getattr(attention_flow, f"attention_flow_{kernel}_kernel"), types, constants)
 
 

@@ -8,10 +8,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import starflow_kernels
 from starflow_kernels import AffineSpec
 from starflow_kernels._core.numerics import apply_rotary
+
+from .runner import Skip
 
 SPEC = AffineSpec("softplus", 4.0)
 
@@ -105,7 +108,13 @@ def causal_attention(shape, dtype, device) -> Case:
         )
         return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2),)
 
-    peers = {"torch's choice after rotary": sdpa}
+    def by_cudnn(tensors):
+        if not tensors[0].is_cuda:
+            raise Skip("cuDNN runs on CUDA")
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return sdpa(tensors)
+
+    peers = {"torch's choice after rotary": sdpa, "cuDNN after rotary": by_cudnn}
     moved, operations = _bytes(tensors, tensors[0]), 2 * B * H * T * T * d
     return Case("causal_attention", shape, tensors, 3, run, moved, operations, 2.5, peers)
 

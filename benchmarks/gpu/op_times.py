@@ -51,5 +51,5 @@ def time_op(
                 return {"seconds": bench.seconds(run), "peak_bytes": bench.peak_memory(run)}
 
             result, value = attempt(measure)
-            timings = value if result == "passed" else {"failed": value}
+            timings = value if result == "passed" else {result: value}
             yield {**row, "code": name, "floor_seconds": floor, **timings}

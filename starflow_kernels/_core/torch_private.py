@@ -17,6 +17,8 @@ __all__ = [
     "apply_outside_transforms",
     "below_autograd",
     "constant_in_graphs",
+    "cudnn_attention",
+    "cudnn_attention_backward",
     "disable_autocast",
     "flash_attention_backward_cpu",
     "flash_attention_backward_cuda",
@@ -51,6 +53,8 @@ flash_attention_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_attention_backward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 flash_attention_cuda = torch.ops.aten._flash_attention_forward
 flash_attention_backward_cuda = torch.ops.aten._flash_attention_backward
+cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+cudnn_attention_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
 
 def apply_outside_transforms(function: type[torch.autograd.Function], *args):

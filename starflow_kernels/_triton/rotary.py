@@ -70,7 +70,7 @@ def store_pair(
         tl.store(pointers, second, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H",))
 def apply_rotary_kernel(
     x, cos, sin, rotated, T, H, q_row, q_token, q_head,
     HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
@@ -84,7 +84,7 @@ def apply_rotary_kernel(
     store_pair(target, H * HEAD, cos, sin, start, T, first, second, HEAD, HALF, "none", BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H",))
 def undo_rotary_kernel(
     rotated, cos, sin, x, T, H,
     HEAD: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,

@@ -65,7 +65,7 @@ def affine_flow_forward_kernel(
         tl.store(logdet + offsets, 0.0 - log_sigma, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("chunks",))
 def logdet_sum_kernel(partial, logdet, chunks, factor, BLOCK: tl.constexpr):
     """Store factor times the sum of a row's partial sums."""
     row = tl.program_id(0).to(tl.int64)

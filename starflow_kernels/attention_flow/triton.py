@@ -101,7 +101,7 @@ def _raw(
     return soft_clipped(a, clip, CLIPPED, EXACT), soft_clipped(b, clip, CLIPPED, EXACT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "group", "window"))
 def attention_flow_forward_kernel(
     x, q, k, v, cos, sin, weight, bias, z, logdet, lse, T, H, group, D, window, factor, clip,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
@@ -135,7 +135,7 @@ def attention_flow_forward_kernel(
         tl.store(logdet + offsets, 0.0 - log_sigma, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "group", "window"))
 def attention_flow_raw_kernel(
     q, k, v, weight, bias, out, z, grad_z, grad_logdet, grad_x, grad_raw,
     T, H, group, D, window, factor, clip, share,
@@ -185,7 +185,7 @@ def attention_flow_raw_kernel(
         tl.store(pointers - D, g_a, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "group", "window"))
 def attention_flow_queries_kernel(
     q, k, v, cos, sin, weight, out, grad_raw, grad_lse, lse, delta, grad_q, T, H, group, P, window, factor, scale,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
@@ -227,7 +227,7 @@ def attention_flow_queries_kernel(
     store_pair(target, H * HEAD, cos, sin, query, T, dq1 * scale, dq2 * scale, HEAD, HALF, ROTARY, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "group", "window"))
 def attention_flow_keys_kernel(
     q, k, v, cos, sin, weight, grad_raw, lse, delta, grad_k, grad_v, T, H, group, P, window, factor, scale,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,

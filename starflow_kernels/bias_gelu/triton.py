@@ -29,7 +29,7 @@ def _load_with_bias(x, bias, row, c, N, C, BIAS: tl.constexpr):
     return offsets, inside, y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N",))
 def bias_gelu_forward_kernel(x, bias, out, N, C, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Store y Phi(y) of a tile, y = x + bias."""
     columns = tl.cdiv(C, BLOCK)
@@ -39,7 +39,7 @@ def bias_gelu_forward_kernel(x, bias, out, N, C, BIAS: tl.constexpr, ROWS: tl.co
     tl.store(out + offsets, 0.5 * y * (1 + tl.erf(y * SQRT_HALF)), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N", "programs"))
 def bias_gelu_backward_kernel(
     x, bias, grad, grad_x, partial, N, C, programs, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):

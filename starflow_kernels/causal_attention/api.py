@@ -14,7 +14,7 @@ from .._core.numerics import accumulation_dtype
 from .._core.registration import call, define, differentiable
 from .._triton import runtime
 from ..spec import Rotary, check_choice
-from . import flash, native, reference, sdpa, timings
+from . import cudnn, flash, native, reference, sdpa, timings
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str rotary, int window, float temperature"
 
@@ -26,6 +26,10 @@ def _fake(q: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]
 
 define("causal_attention", ARGUMENTS, "(Tensor, Tensor)", fake=_fake, reference=reference.causal_attention)
 differentiable("causal_attention", ARGUMENTS, 3, reference.causal_attention_backward)
+register("causal_attention", "cudnn", cudnn.causal_attention, cudnn.refuse, cudnn.unavailable)
+register(
+    "causal_attention_backward", "cudnn", cudnn.causal_attention_backward, cudnn.refuse_backward, cudnn.unavailable
+)
 register("causal_attention", "sdpa", sdpa.causal_attention, sdpa.refuse)
 register("causal_attention_backward", "sdpa", sdpa.causal_attention_backward, sdpa.refuse_backward)
 register("causal_attention", "flash", flash.causal_attention, flash.refuse, flash.unavailable)

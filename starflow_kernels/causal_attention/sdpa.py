@@ -26,14 +26,19 @@ def refuse(q, k, v, cos, sin, rotary, window, temperature) -> str | None:
     return refuse_heads(q)
 
 
-def refuse_backward(grads, outputs, *args) -> str | None:
-    """Return why torch's backward kernels cannot take these arguments, or None."""
+def refuse_gradient(grads, q) -> str | None:
+    """Return why a fused kernel of torch cannot give this gradient with the same bits each time, or None."""
     if grads[1] is not None:
         return "it has no gradient of the log-sum-exp"
     fixed = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    if args[0].is_cuda and not fixed:
+    if q.is_cuda and not fixed:
         return "torch adds dQ in no fixed order unless torch.use_deterministic_algorithms(True) is set"
-    return refuse(*args)
+    return None
+
+
+def refuse_backward(grads, outputs, *args) -> str | None:
+    """Return why torch's backward kernels cannot take these arguments, or None."""
+    return refuse_gradient(grads, args[0]) or refuse(*args)
 
 
 def _heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:

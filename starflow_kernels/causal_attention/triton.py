@@ -114,7 +114,7 @@ def attend(
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "group", "window"))
 def causal_attention_forward_kernel(
     q, k, v, cos, sin, out, lse, T, H, group, window, factor,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
@@ -144,7 +144,7 @@ def causal_attention_forward_kernel(
     tl.store(lse + (row * H + head) * T + queries, (top + tl.log2(total)) * LN_2, queries < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "window"))
 def causal_attention_delta_kernel(
     out, grad_out, grad_lse, delta, T, H, window, g_row, g_token, g_head,
     HAS_LSE: tl.constexpr, WINDOW: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -193,7 +193,7 @@ def add_to_keys(
     return dk1, dk2, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "group", "window"))
 def causal_attention_keys_kernel(
     q, k, v, cos, sin, grad_out, lse, delta, grad_k, grad_v, T, H, group, window, factor, scale,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, g_row, g_token, g_head,
@@ -254,7 +254,7 @@ def add_to_queries(
     return dq1, dq2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "group", "window"))
 def causal_attention_queries_kernel(
     q, k, v, cos, sin, grad_out, lse, delta, grad_q, T, H, group, window, factor, scale,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, g_row, g_token, g_head,

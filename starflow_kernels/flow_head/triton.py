@@ -122,7 +122,7 @@ def target_tokens(source, T, SHIFT: tl.constexpr, FLIP: tl.constexpr):
     return known, T - 1 - token if FLIP else token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T",))
 def flow_head_forward_kernel(
     x, h, weight, bias, norm_weight, z, logdet, T, C, D, clip,
     SCALE: tl.constexpr, CLIPPED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,

@@ -39,7 +39,7 @@ def _factor(weight, c, C, KIND: tl.constexpr):
     return (w if KIND == "layer_norm" else 1 + w)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N",))
 def residual_norm_forward_kernel(
     x, update, weight, bias, total, normed, N, C, eps,
     KIND: tl.constexpr, UPDATE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
@@ -63,7 +63,7 @@ def residual_norm_forward_kernel(
     tl.store(normed + offsets, y, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N", "programs"))
 def residual_norm_backward_kernel(
     total, weight, grad_total, grad_normed, grad_x, partial, N, C, eps, programs,
     KIND: tl.constexpr, HAS_TOTAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,

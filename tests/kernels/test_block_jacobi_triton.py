@@ -59,10 +59,11 @@ def test_guidance_and_temperature(name, rule):
 
 
 def test_more_keys_than_a_split_and_more_tokens_than_a_tile(monkeypatch):
-    from starflow_kernels.block.triton import sequential
+    from starflow_kernels.block.triton import sequential, sizes
 
-    for name, size in {"SPLIT": 16, "BLOCK_S": 16, "PASS_ROWS": 6, "kept_sessions": sequential.Sessions()}.items():
-        monkeypatch.setattr(sequential, name, size)
+    monkeypatch.setattr(sequential, "kept_sessions", sequential.Sessions())
+    for name, size in {"SPLIT": 16, "BLOCK_S": 16, "PASS_ROWS": 6}.items():
+        monkeypatch.setattr(sizes, name, size)
     assert_agrees(*case("starflow-text", B=2, tokens=37, layers=1, coupling=2), Solver("jacobi", 18, tol=1e-6))
 
 

@@ -29,12 +29,12 @@ def test_drawn_calls(part):
 
 def test_given_tokens_take_no_steps(monkeypatch):
     """One row has fewer given tokens than the others, and passes of 2 slots fill the cache."""
-    from starflow_kernels.block.triton import sequential
+    from starflow_kernels.block.triton import sequential, sizes
 
     steps, known, B = [], torch.tensor([3, 5, 2]), 3
     z, w, spec, context = block(BLOCKS["starflow-text-flip-cond"], B=B, dtype=torch.float32)
     expected = block_inverse(z, w, spec, **context, data=z, known=known, backend="reference").x
-    monkeypatch.setattr(sequential, "PASS_ROWS", 6)
+    monkeypatch.setattr(sizes, "PASS_ROWS", 6)
     monkeypatch.setattr(sequential, "kept_sessions", sequential.Sessions())
 
     def launch(self, w, original=sequential.TritonSession.launch):

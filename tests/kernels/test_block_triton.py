@@ -64,25 +64,25 @@ def test_wide_tokens(name, token_dim, dtype):
 
 @pytest.mark.parametrize("name", ["starflow", "starflow-text"])
 def test_more_keys_than_a_split(name, monkeypatch):
-    from starflow_kernels.block.triton import sequential
+    from starflow_kernels.block.triton import sequential, sizes
 
-    monkeypatch.setattr(sequential, "SPLIT", 4)
-    monkeypatch.setattr(sequential, "BLOCK_S", 2)
-    monkeypatch.setattr(sequential, "PASS_ROWS", 6)
+    monkeypatch.setattr(sizes, "SPLIT", 4)
+    monkeypatch.setattr(sizes, "BLOCK_S", 2)
+    monkeypatch.setattr(sizes, "PASS_ROWS", 6)
     monkeypatch.setattr(sequential, "kept_sessions", sequential.Sessions())
     assert_inverse(BLOCKS[name], dtype=F32, tokens=9, layers=1)
 
 
 @pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
 def test_products_in_parts(dtype):
-    from starflow_kernels.block.triton import sequential
+    from starflow_kernels.block.triton import sizes
 
-    assert sequential.product_parts(300, 35, dtype.itemsize) > 2
+    assert sizes.product_parts(300, 35, dtype.itemsize) > 2
     assert_inverse(BLOCKS["starflow-text"], dtype=dtype, tokens=2, layers=1, channels=35, mlp_dim=300)
 
 
 def test_parts_of_a_product_fill_a_large_gpu_and_none_is_empty():
-    from starflow_kernels.block.triton.sequential import product_parts
+    from starflow_kernels.block.triton.sizes import product_parts
 
     # Programs of both products into the state.
     assert [96 * product_parts(width, 3072, 2) for width in (3072, 12288)] == [384, 384]
@@ -98,12 +98,13 @@ def test_programs_may_run_in_any_order(name, solver, monkeypatch):
     """The last program of a sum to arrive adds the parts, whichever it is."""
     from triton.runtime.interpreter import interpreter_builder
 
-    from starflow_kernels.block.triton import sequential
+    from starflow_kernels.block.triton import sequential, sizes
 
-    for size, value in {"SPLIT": 16, "BLOCK_S": 16, "kept_sessions": sequential.Sessions()}.items():
-        monkeypatch.setattr(sequential, size, value)
+    monkeypatch.setattr(sequential, "kept_sessions", sequential.Sessions())
+    for size, value in {"SPLIT": 16, "BLOCK_S": 16}.items():
+        monkeypatch.setattr(sizes, size, value)
     z, w, spec, context = block(BLOCKS[name], dtype=F32, tokens=18, layers=1, heads=1, kv_heads=1, mlp_dim=130)
-    assert sequential.product_parts(130, spec.channels, 4) == 3
+    assert sizes.product_parts(130, spec.channels, 4) == 3
 
     def run():
         return block_inverse(z, w, spec, **context, solver=solver, backend="triton").x
@@ -120,11 +121,11 @@ def test_programs_may_run_in_any_order(name, solver, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tarflow-flip", "tarflow-rms-clip", "tarflow-swiglu"])
 def test_norms_of_states_far_from_zero(name, monkeypatch):
-    from starflow_kernels.block.triton import sequential
+    from starflow_kernels.block.triton import sequential, sizes
 
     # A row has three tiles with statistics.
-    for size, value in {"TILES": 2, "kept_sessions": sequential.Sessions()}.items():
-        monkeypatch.setattr(sequential, size, value)
+    monkeypatch.setattr(sequential, "kept_sessions", sequential.Sessions())
+    monkeypatch.setattr(sizes, "TILES", 2)
     z, w, spec, context = block(BLOCKS[name], dtype=F32, tokens=2, layers=2, channels=70, heads=1, kv_heads=1)
     w["proj_in.bias"] += 30
     plain, found = (block_inverse(z, w, spec, **context, backend=b).x for b in ("reference", "triton"))
@@ -143,9 +144,9 @@ def test_weights_of_one_byte(name, dtype, quantize):
 @pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
 def test_every_value_of_a_byte(dtype):
     """The product with an identity matrix gives the values that the bits of fp8 or int8 stand for."""
-    from starflow_kernels.block.triton import sequential, step_kernels
+    from starflow_kernels.block.triton import sequential, sizes, step_kernels
 
-    config = sequential.config("product", dtype.itemsize, 16, 16)
+    config = sizes.config("product", dtype.itemsize, 16, 16)
     for stored, kind in ((torch.uint8, torch.float8_e4m3fn), (torch.int8, torch.int8)):
         bits = torch.arange(256).to(torch.uint8)
         bits[bits.view(kind).float().isnan()] = 0

@@ -11,13 +11,14 @@ from starflow_kernels import backends
 from starflow_kernels._core import compiled
 from starflow_kernels._triton import runtime
 
-from . import chip_arithmetic
+from . import chip_arithmetic, owners
 
-GPU = ("cuda", "flash", "persistent", "triton")
+GPU = ("cuda", "cudnn", "flash", "persistent", "triton")
 # Ops that are composed of others only on a GPU.
 COMPOSED_ON_GPU = ("block_forward", "block_params")
 if runtime.interpreted() and runtime.unavailable() is None:
     chip_arithmetic.install()
+    owners.install()
 needs_native = pytest.mark.skipif(compiled.native_unavailable() is not None, reason=str(compiled.native_unavailable()))
 
 

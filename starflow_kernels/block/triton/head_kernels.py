@@ -34,7 +34,7 @@ def _store_states(
         tl.store(h + branch_row * C + channel[None, :], value, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("samples", "stride"))
 def block_embed_kernel(
     x, weight, bias, table, cond, cond_stride, h, samples, stride, C, D,
     BRANCHES: tl.constexpr, TABLE: tl.constexpr, COND: tl.constexpr,
@@ -151,7 +151,7 @@ def _token(
     return add_product(value, load_weight(in_weight, channel, d, C, D), total)  # (BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("samples", "T", "prefix"))
 def block_head_kernel(
     h, residual, post, statistics, norm_weight, weight, bias, z, guidance, known_tokens, x, log_scales, h_in, in_weight,
     in_bias, table, cond, cond_stride, position, samples, T, prefix, C, D, clip,

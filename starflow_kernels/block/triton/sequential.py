@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Iterator
 
@@ -21,81 +20,12 @@ from ..._triton.runtime import refuse_tensors
 from ...spec import BlockSpec
 from ..cache_budget import cache_bytes
 from ..packing import refuse_rounding, refuse_spec
-from . import head_kernels, step_kernels
+from . import head_kernels, sizes, step_kernels
 from .sessions import Sessions, Shape, bucket, captured, current_stream, lend, loaded, sample
-from .tiles import PRODUCT_N
 from .weights import Model, models
 
-# Widest token that the head kernel computes as a whole; wider ones would spill registers.
-WHOLE_TOKEN = 128
-# Values per part of a wider token.
-TOKEN_PART = 64
 WIDEST_HEAD = 256
-# Tile sizes do not depend on the batch, so the bits of a row do not either.
-# Rows per tile.
-BLOCK_M = 16
-# Outputs per tile.
-BLOCK_N = PRODUCT_N.value
-# Programs that a product is split into at most, per tile of rows: three on each processor of an H200.
-PROGRAMS = 396
-# Most tiles per iteration over the statistics of a row; more would spill registers.
-TILES = 32
-# Keys per split of attention.
-SPLIT = 128
-# Most keys per iteration within a split.
-BLOCK_S = 64
-# Iterations whose keys and values are loaded ahead, with the current one.
-STAGES = 3
-# Rows of text or given tokens per pass of the network.
-PASS_ROWS = 1024
 kept_sessions = Sessions()
-
-
-def config(kernel: str, width: int, D: int, d: int, one_byte: bool = False) -> dict[str, int]:
-    """Return tile sizes and launch options of a kernel. benchmarks/gpu/triton_resources.py checks that none spills.
-
-    Args:
-        kernel: "qkv", "attend", "product", "up", "embed" or "head".
-        width: bytes per value of the network.
-        D: values per token.
-        d: values per head.
-        one_byte: whether weights are stored in one byte per value.
-    """
-    if kernel == "attend":
-        # An iteration takes at most 8 KiB of keys.
-        return {"BLOCK_S": min(BLOCK_S, max(16, 8192 // (tile(d) * width))), "STAGES": STAGES, "num_warps": 4}
-    narrow = width == 2
-    tiles = {"BLOCK_N": BLOCK_N, "BLOCK_K": 64 if narrow else 32, "num_warps": 4, "num_stages": 3 if narrow else 2}
-    if kernel == "qkv" and half_tile(d) > 64:
-        tiles |= {"num_stages": 2}
-    elif kernel == "qkv" and one_byte and narrow:
-        tiles |= {"num_stages": 4}
-    elif kernel == "product" or (kernel in ("qkv", "up") and (narrow or not one_byte)):
-        tiles |= {"BLOCK_K": 128, "num_stages": 4} if narrow else {"BLOCK_K": 64, "num_stages": 3}
-    elif kernel == "head" and (part := token_part(D)) >= 64:
-        tiles |= {"BLOCK_K": 16, "num_warps": 8 if narrow or part > 64 else 4, "num_stages": 2 if narrow else 1}
-        tiles |= {} if narrow or part <= 64 else {"BLOCK_N": 16}
-        tiles |= {"num_warps": 4 if narrow else 8} if part < D else {}
-    elif kernel == "embed":
-        tiles |= {"num_stages": 1}
-    unused = {"qkv": "BLOCK_N", "product": "BLOCK_N", "embed": "BLOCK_K"}.get(kernel)
-    return {name: value for name, value in tiles.items() if name != unused}
-
-
-def product_parts(width: int, channels: int, bytes_per_value: int, n: int = 1) -> int:
-    """Return the number of programs that share each sum over `width` values of a product with `channels` outputs.
-
-    It does not depend on the batch, so that the bits of a row do not either.
-
-    Args:
-        width: terms per sum.
-        channels: outputs.
-        bytes_per_value: of the network.
-        n: tokens of each sequence per step.
-    """
-    blocks = triton.cdiv(width, config("product", bytes_per_value, 0, 0)["BLOCK_K"])
-    tiles = triton.cdiv(channels, BLOCK_N) * triton.cdiv(n, BLOCK_M)
-    return triton.cdiv(blocks, triton.cdiv(blocks, max(1, PROGRAMS // tiles)))
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -108,62 +38,6 @@ def pdl(device: torch.device) -> bool:
     asked = os.environ.get("STARFLOW_PDL") != "0" and hasattr(tl.extra.cuda, "gdc_wait")
     asked = asked and device.type == "cuda" and torch.version.cuda is not None
     return asked and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def tile(n: int) -> int:
-    """Return the padded size of a token or a head."""
-    return max(16, triton.next_power_of_2(n))
-
-
-def token_part(D: int) -> int:
-    """Return the padded number of values of a token that the head kernel computes at a time, see WHOLE_TOKEN."""
-    return tile(D) if D <= WHOLE_TOKEN else TOKEN_PART
-
-
-def _pass_tokens(shape: Shape) -> int:
-    """Return the number of text or given tokens per row and pass."""
-    most = max(shape.prefix, shape.tokens if shape.fills else 0)
-    return max(1, min(most, PASS_ROWS // (shape.samples * shape.branches)))
-
-
-Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int = 1) -> Buffers:
-    """Return shape and dtype of every buffer of a session whose steps take n tokens of each sequence."""
-    rows, slots, wide = shape.samples * shape.branches, shape.prefix + shape.tokens, torch.float32
-    tokens, splits = rows * max(n, _pass_tokens(shape)), -(-slots // SPLIT)
-    cache = ((spec.layers, rows, spec.kv_heads, slots, spec.head_dim), dtype)
-    states = dict.fromkeys(("h_in", "h", "h_next", "residual"), ((tokens, spec.channels), wide))
-    noise = dict.fromkeys(("z", "x", "log_scales"), ((shape.samples, shape.tokens, spec.token_dim), wide))
-    angles = dict.fromkeys(("cos", "sin"), ((slots, spec.head_dim // 2), wide))
-    scores = dict.fromkeys(("split_max", "split_sum"), ((tokens, spec.heads, splits), wide))
-    widths = spec.heads * spec.head_dim, spec.mlp_dim, max(spec.text_dim, 1)
-
-    def sums(rows: int, n: int) -> int:
-        return rows * max(product_parts(width, spec.channels, dtype.itemsize, n) for width in widths)
-
-    tickets = max(tokens * spec.heads, triton.cdiv(tokens, BLOCK_M) * triton.cdiv(spec.channels, BLOCK_N))
-    return {
-        "k_cache": cache, "v_cache": cache, **states, **noise, **angles, **scores,
-        "split_out": ((tokens, spec.heads, splits, spec.head_dim), wide),
-        "q": ((tokens, spec.heads, spec.head_dim), wide),
-        "statistics": ((tokens, triton.cdiv(spec.channels, BLOCK_N), 2), wide),
-        "attended": ((tokens, spec.heads, spec.head_dim), dtype),
-        "hidden": ((tokens, spec.mlp_dim), dtype),
-        "partial": ((max(sums(rows * _pass_tokens(shape), 1), sums(rows * n, n)), spec.channels), wide),
-        "tickets": ((tickets,), torch.int32),
-        "guidance": ((shape.samples, shape.tokens), wide),
-        "known": ((shape.samples,), torch.int32),
-        "cond": ((rows, shape.cond, spec.channels), wide),
-        "scale": ((rows,), wide),
-        "position": ((max(2, rows),), torch.int32),
-    }  # fmt: skip
-
-
-def size_of(buffers: Buffers) -> int:
-    """Return the size of all buffers in bytes."""
-    return sum(math.prod(size) * kind.itemsize for size, kind in buffers.values())
 
 
 class TritonSession:
@@ -179,9 +53,9 @@ class TritonSession:
         n: tokens of each sequence per step.
     """
 
-    buffers = staticmethod(buffers)
+    buffers = staticmethod(sizes.buffers)
 
-    def __init__(self, model: Model, shape: Shape, device: torch.device, buffers: Buffers, n: int = 1):
+    def __init__(self, model: Model, shape: Shape, device: torch.device, buffers: sizes.Buffers, n: int = 1):
         self.spec, self.one_byte, self.shape, self.device = model.spec, model.one_byte, shape, device
         self.rows, self.n = shape.samples * shape.branches, n
         self.stream, self.names = current_stream(device), [*buffers]
@@ -190,15 +64,15 @@ class TritonSession:
         self.splits, self.pdl = self.split_out.shape[2], {"PDL": True, "launch_pdl": True} if pdl(device) else {}
         self.graph = None
         # Tiles per iteration over the statistics of a row.
-        self.tiles = min(TILES, triton.next_power_of_2(self.statistics.shape[1]))
+        self.tiles = min(sizes.TILES, triton.next_power_of_2(self.statistics.shape[1]))
 
     def _grid(self, rows: int, columns: int) -> tuple[int]:
         """Return the grid; programs that read the same weights are neighbours."""
-        return (triton.cdiv(rows, BLOCK_M) * columns,)
+        return (triton.cdiv(rows, sizes.BLOCK_M) * columns,)
 
     def _tiles(self, kernel: str) -> dict[str, int]:
-        sizes = self.hidden.element_size(), self.spec.token_dim, self.spec.head_dim
-        return {"BLOCK_M": BLOCK_M, **config(kernel, *sizes, self.one_byte), **self.pdl}
+        widths = self.hidden.element_size(), self.spec.token_dim, self.spec.head_dim
+        return {"BLOCK_M": sizes.BLOCK_M, **sizes.config(kernel, *widths, self.one_byte), **self.pdl}
 
     def _pair(self, w: dict, name: str) -> tuple:
         """Return the weight and bias under a name, None for one that does not exist."""
@@ -210,8 +84,8 @@ class TritonSession:
         step_kernels.block_attend_kernel[(self.rows * n * spec.heads * self.splits,)](
             self.q, self.k_cache[i], self.v_cache[i], self.position, self.split_out, self.split_max, self.split_sum,
             self.tickets, self.attended, n, self.k_cache.shape[3], self.splits, H=spec.heads, KV=spec.kv_heads,
-            HEAD=spec.head_dim, BLOCK_D=tile(spec.head_dim), SPLIT=SPLIT,
-            **config("attend", self.hidden.element_size(), spec.token_dim, spec.head_dim), **self.pdl,
+            HEAD=spec.head_dim, BLOCK_D=sizes.tile(spec.head_dim), SPLIT=sizes.SPLIT,
+            **sizes.config("attend", self.hidden.element_size(), spec.token_dim, spec.head_dim), **self.pdl,
         )  # fmt: skip
 
     def product(self, w: dict, name: str, x: torch.Tensor, h: torch.Tensor, n: int, stop=None, text=False) -> None:
@@ -227,8 +101,8 @@ class TritonSession:
             text: store the product in h.
         """
         spec, rows, (C, width) = self.spec, self.rows * n, w[f"{name}.weight"].shape
-        parts = product_parts(width, C, self.hidden.element_size(), 1 if stop is None else n)
-        step_kernels.block_product_kernel[self._grid(rows, triton.cdiv(C, BLOCK_N) * parts)](
+        parts = sizes.product_parts(width, C, self.hidden.element_size(), 1 if stop is None else n)
+        step_kernels.block_product_kernel[self._grid(rows, triton.cdiv(C, sizes.BLOCK_N) * parts)](
             x, *self._pair(w, name), h, h if text else self.residual, self.statistics, self.partial, self.tickets,
             w.get(f"{name}.weight.scale"), self.position, stop, rows, n, C, width, PARTS=parts, BIAS=spec.bias or text,
             POST=spec.post_norm or text, DTYPE=triton_dtype(self.hidden.dtype), **self._tiles("product"),
@@ -264,7 +138,7 @@ class TritonSession:
             self.attend(i, n, stop)
             self.product(w, f"{layer}.proj", self.attended, h, n, stop)
             post = w.get(f"{layer}.attn_post_norm.weight")
-            step_kernels.block_up_kernel[self._grid(rows, triton.cdiv(width, BLOCK_N))](
+            step_kernels.block_up_kernel[self._grid(rows, triton.cdiv(width, sizes.BLOCK_N))](
                 h, h_next, self.residual, post, self.statistics, *self._pair(w, f"{layer}.mlp_norm"),
                 *self._pair(w, f"{layer}.up"), *self._pair(w, f"{layer}.gate"), self.hidden,
                 w.get(f"{layer}.up.weight.scale"), w.get(f"{layer}.gate.weight.scale"), self.position, stop, rows, n,
@@ -284,7 +158,7 @@ class TritonSession:
 
     def _embed_options(self) -> dict:
         options = {"BRANCHES": self.shape.branches, "TABLE": self.spec.positions > 0, "COND": self.shape.cond > 0}
-        return {**options, "BLOCK_D": token_part(self.spec.token_dim)}
+        return {**options, "BLOCK_D": sizes.token_part(self.spec.token_dim)}
 
     def launch(self, w: dict) -> None:
         """Launch one step."""
@@ -295,7 +169,7 @@ class TritonSession:
             self.log_scales, self.h_in, *self._embed_weights(w), self.position, shape.samples, shape.tokens,
             shape.prefix, spec.channels, spec.token_dim, spec.affine.soft_clip, SCALE=spec.affine.scale,
             CLIPPED=spec.affine.soft_clip > 0, POST=spec.post_norm, TILES=self.tiles, RULE=shape.rule,
-            NORM="rms_norm" if spec.final_norm else "none", START=spec.start, WHOLE=spec.token_dim <= WHOLE_TOKEN,
+            NORM="rms_norm" if spec.final_norm else "none", START=spec.start, WHOLE=spec.token_dim <= sizes.WHOLE_TOKEN,
             **self._embed_options(), **tiles,
         )  # fmt: skip
 
@@ -327,7 +201,7 @@ class TritonSession:
 
     def read(self, w: dict, prefix: torch.Tensor | None) -> None:
         """Fill the cache with the text `prefix`."""
-        shape, n = self.shape, _pass_tokens(self.shape)
+        shape, n = self.shape, sizes.pass_tokens(self.shape)
         if prefix is not None:
             text = prefix.new_zeros(shape.branches, shape.samples, *prefix.shape[2:])
             text[:, : prefix.shape[1]] = prefix
@@ -339,7 +213,7 @@ class TritonSession:
 
     def read_given(self, w: dict, filled: int) -> None:
         """Fill the first `filled` slots of the cache; their input tokens are in x."""
-        for first in range(0, filled, n := _pass_tokens(self.shape)):
+        for first in range(0, filled, n := sizes.pass_tokens(self.shape)):
             count = min(n, filled - first)
             self.h_in[: self.rows * count] = self._embedded(w, first, count)
             self.position.fill_(self.shape.prefix + first)
@@ -371,7 +245,7 @@ class TritonSession:
                 self.h_in[: self.rows] = self._embedded(w, filled, 1)
             return
         tokens, stride = (w["start"], 0) if spec.start else (self.x, shape.tokens * spec.token_dim)
-        head_kernels.block_embed_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, BLOCK_N))](
+        head_kernels.block_embed_kernel[self._grid(shape.samples, triton.cdiv(spec.channels, sizes.BLOCK_N))](
             tokens, *self._embed_weights(w), self.h_in, shape.samples, stride, spec.channels, spec.token_dim,
             **self._embed_options(), **self._tiles("embed"),
         )  # fmt: skip
@@ -460,7 +334,7 @@ def loaded_sessions(
     shape = Shape(B, T, 0 if prefix is None else prefix.shape[1], 1 if guidance is None else 2, slots, rule, filled > 0)
     budget, w = _budget(z.device), model.read(weights)
 
-    def needed(part: Shape) -> Buffers:
+    def needed(part: Shape) -> sizes.Buffers:
         return kind.buffers(spec, model.dtype, part, n, *options)
 
     def session(part: Shape) -> Running:
@@ -469,10 +343,10 @@ def loaded_sessions(
         def opened():
             return kind(model, part, z.device, layout, n, *options)
 
-        return Running(kept_sessions.get(model, key, size_of(layout), budget, opened), w, filled)
+        return Running(kept_sessions.get(model, key, sizes.size_of(layout), budget, opened), w, filled)
 
     def size(part: Shape) -> int:
-        return size_of(needed(part._replace(samples=bucket(part.samples))))
+        return sizes.size_of(needed(part._replace(samples=bucket(part.samples))))
 
     return loaded(z.flip(1) if spec.flip else z, context, shape, temperature, size, budget, session)
 

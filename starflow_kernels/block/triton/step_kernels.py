@@ -38,7 +38,7 @@ GELU_CUBIC = tl.constexpr(0.044715)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "slots"), do_not_specialize_on_alignment=("n",))
 def block_qkv_kernel(
     h, h_next, residual, post, statistics, norm_weight, norm_bias, weight, bias, head_norms, cos, sin, scale,
     position, q, k_cache, v_cache, weight_scale, stop, rows, n, C, slots,
@@ -131,7 +131,7 @@ def _add_to_softmax(best, weight, value, score, share, part):
     return highest, weight * kept + tl.sum(p * share, 0), value * kept + tl.sum(p[:, None] * part, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("slots", "splits"), do_not_specialize_on_alignment=("n",))
 def block_attend_kernel(
     q, k_cache, v_cache, position, split_out, split_max, split_sum, tickets, attended, n, slots, splits,
     H: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr,
@@ -182,7 +182,7 @@ def block_attend_kernel(
             tl.store(attended + (row * H + head) * HEAD + i, value / weight, i < HEAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("n",))
 def block_up_kernel(
     h, h_next, residual, post, statistics, norm_weight, norm_bias, weight, bias, gate, gate_bias, hidden,
     weight_scale, gate_scale, position, stop, rows, n, C, width,
@@ -233,7 +233,7 @@ def block_up_kernel(
     tl.store(hidden + offsets, up, (row < rows)[:, None] & (out < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("n",))
 def block_product_kernel(
     x, weight, bias, h, residual, statistics, partial, tickets, weight_scale, position, stop, rows, n, C, width,
     PARTS: tl.constexpr, BIAS: tl.constexpr, POST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -15,7 +15,7 @@ from .wide_newton_kernels import wide_newton_step
 INFINITY = tl.constexpr(float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("samples", "rows", "n", "T", "prefix"))
 def block_sweep_embed_kernel(
     x, start, weight, bias, table, cond, cond_stride, h, position, stop, samples, rows, n, T, prefix, C, D,
     START: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -49,7 +49,7 @@ def block_sweep_embed_kernel(
     tl.store(h + row[:, None] * C + channel[None, :], total, known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n", "slots", "splits"))
 def block_sweep_attend_kernel(
     q, k_cache, v_cache, position, stop, split_out, split_max, split_sum, tickets, attended, n, slots, splits,
     H: tl.constexpr, KV: tl.constexpr, HEAD: tl.constexpr,
@@ -117,7 +117,7 @@ def block_sweep_attend_kernel(
             tl.store(attended + q_offsets, value, inside[:, None] & (i < HEAD)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("samples", "n", "T", "prefix"))
 def block_sweep_head_kernel(
     h, residual, post, statistics, norm_weight, weight, bias, z, guidance, x, y, log_scales, spread, log_sigma,
     change, move, size, position, stop, samples, n, T, prefix, C, D, clip,
@@ -167,7 +167,7 @@ def block_sweep_head_kernel(
     tl.store(size + row, largest, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("samples", "n", "T", "prefix", "inputs"))
 def block_sweep_settle_kernel(
     x, y, spread, log_sigma, change, move, size, bound, tol, done, single, passes, fallbacks, failed, sweeps,
     solve_residual, position, stop, learned, moves, outputs, gram, cross, model, system, solution, weights,

@@ -12,7 +12,7 @@ import triton
 from ..._core.numerics import DIVERGED
 from ...spec import BlockSpec
 from ..progress import report
-from . import sequential, sweep_kernels
+from . import sequential, sizes, sweep_kernels
 from .sessions import Shape, replay_until_done
 from .weights import models
 
@@ -44,7 +44,7 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int, window: i
     """Return shape and dtype of every buffer of a session, for steps of n tokens and for the state of the sweeps."""
     samples, T, D, wide = shape.samples, shape.tokens, spec.token_dim, torch.float32
     counters = ("done", "single", "passes", "fallbacks", "failed")
-    layout = sequential.buffers(spec, dtype, shape, n) | dict.fromkeys(counters, ((samples,), torch.int32))
+    layout = sizes.buffers(spec, dtype, shape, n) | dict.fromkeys(counters, ((samples,), torch.int32))
     layout |= {"stop": ((samples * shape.branches,), torch.int32), "sweeps": ((samples, T), torch.int32)}
     layout |= dict.fromkeys(("solve_residual", "bound"), ((samples,), wide)) | {"tol": ((1,), wide)}
     layout |= dict.fromkeys(("change", "move", "size"), ((samples * n,), wide))
@@ -64,7 +64,7 @@ def buffers(spec: BlockSpec, dtype: torch.dtype, shape: Shape, n: int, window: i
 def model_sizes(inputs: int, D: int) -> tuple[int, int]:
     """Return the padded numbers of inputs and of values per token of the linear model."""
     if inputs <= MOST_INPUTS:
-        return sequential.tile(inputs), sequential.tile(D)
+        return sizes.tile(inputs), sizes.tile(D)
     return -(-inputs // MODEL_TILE) * MODEL_TILE, -(-D // MODEL_TILE) * MODEL_TILE
 
 
@@ -73,8 +73,8 @@ def model_options(inputs: int, D: int) -> dict[str, int]:
     side, width = model_sizes(inputs, D)
     wide = inputs > MOST_INPUTS
     return {
-        "BLOCK_D": sequential.tile(D) if inputs else min(sequential.tile(D), WIDEST_TILE),
-        "BLOCK_I": sequential.tile(inputs), "SIDE": side if wide else 0, "WIDTH": width if wide else 0,
+        "BLOCK_D": sizes.tile(D) if inputs else min(sizes.tile(D), WIDEST_TILE),
+        "BLOCK_I": sizes.tile(inputs), "SIDE": side if wide else 0, "WIDTH": width if wide else 0,
         "TILE": MODEL_TILE if wide else 0, "num_warps": 8 if wide else settle_warps(inputs, D),
     }  # fmt: skip
 
@@ -103,18 +103,18 @@ class JacobiSession(sequential.TritonSession):
         if stop is None:
             return super().attend(i, n, stop)
         spec = self.spec
-        tiles = n // sequential.BLOCK_M
+        tiles = n // sizes.BLOCK_M
         sweep_kernels.block_sweep_attend_kernel[(self.rows * tiles * spec.heads * self.splits,)](
             self.q, self.k_cache[i], self.v_cache[i], self.position, stop, self.split_out, self.split_max,
             self.split_sum, self.tickets, self.attended, n, self.k_cache.shape[3], self.splits, H=spec.heads,
-            KV=spec.kv_heads, HEAD=spec.head_dim, BLOCK_D=sequential.tile(spec.head_dim), SPLIT=sequential.SPLIT,
+            KV=spec.kv_heads, HEAD=spec.head_dim, BLOCK_D=sizes.tile(spec.head_dim), SPLIT=sizes.SPLIT,
             **self._own("attend"),
         )  # fmt: skip
 
     def _own(self, kernel: str) -> dict[str, int]:
         """Return the tile sizes of a kernel that only sweeps use."""
-        sizes = self.hidden.element_size(), self.spec.token_dim, self.spec.head_dim
-        return {"BLOCK_M": sequential.BLOCK_M, **config(kernel, *sizes)}
+        widths = self.hidden.element_size(), self.spec.token_dim, self.spec.head_dim
+        return {"BLOCK_M": sizes.BLOCK_M, **config(kernel, *widths)}
 
     def launch(self, w: dict) -> None:
         """Launch the sweeps of one replay."""
@@ -124,8 +124,8 @@ class JacobiSession(sequential.TritonSession):
     def sweep(self, w: dict) -> None:
         """Launch one sweep."""
         spec, shape, n, C, D = self.spec, self.shape, self.n, self.spec.channels, self.spec.token_dim
-        rows, tile = self.rows * n, sequential.tile(D)
-        sweep_kernels.block_sweep_embed_kernel[self._grid(rows, triton.cdiv(C, sequential.BLOCK_N))](
+        rows, tile = self.rows * n, sizes.tile(D)
+        sweep_kernels.block_sweep_embed_kernel[self._grid(rows, triton.cdiv(C, sizes.BLOCK_N))](
             self.x, w.get("start"), *self._embed_weights(w), self.h_in, self.position, self.stop, shape.samples, rows,
             n, shape.tokens, shape.prefix, C, D, START=spec.start, BLOCK_D=min(tile, WIDEST_TILE),
             **self._own("embed"),
@@ -133,7 +133,7 @@ class JacobiSession(sequential.TritonSession):
         h = self.layers(w, n, self.stop)
         inputs = 0 if self.offsets is None else len(self.offsets) * D
         spread, log_sigma, *learned = (getattr(self, name, None) for name in NEWTON)
-        sweep_kernels.block_sweep_head_kernel[(triton.cdiv(shape.samples * n, sequential.BLOCK_M),)](
+        sweep_kernels.block_sweep_head_kernel[(triton.cdiv(shape.samples * n, sizes.BLOCK_M),)](
             h, self.residual, w.get(f"layers.{spec.layers - 1}.mlp_post_norm.weight"), self.statistics,
             w.get("final_norm.weight"), *self._pair(w, "proj_out"), self.z, self.guidance, self.x, self.y,
             self.log_scales, spread, log_sigma, self.change, self.move, self.size, self.position, self.stop,
@@ -147,7 +147,7 @@ class JacobiSession(sequential.TritonSession):
             self.single, self.passes, self.fallbacks, self.failed, self.sweeps, self.solve_residual, self.position,
             self.stop, *learned, self.offsets, shape.samples, n, shape.tokens, shape.prefix, D, inputs,
             WINDOW=self.window, SLIDE=self.slide, START=spec.start, BRANCHES=shape.branches,
-            BLOCK_W=triton.next_power_of_2(n), BLOCK_M=sequential.BLOCK_M, **model_options(inputs, D),
+            BLOCK_W=triton.next_power_of_2(n), BLOCK_M=sizes.BLOCK_M, **model_options(inputs, D),
         )  # fmt: skip
 
     def begin(self, w: dict, prefix: torch.Tensor | None, filled: int = 0) -> None:
@@ -194,14 +194,14 @@ class JacobiSession(sequential.TritonSession):
 
 
 def config(kernel: str, width: int, D: int, d: int) -> dict[str, int]:
-    """Return the tile sizes of a kernel of a sweep; the arguments are those of `sequential.config`."""
+    """Return the tile sizes of a kernel of a sweep; the arguments are those of `sizes.config`."""
     if kernel == "attend":
         small = {"BLOCK_S": 16, "num_warps": 8, "num_stages": 2}
         return small if width == 4 else {"BLOCK_S": 32, "num_warps": 4, "num_stages": 2}
     if kernel == "head":
-        tiles = {"BLOCK_D": min(sequential.tile(D), 64), "BLOCK_K": 16 if width == 4 else 32, "num_warps": 4}
+        tiles = {"BLOCK_D": min(sizes.tile(D), 64), "BLOCK_K": 16 if width == 4 else 32, "num_warps": 4}
         return {**tiles, "num_stages": 2 if width == 2 and D < 64 else 1}
-    return sequential.config(kernel, width, D, d)
+    return sizes.config(kernel, width, D, d)
 
 
 def settle_warps(inputs: int, D: int) -> int:
@@ -229,7 +229,7 @@ def block_jacobi(
     if not B:
         return x, log_sigma, sweeps, counts, residual
     # Pad the window to whole tiles, since a tile holds tokens of one sample only.
-    n, options = -(-window // sequential.BLOCK_M) * sequential.BLOCK_M, (window, slide, tuple(neighbours))
+    n, options = -(-window // sizes.BLOCK_M) * sizes.BLOCK_M, (window, slide, tuple(neighbours))
     guess = guess.flip(1) if spec.flip else guess
     first = 0 if spec.start else 1
     filled = 0 if known is None else max(0, min(int(known.max()), T) - first)
