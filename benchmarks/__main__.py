@@ -47,6 +47,7 @@ SCIENCE = {
     "posterior_sampling": "cpu.posterior_sampling",
     "boltzmann_wells": "science.boltzmann --systems 'double wells'",
     "boltzmann_lennard_jones": "science.boltzmann --systems Lennard-Jones",
+    "image_density": "science.image_density",
     "posteriors": "science.posteriors",
     "sbi_estimators": "science.sbi_estimators",
 }

@@ -10,6 +10,7 @@ released code concatenates.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -69,7 +70,7 @@ class EagerBlock:
             grouped = self.spec.heads != self.spec.kv_heads
             return F.scaled_dot_product_attention(q.transpose(1, 2), *seen, mask, enable_gqa=grouped).transpose(1, 2)
 
-        return attention
+        return lambda layer: functools.partial(attention, layer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,14 @@ def step(
         cache[0, i, :, :, -1], cache[1, i, :, :, -1] = k[:, 0], v[:, 0]
         return F.scaled_dot_product_attention(q.transpose(1, 2), cache[0, i], cache[1, i]).transpose(1, 2)
 
-    h = layers(embed(token, w, cond, position), w, spec, None, attend, fused=FusedOps(add_norm=add_norm))
+    h = layers(
+        embed(token, w, cond, position),
+        w,
+        spec,
+        None,
+        lambda i: functools.partial(attend, i),
+        fused=FusedOps(add_norm=add_norm),
+    )
     return affine_flow_inverse(z, raw_params(h, w, spec), None, spec.affine.scale, spec.affine.soft_clip, "tarflow")
 
 

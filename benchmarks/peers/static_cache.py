@@ -7,6 +7,7 @@ the products, the norms and the attention.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -84,7 +85,7 @@ class PlainDecoder:
             out = scores.softmax(-1, dtype=wide).to(q.dtype) @ values
             return (out.flatten(1, 2) if groups > 1 else out).transpose(1, 2)
 
-        return layers(h, self.w, spec, None, attend, fused=FusedOps(add_norm=add_norm))
+        return layers(h, self.w, spec, None, lambda i: functools.partial(attend, i), fused=FusedOps(add_norm=add_norm))
 
     def step(self) -> None:
         """Solve one token of every sample."""
