@@ -15,4 +15,4 @@ for name in ("nms", "qnms"):
     torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 PYTHON
 fi
-PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}" python -m pytest -q tests/evaluation/test_torch_fidelity.py "$@"
+PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}" python -m pytest -q tests/evaluation/test_torch_fidelity.py tests/docs/test_recipes.py "$@"

@@ -251,8 +251,8 @@ def load_latents(folder: Path, size: int) -> tuple[LatentSet, LatentSet]:
     def split(kind: str) -> LatentSet:
         files = CacheFiles(folder, kind, index.counts[kind], index.rows_per_file)
         if not files.count:
-            none = torch.empty(0, 0, dtype=torch.int64, device="cpu")
-            return LatentSet(files, none[:, 0], none, index.classes, texts)
+            labels, captions = (torch.empty(shape, dtype=torch.int64, device="cpu") for shape in ((0,), (0, 0)))
+            return LatentSet(files, labels, captions, index.classes, texts)
         return LatentSet(files, files.column("labels"), files.column("captions"), index.classes, texts)
 
     return tuple(split(kind) for kind in SPLITS)

@@ -10,15 +10,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.pages import blocks, commands
 
 from benchmarks import tables
-from starflow import Flow
 from starflow.cli import parser
 
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
 PAGES = [*READMES, *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("starflow_kernels/*/README.md"))]
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?:\]\(|href=\")([^)\s\"]+)")
 # Libraries that an example needs beside this one.
 ADAPTED = re.compile(r"(?:starflow_kernels\.adapters\.|^import )(zuko|nflows|normflows|pyro|sbi)\b", re.MULTILINE)
@@ -31,34 +30,7 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """Line number and text of each fenced block of a language."""
-    text = page.read_text()
-    return [(text[: m.start()].count("\n") + 2, m[2]) for m in FENCE.finditer(text) if m[1] == language]
-
-
-def commands(page: Path) -> list[str]:
-    """Command lines of a page, continuation lines joined."""
-    lines = "\n".join(text for _, text in blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
-
-
 COMMANDS = [pytest.param(line, id=f"{name(page)}: {line}") for page in PAGES for line in commands(page)]
-
-
-@pytest.fixture(scope="session")
-def stand_ins(tmp_path_factory) -> Path:
-    """Folders by the names that the pages use for large downloads, with small random parts of the same classes."""
-    pytest.importorskip("diffusers", reason="pipelines need diffusers")
-    from support import components
-
-    folder = tmp_path_factory.mktemp("stand_ins")
-    components.save(folder / "my-starflow")
-    Flow.save_pretrained(components.flow_model(), folder / "converted")
-    components.vae().save_pretrained(folder / "sd-vae-ft-ema")
-    for part in (components.text_encoder(), components.tokenizer()):
-        part.save_pretrained(folder / "flan-t5-xl")
-    return folder
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
