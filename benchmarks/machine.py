@@ -7,6 +7,7 @@ import datetime
 import functools
 import mmap
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -143,3 +144,20 @@ if __name__ == "__main__":
     for size in (2**18, 2**20, 2**22, 2**24, 2**26, 2**28):
         read, copy = read_bandwidth(size) / 1e9, copy_bandwidth(size) / 1e9
         print(f"{size / 2**20:8.2f} MiB: read {read:6.1f}, copy {copy:6.1f} GB/s")
+
+
+def reset_peak() -> int:
+    """Return the memory of this process in bytes, which `peak_bytes` then starts from."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Return the largest memory of this process since `reset_peak`."""
+    return _memory("VmHWM")
+
+
+def _memory(name: str) -> int:
+    # getrusage would also count what the parent had used before it started this process.
+    (kilobytes,) = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes)

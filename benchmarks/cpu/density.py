@@ -1,9 +1,10 @@
-"""Density pass and training step on the CPU against the released TarFlow: same weights, same images, one process.
+"""Density pass and training step on the CPU against the released TarFlow: same weights, same images.
 
     python -m benchmarks.cpu.density --peer DIR --json benchmarks/results/density_cpu.json
 
 `DIR` holds transformer_flow.py of github.com/apple/ml-tarflow. The model is the 32x32x3 one of benchmarks.cpu.sampling.
 The floor is operations / peak, measured in the same run; a training step does three times those of a density pass.
+Times are those of one process that takes turns. Peak memory is measured in a process per code and pass.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 from starflow import Flow
 from starflow_kernels.accelerate.upstream.structure import read
 
-from ..command import benchmark
-from ..machine import peak_flops
+from ..command import benchmark, in_fresh_process
+from ..machine import peak_bytes, peak_flops, reset_peak
 from ..peers.released import load_peer, timed
 from ..training_step import CONFIG, own_loss, trainer
 
@@ -49,27 +50,49 @@ def operations(batch: int) -> int:
     return batch * 4 * (4 * layer + 2 * T * (D + 2 * D) * C)
 
 
+def density(module, loss, images):
+    """Return a function that takes one density pass."""
+
+    def run() -> None:
+        with torch.no_grad():
+            loss(module, images)
+
+    return run
+
+
+# Name -> maker of a function, and how many times the operations of a density pass it takes.
+PASSES = {"density pass": (density, 1), "training step": (trainer, 3)}
+
+
+def codes(peer) -> dict:
+    """Return the model and the loss of both codes."""
+    model, flow = make(peer)
+    return {"released": (model, released_loss), "ours": (flow, own_loss)}
+
+
+def memory(folder: Path, name: str, code: str, batch: int, threads: int) -> int:
+    """Return the peak memory of a pass beyond that of images, model and loaded libraries, in this process."""
+    torch.set_num_threads(threads)
+    make_run, small = PASSES[name][0], torch.randn(1, 3, 32, 32)
+    module, loss = codes(load_peer(folder))[code]
+    # The first pass loads libraries and packs weights.
+    density(module, loss, small)()
+    images = torch.randn(batch, 3, 32, 32)
+    before, run = reset_peak(), make_run(module, loss, images)
+    for _ in range(2):
+        run()
+    return peak_bytes() - before
+
+
 def measure(peer, batch: int, repeats: int) -> list[dict]:
     """Return the rows of the table: both passes of both codes, in turns."""
-    model, flow = make(peer)
-    images = torch.randn(batch, 3, 32, 32)
-    codes = {"released": (model, released_loss), "ours": (flow, own_loss)}
+    both, images = codes(peer), torch.randn(batch, 3, 32, 32)
     with torch.no_grad():
         exact = own_loss(make(peer)[1].double(), images.double()).item()
-        errors = {name: abs(loss(module, images).item() - exact) for name, (module, loss) in codes.items()}
-
-    def density(module, loss):
-        def run() -> None:
-            with torch.no_grad():
-                loss(module, images)
-
-        return run
-
+        errors = {name: abs(loss(module, images).item() - exact) for name, (module, loss) in both.items()}
     rows = []
-    for case, passes, runs in (
-        ("density pass", 1, {name: density(*code) for name, code in codes.items()}),
-        ("training step", 3, {name: trainer(*code, images) for name, code in codes.items()}),
-    ):
+    for case, (make_run, passes) in PASSES.items():
+        runs = {name: make_run(*code, images) for name, code in both.items()}
         for run in runs.values():
             run()
         seconds = {name: [] for name in runs}
@@ -98,7 +121,13 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def results(args: argparse.Namespace) -> dict:
-    return {"rows": measure(load_peer(args.peer), args.batch, args.repeats)}
+    rows = measure(load_peer(args.peer), args.batch, args.repeats)
+    for row, name in zip(rows, PASSES, strict=True):
+        row["megabytes"] = {
+            code: in_fresh_process(memory, args.peer, name, code, args.batch, args.threads) / 1e6
+            for code in row["milliseconds"]
+        }
+    return {"rows": rows}
 
 
 main = benchmark(__doc__, results, options)

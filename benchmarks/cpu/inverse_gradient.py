@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from starflow_kernels import BlockSpec, block_inverse
 
 from ..command import benchmark, in_fresh_process
+from ..machine import peak_bytes, reset_peak
 
 SPEC = BlockSpec(token_dim=8, channels=128, layers=4, heads=4, head_dim=32, kv_heads=4, mlp_dim=512, start=True)
 BATCH = 4
@@ -69,18 +70,13 @@ def inputs(tokens: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return z.requires_grad_(), {name: weight.requires_grad_() for name, weight in weights.items()}
 
 
-def peak_bytes() -> int:
-    """Return the largest memory that this process has used."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def measure(way: str, tokens: int, repeats: int, limit: int, threads: int) -> dict:
     """Return median seconds of both passes, peak memory beyond that at the start, and a digest of the gradients."""
     torch.set_num_threads(threads)
     z, w = inputs(tokens)
     WAYS[way](*inputs(2)).sum().backward()
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    before, seconds = peak_bytes(), {"forward": [], "backward": []}
+    before, seconds = reset_peak(), {"forward": [], "backward": []}
     for _ in range(repeats):
         start = time.perf_counter()
         x = WAYS[way](z, w)
