@@ -215,7 +215,7 @@ def test_a_font_without_colors_is_refused(font, tmp_path, kind):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "digits", "flip": True}, "flip goes with source 'emoji', not 'digits'"),
+        ({"source": "digits", "flip": True}, "flip goes with source 'emoji' or 'folder' .*, not 'digits'"),
         ({"source": "emoji", "backgrounds": ["no color"]}, "'no color' is no color"),
         ({"source": "emoji", "backgrounds": []}, "at least one color"),
         ({"source": "emoji", "variants": 0}, "variants=0"),
