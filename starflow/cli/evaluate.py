@@ -146,12 +146,14 @@ def _likelihood(
         prior = torch.bincount(train.labels, minlength=flow.config.num_classes).double() / len(train)
     draws = args.importance or args.draws or DRAWS
     scores = score(flow, images, draws, args.batch_size or BATCH, args.seed, prior)
-    results = {"likelihood": dataclasses.asdict(scores.uniform())}
-    line = "{bits_per_dim:.4f} +- {standard_error:.4f} ({images} images)"
-    print("bits/dim " + line.format(**results["likelihood"]))
+    bounds = {"likelihood": ("bits/dim", scores.uniform())}
     if args.importance:
-        results["importance_weighted"] = dataclasses.asdict(scores.importance_weighted())
-        print(f"bits/dim, importance-weighted over {draws} draws {line.format(**results['importance_weighted'])}")
+        name = f"bits/dim, importance-weighted over {draws} draws"
+        bounds["importance_weighted"] = name, scores.importance_weighted()
+    for name, bound in bounds.values():
+        error = "" if bound.standard_error is None else f" +- {bound.standard_error:.4f}"
+        print(f"{name} {bound.bits_per_dim:.4f}{error} ({bound.images} image{'s' * (bound.images > 1)})")
+    results: dict[str, Any] = {name: dataclasses.asdict(bound) for name, (_, bound) in bounds.items()}
     if prior is None:
         return results
     print(f"accuracy as a classifier {100 * scores.accuracy():.2f} %")

@@ -90,8 +90,12 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         raise DataError(f"no {path}{hint}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {error}") from None
-    if not rows or not all(isinstance(row, dict) and "step" in row for row in rows):
+    if not any(name in row for row in rows if isinstance(row, dict) for name in CURVES):
         raise DataError(f"{path}: no metrics in it")
+    for number, row in enumerate(rows, 1):
+        named = isinstance(row, dict) and {name: row[name] for name in ("step", *CURVES) if name in row}
+        if not named or "step" not in named or not all(type(value) in (int, float) for value in named.values()):
+            raise DataError(f"{path}: entry {number} is no mapping of a step and metrics to numbers")
     return rows
 
 

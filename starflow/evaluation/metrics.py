@@ -26,13 +26,13 @@ class Likelihood:
 
     Args:
         bits_per_dim: mean bits per dimension.
-        standard_error: standard error of that mean over the images; NaN for a single image.
+        standard_error: standard error of that mean over the images; None for a single image.
         images: number of images.
         draws: draws of the dequantization noise per image.
     """
 
     bits_per_dim: float
-    standard_error: float
+    standard_error: float | None
     images: int
     draws: int
 
@@ -73,7 +73,7 @@ class Scores:
 
     def _bound(self, nats: torch.Tensor) -> Likelihood:
         bits = -nats / self.dims / math.log(2) + math.log2(self.levels / 2)
-        error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
+        error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else None
         return Likelihood(bits.mean().item(), error, *self.log_probs.shape)
 
 

@@ -19,6 +19,19 @@ from ..sampling.processes import PATIENCE, Processes
 Parallel = Literal["data", "fsdp"]
 
 
+def check_division(size: int, processes: int, accumulate: int) -> None:
+    """Raise ConfigError unless the rows of a batch can be divided evenly.
+
+    Args:
+        size: rows of the batch.
+        processes: number of processes.
+        accumulate: parts into which each process divides its rows.
+    """
+    if size % (processes * accumulate):
+        parts = f"{processes} process{'es' if processes > 1 else ''}"
+        raise ConfigError(f"a batch of {size} rows: {parts} times accumulate={accumulate} do not divide it")
+
+
 class Team:
     """Processes of a run: those of torchrun, or this one alone.
 
@@ -51,9 +64,7 @@ class Team:
         Raises:
             ConfigError: the rows cannot be divided evenly.
         """
-        if size % (self.count * accumulate):
-            parts = f"{self.count} process{'es' if self.count > 1 else ''}"
-            raise ConfigError(f"a batch of {size} rows: {parts} times accumulate={accumulate} do not divide it")
+        check_division(size, self.count, accumulate)
         each = size // self.count
         return slice(self.rank * each, (self.rank + 1) * each)
 

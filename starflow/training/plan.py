@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from typing import Any, Literal
 
 import torch
@@ -29,7 +28,7 @@ from ..models.block import FlowBlock
 from ..models.config import FlowConfig
 from ..models.flow import Flow
 from .flow import FlowRunConfig, FlowTrainingConfig
-from .parallel import Parallel
+from .parallel import Parallel, check_division
 from .work import block_flops, layer_values, rows_per_image
 
 Kernels = Literal["gpu", "native", "torch"]
@@ -40,6 +39,8 @@ SECONDS_PER_DAY = 86400
 USABLE = 0.92
 # Images per device and pass below which products of large matrices become slow.
 EFFICIENT_IMAGES = 4
+# Largest number of a machine, far above any real one; the inverse is the smallest.
+LARGEST = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Machine:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if not 0 < getattr(self, field.name) < math.inf:
-                raise ConfigError(f"{field.name}={getattr(self, field.name)}: expected a number above 0")
+            if not 1 / LARGEST <= getattr(self, field.name) <= LARGEST:
+                given = getattr(self, field.name)
+                raise ConfigError(f"{field.name}={given}: expected a number from {1 / LARGEST:g} to {LARGEST:g}")
         if self.utilisation > 1:
             raise ConfigError(f"utilisation={self.utilisation}: expected at most 1")
 
@@ -162,8 +164,12 @@ def plan(config: FlowRunConfig, machine: Machine, switches: Switches | None = No
         machine: devices to train on.
         switches: switches in place of those in the settings.
         kernels: implementation of the layers, see the table of the module.
+
+    Raises:
+        ConfigError: the devices cannot divide the batch evenly.
     """
     switches = switches_of(config.training) if switches is None else switches
+    check_division(config.training.batch_size, machine.gpus, switches.accumulate)
     with torch.device("meta"):
         flow = Flow(config.model)
     found = _plan(flow, config, machine, switches, kernels)
@@ -172,7 +178,7 @@ def plan(config: FlowRunConfig, machine: Machine, switches: Switches | None = No
 
 def _plan(flow: Flow, config: FlowRunConfig, machine: Machine, switches: Switches, kernels: Kernels) -> Plan:
     model, training = config.model, config.training
-    images = math.ceil(training.batch_size / (machine.gpus * switches.accumulate))
+    images = training.batch_size // (machine.gpus * switches.accumulate)
     sharded = switches.parallel == "fsdp" and machine.gpus > 1
     compute = BFLOAT16 if switches.bf16 else FLOAT
     # FSDP gathers the weights in the dtype of the products; elsewhere autocast copies them and keeps the copies.
@@ -259,14 +265,14 @@ def _advice(flow: Flow, config: FlowRunConfig, machine: Machine, found: Plan, ke
     trials = [given, dataclasses.replace(given, bf16=bf16)]
     trials.append(dataclasses.replace(trials[-1], parallel=parallel))
     trials.append(dataclasses.replace(trials[-1], checkpoint_layers=True))
+    share = config.training.batch_size // machine.gpus
+    divisors = [parts for parts in range(given.accumulate, share + 1) if share % parts == 0]
     for images, trial in itertools.product((EFFICIENT_IMAGES, 1), dict.fromkeys(trials)):
-        accumulate = trial.accumulate
-        while images * accumulate * machine.gpus <= config.training.batch_size:
+        for accumulate in (parts for parts in divisors if images * parts <= share):
             switches = dataclasses.replace(trial, accumulate=accumulate)
             better = _plan(flow, config, machine, switches, kernels)
             if better.fits:
                 return f"{given.changes(switches)} takes {better.peak / 1e9:.1f} GB per device"
-            accumulate *= 2
     return "no switch makes it fit: use more devices, or devices with more memory"
 
 

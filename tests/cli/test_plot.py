@@ -61,7 +61,11 @@ def test_runs_without_metrics_and_wrong_names_are_named(run, capsys, monkeypatch
     assert "no nowhere/metrics.jsonl" in fails(capsys, "plot", "nowhere")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "starflow-kernels[plot]" in fails(capsys, "plot", str(run))
-    (run / "metrics.jsonl").write_text("{}\n")
-    assert "no metrics in it" in fails(capsys, "plot", str(run))
+    for text in ("{}", '{"step": 1}', "5"):
+        (run / "metrics.jsonl").write_text(f"{text}\n")
+        assert "no metrics in it" in fails(capsys, "plot", str(run))
+    for text in ('{"step": 2, "loss": null}', '{"step": 2, "gradient_norm": "x"}', '{"loss": 1.0}', "[2]"):
+        (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n' + f"{text}\n")
+        assert "entry 2 is no mapping of a step and metrics to numbers" in fails(capsys, "plot", str(run))
     (run / "metrics.jsonl").unlink()
     assert "of a pipeline, name a stage" in fails(capsys, "plot", str(run))

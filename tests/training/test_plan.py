@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -115,6 +116,33 @@ def test_advice_leads_to_a_run_that_fits():
     assert better.peak / 1e9 == pytest.approx(69.9, abs=0.05)
     tiny = plan(config, dataclasses.replace(machine, memory_gb=1))
     assert tiny.advice == "no switch makes it fit: use more devices, or devices with more memory"
+
+
+def test_advice_divides_the_batch_evenly():
+    config = preset("starflow-text256")
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=72))
+    found = plan(config, Machine(gpus=3, memory_gb=40))
+    (accumulate,) = map(int, re.findall(r"accumulate=(\d+)", found.advice))
+    assert accumulate > 1 and 24 % accumulate == 0
+
+
+@pytest.mark.parametrize(
+    "machine, accumulate, message",
+    [
+        (Machine(gpus=3), 1, "a batch of 1024 rows: 3 processes times accumulate=1 do not divide it"),
+        (Machine(gpus=8), 7, "8 processes times accumulate=7 do not divide it"),
+        (Machine(gpus=2048), 1, "2048 processes"),
+    ],
+)
+def test_a_batch_that_training_would_refuse_is_not_planned(machine, accumulate, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(preset("starflow-text256"), machine, Switches(accumulate=accumulate))
+
+
+@pytest.mark.parametrize("field", [{"tflops": 1e300}, {"utilisation": 1e-320}, {"memory_gb": 0.0}])
+def test_a_machine_that_does_not_exist_is_refused(field):
+    with pytest.raises(ConfigError, match="expected a number from 1e-09 to 1e"):
+        Machine(**field)
 
 
 def test_each_switch_saves_what_it_is_for():
