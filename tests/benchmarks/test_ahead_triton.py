@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", exc_type=ImportError)
 
+ROOT = Path(__file__).parents[2]
 # Kernels of each call, in a process that takes its machine for one with a GPU.
 PROGRAM = """
 import json, sys
@@ -57,7 +59,7 @@ CALLS = {
 def counts() -> dict[str, list[int]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", PROGRAM, json.dumps(CALLS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
