@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ..errors import CheckpointError, StarflowError
+from ..io.digests import digest
 from ..io.files import write_text
 
 FOLDER = "checkpoints"
@@ -122,7 +123,8 @@ class _Writer(dcp.FileSystemWriter):
         """Complete and rename the folder, then remove older checkpoints; the first process alone calls this."""
         super().finish(metadata, results)
         part = Path(self.path)
-        write_text(part / PROGRESS, self.progress)
+        files = {path.name: digest(path) for path in sorted(part.iterdir())}
+        write_text(part / PROGRESS, json.dumps({**json.loads(self.progress), "files": files}))
         os.rename(part, self.target)
         for old in whole(self.target.parents[1])[: -self.keep]:
             hidden = old.with_name(PART.format(old.name))
@@ -140,6 +142,23 @@ def read_progress(path: Path) -> dict[str, Any]:
         return json.loads((path / PROGRESS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / PROGRESS} is damaged: {error}") from None
+
+
+def check_files(path: Path, progress: Mapping[str, Any]) -> None:
+    """Compare the files of a checkpoint with the digests that it holds. One without digests is of an older version.
+
+    Args:
+        path: the checkpoint.
+        progress: what `read_progress` returned.
+
+    Raises:
+        CheckpointError: a file is missing, or its content has changed.
+    """
+    for name, expected in progress.get("files", {}).items():
+        with _reading(path / name):
+            changed = digest(path / name) != expected
+        if changed:
+            raise CheckpointError(f"{path / name} is damaged: its SHA-256 digest differs from that in {PROGRESS}")
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ from ..models.checkpoint import write_checkpoint
 from ..models.config import FlowConfig
 from ..models.flow import Flow
 from ..sampling.sample import sample
-from .checkpoints import last_checkpoint, load_tensors, read_progress, read_shapes
+from .checkpoints import check_files, last_checkpoint, load_tensors, read_progress, read_shapes
 from .config import LoopConfig, RunConfig
 from .loop import Loop, standard_defaults
 from .metrics import BlockTerms, Meter
@@ -312,6 +312,7 @@ def export(run: Path, out: Path) -> int:
     progress = read_progress(path)
     if "model" not in progress.get("config", {}):
         raise CheckpointError(f"{run} trains no flow: its folder holds the weights of the last checkpoint")
+    check_files(path, progress)
     config, shapes = FlowRunConfig.from_dict(progress["config"]), read_shapes(path)
     averages = {name: shape for name, shape in shapes.items() if name.startswith(AVERAGE)}
     prefix = AVERAGE if averages else ""

@@ -26,7 +26,16 @@ from ..data.reading import Broken, training_batches
 from ..errors import CheckpointError, ConfigError, DataError, StarflowError
 from ..io.files import check_writable, write_text
 from ..seeds import generator
-from .checkpoints import Checkpoints, flat_state, last_checkpoint, load_tensors, make_state, read_progress, read_shapes
+from .checkpoints import (
+    Checkpoints,
+    check_files,
+    flat_state,
+    last_checkpoint,
+    load_tensors,
+    make_state,
+    read_progress,
+    read_shapes,
+)
 from .config import RunConfig
 from .guard import Guard
 from .metrics import Meter, open_loggers
@@ -127,6 +136,7 @@ class Loop:
                 f"{data.path or data.source}: the data changed since the run began, from {recorded} to "
                 f"{trainer.data_state}: restore the files, or begin a new run"
             )
+        trainer.team.processes.first(lambda: check_files(path, progress))
         trainer.load_state(path)
         for guard, state in zip(trainer.guards, guards):
             guard.load_state(state)
