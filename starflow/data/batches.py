@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +59,16 @@ def batches(images: ImageSet | LatentSet, **options: Any) -> Iterator[list[torch
         options: options of the DataLoader.
     """
     with torch.device("cpu"):
-        loaded = iter(DataLoader(images, **options))
+        loaded = iter(DataLoader(images, worker_init_fn=_ignore_signals, **options))
     while True:
         with torch.device("cpu"):
             batch = next(loaded, None)
         if batch is None:
             return
         yield batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which may be sent to all processes, to the process that trains; it ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

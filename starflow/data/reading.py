@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +77,7 @@ class _Keys(Sampler):
 
 def training_batches(
     images: ImageSet | LatentSet, order: ShuffledBatches, workers: int, device: str, broken: Broken
-) -> Iterator[list[torch.Tensor]]:
+) -> Generator[list[torch.Tensor], None, None]:
     """Iterate over training batches. A warning names each image that cannot be read.
 
     Args:

@@ -187,11 +187,14 @@ class Loop:
         order = ShuffledBatches(
             len(self.images), training.batch_size, training.seed, self.step, training.steps, self.rows
         )
-        for batch in training_batches(self.images, order, training.workers, self.device, self.broken):
-            with uninterrupted():
-                self._take_step(batch, bar)
-            if self.team.any(bool(held)):
-                raise KeyboardInterrupt
+        read = training_batches(self.images, order, training.workers, self.device, self.broken)
+        # Workers end with their iterator, which an error would keep.
+        with contextlib.closing(read):
+            for batch in read:
+                with uninterrupted():
+                    self._take_step(batch, bar)
+                if self.team.any(bool(held)):
+                    raise KeyboardInterrupt
 
     def _take_step(self, batch: list[torch.Tensor], bar: tqdm) -> None:
         """Train on a batch; then log, draw samples and write a checkpoint if they are due."""

@@ -1,0 +1,33 @@
+"""Interrupts: what a signal to all processes of a run, or a second one, leaves behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support import kills
+
+from starflow.training.checkpoints import latest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_with_workers_writes_a_checkpoint(number, tmp_path):
+    run = tmp_path / "run"
+    arguments = kills.write_settings(tmp_path / "run.yaml", steps=100000, workers=2, checkpoint_every=1)
+    # A shell lets the processes that it starts in the background ignore SIGINT.
+    code = (
+        "import signal, sys; from starflow.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *arguments, "--out", str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while latest(run) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, text = process.communicate(timeout=60)
+    step = int(latest(run).name)
+    assert text == f"stopped at step {step}; continue with: starflow train --resume {run}\n"
+    assert process.returncode == 130
