@@ -38,6 +38,7 @@ from .checkpoints import (
 )
 from .config import RunConfig
 from .guard import Guard
+from .lock import Lock
 from .metrics import Meter, open_loggers
 from .parallel import LostProcessError, Team, refuse_processes, scalar
 
@@ -85,8 +86,8 @@ class Loop:
             refuse_processes(self.COMMAND)
         self.team = Team(device)
         check_writable(self.folder)
+        self.lock = Lock(self.folder)
         self.checkpoints = Checkpoints(self.folder, config.training.keep_checkpoints, self.team.group)
-        self.team.processes.first(self.checkpoints.remove_leftovers)
         self.images, _ = load(config.data)
         if not len(self.images):
             raise ConfigError("data: no images are left for training")
@@ -114,7 +115,9 @@ class Loop:
         Raises:
             CheckpointError: the folder has no checkpoint, or a damaged one.
             DataError: files of the data were added, removed or changed since the run began.
+            StarflowError: another process trains this run.
         """
+        Lock(folder).check()
         path = last_checkpoint(folder)
         progress = read_progress(path)
         try:
@@ -153,7 +156,9 @@ class Loop:
 
         Raises:
             LostProcessError: another process has ended. This one should too, without waiting for its threads.
+            StarflowError: another process trains this run.
         """
+        self.team.processes.first(self._begin)
         training = self.config.training
         hidden = True if self.team.rank else quiet or None
         bar = tqdm(total=training.steps, initial=self.step, disable=hidden, unit="step", smoothing=0.05)
@@ -179,6 +184,12 @@ class Loop:
             bar.close()
             for logger in self.loggers:
                 logger.close()
+            self.lock.release()
+
+    def _begin(self) -> None:
+        """Take the lock on the run, and remove what a process that was killed has left behind."""
+        self.lock.acquire()
+        self.checkpoints.remove_leftovers()
 
     def _take_steps(self, bar: tqdm, held: list[int]) -> None:
         """Train to the last step, or until a signal is held in any process."""
