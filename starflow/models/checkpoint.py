@@ -26,6 +26,8 @@ PIPELINE_INDEX = "model_index.json"
 # Folder of the flow inside a pipeline.
 TRANSFORMER = "transformer"
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
+# Folder inside a training run whose folders have the states of the run.
+RUN_CHECKPOINTS = "checkpoints"
 # Entry of the configuration that names the kind of flow, as diffusers does; a flow on images may lack it.
 KIND = "_class_name"
 TOKEN_FLOW = "TokenFlow"
@@ -48,6 +50,16 @@ def write_checkpoint(
     kind = {KIND: TOKEN_FLOW} if isinstance(config, TokenFlowConfig) else {}
     write_text(folder / CONFIG, json.dumps({**kind, **config.to_dict()}, indent=2) + "\n")
     save_calibration(calibration, folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the configuration, without which a folder is no checkpoint, and the weights.
+
+    Args:
+        folder: folder that `write_checkpoint` wrote, or one without a checkpoint.
+    """
+    for name in (CONFIG, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_notice(folder: str | Path) -> str:
@@ -174,6 +186,10 @@ def resolve(folder: str | Path) -> Path:
     if is_pipeline(path):
         raise CheckpointError(f"{folder} is a pipeline, not a flow: starflow.open_model and starflow sample open it")
     if not (path / CONFIG).exists():
+        if (path / RUN_CHECKPOINTS).is_dir():
+            raise CheckpointError(
+                f"{folder} is a run that has not written its weights: starflow export {folder} --out FOLDER does"
+            )
         names = ", ".join(bundled_names()) or "none"
         raise CheckpointError(f"no checkpoint at {folder} ({CONFIG} is not there); bundled: {names}")
     return path

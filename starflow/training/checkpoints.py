@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from ..errors import CheckpointError, StarflowError
 from ..io.digests import digest
 from ..io.files import write_text
+from ..models.checkpoint import RUN_CHECKPOINTS
 
-FOLDER = "checkpoints"
+FOLDER = RUN_CHECKPOINTS
 PROGRESS = "run.json"
 # Names of folders that are being written or removed.
 PART = ".{}.part"

@@ -19,7 +19,7 @@ from ..data.reading import readable_row
 from ..errors import CheckpointError, ConfigError
 from ..io.files import write_folder
 from ..io.images import save_grid
-from ..models.checkpoint import write_checkpoint
+from ..models.checkpoint import remove_checkpoint, write_checkpoint
 from ..models.config import FlowConfig
 from ..models.flow import Flow
 from ..sampling.sample import sample
@@ -227,6 +227,10 @@ class FlowTrainer(Loop):
         weights = {name: self._weights(name) for name in self.trained}
         if self.team.rank == 0:
             save_modules(self.config, weights, self.tokenizer, self.folder)
+
+    def remove_weights(self) -> None:
+        """Remove the flow that an earlier step wrote, so that its folder is no checkpoint of a flow."""
+        remove_checkpoint(self.folder)
 
     def _weights(self, name: str) -> dict[str, torch.Tensor]:
         """Return the weights of a trained module, averaged if there is an average; none unless in the first process."""

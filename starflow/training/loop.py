@@ -276,11 +276,13 @@ class Loop:
     def save(self) -> None:
         """Write weights, settings and metrics, each file atomically, and begin to write the checkpoint.
 
-        Several processes write the weights at the end only, since these must be gathered. `export` reads them from a
-        checkpoint.
+        Several processes write the weights at the end only, since these must be gathered, and remove those of an earlier
+        step. `export` reads them from a checkpoint.
         """
         if self.team.count == 1 or self.step == self.config.training.steps:
             self.save_weights()
+        elif self.team.rank == 0:
+            self.remove_weights()
         if self.team.rank == 0:
             self.config.save(self.folder)
             lines = [json.dumps({**m, **speed}) + "\n" for m, speed in zip(self.metrics, self.speeds)]
@@ -359,6 +361,10 @@ class Loop:
 
     def save_weights(self) -> None:
         """Write the trained model."""
+        raise NotImplementedError
+
+    def remove_weights(self) -> None:
+        """Remove the trained model of an earlier step; the first of several processes alone calls this."""
         raise NotImplementedError
 
 

@@ -80,6 +80,36 @@ def test_processes_stop_together_after_a_signal_to_one(tmp_path):
     assert FlowTrainer.resume(tmp_path / "run").step == step
 
 
+def test_processes_remove_the_weights_of_an_earlier_step(tmp_path, capsys):
+    run = tmp_path / "run"
+    trainer = FlowTrainer(FlowRunConfig.from_dict(kills.settings(steps=3000, checkpoint_every=2)), run)
+    take = trainer.train_step
+
+    def interrupted(*batch):
+        if trainer.step == 1:
+            raise KeyboardInterrupt
+        return take(*batch)
+
+    trainer.train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(quiet=True)
+    assert (run / "model.safetensors").exists()
+    processes = workers.start(tmp_path, 2, "train", "--resume", str(run), "--quiet", "--threads", "1")
+    deadline = time.monotonic() + 120
+    while int(latest(run).name) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    processes[0].terminate()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [130, 130], kills.texts(tmp_path, 2)
+    step = int(latest(run).name)
+    assert main(["eval", "--checkpoint", str(run)]) == 2
+    message = f"{run} is a run that has not written its weights: starflow export {run} --out FOLDER does"
+    assert message in capsys.readouterr().err
+    assert main(["export", str(run), "--out", str(tmp_path / "flow")]) == 0
+    assert f"weights after {step} steps" in capsys.readouterr().out
+
+
 def test_what_a_killed_process_left_is_no_checkpoint_and_goes_away(tmp_path):
     config = FlowRunConfig.from_dict(kills.settings(steps=2))
     left = tmp_path / "checkpoints" / PART.format("0000009")
