@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import shutil
+import typing
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -29,6 +29,9 @@ from ..models.checkpoint import RUN_CHECKPOINTS
 
 FOLDER = RUN_CHECKPOINTS
 PROGRESS = "run.json"
+# Types of the entries of the progress that a checkpoint needs, and of those that an older version did not write.
+NEEDED = {"config": dict, "step": int, "metrics": list[dict], "guards": list[dict]}
+OPTIONAL = {"data": dict, "speeds": list[dict], "broken": list[int], "files": dict}
 # Names of folders that are being written or removed.
 PART = ".{}.part"
 
@@ -134,15 +137,54 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """Return the progress that a checkpoint holds.
+    """Return the progress that a checkpoint holds, with the types of NEEDED and OPTIONAL.
 
     Raises:
         CheckpointError: the file is damaged.
     """
+    file = path / PROGRESS
     try:
-        return json.loads((path / PROGRESS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / PROGRESS} is damaged: {error}") from None
+        progress = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(file, _reason(error)) from None
+    if not isinstance(progress, dict):
+        raise damaged(file, "it holds no mapping")
+    if missing := [name for name in NEEDED if name not in progress]:
+        raise CheckpointError(
+            f"{path} lacks {missing[0]!r}: it is damaged, or of another version of this package; {_advice(path)}"
+        )
+    for name, kind in {**NEEDED, **OPTIONAL}.items():
+        if name in progress and not _is_a(progress[name], kind):
+            raise damaged(file, f"{name} is no {kind if typing.get_args(kind) else kind.__name__}")
+    if progress["step"] != int(path.name):
+        raise damaged(file, f"it is of step {progress['step']}")
+    if len(progress.get("speeds", progress["metrics"])) != len(progress["metrics"]):
+        raise damaged(file, "its speeds are not those of its metrics")
+    return progress
+
+
+def damaged(file: Path, reason: str) -> CheckpointError:
+    """Return the error that a checkpoint is damaged, which says how to go on.
+
+    Args:
+        file: the checkpoint, or a file in it.
+        reason: what is wrong.
+    """
+    path = file if file.parent.name == FOLDER else file.parent
+    return CheckpointError(f"{file} is damaged: {reason}; {_advice(path)}")
+
+
+def _advice(path: Path) -> str:
+    """Return how to go on without a checkpoint."""
+    earlier = [int(other.name) for other in whole(path.parents[1]) if int(other.name) < int(path.name)]
+    return f"remove {path} to continue at step {earlier[-1]}" if earlier else "begin a new run"
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Return whether a value from JSON has a type, such as dict or list[int]."""
+    if items := typing.get_args(kind):
+        return isinstance(value, list) and all(_is_a(item, items[0]) for item in value)
+    return type(value) is kind
 
 
 def check_files(path: Path, progress: Mapping[str, Any]) -> None:
@@ -159,7 +201,7 @@ def check_files(path: Path, progress: Mapping[str, Any]) -> None:
         with _reading(path / name):
             changed = digest(path / name) != expected
         if changed:
-            raise CheckpointError(f"{path / name} is damaged: its SHA-256 digest differs from that in {PROGRESS}")
+            raise damaged(path / name, f"its SHA-256 digest differs from that in {PROGRESS}")
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -170,7 +212,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     with _reading(path):
         entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {name: tuple(e.size) for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+        return {name: tuple(e.size) for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
 
 
 def load_tensors(path: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -221,11 +263,11 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Report the errors of a damaged checkpoint as a CheckpointError."""
-    errors = KeyError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, TypeError, ValueError
     try:
         yield
-    except (*errors, AttributeError, dcp.CheckpointException) as error:
-        raise CheckpointError(f"{path} is damaged: {_reason(error)}") from None
+    # Damaged bytes can make pickle raise any error.
+    except (Exception, dcp.CheckpointException) as error:
+        raise damaged(path, _reason(error)) from None
 
 
 def _reason(error: BaseException) -> str:

@@ -11,6 +11,8 @@ from ..errors import StarflowError
 # Steps that determine the running average before a spike is judged by it.
 FIRST_STEPS = 20
 DECAY = 0.98
+# Attributes of a guard that a checkpoint holds.
+STATE = {"skipped": int, "_in_a_row": int, "_taken": int, "_average": float}
 
 
 class Guard:
@@ -71,10 +73,16 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
-        names = ("skipped", "_in_a_row", "_taken", "_average")
-        return {name.lstrip("_"): getattr(self, name) for name in names}
+        return {name.lstrip("_"): getattr(self, name) for name in STATE}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
-        self.skipped, self._in_a_row, self._taken = (state[name] for name in ("skipped", "in_a_row", "taken"))
-        self._average = state["average"]
+        """Restore what `state` returned.
+
+        Raises:
+            ValueError: a number is missing, or is none.
+        """
+        for name, kind in STATE.items():
+            value = state.get(name.lstrip("_"))
+            if type(value) not in (int, kind) or not 0 <= value < math.inf:
+                raise ValueError(f"{name.lstrip('_')}={value} of a guard is no {kind.__name__} of at least 0")
+            setattr(self, name, kind(value))

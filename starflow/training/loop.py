@@ -27,8 +27,10 @@ from ..errors import CheckpointError, ConfigError, DataError, StarflowError
 from ..io.files import check_writable, write_text
 from ..seeds import generator
 from .checkpoints import (
+    PROGRESS,
     Checkpoints,
     check_files,
+    damaged,
     flat_state,
     last_checkpoint,
     load_tensors,
@@ -120,13 +122,10 @@ class Loop:
         Lock(folder).check()
         path = last_checkpoint(folder)
         progress = read_progress(path)
-        try:
-            settings, step, metrics, guards = (progress[name] for name in ("config", "step", "metrics", "guards"))
-        except KeyError as error:
-            raise CheckpointError(
-                f"{path} lacks {error}: it is damaged, or of another version of this package"
-            ) from None
-        trainer = cls(cls.CONFIG.from_dict(settings), folder, device, loggers)
+        step, metrics, guards = (progress[name] for name in ("step", "metrics", "guards"))
+        trainer = cls(cls.CONFIG.from_dict(progress["config"]), folder, device, loggers)
+        if len(guards) != len(trainer.guards):
+            raise damaged(path / PROGRESS, f"it has {len(guards)} guards, the run {len(trainer.guards)}")
         recorded = progress.get("data", {})
         if trainer.data_state.keys() != recorded.keys():
             raise CheckpointError(
@@ -142,7 +141,10 @@ class Loop:
         trainer.team.processes.first(lambda: check_files(path, progress))
         trainer.load_state(path)
         for guard, state in zip(trainer.guards, guards):
-            guard.load_state(state)
+            try:
+                guard.load_state(state)
+            except ValueError as error:
+                raise damaged(path / PROGRESS, str(error)) from None
         trainer.step, trainer.metrics, trainer.checkpoints.last = step, metrics, step
         trainer.speeds = progress.get("speeds", [{} for _ in metrics])
         trainer.broken = dict.fromkeys(progress.get("broken", []), "")

@@ -1,9 +1,13 @@
 """Damaged checkpoints are refused with the name of the file, and with what to do."""
 
+import json
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 from support import kills
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
 from starflow import CheckpointError
 from starflow.training.checkpoints import latest
@@ -35,3 +39,70 @@ def test_a_changed_byte_is_found(name, run, tmp_path):
         with pytest.raises(CheckpointError, match=rf"{name} is damaged: its SHA-256 digest differs"):
             read()
     assert not (tmp_path / "out").exists()
+
+
+def check_refused(run, message: str) -> None:
+    """Check that the run is not resumed, and that the message ends with what to do."""
+    with pytest.raises(CheckpointError, match=message) as found:
+        FlowTrainer.resume(run)
+    assert str(found.value).endswith(f"; remove {latest(run)} to continue at step 2")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: 5} for name in ("config", "metrics", "guards", "data", "speeds", "broken", "files")),
+        *({"step": step} for step in ("4", 4.0, 9, -3, None)),
+        *({"guards": guards} for guards in ([], [5], [{}], [{"skipped": 0, "in_a_row": 0, "taken": 4, "average": "x"}])),
+        {"metrics": [5]},
+        {"speeds": []},
+        {"broken": ["x"]},
+    ],
+)
+def test_progress_of_another_shape_is_damaged(change, run):
+    path = latest(run) / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    check_refused(run, r"run\.json is damaged: ")
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", "{", "[" * 100000])
+def test_progress_that_is_no_mapping_is_damaged(text, run, tmp_path):
+    (latest(run) / "run.json").write_text(text)
+    check_refused(run, r"run\.json is damaged: ")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        export(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [MemoryError, OverflowError, ModuleNotFoundError, AttributeError, IndexError])
+def test_any_error_of_pickle_means_a_damaged_index(error, run, monkeypatch):
+    def fail(*arguments):
+        raise error("no such thing")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.FileSystemReader.read_metadata", fail)
+    check_refused(run, "0000004 is damaged: no such thing")
+
+
+def test_an_index_of_another_shape_is_damaged(run):
+    progress = json.loads((latest(run) / "run.json").read_text())
+    size = TensorStorageMetadata(TensorProperties(), 5, [])
+    (latest(run) / ".metadata").write_bytes(pickle.dumps(Metadata({"model.x": size})))
+    del progress["files"]
+    (latest(run) / "run.json").write_text(json.dumps(progress))
+    check_refused(run, "0000004 is damaged")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_what_is_no_checkpoint_is_refused_with_the_one_before_it(make, run, tmp_path):
+    made = run / "checkpoints" / "9"
+    make(made)
+    for read in (lambda: FlowTrainer.resume(run), lambda: export(run, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=r"run\.json is damaged") as found:
+            read()
+        assert str(found.value).endswith(f"; remove {made} to continue at step 4")
+
+
+def test_a_damaged_checkpoint_without_another_one_needs_a_new_run(run):
+    shutil.rmtree(run / "checkpoints" / "0000002")
+    (latest(run) / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged: .*; begin a new run$"):
+        FlowTrainer.resume(run)
