@@ -153,9 +153,8 @@ def run_loop(
         with interrupted_by_sigterm():
             trainer.run(args.quiet)
     except KeyboardInterrupt:
-        resume = f"starflow {trainer.COMMAND} --resume {trainer.folder}"
         if trainer.team.rank == 0:
-            print(f"stopped at step {trainer.step}; continue with: {resume}", file=sys.stderr)
+            print(f"stopped at step {trainer.step}; {_continuation(trainer)}", file=sys.stderr)
         raise
     except LostProcessError as error:
         print(f"starflow {trainer.COMMAND}: error: {error}", file=sys.stderr, flush=True)
@@ -176,3 +175,11 @@ def run_loop(
         "rows_per_step": [share] * trainer.team.count,
         "last": last,
     }
+
+
+def _continuation(trainer: Loop) -> str:
+    """Return how to continue a run that was stopped: a second interrupt may have stopped the writing."""
+    if (path := latest(trainer.folder)) is None:
+        return "no checkpoint was written"
+    behind = "" if int(path.name) == trainer.step else f"the last checkpoint is of step {int(path.name)}; "
+    return f"{behind}continue with: starflow {trainer.COMMAND} --resume {trainer.folder}"

@@ -9,7 +9,9 @@ import time
 import pytest
 from support import kills
 
-from starflow.training.checkpoints import latest
+from starflow.cli import main
+from starflow.training.checkpoints import Checkpoints, latest
+from starflow.training.flow import FlowTrainer
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -31,3 +33,26 @@ def test_a_signal_to_all_processes_of_a_run_with_workers_writes_a_checkpoint(num
     step = int(latest(run).name)
     assert text == f"stopped at step {step}; continue with: starflow train --resume {run}\n"
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize(("every", "kept"), [(0, None), (2, 2)])
+def test_a_second_interrupt_names_the_checkpoint_that_there_is(every, kept, tmp_path, monkeypatch, capsys):
+    run, step, save = tmp_path / "run", FlowTrainer.train_step, Checkpoints.save
+
+    def interrupted(trainer, *batch):
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *batch)
+
+    def interrupted_again(checkpoints, number, *content):
+        if number == 3:
+            checkpoints.wait()
+            raise KeyboardInterrupt
+        save(checkpoints, number, *content)
+
+    monkeypatch.setattr(FlowTrainer, "train_step", interrupted)
+    monkeypatch.setattr(Checkpoints, "save", interrupted_again)
+    arguments = kills.write_settings(tmp_path / "run.yaml", checkpoint_every=every)
+    assert main([*arguments, "--out", str(run)]) == 130
+    resume = f"the last checkpoint is of step {kept}; continue with: starflow train --resume {run}"
+    assert capsys.readouterr().err == f"stopped at step 3; {resume if kept else 'no checkpoint was written'}\n"
