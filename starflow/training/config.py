@@ -26,7 +26,7 @@ class LoopConfig:
 
     Args:
         steps: number of optimizer steps.
-        batch_size: images per step.
+        batch_size: images per step; a data set with fewer images gives all of them, with a warning.
         learning_rate: largest learning rate. It rises linearly over `warmup_steps`, then falls along a cosine.
         min_learning_rate: learning rate at the end.
         warmup_steps: number of steps with a rising learning rate.

@@ -12,6 +12,7 @@ import math
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -95,6 +96,12 @@ class Loop:
             raise ConfigError("data: no images are left for training")
         self.data_state = data_state(config.data)
         batch_size = min(config.training.batch_size, len(self.images))
+        if batch_size < config.training.batch_size and self.team.rank == 0:
+            warnings.warn(
+                f"training.batch_size={config.training.batch_size} exceeds the {batch_size} images of the data: each "
+                f"step takes {batch_size}",
+                stacklevel=2,
+            )
         self.rows = self.team.rows(batch_size, getattr(config.training, "accumulate", 1))
         self.step = 0
         self.metrics: list[dict[str, float]] = []

@@ -176,6 +176,11 @@ def test_defaults_of_torch_do_not_change_a_run(usual_run, hostile, tmp_path):
         assert (tmp_path / "samples" / image).read_bytes() == (usual_run / "samples" / image).read_bytes()
 
 
+def test_a_batch_beyond_the_data_is_named_and_cut(tmp_path):
+    with pytest.warns(UserWarning, match=r"^training\.batch_size=2048 exceeds the 1437 images of the data"):
+        assert FlowTrainer(settings(batch_size=2048), tmp_path).rows == slice(0, 1437)
+
+
 def test_divergence_stops_the_run(tmp_path):
     trainer = FlowTrainer(settings(max_skips=2), tmp_path)
     next(trainer.flow.parameters()).data.fill_(float("nan"))
