@@ -43,8 +43,8 @@ class Guard:
         Raises:
             StarflowError: more than `max_skips` steps in a row are to be skipped.
         """
-        reason = self._reason(loss, norm)
-        if reason is None:
+        reason, advice = self._reason(loss, norm)
+        if not reason:
             self._in_a_row = 0
             self._taken += 1
             # The mean of the first steps, then a moving average.
@@ -56,20 +56,21 @@ class Guard:
             before = f", after {self.max_skips} skipped steps in a row" if self.max_skips else ""
             raise StarflowError(
                 f"{reason} at step {step}{before}: nothing was saved since the last checkpoint; "
-                f"lower training.learning_rate"
+                f"begin a new run with {advice}"
             )
         if self.speaks:
             warnings.warn(f"{reason} at step {step}: the step is skipped", stacklevel=3)
         return False
 
-    def _reason(self, loss: float, norm: float) -> str | None:
-        """Return why a step should be skipped, or None."""
+    def _reason(self, loss: float, norm: float) -> tuple[str, str]:
+        """Return why a step should be skipped, and what to change; empty texts if it should be taken."""
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
-                return f"the {name} is {value}"
+                return f"the {name} is {value}", "a lower training.learning_rate"
         if self.factor and self._taken >= FIRST_STEPS and norm > self.factor * self._average:
-            return f"the gradient norm is {norm:.4g}, its running average {self._average:.4g},"
-        return None
+            reason = f"the gradient norm is {norm:.4g}, its running average {self._average:.4g},"
+            return reason, f"a training.spike_factor above {self.factor:g}, or a lower training.learning_rate"
+        return "", ""
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
