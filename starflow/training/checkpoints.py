@@ -48,14 +48,18 @@ def latest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def last_checkpoint(run: Path) -> Path:
+def last_checkpoint(run: Path, purpose: str = "resume") -> Path:
     """Return the last checkpoint of a run.
+
+    Args:
+        run: folder of the run.
+        purpose: what it is for, for the message.
 
     Raises:
         CheckpointError: there is none.
     """
     if (path := latest(run)) is None:
-        raise CheckpointError(f"nothing to resume: no checkpoint in {Path(run) / FOLDER}")
+        raise CheckpointError(f"nothing to {purpose}: no checkpoint in {Path(run) / FOLDER}")
     return path
 
 

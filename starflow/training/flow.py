@@ -312,7 +312,7 @@ def export(run: Path, out: Path) -> int:
         CheckpointError: the run has no checkpoint, a damaged one, or trains no flow.
         StarflowError: `out` exists.
     """
-    path = last_checkpoint(run)
+    path = last_checkpoint(run, "export")
     progress = read_progress(path)
     if "model" not in progress.get("config", {}):
         raise CheckpointError(f"{run} trains no flow: its folder holds the weights of the last checkpoint")

@@ -22,10 +22,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.batches import ShuffledBatches
-from ..data.datasets import data_state, load
+from ..data.datasets import DataConfig, data_state, load
 from ..data.reading import Broken, training_batches
 from ..errors import CheckpointError, ConfigError, DataError, StarflowError
-from ..io.files import check_writable, write_text
+from ..io.files import check_writable, located, write_text
 from ..seeds import generator
 from .checkpoints import (
     PROGRESS,
@@ -130,7 +130,9 @@ class Loop:
         path = last_checkpoint(folder)
         progress = read_progress(path)
         step, metrics, guards = (progress[name] for name in ("step", "metrics", "guards"))
-        trainer = cls(cls.CONFIG.from_dict(progress["config"]), folder, device, loggers)
+        config = cls.CONFIG.from_dict(progress["config"])
+        check_path(config.data)
+        trainer = cls(config, folder, device, loggers)
         if len(guards) != len(trainer.guards):
             raise damaged(path / PROGRESS, f"it has {len(guards)} guards, the run {len(trainer.guards)}")
         recorded = progress.get("data", {})
@@ -285,8 +287,8 @@ class Loop:
     def save(self) -> None:
         """Write weights, settings and metrics, each file atomically, and begin to write the checkpoint.
 
-        Several processes write the weights at the end only, since these must be gathered, and remove those of an earlier
-        step. `export` reads them from a checkpoint.
+        Several processes write the weights at the end only, since these must be gathered, and remove those of an
+        earlier step. `export` reads them from a checkpoint.
         """
         if self.team.count == 1 or self.step == self.config.training.steps:
             self.save_weights()
@@ -375,6 +377,21 @@ class Loop:
     def remove_weights(self) -> None:
         """Remove the trained model of an earlier step; the first of several processes alone calls this."""
         raise NotImplementedError
+
+
+def check_path(data: DataConfig) -> None:
+    """Check that the data of a run that goes on are where they were.
+
+    Args:
+        data: the data, which may be a data set on the Hugging Face hub.
+
+    Raises:
+        DataError: they are not.
+    """
+    if data.path and data.source != "huggingface" and not Path(data.path).exists():
+        raise DataError(
+            f"the data of this run are not at {located(Path(data.path))}: put them there, or start where the path holds"
+        )
 
 
 @contextlib.contextmanager

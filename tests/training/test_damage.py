@@ -13,6 +13,8 @@ from starflow import CheckpointError
 from starflow.training.checkpoints import latest
 from starflow.training.flow import FlowRunConfig, FlowTrainer, export
 
+GUARD = {"skipped": 0, "in_a_row": 0, "taken": 4, "average": 1.0}
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -53,7 +55,7 @@ def check_refused(run, message: str) -> None:
     [
         *({name: 5} for name in ("config", "metrics", "guards", "data", "speeds", "broken", "files")),
         *({"step": step} for step in ("4", 4.0, 9, -3, None)),
-        *({"guards": guards} for guards in ([], [5], [{}], [{"skipped": 0, "in_a_row": 0, "taken": 4, "average": "x"}])),
+        *({"guards": guards} for guards in ([], [5], [{}], [{**GUARD, "average": "x"}], [{**GUARD, "taken": -1}])),
         {"metrics": [5]},
         {"speeds": []},
         {"broken": ["x"]},

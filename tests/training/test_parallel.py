@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support import kills, workers
 
+from starflow import StarflowError
 from starflow.cli import main
 from starflow.training.checkpoints import PART, latest, whole
 from starflow.training.flow import FlowRunConfig, FlowTrainer
@@ -171,9 +172,12 @@ def test_a_spike_is_skipped_and_too_many_end_the_run(tmp_path, capsys):
     spoil(spoiled, tuple(range(30, 40)), 1e4)
     with (
         pytest.warns(UserWarning, match="at step 31"),
-        pytest.raises(Exception, match="at step 32, after 2 skipped steps in a row: nothing was saved since"),
+        pytest.raises(StarflowError, match="at step 32, after 2 skipped steps in a row: nothing was saved") as found,
     ):
         spoiled.run(quiet=True)
+    assert str(found.value).endswith(
+        "; begin a new run with a training.spike_factor above 10, or a lower training.learning_rate"
+    )
 
 
 def test_export_writes_the_weights_of_the_run(alone, tmp_path, capsys):
@@ -181,7 +185,7 @@ def test_export_writes_the_weights_of_the_run(alone, tmp_path, capsys):
     for name in ("model.safetensors", "config.json", "settings.yaml"):
         assert (tmp_path / "flow" / name).read_bytes() == (alone / name).read_bytes()
     assert main(["export", str(tmp_path / "flow"), "--out", str(tmp_path / "other")]) == 2
-    assert "nothing to resume: no checkpoint in" in capsys.readouterr().err
+    assert "nothing to export: no checkpoint in" in capsys.readouterr().err
 
 
 def test_rows_that_cannot_be_divided_are_refused(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from starflow import CheckpointError, ConfigError, StarflowError
+from starflow import CheckpointError, ConfigError, DataError, StarflowError
 from starflow.training.checkpoints import latest
 from starflow.training.flow import FlowRunConfig, FlowTrainer, FlowTrainingConfig
 
@@ -161,6 +161,14 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_with_its_name(tmp_path):
         FlowTrainer.resume(tmp_path)
 
 
+def test_a_run_whose_data_are_gone_names_their_place_and_no_flag(tmp_path):
+    train(settings(steps=1), tmp_path)
+    edit(tmp_path, lambda state: state["config"]["data"].update(source="folder", path=str(tmp_path / "gone")))
+    with pytest.raises(DataError, match=f"^the data of this run are not at {tmp_path}/gone: ") as error:
+        FlowTrainer.resume(tmp_path)
+    assert "--" not in str(error.value).replace(str(tmp_path), "")
+
+
 @pytest.fixture(scope="module")
 def usual_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("usual")
@@ -186,9 +194,10 @@ def test_divergence_stops_the_run(tmp_path):
     next(trainer.flow.parameters()).data.fill_(float("nan"))
     with (
         pytest.warns(UserWarning, match="the loss is nan at step 1: the step is skipped"),
-        pytest.raises(StarflowError, match="the loss is nan at step 2, after 2 skipped steps in a row"),
+        pytest.raises(StarflowError, match="the loss is nan at step 2, after 2 skipped steps in a row") as found,
     ):
         trainer.run(quiet=True)
+    assert str(found.value).endswith("; begin a new run with a lower training.learning_rate")
     assert not (tmp_path / "model.safetensors").exists()
 
 
