@@ -24,6 +24,8 @@ from .folders import IMAGE_SUFFIXES, files_digest, is_ignored
 from .samples import Samples
 
 CLASS, CAPTION, FIELDS = "cls", "txt", "json"
+# Bytes that are read at once after the end of an archive.
+READ_BYTES = 2**20
 
 
 class Place(NamedTuple):
@@ -138,7 +140,7 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Place], partial[bytes]
     try:
         with open(path, "rb") as file, tarfile.open(path, "r:") as tar:
             read = partial(_member, file)
-            for info in tar:
+            for info in _infos(path, tar):
                 folder, base = posixpath.split(info.name)
                 # Names such as __key__ describe the whole file.
                 if not info.isfile() or is_ignored(base) or base.startswith("__"):
@@ -148,12 +150,38 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Place], partial[bytes]
                     yield key, members, read
                     members = {}
                 key, members[suffix.lower()] = own, Place(info.offset_data, info.size)
+            _check_end(path, file, tar.offset)
             if members:
                 yield key, members, read
     except tarfile.TarError as error:
         raise DataError(f"{path}: not an uncompressed tar file ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
+
+
+def _infos(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar file; DataError names the first byte that is not understood."""
+    try:
+        yield from tar
+    except tarfile.TarError as error:
+        end = min(tar.offset, path.stat().st_size)
+        raise DataError(f"{path}: damaged or cut at byte {end} ({error})") from None
+
+
+def _check_end(path: Path, file: io.BufferedReader, end: int) -> None:
+    """Check that zeros alone follow the last member: tarfile takes a damaged header for the end of the file.
+
+    Args:
+        path: tar file for messages.
+        file: the tar file.
+        end: first byte after the last member.
+    """
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise DataError(f"{path}: damaged or cut at byte {end}: neither a member nor the end of the archive")
+    while block := file.read(READ_BYTES):
+        if block.count(0) != len(block):
+            raise DataError(f"{path}: the archive ends at byte {end}, but data follow: damaged, or several files in one")
 
 
 def _member(file: io.BufferedReader, place: Place) -> bytes:

@@ -131,6 +131,34 @@ def test_wrong_tar_files_are_named(tmp_path):
         load(tar_config(tmp_path))
 
 
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("damage", ["flipped header", "cut header", "no end", "cut data", "zeros", "joined"])
+def test_a_damaged_tar_file_is_not_read_as_a_shorter_one(damage, format, tmp_path):
+    path = tmp_path / "a.tar"
+    # Long names have headers of their own in front of the header of the member.
+    with tarfile.open(path, "w", format=format) as tar:
+        for i in range(6):
+            info = tarfile.TarInfo(f"{'long' * 30}/{i}.png")
+            info.size = len(png(i))
+            tar.addfile(info, io.BytesIO(png(i)))
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        places = [(info.offset, info.offset_data) for info in tar]
+    (start, data), end = places[3], places[5][1] + 512
+    damaged, byte = {
+        "flipped header": (whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :], start),
+        "cut header": (whole[: start + 100], start),
+        "no end": (whole[:start], start),
+        "cut data": (whole[: data + 20], data + 20),
+        "zeros": (whole[:start] + bytes(512) + whole[start + 512 :], start),
+        "joined": (whole + whole, end),
+    }[damage]
+    assert len(load(tar_config(tmp_path))[0]) == 6
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=rf"{path}: .* at byte {byte}\b"):
+        load(tar_config(tmp_path))
+
+
 def run_config(data: DataConfig, **training) -> FlowRunConfig:
     training = {"steps": 6, "batch_size": 4, "sample_every": 0, "checkpoint_every": 0, "log_every": 1, **training}
     settings = {name: getattr(data, name) for name in ("source", "path", "size", "held_out", "flip")}
