@@ -90,7 +90,7 @@ def read_tars(root: Path) -> Samples:
                 raise DataError(f"{name}: a sample without an image; its members are {', '.join(members)}")
             fields = _fields(read(members[FIELDS]), name) if FIELDS in members else {}
             label = _text(read(members[CLASS]), name) if CLASS in members else fields.get("label")
-            caption = members.get(CAPTION, fields.get("caption"))
+            caption = members[CAPTION] if CAPTION in members else _caption(fields, name)
             labels += [] if label is None else [_class(label, name)]
             images.captions += [] if caption is None else [caption]
             images.names.append(name)
@@ -202,6 +202,17 @@ def _fields(data: bytes, name: str) -> dict:
     except ValueError as error:
         raise DataError(f"{name}.{FIELDS}: {error}") from None
     return fields if isinstance(fields, dict) else {}
+
+
+def _caption(fields: dict, name: str) -> str | None:
+    """Return the caption among the fields of a sample; None without one."""
+    caption = fields.get("caption")
+    if not isinstance(caption, str | None):
+        raise DataError(f"{name}.{FIELDS}: the caption is a {type(caption).__name__}, expected a text")
+    # JSON can spell half of a surrogate pair, which no encoding of text holds.
+    if caption and not caption.isascii() and any("\ud800" <= c <= "\udfff" for c in caption):
+        raise DataError(f"{name}.{FIELDS}: the caption has half of a surrogate pair, expected a text")
+    return caption
 
 
 def _class(label: object, name: str) -> int:

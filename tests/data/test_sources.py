@@ -112,6 +112,8 @@ def test_the_state_of_tar_files_follows_names_and_sizes(tars):
         ({"x.txt": b"a"}, r"a\.tar/x: a sample without an image; its members are txt"),
         ({"x.png": png(0), "x.cls": b"cat"}, "class 'cat' is not an integer"),
         ({"x.png": png(0), "x.json": b"{"}, r"a\.tar/x\.json"),
+        ({"x.png": png(0), "x.json": b'{"caption": ["a", "b"]}'}, r"a\.tar/x\.json: the caption is a list"),
+        ({"x.png": png(0), "x.json": rb'{"caption": "a \ud83d"}'}, r"a\.tar/x\.json: the caption has half of a"),
         ({}, "no images in the tar files"),
     ],
 )
