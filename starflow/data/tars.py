@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import posixpath
+import reprlib
 import tarfile
 from collections.abc import Iterator
 from functools import partial
@@ -21,11 +22,13 @@ from ..errors import DataError
 from ..io.files import located
 from ..io.images import open_image
 from .folders import IMAGE_SUFFIXES, files_digest, is_ignored
-from .samples import Samples
+from .samples import MAX_CLASSES, Samples
 
 CLASS, CAPTION, FIELDS = "cls", "txt", "json"
 # Bytes that are read at once after the end of an archive.
 READ_BYTES = 2**20
+# Digits of the number of a class.
+MAX_DIGITS = 100
 
 
 class Place(NamedTuple):
@@ -217,6 +220,8 @@ def _caption(fields: dict, name: str) -> str | None:
 
 def _class(label: object, name: str) -> int:
     """Return the number of a class."""
-    if not str(label).isdecimal():
-        raise DataError(f"{name}: class {label!r} is not an integer of at least 0")
-    return int(str(label))
+    digits = str(label)
+    # Python converts no more than some thousands of digits.
+    if not digits.isdecimal() or len(digits) > MAX_DIGITS or int(digits) >= MAX_CLASSES:
+        raise DataError(f"{name}: class {reprlib.repr(label)} is not an integer from 0 to {MAX_CLASSES - 1}")
+    return int(digits)

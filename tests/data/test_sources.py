@@ -111,6 +111,9 @@ def test_the_state_of_tar_files_follows_names_and_sizes(tars):
     [
         ({"x.txt": b"a"}, r"a\.tar/x: a sample without an image; its members are txt"),
         ({"x.png": png(0), "x.cls": b"cat"}, "class 'cat' is not an integer"),
+        ({"x.png": png(0), "x.cls": b"1048576"}, r"a\.tar/x: class '1048576' is not an integer from 0 to 1048575"),
+        ({"x.png": png(0), "x.cls": b"9" * 5000}, r"a\.tar/x: class '9+\.\.\.9+' is not an integer"),
+        ({"x.png": png(0), "x.json": b'{"label": 1048576}'}, r"a\.tar/x: class 1048576 is not an integer"),
         ({"x.png": png(0), "x.json": b"{"}, r"a\.tar/x\.json"),
         ({"x.png": png(0), "x.json": b'{"caption": ["a", "b"]}'}, r"a\.tar/x\.json: the caption is a list"),
         ({"x.png": png(0), "x.json": rb'{"caption": "a \ud83d"}'}, r"a\.tar/x\.json: the caption has half of a"),
@@ -195,11 +198,13 @@ def table(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {"image": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"]), "text": datasets.Value("string")}
+        | {"large": datasets.Value("int64")}
     )
     rows = {
         "image": [{"bytes": png(i), "path": None} for i in range(6)],
         "kind": [i % 2 for i in range(6)],
         "text": [f"image {i}" for i in range(6)],
+        "large": [0, 1, 2, 3, 4, 1048576],
     }
     made = datasets.Dataset.from_dict(rows, features=features)
     made.save_to_disk(str(tmp_path / "one"))
@@ -226,10 +231,12 @@ def test_the_state_of_a_table_follows_its_files(table):
 
 
 def test_wrong_tables_and_columns_are_named(table, tmp_path):
-    with pytest.raises(ConfigError, match=r"label_column='sort': .* has the columns image, kind, text"):
+    with pytest.raises(ConfigError, match=r"label_column='sort': .* has the columns image, kind, text, large"):
         load(table_config(table / "one", label_column="sort"))
-    with pytest.raises(DataError, match="are not integers of at least 0"):
+    with pytest.raises(DataError, match=r"one\[0\]: text='image 0' is not a class"):
         load(table_config(table / "one", label_column="text"))
+    with pytest.raises(DataError, match=r"one\[5\]: large=1048576 is not a class, an integer from 0 to 1048575"):
+        load(table_config(table / "one", label_column="large"))
     with pytest.raises(DataError, match="not a data set that the package datasets reads"):
         load(table_config(tmp_path / "nothing"))
 
