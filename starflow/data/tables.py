@@ -43,7 +43,10 @@ class TableImages:
         value, name = self.table[index][self.image], f"{self.path}[{index}]"
         if not value or not (value["bytes"] or value["path"]):
             raise ImageError(f"{name}: no image")
-        return open_image(io.BytesIO(value["bytes"]) if value["bytes"] else Path(value["path"]), name), name
+        if value["bytes"]:
+            return open_image(io.BytesIO(value["bytes"]), name), name
+        name = f"{name} ({value['path']})"
+        return open_image(Path(value["path"]), name), name
 
     def caption(self, index: int) -> str:
         """Return the caption of an image."""
@@ -112,7 +115,8 @@ def open_table(path: str, split: str) -> Dataset:
     try:
         import datasets
     except ImportError:
-        raise ConfigError("source 'huggingface' needs datasets: pip install 'starflow-kernels[data]'") from None
+        need = "source 'huggingface' needs datasets: pip install 'starflow-kernels[data]'"
+        raise ConfigError(f"{path}: {need}") from None
     try:
         saved = any((Path(path) / name).exists() for name in SAVED)
         table = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 
 from starflow import ConfigError, DataError
 from starflow.data.datasets import DataConfig, data_state, load
+from starflow.data.tables import TableImages
+from starflow.errors import ImageError
 from starflow.training.flow import FlowRunConfig, FlowTrainer
 
 MODEL = {"image_size": 8, "image_channels": 3, "patch_size": 4, "channels": 16, "layers": [1, 1], "head_dim": 8}
@@ -122,8 +125,58 @@ def test_the_state_of_tar_files_follows_names_and_sizes(tars):
 )
 def test_wrong_samples_are_named(members, message, tmp_path):
     write_tar(tmp_path / "a.tar", members)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"{tmp_path}.*{message}"):
         load(tar_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["x.png", "y.png", "x.png", "y.png"], r"a\.tar/x: two samples of this key"),
+        (["part/x.png", "part/y.png", "part/x.cls"], r"a\.tar/part/x: two samples of this key"),
+        (["x.png", "x.png"], r"a\.tar/x\.png: two members of this name"),
+    ],
+)
+def test_a_sample_that_comes_twice_in_a_tar_file_is_named(names, message, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(png(0))
+            tar.addfile(info, io.BytesIO(png(0)))
+    with pytest.raises(DataError, match=f"{tmp_path}/{message}"):
+        load(tar_config(tmp_path))
+
+
+def test_a_key_may_come_in_several_tar_files(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, {"x.png": png(0)})
+    assert len(load(tar_config(tmp_path))[0]) == 2
+
+
+def test_a_broken_image_is_named_by_tar_file_and_key(tmp_path):
+    write_tar(tmp_path / "a.tar", {"part/x.png": b"no image", "part/x.txt": b"\xff"})
+    train, _ = load(tar_config(tmp_path))
+    with pytest.raises(ImageError, match=rf"^{tmp_path}/a\.tar/part/x: not a readable image \(unknown format") as error:
+        train[0]
+    assert "object at" not in str(error.value)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/a\.tar/part/x: .* can't decode byte 0xff"):
+        train.captions(0)
+
+
+def test_a_broken_image_of_a_table_is_named_by_path_and_row(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    values = [{"bytes": b"no image", "path": None}, {"bytes": None, "path": str(tmp_path / "x.png")}, None]
+    images = TableImages([{"image": value} for value in values], "image", "", "saved/one")
+    for row, message in enumerate((": not a readable", rf" \({tmp_path}/x\.png\): not a readable", ": no image")):
+        with pytest.raises(ImageError, match=rf"^saved/one\[{row}\]{message}") as error:
+            images(row)
+        assert "object at" not in str(error.value)
+
+
+def test_the_message_without_the_package_datasets_names_the_path(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"^saved/one: source 'huggingface' needs datasets"):
+        load(table_config("saved/one"))
 
 
 def test_wrong_tar_files_are_named(tmp_path):
