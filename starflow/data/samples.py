@@ -9,6 +9,8 @@ from PIL import Image
 
 # Function that returns an image by index, and its name for messages.
 Opened = Callable[[int], tuple[Image.Image, str]]
+# A class of this number or above is an error: the model and the list of names have an entry per class.
+MAX_CLASSES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)

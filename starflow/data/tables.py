@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from PIL import Image
 from ..errors import ConfigError, DataError, ImageError
 from ..io.digests import digest
 from ..io.images import open_image
-from .samples import Samples
+from .samples import MAX_CLASSES, Samples
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,7 +43,10 @@ class TableImages:
         value, name = self.table[index][self.image], f"{self.path}[{index}]"
         if not value or not (value["bytes"] or value["path"]):
             raise ImageError(f"{name}: no image")
-        return open_image(io.BytesIO(value["bytes"]) if value["bytes"] else Path(value["path"]), name), name
+        if value["bytes"]:
+            return open_image(io.BytesIO(value["bytes"]), name), name
+        name = f"{name} ({value['path']})"
+        return open_image(Path(value["path"]), name), name
 
     def caption(self, index: int) -> str:
         """Return the caption of an image."""
@@ -75,8 +79,10 @@ def read_table(path: str, split: str, image: str, label: str, caption: str) -> S
     labels, classes = [0] * len(table), (Path(path).name,)
     if label:
         labels, feature = list(table[label]), table.features[label]
-        if not all(isinstance(value, int) and value >= 0 for value in labels):
-            raise DataError(f"{path}: the classes in {label!r} are not integers of at least 0")
+        for row, value in enumerate(labels):
+            if not isinstance(value, int) or not 0 <= value < MAX_CLASSES:
+                given = f"{label}={reprlib.repr(value)}"
+                raise DataError(f"{path}[{row}]: {given} is not a class, an integer from 0 to {MAX_CLASSES - 1}")
         classes = tuple(feature.names) if isinstance(feature, ClassLabel) else tuple(map(str, range(max(labels) + 1)))
     images = TableImages(table.cast_column(image, ImageFeature(decode=False)), image, caption, path)
     return Samples(images, list(map(str, range(len(table)))), labels, classes, images.caption if caption else None)
@@ -109,7 +115,8 @@ def open_table(path: str, split: str) -> Dataset:
     try:
         import datasets
     except ImportError:
-        raise ConfigError("source 'huggingface' needs datasets: pip install 'starflow-kernels[data]'") from None
+        need = "source 'huggingface' needs datasets: pip install 'starflow-kernels[data]'"
+        raise ConfigError(f"{path}: {need}") from None
     try:
         saved = any((Path(path) / name).exists() for name in SAVED)
         table = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError, ImageError
 from .files import write_atomically
@@ -51,6 +51,9 @@ def open_image(source: Path | BinaryIO, name: str = "") -> Image.Image:
             return image.convert("RGB")
     except DataError:
         raise
+    except UnidentifiedImageError:
+        # Pillow's text names the stream in memory.
+        raise ImageError(f"{path}: not a readable image (unknown format, or its beginning is damaged)") from None
     # Decoders of damaged files raise errors of any type.
     except Exception as error:
         raise ImageError(f"{path}: not a readable image ({error})") from None

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 
 from starflow import ConfigError, DataError
 from starflow.data.datasets import DataConfig, data_state, load
+from starflow.data.tables import TableImages
+from starflow.errors import ImageError
 from starflow.training.flow import FlowRunConfig, FlowTrainer
 
 MODEL = {"image_size": 8, "image_channels": 3, "patch_size": 4, "channels": 16, "layers": [1, 1], "head_dim": 8}
@@ -111,14 +114,69 @@ def test_the_state_of_tar_files_follows_names_and_sizes(tars):
     [
         ({"x.txt": b"a"}, r"a\.tar/x: a sample without an image; its members are txt"),
         ({"x.png": png(0), "x.cls": b"cat"}, "class 'cat' is not an integer"),
+        ({"x.png": png(0), "x.cls": b"1048576"}, r"a\.tar/x: class '1048576' is not an integer from 0 to 1048575"),
+        ({"x.png": png(0), "x.cls": b"9" * 5000}, r"a\.tar/x: class '9+\.\.\.9+' is not an integer"),
+        ({"x.png": png(0), "x.json": b'{"label": 1048576}'}, r"a\.tar/x: class 1048576 is not an integer"),
         ({"x.png": png(0), "x.json": b"{"}, r"a\.tar/x\.json"),
+        ({"x.png": png(0), "x.json": b'{"caption": ["a", "b"]}'}, r"a\.tar/x\.json: the caption is a list"),
+        ({"x.png": png(0), "x.json": rb'{"caption": "a \ud83d"}'}, r"a\.tar/x\.json: the caption has half of a"),
         ({}, "no images in the tar files"),
     ],
 )
 def test_wrong_samples_are_named(members, message, tmp_path):
     write_tar(tmp_path / "a.tar", members)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"{tmp_path}.*{message}"):
         load(tar_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["x.png", "y.png", "x.png", "y.png"], r"a\.tar/x: two samples of this key"),
+        (["part/x.png", "part/y.png", "part/x.cls"], r"a\.tar/part/x: two samples of this key"),
+        (["x.png", "x.png"], r"a\.tar/x\.png: two members of this name"),
+    ],
+)
+def test_a_sample_that_comes_twice_in_a_tar_file_is_named(names, message, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(png(0))
+            tar.addfile(info, io.BytesIO(png(0)))
+    with pytest.raises(DataError, match=f"{tmp_path}/{message}"):
+        load(tar_config(tmp_path))
+
+
+def test_a_key_may_come_in_several_tar_files(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, {"x.png": png(0)})
+    assert len(load(tar_config(tmp_path))[0]) == 2
+
+
+def test_a_broken_image_is_named_by_tar_file_and_key(tmp_path):
+    write_tar(tmp_path / "a.tar", {"part/x.png": b"no image", "part/x.txt": b"\xff"})
+    train, _ = load(tar_config(tmp_path))
+    with pytest.raises(ImageError, match=rf"^{tmp_path}/a\.tar/part/x: not a readable image \(unknown format") as error:
+        train[0]
+    assert "object at" not in str(error.value)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/a\.tar/part/x: .* can't decode byte 0xff"):
+        train.captions(0)
+
+
+def test_a_broken_image_of_a_table_is_named_by_path_and_row(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    values = [{"bytes": b"no image", "path": None}, {"bytes": None, "path": str(tmp_path / "x.png")}, None]
+    images = TableImages([{"image": value} for value in values], "image", "", "saved/one")
+    for row, message in enumerate((": not a readable", rf" \({tmp_path}/x\.png\): not a readable", ": no image")):
+        with pytest.raises(ImageError, match=rf"^saved/one\[{row}\]{message}") as error:
+            images(row)
+        assert "object at" not in str(error.value)
+
+
+def test_the_message_without_the_package_datasets_names_the_path(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"^saved/one: source 'huggingface' needs datasets"):
+        load(table_config("saved/one"))
 
 
 def test_wrong_tar_files_are_named(tmp_path):
@@ -128,6 +186,34 @@ def test_wrong_tar_files_are_named(tmp_path):
         load(tar_config(tmp_path / "nothing"))
     (tmp_path / "a.tar").write_bytes(b"x" * 2000)
     with pytest.raises(DataError, match=r"a\.tar: not an uncompressed tar file"):
+        load(tar_config(tmp_path))
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("damage", ["flipped header", "cut header", "no end", "cut data", "zeros", "joined"])
+def test_a_damaged_tar_file_is_not_read_as_a_shorter_one(damage, format, tmp_path):
+    path = tmp_path / "a.tar"
+    # Long names have headers of their own in front of the header of the member.
+    with tarfile.open(path, "w", format=format) as tar:
+        for i in range(6):
+            info = tarfile.TarInfo(f"{'long' * 30}/{i}.png")
+            info.size = len(png(i))
+            tar.addfile(info, io.BytesIO(png(i)))
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        places = [(info.offset, info.offset_data) for info in tar]
+    (start, data), end = places[3], places[5][1] + 512
+    damaged, byte = {
+        "flipped header": (whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :], start),
+        "cut header": (whole[: start + 100], start),
+        "no end": (whole[:start], start),
+        "cut data": (whole[: data + 20], data + 20),
+        "zeros": (whole[:start] + bytes(512) + whole[start + 512 :], start),
+        "joined": (whole + whole, end),
+    }[damage]
+    assert len(load(tar_config(tmp_path))[0]) == 6
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=rf"{path}: .* at byte {byte}\b"):
         load(tar_config(tmp_path))
 
 
@@ -165,11 +251,13 @@ def table(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {"image": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"]), "text": datasets.Value("string")}
+        | {"large": datasets.Value("int64")}
     )
     rows = {
         "image": [{"bytes": png(i), "path": None} for i in range(6)],
         "kind": [i % 2 for i in range(6)],
         "text": [f"image {i}" for i in range(6)],
+        "large": [0, 1, 2, 3, 4, 1048576],
     }
     made = datasets.Dataset.from_dict(rows, features=features)
     made.save_to_disk(str(tmp_path / "one"))
@@ -196,10 +284,12 @@ def test_the_state_of_a_table_follows_its_files(table):
 
 
 def test_wrong_tables_and_columns_are_named(table, tmp_path):
-    with pytest.raises(ConfigError, match=r"label_column='sort': .* has the columns image, kind, text"):
+    with pytest.raises(ConfigError, match=r"label_column='sort': .* has the columns image, kind, text, large"):
         load(table_config(table / "one", label_column="sort"))
-    with pytest.raises(DataError, match="are not integers of at least 0"):
+    with pytest.raises(DataError, match=r"one\[0\]: text='image 0' is not a class"):
         load(table_config(table / "one", label_column="text"))
+    with pytest.raises(DataError, match=r"one\[5\]: large=1048576 is not a class, an integer from 0 to 1048575"):
+        load(table_config(table / "one", label_column="large"))
     with pytest.raises(DataError, match="not a data set that the package datasets reads"):
         load(table_config(tmp_path / "nothing"))
 
