@@ -162,15 +162,19 @@ def bfloat16() -> str:
 
 
 def density() -> str:
-    """Return the times of the density pass and of a training step."""
+    """Return the times and the peak memory of the density pass and of a training step."""
     found = results("density")
-    header = ["pass", "ours, ms", "released, ms", "released / ours", "share of the multiply-add peak"]
+    header = [
+        "pass", "ours, ms", "released, ms", "released / ours", "share of the multiply-add peak", "ours, MB",
+        "released, MB",
+    ]  # fmt: skip
     rows = [
         [
             row["case"],
             *(f"{row['milliseconds'][name]:.0f}" for name in ("ours", "released")),
             f"{row['ratio_released']:.1f}x",
             f"{100 * row['of_floor']:.0f} %",
+            *(f"{row['megabytes'][name]:,.0f}" for name in ("ours", "released")),
         ]
         for row in found["rows"]
     ]
