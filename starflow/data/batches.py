@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +62,7 @@ def batches(images: ImageSet | LatentSet, **options: Any) -> Iterator[list[torch
         options: options of the DataLoader.
     """
     with torch.device("cpu"):
-        loaded = iter(DataLoader(images, worker_init_fn=_ignore_signals, **options))
+        loaded = iter(DataLoader(images, worker_init_fn=_leave_ends_to_the_trainer, **options))
     while True:
         with torch.device("cpu"):
             batch = next(loaded, None)
@@ -68,7 +71,14 @@ def batches(images: ImageSet | LatentSet, **options: Any) -> Iterator[list[torch
         yield batch
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which may be sent to all processes, to the process that trains; it ends its workers."""
+def _leave_ends_to_the_trainer(worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM, which may be sent to all processes: the process that trains ends its workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _report_unless_disconnected
+
+
+def _report_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error, but not that the process that trains stopped while a worker handed it a batch."""
+    if not issubclass(kind, (ConnectionError, EOFError, multiprocessing.AuthenticationError)):
+        sys.__excepthook__(kind, error, trace)

@@ -10,6 +10,7 @@ import pytest
 from support import kills
 
 from starflow.cli import main
+from starflow.data import batches
 from starflow.training.checkpoints import Checkpoints, latest
 from starflow.training.flow import FlowTrainer
 
@@ -56,3 +57,12 @@ def test_a_second_interrupt_names_the_checkpoint_that_there_is(every, kept, tmp_
     assert main([*arguments, "--out", str(run)]) == 130
     resume = f"the last checkpoint is of step {kept}; continue with: starflow train --resume {run}"
     assert capsys.readouterr().err == f"stopped at step 3; {resume if kept else 'no checkpoint was written'}\n"
+
+
+def test_a_worker_reports_errors_other_than_the_end_of_the_process_that_trains(monkeypatch, capfd):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    batches._leave_ends_to_the_trainer(0)
+    for error in (ConnectionResetError("reset"), EOFError("end"), ValueError("of a worker")):
+        sys.excepthook(type(error), error, None)
+    assert capfd.readouterr().err == "ValueError: of a worker\n"
