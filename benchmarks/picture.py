@@ -19,7 +19,8 @@ from starflow.seeds import generator
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "img"
-SPEED = ROOT / "benchmarks" / "results" / "sampling_cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
+STYLES = ("-", "--", "-.", ":")
 INK, GRAY, BLUE = "#1f2933", "#7b8794", "#2563eb"
 # Numbers of blocks after which the samples are shown: the first ones do most of the work.
 SHOWN_AFTER = (0, 1, 2, 3, 5, 8, 12)
@@ -64,9 +65,27 @@ def head_columns(axes, names: tuple[str, ...], width: int) -> None:
         axes.text((i + 0.5) * width / len(names), -8, name, ha="center", va="bottom", color=GRAY, fontsize=9)
 
 
+def measured(name: str) -> list[dict]:
+    """Rows of a results file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
+def draw_densities(data: str, axes) -> None:
+    """Bits per dimension of the images for validation while flows train, and of codecs as lines."""
+    rows = {row["case"].split(", ")[1]: row for row in measured("image_density_cpu") if row["case"].startswith(data)}
+    for model, row in rows.items():
+        if curve := row.get("validation"):
+            minutes = [row["cpu_seconds"] * (i + 1) / len(curve) / 60 for i in range(len(curve))]
+            axes.plot(minutes, curve, label=model)
+    for (model, row), style in zip([each for each in rows.items() if "validation" not in each[1]], STYLES):
+        axes.axhline(row["bits_per_dim"], color=GRAY, linewidth=1, linestyle=style, label=f"{model} (test images)")
+    axes.set(title=data, xlabel="CPU time of training, minutes", ylabel="bits per dimension, images for validation")
+    axes.legend(frameon=False)
+
+
 def draw_speed(axes) -> None:
     """Bars of the time of plain PyTorch over ours."""
-    rows = [row for row in json.loads(SPEED.read_text())["rows"] if "ratio_plain" in row]
+    rows = [row for row in measured("sampling_cpu") if "ratio_plain" in row]
     names = [row["case"] for row in rows][::-1]
     ratios = [row["ratio_plain"] for row in rows][::-1]
     axes.barh(names, ratios, color=BLUE, height=0.62)
@@ -110,6 +129,10 @@ def main() -> None:
     drawn = states(flow, labels.repeat(8), seed=0)[0]
     pixels = tile(((drawn + 1) / 2).clamp(0, 1).numpy(), 8, 10, 4)
     Image.fromarray((255 * pixels).round().astype(np.uint8)).save(IMAGES / "digits.png", optimize=True)
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=120, layout="constrained")
+    draw_densities("emoji", axes)
+    figure.savefig(IMAGES / "image_density.png", facecolor="white")
 
 
 if __name__ == "__main__":

@@ -196,6 +196,34 @@ def prose() -> str:
     return f"Measured {line(found['machine'])}.\n\n" + table(header, rows)
 
 
+def gradient() -> str:
+    """Return the times and the peak memory of gradients of samples."""
+    found = results("inverse_gradient")
+    header = ["tokens", "ours, ms", "plain loop, ms", "plain / ours", "memory, ours, MB", "memory, plain loop, MB"]
+    rows = [
+        [
+            f"{row['tokens']:,}",
+            *(f"{1e3 * sum(row[way]['seconds'].values()):,.0f}" for way in ("ours", "plain loop")),
+            f"{row['ratio']:.1f}x",
+            *(f"{row[way]['bytes'] / 1e6:,.0f}" for way in ("ours", "plain loop")),
+        ]
+        for row in found["rows"]
+    ]
+    return f"Measured {line(found['machine'])}.\n\n" + table(header, rows)
+
+
+def image_density() -> str:
+    """Return the bits per dimension of images by flows and codecs."""
+    found = results("image_density")
+    header = ["images", "model", "bits per dimension", "bound of all draws", "parameters", "training, CPU time, s"]
+    rows = []
+    for row in found["rows"]:
+        bound = f"{row['bound_of_all_draws']:.3f}" if "bound_of_all_draws" in row else ""
+        trained = [f"{row['parameters']:,}", f"{row['cpu_seconds']:,.0f}"] if "steps" in row else ["", ""]
+        rows.append([*row["case"].split(", "), f"{row['bits_per_dim']:.3f} ± {row['error']:.3f}", bound, *trained])
+    return table(header, rows)
+
+
 def accelerate() -> str:
     """Return the times of flows of other packages before and after `accelerate`."""
     found = results("accelerate")
@@ -212,7 +240,20 @@ def accelerate() -> str:
 
 
 TABLES = {
-    each.__name__: each for each in (speed, sampling, errors, bfloat16, contention, long, density, prose, accelerate)
+    each.__name__: each
+    for each in (
+        speed,
+        sampling,
+        errors,
+        bfloat16,
+        contention,
+        long,
+        density,
+        prose,
+        gradient,
+        image_density,
+        accelerate,
+    )
 }
 
 
