@@ -77,7 +77,8 @@ def flow_head(shape, dtype, device) -> Case:
     def run(tensors, backend):
         return starflow_kernels.flow_head(*tensors, SPEC, shift=True, backend=backend)
 
-    return Case("flow_head", shape, tensors, 2, run, _bytes(tensors, tensors[0]), 4 * B * T * D * C)
+    peers = {"composed": lambda tensors: run(tensors, "composed")}
+    return Case("flow_head", shape, tensors, 2, run, _bytes(tensors, tensors[0]), 4 * B * T * D * C, peers=peers)
 
 
 def angles(T: int, d: int, dtype: torch.dtype, device: str) -> dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]:

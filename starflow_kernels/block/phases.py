@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._core import compiled
+from .._core.rates import L2, MEMORY
 from ..spec import BlockSpec
 from . import cuda, persistent
 from .packing import spec_fields
 
-# Bytes per second of device memory and of the L2 cache.
-MEMORY = 4.3e12
-L2 = 5.5e12
 # Share of the bandwidth that a ring of stages reaches, since thread blocks do not finish their tiles together.
 STREAM = 0.92
 # Seconds of a phase without its bytes, for a product and for attention: grid barrier, inputs, sums, outputs.

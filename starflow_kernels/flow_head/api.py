@@ -6,11 +6,12 @@ import torch
 
 from .._core import compiled
 from .._core.checks import check_tensor
+from .._core.dispatch import prefer, register
 from .._core.registration import call, define, differentiable
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
 from ..spec import AffineSpec, Logdet, check_choice
-from . import native, reference
+from . import composed, native, reference, traffic
 
 ARGUMENTS = (
     "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? norm_weight, "
@@ -25,8 +26,12 @@ define(
     reference=reference.flow_head,
 )
 differentiable("flow_head", ARGUMENTS, 5, reference.flow_head_backward)
+register("flow_head", "composed", composed.flow_head, composed.refuse)
+register("flow_head_backward", "composed", composed.flow_head_backward, composed.refuse_backward)
 compiled.register("flow_head", native)
 runtime.register("flow_head")
+prefer("flow_head", traffic.preferred, traffic.here)
+prefer("flow_head_backward", traffic.preferred_backward, traffic.here)
 
 
 def flow_head(
@@ -57,7 +62,8 @@ def flow_head(
         shift: as in `affine_flow`.
         flip: as in `affine_flow`.
         logdet: as in `affine_flow`.
-        backend: name of a backend; None takes the first that can run.
+        backend: name of a backend; None takes the one predicted to be the fastest on a GPU, else the first that can
+            run.
 
     Returns:
         z (B, T, D) in the dtype of x, and the log-determinant, (B,) or (B, T, D), float32 (float64 for float64 x).

@@ -12,6 +12,7 @@ from starflow_kernels import AffineSpec, flow_head
 require_interpreter()
 SPECS = [AffineSpec("exp"), AffineSpec("softplus"), AffineSpec("softplus", 1.5), AffineSpec("unit", 1.5)]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=[f"{s.scale}{'-clip' if s.soft_clip else ''}" for s in SPECS])
+every_backend = pytest.mark.parametrize("backend", ["triton", "composed"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 # bias, norm, shift, flip
 PARTS = [(True, True, False, False), (False, True, True, False), (True, False, True, True), (False, True, False, True)]
@@ -28,9 +29,10 @@ def inputs(spec, B, T, D, C, bias=True, norm=True, dtype=torch.float32) -> dict[
 
 @every_spec
 @every_dtype
+@every_backend
 @pytest.mark.parametrize("T, D, C", [(65, 3, 65), (33, 48, 33), (17, 70, 80), (9, 200, 17)])
 @pytest.mark.usefixtures("poisoned_memory")
-def test_error_contract_around_the_blocks(T, D, C, dtype, spec):
+def test_error_contract_around_the_blocks(T, D, C, backend, dtype, spec):
     """The error of one sum over tokens is a single draw, for torch too: the draws of all parts count together."""
     B, results = 3, {}
     for part, (bias, norm, shift, flip) in enumerate(PARTS):
@@ -44,7 +46,7 @@ def test_error_contract_around_the_blocks(T, D, C, dtype, spec):
             return with_gradients(lambda *t: flow_head(**dict(zip(names, t)), **options), tensors, seeds)  # noqa: B023
 
         exact = run([t.double() for t in tensors], "reference")
-        for name, *values in zip(["z", logdet, *names], run(tensors, "triton"), run(tensors, "reference"), exact):
+        for name, *values in zip(["z", logdet, *names], run(tensors, backend), run(tensors, "reference"), exact):
             results.setdefault(name, []).append([value.flatten() for value in values])
     for draws in results.values():
         assert_within_contract(*(torch.cat(values) for values in zip(*draws)))
@@ -76,9 +78,10 @@ def test_a_row_has_the_same_bits_alone(network):
             assert torch.equal(alone, batched[row])
 
 
-def test_no_rows():
+@every_backend
+def test_no_rows(backend):
     tensors, seeds = list(inputs(AffineSpec(), 0, 5, 3, 7).values()), (torch.zeros(0, 5, 3), torch.zeros(0))
-    results = with_gradients(lambda *t: flow_head(*t, backend="triton"), tensors, seeds)
+    results = with_gradients(lambda *t: flow_head(*t, backend=backend), tensors, seeds)
     assert [r.shape for r in results] == [(0, 5, 3), (0,), *(t.shape for t in tensors)]
     assert not any(r.any() for r in results)
 
