@@ -47,6 +47,7 @@ void onchip_inverse(Tensor state, Tensor log_sigma, Tensor weights, std::vector<
     if (cache)
         call.cache = values(*cache, spec.bf16 ? ScalarType::BFloat16 : ScalarType::Float,
                             plan[2] * plan[1] * copies * call.plan.cache_row);
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(call.cache) % 16 == 0, "compiled kernels: the cache is not aligned");
     STD_TORCH_CHECK(spec.rotary == Rotary::none || (cos && sin), "compiled kernels: cos or sin is missing");
     STD_TORCH_CHECK(spec.positions ? positions && T <= spec.positions : !positions,
                     "compiled kernels: positions do not fit the block");

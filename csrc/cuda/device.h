@@ -133,4 +133,11 @@ struct alignas(4 * sizeof(T)) Quad {
     T values[4];
 };
 
+// 16 bytes of values, the most that a thread loads at once.
+template <class T>
+struct alignas(16) Vector {
+    static constexpr int SIZE = 16 / sizeof(T);
+    T values[SIZE];
+};
+
 }  // namespace starflow::cuda

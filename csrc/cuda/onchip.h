@@ -20,6 +20,7 @@ struct alignas(8) Pair {
 template <class Weight, bool CACHED_ON_CHIP, bool CLUSTERED>
 struct Onchip : Cluster<CLUSTERED> {
     using Cluster<CLUSTERED>::rank, Cluster<CLUSTERED>::size, Cluster<CLUSTERED>::barrier, Cluster<CLUSTERED>::store;
+    static constexpr int VECTOR = Vector<Weight>::SIZE;
 
     const OnchipCall& call;
     char* shared;
@@ -205,17 +206,28 @@ struct Onchip : Cluster<CLUSTERED> {
         return floats(plan().scores) + (CLUSTERED ? row * spec().heads + head : warp()) * plan().slots;
     }
 
-    // Returns the cache of one key-value head of one row: keys [head_dim][key_slots], then values [slots][value_dims].
+    // Returns the cache of one key-value head of one row: keys [head_dim / VECTOR][key_slots][VECTOR], of which the lanes
+    // of a warp load one vector each, next to each other; then values [slots][value_dims].
     STARFLOW_DEVICE Weight* keys(int row, int index, int head) const {
-        int values = spec().head_dim * plan().key_slots + plan().slots * plan().value_dims;
-        return cache() + int64_t(row) * plan().cache_row + (index * spec().kv_heads + head) * values;
+        return cache() + int64_t(row) * plan().cache_row + (index * spec().kv_heads + head) * plan().cache_head;
+    }
+
+    // Returns the place of a value of the key in one of this thread block's slots.
+    STARFLOW_DEVICE int key_place(int i, int slot) const {
+        return (i / VECTOR * plan().key_slots + slot) * VECTOR + i % VECTOR;
     }
 
     // Computes the scores of one query with this thread block's share of the slots 0 .. slot.
     STARFLOW_DEVICE void score(const float* q, const Weight* keys, int slot, float scale, float* scores) const {
         for (int j = lane(); j * size() + rank() <= slot; j += WARP) {
             float score = 0;
-            for (int i = 0; i < spec().head_dim; ++i) score = fmaf(q[i], widen(keys[i * plan().key_slots + j]), score);
+            int whole = spec().head_dim / VECTOR * VECTOR;
+            for (int i = 0; i < whole; i += VECTOR) {
+                auto key = *reinterpret_cast<const Vector<Weight>*>(keys + key_place(i, j));
+                STARFLOW_UNROLL
+                for (int e = 0; e < VECTOR; ++e) score = fmaf(q[i + e], widen(key.values[e]), score);
+            }
+            for (int i = whole; i < spec().head_dim; ++i) score = fmaf(q[i], widen(keys[key_place(i, j)]), score);
             store(scores + j * size() + rank(), score * scale);
         }
     }
@@ -245,7 +257,7 @@ struct Onchip : Cluster<CLUSTERED> {
     STARFLOW_DEVICE void append(const float* key, const float* value, int slot, Weight* keys, Weight* values) const {
         int begin = rank() * plan().value_dims;
         for (int i = lane(); i < spec().head_dim; i += WARP) {
-            if (slot % size() == rank()) narrow(key[i], keys[i * plan().key_slots + slot / size()]);
+            if (slot % size() == rank()) narrow(key[i], keys[key_place(i, slot / size())]);
             if (i >= begin && i < begin + plan().value_dims)
                 narrow(value[i], values[slot * plan().value_dims + i - begin]);
         }
@@ -256,7 +268,7 @@ struct Onchip : Cluster<CLUSTERED> {
     STARFLOW_DEVICE void attention(int index, int layer, int slot) const {
         int d = spec().head_dim, heads = spec().heads, kv_heads = spec().kv_heads, group = heads / kv_heads;
         auto weigh_head = [&](int row, int head) {
-            const Weight* values = keys(row, index, head / group) + d * plan().key_slots;
+            const Weight* values = keys(row, index, head / group) + plan().key_values;
             weigh(scores(row, head), values, slot, mid(row) + head * d);
         };
         for (int item = warp(); item < rows * kv_heads; item += WARPS) {
@@ -265,7 +277,7 @@ struct Onchip : Cluster<CLUSTERED> {
             Weight* of = keys(row, index, kv_head);
             for (int j = 0; j < group; ++j) prepare(q + j * d, layer + plan().layer.q_norm, slot);
             prepare(key, layer + plan().layer.k_norm, slot);
-            append(key, key + kv_heads * d, slot, of, of + d * plan().key_slots);
+            append(key, key + kv_heads * d, slot, of, of + plan().key_values);
             float scale = 1.0f / (sqrtf(float(d)) * (row < samples ? 1.0f : call.temperature));
             for (int j = 0; j < group; ++j) {
                 int head = kv_head * group + j;

@@ -37,7 +37,8 @@ struct Plan {
     LayerPlaces layer;
     // Each thread block holds every cluster-th slot of the keys and a share of the dimensions of the values.
     int slots, key_slots, value_dims;
-    int cache_row;        // values of KV cache per row and thread block
+    // Values of KV cache per thread block: of the keys of a head, padded to vectors; of a head; of a row.
+    int key_values, cache_head, cache_row;
     bool cached_on_chip;  // else it is in device memory; each thread block reads only its own part
     // Rows of activations. h: the state, of C values. mid: results of norms and attention. wide: q k v, the MLP and the
     // parameters. tokens: the tokens. h_row, mid_row, ... are the distances between rows in floats.
@@ -123,8 +124,12 @@ inline Plan make_plan(const Spec& spec, int64_t T, int copies, int group, bool c
     plan.slots = limited(slots);
     plan.key_slots = limited(divided_up(slots, cluster));
     plan.value_dims = int(divided_up(spec.head_dim, cluster));
-    plan.cache_row =
-        limited((divided_up(slots, cluster) * spec.head_dim + slots * plan.value_dims) * spec.layers * spec.kv_heads);
+    int vector = spec.bf16 ? 8 : 4;
+    int64_t key_values = divided_up(slots, cluster) * padded(spec.head_dim, vector);
+    int64_t cache_head = key_values + padded(slots * plan.value_dims, vector);
+    plan.key_values = limited(key_values);
+    plan.cache_head = limited(cache_head);
+    plan.cache_row = limited(cache_head * spec.layers * spec.kv_heads);
     plan.h_row = row_floats(spec.channels);
     plan.mid_row = row_floats(most(spec.channels, spec.heads * spec.head_dim));
     plan.wide_row = row_floats(most(most(spec.channels, spec.params_dim()), most(spec.qkv_dim(), spec.mlp_dim)));

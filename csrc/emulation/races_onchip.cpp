@@ -25,7 +25,7 @@ int main(int, char** arguments) {
     if (copies > 1) call.guidance = guidance.data();
     call.rule = Rule::starflow, call.temperature = 0.7f, call.log_sigma = log_sigma.data(), call.blocks = cluster;
     return compare_orders(argument(4), noise, [&](float* state, int order) {
-        std::vector<uint32_t> cache(size_t(cluster * group * copies * plan.cache_row), ~0u);
+        std::vector<Vector<uint32_t>> cache(size_t(cluster * group * copies * plan.cache_row), {{~0u, ~0u, ~0u, ~0u}});
         call.state = state, call.cache = plan.cached_on_chip ? nullptr : cache.data();
         launch_onchip(call, order);
     });

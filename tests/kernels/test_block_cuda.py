@@ -65,6 +65,14 @@ def fields(spec, dtype=torch.float32):
     return tuple(spec_fields(spec, dtype))
 
 
+def cached(spec, dtype, slots, cluster=1):
+    """Return the values of KV cache per row and thread block: keys in vectors of 16 bytes, then values."""
+    vector = 16 // dtype.itemsize
+    keys = -(-slots // cluster) * -(-spec.head_dim // vector)
+    values = -(-slots * -(-spec.head_dim // cluster) // vector)
+    return spec.layers * spec.kv_heads * (keys + values) * vector
+
+
 def run(z, w, spec, context, guidance=None, rule="tarflow", temperature=1.0, quantize="none", known=None):
     """Run the kernel on the CPU."""
     given = [context.get(name) for name in ("cond", "prefix", "cos", "sin")]
@@ -245,7 +253,7 @@ def test_a_plan_takes_what_fits(spec, dtype, emulated):
         one = cuda.plan(fields(spec, dtype), T, copies, 1, *HOPPER)
         assert one.group == 1 and one.on_chip and one.weights == 4 * len(packed.buffer)
         slots = T if spec.start else T - 1
-        values = 2 * slots * spec.layers * spec.kv_heads * spec.head_dim * copies
+        values = cached(spec, dtype, slots) * copies
         assert one.cache == values
         assert cuda.plan(fields(spec, dtype), T, copies, 1, one.one, 1, 1).on_chip
         less = cuda.plan(fields(spec, dtype), T, copies, 1, one.one - 1, 1, 1)
@@ -269,8 +277,7 @@ def test_clusters_share_the_weights_and_the_cache(spec, dtype, emulated):
         least = cuda.plan(fields(spec, dtype), 40, 1, 1, 1, size, size)
         assert (least.cluster, least.group) == (size, 0)
         assert 4 * len(cuda.pack(spec, weights, size).buffer) == size * least.weights
-        held = -(-slots // size) * spec.head_dim + slots * -(-spec.head_dim // size)
-        assert least.cache == spec.layers * spec.kv_heads * held
+        assert least.cache == cached(spec, dtype, slots, size)
         whole = least.one + -(-least.cache * dtype.itemsize // 16) * 16
         for limit, group, on_chip in ((least.one - 1, 0, 0), (least.one, 1, 0), (whole - 1, 1, 0), (whole, 1, 1)):
             found = cuda.plan(fields(spec, dtype), 40, 1, 1, limit, size, size)
