@@ -1,6 +1,7 @@
 // Ops of the on-chip inverse. They take CUDA tensors, unless STARFLOW_LIBRARY and STARFLOW_DEVICES say otherwise.
 #include <vector>
 
+#include "../cuda/choice.h"
 #include "../cuda/launch.h"
 #include "../read_spec.h"
 #include "tensors.h"
@@ -10,13 +11,15 @@ namespace starflow::cuda {
 namespace {
 
 // Returns: thread blocks per cluster; samples per cluster, 0 where none fits; 1 if the KV cache is on chip, else 0.
-// Then, per thread block: bytes of weights; values of KV cache per sample; bytes of shared memory with one sample.
+// Then, per thread block: bytes of weights; values of KV cache per sample; bytes of shared memory with one sample. Last,
+// estimated nanoseconds of a token step.
 std::vector<int64_t> onchip_plan(std::vector<int64_t> fields, int64_t T, int64_t copies, int64_t B, int64_t limit,
                                  int64_t processors, int64_t most_cluster) {
     Spec spec = read_spec(fields, 0);
     Plan plan = choose_plan(spec, T, int(copies), B, limit, processors, int(most_cluster));
     Plan one = make_plan(spec, T, int(copies), 1, plan.cached_on_chip, plan.cluster);
-    return {plan.cluster, plan.group, plan.cached_on_chip, plan.weight_bytes, copies * one.cache_row, one.bytes};
+    int64_t cache = copies * one.cache_row, step = step_nanoseconds(spec, plan);
+    return {plan.cluster, plan.group, plan.cached_on_chip, plan.weight_bytes, cache, one.bytes, step};
 }
 
 // cache: in device memory; none if the cache is on chip.

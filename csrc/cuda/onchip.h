@@ -129,19 +129,19 @@ struct Onchip : Cluster<CLUSTERED> {
         }
     }
 
-    // Takes as many rows per thread, or per warp, as leave work for every one.
     template <class Done>
     STARFLOW_DEVICE void multiply(const Dense& dense, int layer, const float* x, int x_row, Done done) const {
-        if constexpr (sizeof(Weight) == sizeof(Bf16)) {
-            if (rows > 16 && rows * dense.share >= 32 * 16 * WARPS)
+        constexpr bool BF16 = sizeof(Weight) == sizeof(Bf16);
+        int tile = tile_rows(rows, dense.share, BF16);
+        if constexpr (BF16) {
+            if (tile == 32)
                 multiply_fragments<4>(dense, layer, x, x_row, done);
             else
                 multiply_fragments<1>(dense, layer, x, x_row, done);
         } else {
-            int work = rows * dense.share;
-            if (work >= 8 * THREADS)
+            if (tile == 8)
                 multiply_tiles<8>(dense, layer, x, x_row, done);
-            else if (work >= 2 * THREADS)
+            else if (tile == 2)
                 multiply_tiles<2>(dense, layer, x, x_row, done);
             else
                 multiply_tiles<1>(dense, layer, x, x_row, done);

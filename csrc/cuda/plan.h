@@ -7,6 +7,12 @@
 
 #include "../spec.h"
 
+#ifdef __CUDACC__
+#define STARFLOW_ANYWHERE __host__ __device__ constexpr
+#else
+#define STARFLOW_ANYWHERE constexpr
+#endif
+
 namespace starflow::cuda {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
@@ -56,6 +62,14 @@ constexpr int64_t padded(int64_t n, int to) { return (n + to - 1) / to * to; }
 // Returns the floats per row of n activations: whole fragments, and 8 or 24 modulo the 32 banks, so that eight rows do
 // not collide.
 constexpr int row_floats(int n) { return int(padded(n, 16)) + 8; }
+
+// Returns the rows that a thread (float32) or a warp (bfloat16) takes at once in a product of `share` outputs: as many as
+// leave work for every one.
+STARFLOW_ANYWHERE int tile_rows(int64_t rows, int64_t share, bool bf16) {
+    int64_t work = rows * share;
+    if (bf16) return rows > 16 && work >= 32 * 16 * WARPS ? 32 : 8;
+    return work >= 8 * THREADS ? 8 : work >= 2 * THREADS ? 2 : 1;
+}
 
 class Taker {
 public:
@@ -146,25 +160,6 @@ inline Plan make_plan(const Spec& spec, int64_t T, int copies, int group, bool c
     plan.scores = taker.vector(slots * (cluster > 1 ? rows * spec.heads : WARPS));
     plan.bytes = taker.at;
     return plan;
-}
-
-// Returns a plan with the smallest cluster of up to `most_cluster` thread blocks that holds a sample, with `limit`
-// bytes of shared memory per thread block. A group has as many of the B samples as fit, spread over the processors. The
-// KV cache is on chip if one sample fits with it. The group is 0 if not even one sample fits.
-inline Plan choose_plan(const Spec& spec, int64_t T, int copies, int64_t B, int64_t limit, int64_t processors,
-                        int most_cluster) {
-    int cluster = 1;
-    for (;; cluster *= 2) {
-        int64_t share = divided_up(B, processors / cluster), most = MOST_ROWS / copies;
-        most = share < 1 ? 1 : share < most ? share : most;
-        for (bool cached_on_chip : {true, false})
-            for (int group = int(most); group > 0; --group) {
-                Plan plan = make_plan(spec, T, copies, group, cached_on_chip, cluster);
-                if (plan.bytes <= limit) return plan;
-            }
-        if (2 * cluster > most_cluster || 2 * cluster > processors || cluster == MOST_CLUSTER) break;
-    }
-    return make_plan(spec, T, copies, 0, false, cluster);
 }
 
 }  // namespace starflow::cuda

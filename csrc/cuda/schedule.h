@@ -4,12 +4,6 @@
 
 #include "plan.h"
 
-#ifdef __CUDACC__
-#define STARFLOW_ANYWHERE __host__ __device__ constexpr
-#else
-#define STARFLOW_ANYWHERE constexpr
-#endif
-
 namespace starflow::cuda {
 
 constexpr int MOST_STREAM_ROWS = 16;  // rows of activations, guided ones twice

@@ -90,7 +90,8 @@ class Plan(NamedTuple):
 
     cluster: thread blocks per cluster. group: samples per cluster, 0 if not even one fits. on_chip: whether the KV
     cache lies in shared memory. weights: bytes of weights per thread block. cache: values of KV cache per sample and
-    thread block. one: bytes of shared memory per thread block with one sample.
+    thread block. one: bytes of shared memory per thread block with one sample. step: estimated nanoseconds of a token
+    step, by csrc/cuda/choice.h.
     """
 
     cluster: int
@@ -99,6 +100,7 @@ class Plan(NamedTuple):
     weights: int
     cache: int
     one: int
+    step: int
 
 
 class Device(NamedTuple):

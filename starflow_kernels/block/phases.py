@@ -1,7 +1,7 @@
 """Model of the time of a token step on a GPU: the phases of csrc/cuda/schedule.h with their bytes and operations.
 
-It chooses between the kernels of `block_inverse` and gives the floor of a step. Its constants are estimates for an
-H200; no GPU has measured them yet.
+It chooses between the kernels of `block_inverse` and gives the floor of a step. The time of the on-chip kernel is that of
+its plan. The constants are estimates for an H200; no GPU has measured them yet.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ STREAM = 0.92
 # Seconds of a phase without its bytes, for a product and for attention: grid barrier, inputs, sums, outputs.
 PRODUCT_SECONDS = 1.9e-6
 ATTENTION_SECONDS = 3.6e-6
-# Seconds of a phase of the on-chip kernel, whose single thread block or cluster has all the work of a group.
-ONCHIP_SECONDS = 3.2e-6
 
 
 class Phase(NamedTuple):
@@ -89,7 +87,7 @@ def fastest(z, weights, prefix, guidance, spec_json: str, device: cuda.Device) -
     steps = phases(spec, B * branches, T, dtype.itemsize)
     launch = cuda.plan(tuple(spec_fields(spec, dtype)), T, branches, B, *device)
     groups = -(-B // (launch.group * (device.processors // launch.cluster)))
-    on_chip = groups * ONCHIP_SECONDS * len(steps)
+    on_chip = groups * launch.step * 1e-9
     return "persistent" if persistent_seconds(steps, device.processors) < on_chip else "cuda"
 
 

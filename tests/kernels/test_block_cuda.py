@@ -151,8 +151,8 @@ def test_guided_inverse(name, rule, temperature, emulated):
 def test_a_row_has_the_same_bits_in_any_batch_and_group(dtype, emulated):
     spec = dataclasses.replace(SPECS["everything"], mlp_dim=80)
     z, w, context = tame_block(spec, 67, 3, dtype=dtype)
-    emulated(sizes=HOPPER._replace(processors=1))
-    assert cuda.plan(fields(spec, dtype), 3, 1, 67, HOPPER.limit, 1, 1).group > 32
+    # A group of 64 rows takes them 32 at a time in bfloat16, 8 at a time in float32.
+    emulated(sizes=HOPPER._replace(processors=1), group=64)
     x = run(z, w, spec, context)
     assert_contract(x, z, w, spec, context)
     for which in (slice(5, 6), slice(60, 67)):
@@ -263,7 +263,7 @@ def test_a_plan_takes_what_fits(spec, dtype, emulated):
         assert cuda.plan(fields(spec, dtype), T, copies, 1, less.one - 1, 1, 1).group == 0
         # The number of processors, 64 rows and the memory each bound the size of a group.
         assert cuda.plan(fields(spec, dtype), T, copies, 7, 2**29, 3, 1).group == 3
-        assert cuda.plan(fields(spec, dtype), T, copies, 1000, 2**29, 1, 1).group == 64 // copies
+        assert cuda.plan(fields(spec, dtype), T, copies, 64 // copies, 2**29, 1, 1).group == 64 // copies
         limited = cuda.plan(fields(spec, dtype), T, copies, 1000, one.one + 30000, 1, 1).group
         assert 1 <= limited <= 64 // copies
 
@@ -287,10 +287,24 @@ def test_clusters_share_the_weights_and_the_cache(spec, dtype, emulated):
             assert cuda.plan(fields(spec, dtype), 40, 1, 1, 1, processors, 8).cluster <= processors
 
 
+def square(C, layers, d=64):
+    """Return a block with heads of d values, that fill its channels."""
+    return BlockSpec(token_dim=4, channels=C, layers=layers, heads=C // d, head_dim=d, kv_heads=C // d, mlp_dim=4 * C)
+
+
+def planned(spec, dtype, T, B, copies=1, **changes):
+    """Return the plan of a Hopper, the samples that it computes at once, and the estimated time of all, per step."""
+    device = HOPPER._replace(**changes)
+    plan = cuda.plan(fields(spec, dtype), T, copies, B, *device)
+    at_once = max(1, plan.group * (device.processors // plan.cluster))
+    return plan, at_once, -(-B // at_once) * plan.step
+
+
 @pytest.mark.parametrize(
     "C, layers, dtype, T, cluster, least",
     [
-        (64, 2, torch.bfloat16, 256, 1, 8),
+        (64, 2, torch.bfloat16, 16, 1, 8),
+        (64, 2, torch.bfloat16, 256, 1, 7),
         (64, 4, torch.bfloat16, 256, 2, 8),
         (128, 2, torch.bfloat16, 256, 4, 4),
         (128, 4, torch.bfloat16, 256, 8, 3),
@@ -298,14 +312,44 @@ def test_clusters_share_the_weights_and_the_cache(spec, dtype, emulated):
     ],
 )
 def test_clusters_of_a_hopper(C, layers, dtype, T, cluster, least, emulated):
-    heads = C // 64
-    spec = BlockSpec(token_dim=4, channels=C, layers=layers, heads=heads, head_dim=64, kv_heads=heads, mlp_dim=4 * C)
-    plan = cuda.plan(fields(spec, dtype), T, 1, 10000, *HOPPER)
+    spec = square(C, layers)
+    plan, _, _ = planned(spec, dtype, T, 10000)
     assert plan.cluster == cluster and plan.group >= least and plan.one <= HOPPER.limit
     # With fewer samples than clusters, each cluster has one.
-    assert cuda.plan(fields(spec, dtype), T, 1, HOPPER.processors // cluster, *HOPPER).group == 1
-    if cluster > 1:
-        assert not cuda.plan(fields(spec, dtype), T, 1, 1, HOPPER.limit, HOPPER.processors, cluster // 2).group
+    few = cuda.plan(fields(spec, dtype), T, 1, HOPPER.processors // 8, *HOPPER)
+    assert few.group == 1
+
+
+@pytest.mark.parametrize("C, layers, T, copies", [(64, 2, 16, 1), (64, 2, 16, 2), (128, 2, 16, 1), (64, 4, 256, 1)])
+@pytest.mark.parametrize("B", [1, 64, 264, 1000, 10000])
+@dtypes
+def test_the_plan_has_the_shortest_estimated_time(C, layers, T, copies, B, dtype, emulated):
+    """No plan of smaller clusters, of a smaller memory or for other samples is faster, by the same estimate."""
+    spec = square(C, layers)
+    plan, _, time = planned(spec, dtype, T, B, copies)
+    others = [{"cluster": 1}, {"cluster": 2}, {"cluster": 4}, {"limit": HOPPER.limit - 20000}]
+    for changes in others:
+        other, _, estimate = planned(spec, dtype, T, B, copies, **changes)
+        assert not other.group or time <= estimate
+    for samples in (1, 8, 100, 1000):
+        other, at_once, _ = planned(spec, dtype, T, samples, copies)
+        assert not plan.group or time <= -(-B // at_once) * other.step
+
+
+def test_many_samples_take_more_rows_than_the_memory_holds_with_their_cache(emulated):
+    """Rows in flight per time: a cache in device memory, or a cluster, where the weights leave room for few samples."""
+    for C, T, device in ((64, 16, HOPPER), (128, 16, HOPPER)):
+        spec = square(C, 2)
+        few, at_once, _ = planned(spec, torch.bfloat16, T, HOPPER.processors // 4)
+        many, all_at_once, _ = planned(spec, torch.bfloat16, T, 10000)
+        assert few.on_chip and all_at_once / many.step > 2 * at_once / few.step
+
+
+def test_a_step_takes_longer_with_more_layers_and_more_rows(emulated):
+    steps = [planned(square(64, layers), torch.bfloat16, 16, 1)[0].step for layers in (1, 2, 4)]
+    assert steps[0] < steps[1] < steps[2]
+    one, many = (cuda.plan(fields(square(64, 1)), 16, 1, B, HOPPER.limit, 1, 1) for B in (1, 64))
+    assert one.group == 1 < many.group and one.step < many.step < many.group * one.step
 
 
 def test_what_does_not_fit_is_refused_with_the_bytes(emulated):
