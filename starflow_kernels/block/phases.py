@@ -1,7 +1,7 @@
 """Model of the time of a token step on a GPU: the phases of csrc/cuda/schedule.h with their bytes and operations.
 
-It chooses between the kernels of `block_inverse` and gives the floor of a step. The time of the on-chip kernel is that of
-its plan. The constants are estimates for an H200; no GPU has measured them yet.
+It chooses between the kernels of `block_inverse` and gives the floor of a step. The time of the on-chip kernel is that
+of its plan. The constants are estimates for an H200; no GPU has measured them yet.
 """
 
 from __future__ import annotations
