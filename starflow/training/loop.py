@@ -43,7 +43,7 @@ from .config import RunConfig
 from .guard import Guard
 from .lock import Lock
 from .metrics import Meter, open_loggers
-from .parallel import LostProcessError, Team, refuse_processes, scalar
+from .parallel import LostProcessError, Team, check_division, refuse_processes, scalar
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
@@ -96,13 +96,15 @@ class Loop:
             raise ConfigError("data: no images are left for training")
         self.data_state = data_state(config.data)
         batch_size = min(config.training.batch_size, len(self.images))
+        accumulate = getattr(config.training, "accumulate", 1)
+        check_division(config.training.batch_size, self.team.count, accumulate, len(self.images))
         if batch_size < config.training.batch_size and self.team.rank == 0:
             warnings.warn(
                 f"training.batch_size={config.training.batch_size} exceeds the {batch_size} images of the data: each "
                 f"step takes {batch_size}",
                 stacklevel=2,
             )
-        self.rows = self.team.rows(batch_size, getattr(config.training, "accumulate", 1))
+        self.rows = self.team.rows(batch_size)
         self.step = 0
         self.metrics: list[dict[str, float]] = []
         self.broken: Broken = {}

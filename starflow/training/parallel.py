@@ -19,17 +19,22 @@ from ..sampling.processes import PATIENCE, Processes
 Parallel = Literal["data", "fsdp"]
 
 
-def check_division(size: int, processes: int, accumulate: int) -> None:
+def check_division(size: int, processes: int, accumulate: int, images: int | None = None) -> None:
     """Raise ConfigError unless the rows of a batch can be divided evenly.
 
     Args:
-        size: rows of the batch.
+        size: training.batch_size of the settings.
         processes: number of processes.
-        accumulate: parts into which each process divides its rows.
+        accumulate: training.accumulate of the settings, parts into which each process divides its rows.
+        images: images of the data, of which a larger batch takes all; None if they are not known.
     """
-    if size % (processes * accumulate):
+    rows = size if images is None else min(size, images)
+    if rows % (processes * accumulate):
+        cut = f", cut to the {images} images of the data" if rows < size else ""
         parts = f"{processes} process{'es' if processes > 1 else ''}"
-        raise ConfigError(f"a batch of {size} rows: {parts} times accumulate={accumulate} do not divide it")
+        raise ConfigError(
+            f"training.batch_size={size}{cut}: {parts} times training.accumulate={accumulate} do not divide it"
+        )
 
 
 class Team:
@@ -54,17 +59,12 @@ class Team:
             self.processes.join("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
             self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
-    def rows(self, size: int, accumulate: int = 1) -> slice:
+    def rows(self, size: int) -> slice:
         """Return the rows of a batch that this process takes.
 
         Args:
-            size: rows of the batch.
-            accumulate: parts into which each process divides its rows.
-
-        Raises:
-            ConfigError: the rows cannot be divided evenly.
+            size: rows of the batch, a multiple of the number of processes.
         """
-        check_division(size, self.count, accumulate)
         each = size // self.count
         return slice(self.rank * each, (self.rank + 1) * each)
 

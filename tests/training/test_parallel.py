@@ -188,10 +188,21 @@ def test_export_writes_the_weights_of_the_run(alone, tmp_path, capsys):
     assert "nothing to export: no checkpoint in" in capsys.readouterr().err
 
 
-def test_rows_that_cannot_be_divided_are_refused(tmp_path, capsys):
-    given = kills.write_settings(tmp_path / "run.yaml", accumulate=3)
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"accumulate": 3}, "training.batch_size=32: 1 process times training.accumulate=3 do not divide it"),
+        (
+            {"batch_size": 10000, "accumulate": 4},
+            "training.batch_size=10000, cut to the 1437 images of the data: 1 process times training.accumulate=4 do",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_divided_are_refused_with_the_numbers_of_the_settings(training, message, tmp_path, capsys):
+    given = kills.write_settings(tmp_path / "run.yaml", **training)
     assert main([*given, "--out", str(tmp_path / "run")]) == 2
-    assert "a batch of 32 rows: 1 process times accumulate=3 do not divide it" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"starflow train: error: {message}") and len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 

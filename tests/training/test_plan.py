@@ -129,8 +129,8 @@ def test_advice_divides_the_batch_evenly():
 @pytest.mark.parametrize(
     "machine, accumulate, message",
     [
-        (Machine(gpus=3), 1, "a batch of 1024 rows: 3 processes times accumulate=1 do not divide it"),
-        (Machine(gpus=8), 7, "8 processes times accumulate=7 do not divide it"),
+        (Machine(gpus=3), 1, "training.batch_size=1024: 3 processes times training.accumulate=1 do not divide it"),
+        (Machine(gpus=8), 7, "8 processes times training.accumulate=7 do not divide it"),
         (Machine(gpus=2048), 1, "2048 processes"),
     ],
 )
