@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ from ..seeds import generator, permutation
 if TYPE_CHECKING:
     from .datasets import ImageSet
     from .latents import LatentSet
+
+# Start of torch's warning of more workers than CPU cores.
+MANY_WORKERS = "This DataLoader will create"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +58,21 @@ class ShuffledBatches(Sampler):
             yield order[position * size : (position + 1) * size][self.rows or slice(None)]
 
 
-def batches(images: ImageSet | LatentSet, **options: Any) -> Iterator[list[torch.Tensor]]:
+def batches(images: ImageSet | LatentSet, speaks: bool = True, **options: Any) -> Iterator[list[torch.Tensor]]:
     """Iterate over the batches of a DataLoader, on the CPU whatever the default device of torch.
 
     Args:
         images: the data set.
+        speaks: whether to warn of more workers than CPU cores.
         options: options of the DataLoader.
     """
-    with torch.device("cpu"):
-        loaded = iter(DataLoader(images, worker_init_fn=_leave_ends_to_the_trainer, **options))
+    with torch.device("cpu"), warnings.catch_warnings():
+        if not speaks:
+            warnings.filterwarnings("ignore", MANY_WORKERS)
+        loader = DataLoader(images, worker_init_fn=_leave_ends_to_the_trainer, **options)
+        # The iterator of torch warns as the loader did.
+        warnings.filterwarnings("ignore", MANY_WORKERS)
+        loaded = iter(loader)
     while True:
         with torch.device("cpu"):
             batch = next(loaded, None)

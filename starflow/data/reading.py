@@ -76,7 +76,12 @@ class _Keys(Sampler):
 
 
 def training_batches(
-    images: ImageSet | LatentSet, order: ShuffledBatches, workers: int, device: str, broken: Broken
+    images: ImageSet | LatentSet,
+    order: ShuffledBatches,
+    workers: int,
+    device: str,
+    broken: Broken,
+    speaks: bool = True,
 ) -> Generator[list[torch.Tensor], None, None]:
     """Iterate over training batches. A warning names each image that cannot be read.
 
@@ -86,10 +91,10 @@ def training_batches(
         workers: processes that read; 0 reads in this one.
         device: torch device that trains.
         broken: gets the images that cannot be read.
+        speaks: whether to warn of more workers than CPU cores.
     """
-    loaded = batches(
-        Reader(images, order.seed), batch_sampler=_Keys(order), collate_fn=_collate, **loader_options(workers, device)
-    )
+    options = loader_options(workers, device)
+    loaded = batches(Reader(images, order.seed), speaks, batch_sampler=_Keys(order), collate_fn=_collate, **options)
     for batch, found in loaded:
         for index in sorted(found.keys() - broken.keys()):
             warnings.warn(f"{found[index]}: training takes another image in its place", stacklevel=2)

@@ -211,7 +211,8 @@ class Loop:
         order = ShuffledBatches(
             len(self.images), training.batch_size, training.seed, self.step, training.steps, self.rows
         )
-        read = training_batches(self.images, order, training.workers, self.device, self.broken)
+        speaks = self.team.rank == 0
+        read = training_batches(self.images, order, training.workers, self.device, self.broken, speaks)
         # Workers end with their iterator, which an error would keep.
         with contextlib.closing(read):
             for batch in read:

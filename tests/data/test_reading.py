@@ -1,6 +1,8 @@
 """Reading of training data: crops, mirror images, and images that cannot be read."""
 
 import json
+import os
+import warnings
 
 import numpy as np
 import pytest
@@ -109,6 +111,20 @@ def test_processes_share_the_images_and_count_those_that_cannot_be_read(folder, 
         alone.run(quiet=True)
     together = [row["loss"] for row in entries(tmp_path / "r")]
     assert [m["loss"] for m in alone.metrics] == pytest.approx(together, rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_warns_once_of_too_many_workers(rank, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    settings = run_settings(folder)
+    settings["training"] |= {"steps": 1, "workers": 2}
+    trainer = FlowTrainer(FlowRunConfig.from_dict(settings), tmp_path / "r")
+    trainer.team.rank = rank
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.run(quiet=True)
+    assert sum("2 worker processes in total" in str(warning.message) for warning in found) == 1 - rank
 
 
 def test_variants_depend_on_seed_step_and_index_alone(tmp_path):
