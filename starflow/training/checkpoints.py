@@ -29,9 +29,17 @@ from ..models.checkpoint import RUN_CHECKPOINTS
 
 FOLDER = RUN_CHECKPOINTS
 PROGRESS = "run.json"
-# Types of the entries of the progress that a checkpoint needs, and of those that an older version did not write.
-NEEDED = {"config": dict, "step": int, "metrics": list[dict], "guards": list[dict]}
-OPTIONAL = {"data": dict, "speeds": list[dict], "broken": list[int], "files": dict}
+# Types of the entries of the progress.
+ENTRIES = {
+    "config": dict,
+    "step": int,
+    "metrics": list[dict],
+    "guards": list[dict],
+    "data": dict,
+    "speeds": list[dict],
+    "broken": list[int],
+    "files": dict,
+}
 # Names of folders that are being written or removed.
 PART = ".{}.part"
 
@@ -141,10 +149,10 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """Return the progress that a checkpoint holds, with the types of NEEDED and OPTIONAL.
+    """Return the progress that a checkpoint holds, with the types of ENTRIES.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or lacks an entry, as one of another version may.
     """
     file = path / PROGRESS
     try:
@@ -153,16 +161,16 @@ def read_progress(path: Path) -> dict[str, Any]:
         raise damaged(file, _reason(error)) from None
     if not isinstance(progress, dict):
         raise damaged(file, "it holds no mapping")
-    if missing := [name for name in NEEDED if name not in progress]:
+    if missing := [name for name in ENTRIES if name not in progress]:
         raise CheckpointError(
             f"{path} lacks {missing[0]!r}: it is damaged, or of another version of this package; {_advice(path)}"
         )
-    for name, kind in {**NEEDED, **OPTIONAL}.items():
-        if name in progress and not _is_a(progress[name], kind):
+    for name, kind in ENTRIES.items():
+        if not _is_a(progress[name], kind):
             raise damaged(file, f"{name} is no {kind if typing.get_args(kind) else kind.__name__}")
     if progress["step"] != int(path.name):
         raise damaged(file, f"it is of step {progress['step']}")
-    if len(progress.get("speeds", progress["metrics"])) != len(progress["metrics"]):
+    if len(progress["speeds"]) != len(progress["metrics"]):
         raise damaged(file, "its speeds are not those of its metrics")
     return progress
 
@@ -192,16 +200,19 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 def check_files(path: Path, progress: Mapping[str, Any]) -> None:
-    """Compare the files of a checkpoint with the digests that it holds. One without digests is of an older version.
+    """Compare the files of a checkpoint with the digests that it holds.
 
     Args:
         path: the checkpoint.
         progress: what `read_progress` returned.
 
     Raises:
-        CheckpointError: a file is missing, or its content has changed.
+        CheckpointError: a file is missing, its content has changed, or there is no digest of it.
     """
-    for name, expected in progress.get("files", {}).items():
+    for file in (path / ".metadata", *sorted(path.glob("*.distcp"))):
+        if file.name not in progress["files"]:
+            raise damaged(file, f"{PROGRESS} holds no digest of it")
+    for name, expected in progress["files"].items():
         with _reading(path / name):
             changed = digest(path / name) != expected
         if changed:

@@ -314,7 +314,7 @@ def export(run: Path, out: Path) -> int:
     """
     path = last_checkpoint(run, "export")
     progress = read_progress(path)
-    if "model" not in progress.get("config", {}):
+    if "model" not in progress["config"]:
         raise CheckpointError(f"{run} trains no flow: its folder holds the weights of the last checkpoint")
     check_files(path, progress)
     config, shapes = FlowRunConfig.from_dict(progress["config"]), read_shapes(path)

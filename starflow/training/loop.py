@@ -131,13 +131,13 @@ class Loop:
         Lock(folder).check()
         path = last_checkpoint(folder)
         progress = read_progress(path)
-        step, metrics, guards = (progress[name] for name in ("step", "metrics", "guards"))
+        step, guards = progress["step"], progress["guards"]
         config = cls.CONFIG.from_dict(progress["config"])
         check_path(config.data)
         trainer = cls(config, folder, device, loggers)
         if len(guards) != len(trainer.guards):
             raise damaged(path / PROGRESS, f"it has {len(guards)} guards, the run {len(trainer.guards)}")
-        recorded = progress.get("data", {})
+        recorded = progress["data"]
         if trainer.data_state.keys() != recorded.keys():
             raise CheckpointError(
                 f"{path}: another version of this package wrote it and recorded the data in another way, so it is "
@@ -156,9 +156,9 @@ class Loop:
                 guard.load_state(state)
             except ValueError as error:
                 raise damaged(path / PROGRESS, str(error)) from None
-        trainer.step, trainer.metrics, trainer.checkpoints.last = step, metrics, step
-        trainer.speeds = progress.get("speeds", [{} for _ in metrics])
-        trainer.broken = dict.fromkeys(progress.get("broken", []), "")
+        trainer.step = trainer.checkpoints.last = step
+        trainer.metrics, trainer.speeds = progress["metrics"], progress["speeds"]
+        trainer.broken = dict.fromkeys(progress["broken"], "")
         return trainer
 
     def run(self, quiet: bool = False) -> None:

@@ -10,7 +10,8 @@ from support import kills
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
 from starflow import CheckpointError
-from starflow.training.checkpoints import latest
+from starflow.io.digests import digest
+from starflow.training.checkpoints import ENTRIES, latest
 from starflow.training.flow import FlowRunConfig, FlowTrainer, export
 
 GUARD = {"skipped": 0, "in_a_row": 0, "taken": 4, "average": 1.0}
@@ -67,6 +68,24 @@ def test_progress_of_another_shape_is_damaged(change, run):
     check_refused(run, r"run\.json is damaged: ")
 
 
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_checkpoint_that_lacks_an_entry_is_refused_with_its_name(name, run, tmp_path):
+    path = latest(run) / "run.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
+    check_refused(run, f"0000004 lacks '{name}': it is damaged, or of another version of this package")
+    with pytest.raises(CheckpointError, match=f"lacks '{name}'"):
+        export(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_file_without_a_digest_is_damaged(name, run):
+    path = latest(run) / "run.json"
+    progress = json.loads(path.read_text())
+    del progress["files"][name]
+    path.write_text(json.dumps(progress))
+    check_refused(run, rf"{name} is damaged: run\.json holds no digest of it")
+
+
 @pytest.mark.parametrize("text", ["[]", "5", "null", "{", "[" * 100000])
 def test_progress_that_is_no_mapping_is_damaged(text, run, tmp_path):
     (latest(run) / "run.json").write_text(text)
@@ -86,9 +105,9 @@ def test_any_error_of_pickle_means_a_damaged_index(error, run, monkeypatch):
 
 def test_an_index_of_another_shape_is_damaged(run):
     progress = json.loads((latest(run) / "run.json").read_text())
-    size = TensorStorageMetadata(TensorProperties(), 5, [])
-    (latest(run) / ".metadata").write_bytes(pickle.dumps(Metadata({"model.x": size})))
-    del progress["files"]
+    index = pickle.dumps(Metadata({"model.x": TensorStorageMetadata(TensorProperties(), 5, [])}))
+    (latest(run) / ".metadata").write_bytes(index)
+    progress["files"][".metadata"] = digest(index)
     (latest(run) / "run.json").write_text(json.dumps(progress))
     check_refused(run, "0000004 is damaged")
 
