@@ -19,7 +19,8 @@ from ..models.autoencoder import autoencoder_class, posterior, save_vae, scale_i
 from ..seeds import normal
 from ..settings import check_types
 from .config import LoopConfig, RunConfig
-from .loop import Loop, standard_defaults
+from .defaults import standard_defaults
+from .loop import Loop
 
 Loss = Literal["l1", "l2"]
 # Number of images that determine the scaling factor.

@@ -18,8 +18,9 @@ from ..seeds import generator, normal
 from ..settings import check_types
 from .autoencoder import first_images, save_pairs
 from .config import LoopConfig, RunConfig
+from .defaults import standard_defaults
 from .discriminator import PatchDiscriminator, hinge_loss
-from .loop import Loop, standard_defaults
+from .loop import Loop
 
 SHOWN_IMAGES = 16
 

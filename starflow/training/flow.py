@@ -25,7 +25,8 @@ from ..models.flow import Flow
 from ..sampling.sample import sample
 from .checkpoints import check_files, last_checkpoint, load_tensors, read_progress, read_shapes
 from .config import LoopConfig, RunConfig
-from .loop import Loop, standard_defaults
+from .defaults import standard_defaults
+from .loop import Loop
 from .metrics import BlockTerms, Meter
 from .parallel import Parallel, local, reduce_gradients
 from .work import step_flops

@@ -10,10 +10,8 @@ import contextlib
 import json
 import math
 import re
-import signal
-import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -40,10 +38,12 @@ from .checkpoints import (
     read_shapes,
 )
 from .config import RunConfig
+from .defaults import standard_defaults
 from .guard import Guard
 from .lock import Lock
 from .metrics import Meter, open_loggers
 from .parallel import LostProcessError, Team, check_division, refuse_processes, scalar
+from .signals import uninterrupted
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
@@ -395,38 +395,3 @@ def check_path(data: DataConfig) -> None:
         raise DataError(
             f"the data of this run are not at {located(Path(data.path))}: put them there, or start where the path holds"
         )
-
-
-@contextlib.contextmanager
-def standard_defaults() -> Iterator[None]:
-    """Let new modules and the internals of torch use float32 and the CPU, whatever the defaults of torch are."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[list[int]]:
-    """Let Ctrl-C and SIGTERM act only at the end of the block, as far as Python handles them.
-
-    Yields:
-        Numbers of the signals that were sent so far.
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    held: list[int] = []
-    for number, handler in handlers.items():
-        if callable(handler):
-            signal.signal(number, lambda number, frame: held.append(number))
-    try:
-        yield held
-    finally:
-        for number, handler in handlers.items():
-            if callable(handler):
-                signal.signal(number, handler)
-    if held:
-        signal.raise_signal(held[0])

@@ -28,8 +28,9 @@ from .autoencoder import AutoencoderRunConfig, AutoencoderTrainer
 from .checkpoints import latest
 from .config import SETTINGS, RunConfig
 from .decoder import DecoderRunConfig, DecoderTrainer
+from .defaults import standard_defaults
 from .flow import FlowRunConfig, FlowTrainer
-from .loop import Loop, standard_defaults
+from .loop import Loop
 
 # Sections with a seed of their own.
 SEEDED = ("autoencoder.training", "text", "flow.training", "decoder.training")

@@ -16,15 +16,15 @@ from .._core.dispatch import disable_autocast, mark_loop, prefer, register, wrap
 from .._core.implicit import Equation, Unchanged, needs_gradient, with_gradient
 from .._core.numerics import accumulation_dtype
 from .._core.registration import call, define, refuse_transforms
-from .._core.torch_private import outside_graphs
 from .._triton import runtime
 from ..affine_flow.api import empty_logdet
-from ..solver import Inverse, Solver, SolveReport, sum_log_sigma
+from ..solver import Inverse, Solver, sum_log_sigma
 from ..spec import BlockSpec, GuidanceRule, Logdet, Quantize, check_choice
 from . import composed, cuda, jacobi, native, native_transposed, network, persistent, phases, reference
 from .checks import check_block, check_inverse, check_kinds, checked_inverse, checked_jacobi
-from .layout import Layout, arrange
-from .progress import reporting_to
+from .layout import arrange
+from .progress import observed
+from .reports import solve_report
 
 INSTEAD = (
     "use the gradient that the public function has outside of torch.func, or differentiate block_forward at the "
@@ -354,7 +354,7 @@ def block_inverse(
             options = own, rule, temperature, quantize, known
             run = functools.partial(call, "block_inverse", noise, *context, *options, backend=backend)
         start = 0.0 if traced else time.perf_counter()
-        x, log_sigma, *counters = _observed(run, progress) if progress else run()
+        x, log_sigma, *counters = observed(run, progress) if progress else run()
         seconds = 0.0 if traced else time.perf_counter() - start
         if layout.moves:
             x, log_sigma = layout.leave(x, z), layout.leave(log_sigma, torch.zeros_like(z, dtype=log_sigma.dtype))
@@ -403,31 +403,3 @@ def _equation(
         return layout.leave(u, g) if layout.moves else u
 
     return Equation(density, solve, given)
-
-
-@outside_graphs("`progress` of block_inverse needs values outside of the graph")
-def _observed(run: Callable, progress: Callable[[int, int], None]) -> tuple[torch.Tensor, ...]:
-    with reporting_to(progress):
-        return run()
-
-
-def solve_report(
-    layout: Layout, known: torch.Tensor | None, seconds: float, B: int, *counters: torch.Tensor
-) -> SolveReport:
-    """Return the report of a sequential solve without counters, of Jacobi with sweeps, counts and residual."""
-    first = 0 if layout.spec.start else 1
-    if counters:
-        sweeps, counts, residuals = counters
-        passes, fallbacks, _ = counts.cpu().unbind(1)
-        sweeps = torch.nn.functional.pad(sweeps, (0, layout.tokens - layout.slots))
-        most = int(passes.max()) if B else 0
-        residual = float(residuals.max()) if B else 0.0
-        return SolveReport("jacobi", most, int(sweeps.sum()), seconds, sweeps, residual, int((fallbacks > 0).sum()))
-    slot = torch.arange(layout.tokens, dtype=torch.int64, device="cpu")
-    solved = ((slot >= first) & (slot < layout.slots)).expand(B, -1)
-    if layout.inside is not None:
-        solved = solved & layout.inside.cpu()
-    if known is not None:
-        solved = solved & (slot >= known.cpu()[:, None])
-    steps = int(solved.any(0).sum())
-    return SolveReport("sequential", steps, int(solved.sum()), seconds, solved.int())

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import TypeVar
 
+from .._core.torch_private import outside_graphs
+
+Result = TypeVar("Result")
 _callback: ContextVar[Callable[[int, int], None] | None] = ContextVar("progress", default=None)
 
 
@@ -17,6 +21,18 @@ def reporting_to(callback: Callable[[int, int], None] | None) -> Iterator[None]:
         yield
     finally:
         _callback.reset(token)
+
+
+@outside_graphs("`progress` of block_inverse needs values outside of the graph")
+def observed(run: Callable[[], Result], callback: Callable[[int, int], None]) -> Result:
+    """Return the result of an op that reports to a callback.
+
+    Args:
+        run: calls the op.
+        callback: called as callback(done, total) with numbers of tokens.
+    """
+    with reporting_to(callback):
+        return run()
 
 
 def report(done: int, total: int) -> None:

@@ -17,9 +17,10 @@ from .._core.torch_private import is_intercepted
 from ..solver import Inverse, Solver, SolveReport, sum_log_sigma
 from ..spec import BlockSpec
 from . import native_stack
-from .api import block_inverse, solve_report
+from .api import block_inverse
 from .checks import check_context, check_inverse, check_kinds, ordered
 from .layout import Layout, arrange
+from .reports import solve_report
 
 Block = tuple[Mapping[str, torch.Tensor], BlockSpec, Mapping[str, Any]]
 CONTEXT = ("cond", "prefix", "cos", "sin", "guidance")
