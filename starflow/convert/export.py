@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..io.files import write_folder, write_text
+from ..io.files import write_folder, write_text, writing
 from ..io.weights import read_weights
 from ..models.checkpoint import CONFIG, NOTICE, TRANSFORMER, check_tensors, locate, read_config, read_notice, resolve
 from ..models.config import FlowConfig
@@ -51,11 +51,8 @@ def export_upstream(source: str | Path, out: str | Path, overwrite: bool = False
     weights.update((name, make_buffer(name, shape)) for name, shape in dead_buffers(flow).items())
     name = _file_name(Path(source).resolve().name, flow)
     with write_folder(out, overwrite) as target:
-        try:
+        with writing(target / name):
             torch.save(weights, target / name)
-        except RuntimeError as error:
-            # torch reports a full disk as a RuntimeError.
-            raise OSError(str(error).splitlines()[0]) from None
         texts = {f"{Path(name).stem}.yaml": _yaml(arguments)}
         if notice := read_notice(folder):
             texts[NOTICE] = notice

@@ -10,7 +10,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import StarflowError
+
+TOKEN_BYTES = 4
+
+
+def temporary_name(name: str, token: str | None = None) -> str:
+    """Return the hidden name of a file or folder while it is written.
+
+    Args:
+        name: its name once it is whole.
+        token: 8 hexadecimal digits, drawn by default; processes that write a folder together give the same ones.
+    """
+    return f".{name}.{token or secrets.token_hex(TOKEN_BYTES)}.part"
 
 
 def located(path: Path) -> str:
@@ -33,6 +47,29 @@ def read_lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8-sig").split("\n")
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Report that the file system refuses to write, for instance without space or permission, as a StarflowError.
+
+    Args:
+        path: what is written in the context, by code that raises no other RuntimeError: torch.save reports a full disk
+            by one.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise _refused(path, error) from None
+
+
+def _refused(path: Path, error: Exception) -> StarflowError:
+    """Return the error that a path cannot be written."""
+    if isinstance(error, shutil.Error):
+        # It lists the source, the target and the reason of each file.
+        return StarflowError(f"cannot write {path}: {error.args[0][0][-1]}")
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return StarflowError(f"cannot write {path}: {reason}")
+
+
 def check_writable(folder: Path) -> None:
     """Check that files can be written into a folder, which need not exist; nothing is left behind.
 
@@ -43,7 +80,7 @@ def check_writable(folder: Path) -> None:
         StarflowError: the file system refuses.
     """
     place = folder.absolute()
-    try:
+    with writing(folder):
         while True:
             with contextlib.suppress(FileNotFoundError):
                 os.lstat(place)
@@ -51,8 +88,6 @@ def check_writable(folder: Path) -> None:
             place = place.parent
         with tempfile.TemporaryFile(dir=place):
             pass
-    except OSError as error:
-        raise StarflowError(f"cannot write {folder}: {error.strerror}") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -68,31 +103,38 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         StarflowError: the file system refuses, for instance without space or permission. `path` is then unchanged.
     """
     path = Path(path)
-    temporary = None
-    try:
+    with writing(path):
         is_stream = path.exists() and not path.is_file()
         target = path if is_stream else path.resolve()
         if not is_stream:
             target.parent.mkdir(parents=True, exist_ok=True)
         temporary, mode = _new_file(Path(tempfile.gettempdir()) if is_stream else target.parent, target.name)
-        write(temporary)
-        if is_stream:
-            with open(temporary, "rb") as file, open(path, "wb") as stream:
-                shutil.copyfileobj(file, stream)
-            return
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        # safetensors replaces the file by one that only its owner reads.
-        temporary.chmod(mode)
-        os.replace(temporary, target)
-        temporary = None
-    except (OSError, RuntimeError) as error:
-        # torch.save and safetensors report a full disk by other exceptions.
-        reason = getattr(error, "strerror", None) or error
-        raise StarflowError(f"cannot write {path}: {reason}") from None
-    finally:
-        if temporary is not None:
+        try:
+            write(temporary)
+            if is_stream:
+                with open(temporary, "rb") as file, open(path, "wb") as stream:
+                    shutil.copyfileobj(file, stream)
+                return
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            # safetensors replaces the file by one that only its owner reads.
+            temporary.chmod(mode)
+            os.replace(temporary, target)
+        finally:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files and folders that a process has left in a folder when it was killed.
+
+    Args:
+        folder: folder in which no other process writes, or one that does not exist.
+    """
+    for path in Path(folder).glob(temporary_name("*", "[0-9a-f]" * 2 * TOKEN_BYTES)):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def permit_reading(folder: str | Path) -> None:
@@ -105,7 +147,7 @@ def permit_reading(folder: str | Path) -> None:
 
 def _new_file(folder: Path, name: str) -> tuple[Path, int]:
     """Make a temporary file; return its path and its mode, which the umask gives."""
-    path = folder / f".{name}.{secrets.token_hex(4)}.part"
+    path = folder / temporary_name(name)
     path.touch(exist_ok=False)
     return path, path.stat().st_mode
 
@@ -132,11 +174,9 @@ def write_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise StarflowError(f"{Path(path).absolute()} exists already")
     path = Path(path).resolve()
     new_parents = [parent for parent in path.parents if not parent.exists()]
-    temporary = None
+    temporary = path.with_name(temporary_name(path.name))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
-        (temporary / "new").mkdir()
+        (temporary / "new").mkdir(parents=True)
         yield temporary / "new"
         if path.exists():
             os.rename(path, temporary / "old")
@@ -146,11 +186,12 @@ def write_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             if (temporary / "old").exists():
                 os.rename(temporary / "old", path)
             raise
-    except OSError as error:
-        raise StarflowError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, SafetensorError, StarflowError) as error:
+        known = error if isinstance(error, StarflowError) else _refused(path, error)
+        # The user does not know the name of the temporary folder.
+        raise type(known)(str(known).replace(str(temporary / "new"), str(path))) from None
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         for parent in new_parents:
             with contextlib.suppress(OSError):
                 parent.rmdir()

@@ -26,11 +26,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     """
 
     def write(temporary: Path) -> None:
-        try:
-            stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(stored, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, temporary, metadata)
 
     write_atomically(path, write)
 

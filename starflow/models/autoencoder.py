@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, ConfigError, StarflowError
-from ..io.files import located, write_atomically
+from ..errors import CheckpointError, ConfigError
+from ..io.files import located, write_atomically, writing
 
 VAE_CONFIG = "config.json"
 
@@ -83,15 +83,13 @@ def save_vae(vae: Any, folder: Path, scaling_factor: float | None = None) -> Non
         vae.register_to_config(scaling_factor=scaling_factor)
     # The folder that it was read from is a path of this machine.
     vae.register_to_config(_name_or_path="")
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".vae.") as temporary:
             vae.save_pretrained(temporary)
             # The configuration comes last, so that a folder with a configuration has its weights.
             for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == VAE_CONFIG):
                 write_atomically(folder / path.name, functools.partial(shutil.copyfile, path))
-    except (OSError, RuntimeError) as error:
-        raise StarflowError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def scale_images(images: torch.Tensor, levels: int, channels: int) -> torch.Tensor:

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, StarflowError
+from ..errors import ConfigError
 from ..io.digests import digest
-from ..io.files import write_text
+from ..io.files import remove_leftovers, write_text, writing
 from .jobs import SampleFile
 
 LEDGER = "samples.jsonl"
@@ -57,9 +57,7 @@ def begin(out: Path, files: list[SampleFile], settings: dict[str, Any], check: b
             entries[file.name] = entry(file)
     # Existing files that were not requested stay in the ledger.
     existing = {name: known for name, known in entries.items() if name in present}
-    # Remove the temporary files of a killed run.
-    for path in out.glob(".*.part"):
-        path.unlink(missing_ok=True)
+    remove_leftovers(out)
     write_text(out / LEDGER, _line({"settings": settings}) + "".join(_line(known) for known in existing.values()))
     # Remove the ledgers of other processes only now that their lines are in the main ledger.
     for path in out.glob(PART.format("*")):
@@ -70,13 +68,10 @@ def begin(out: Path, files: list[SampleFile], settings: dict[str, Any], check: b
 def record(out: Path, rank: int, entries: Iterable[dict[str, Any]]) -> None:
     """Add lines of files that a process has written."""
     path = out / (PART.format(rank) if rank else LEDGER)
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(map(_line, entries)))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise StarflowError(f"cannot write {path}: {error.strerror}") from None
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write("".join(map(_line, entries)))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _holds(path: Path, file: SampleFile, known: dict[str, Any], check: bool) -> bool:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from ..errors import CheckpointError, StarflowError
 from ..io.digests import digest
-from ..io.files import write_text
+from ..io.files import remove_leftovers, temporary_name, write_text
 from ..models.checkpoint import RUN_CHECKPOINTS
 
 FOLDER = RUN_CHECKPOINTS
@@ -40,8 +40,6 @@ ENTRIES = {
     "broken": list[int],
     "files": dict,
 }
-# Names of folders that are being written or removed.
-PART = ".{}.part"
 
 
 def whole(run: Path) -> list[Path]:
@@ -71,6 +69,11 @@ def last_checkpoint(run: Path, purpose: str = "resume") -> Path:
     return path
 
 
+def hidden(path: Path) -> Path:
+    """Return the path of a checkpoint while it is written or removed, the same in all processes."""
+    return path.with_name(temporary_name(path.name, "0" * 8))
+
+
 class Checkpoints:
     """Writer of the checkpoints of a run.
 
@@ -81,14 +84,9 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep: int, group: dist.ProcessGroup | None = None):
-        self.run, self.keep, self.group = Path(run), keep, group
+        self.folder, self.keep, self.group = Path(run) / FOLDER, keep, group
         self.last: int | None = None
         self._pending: Future | None = None
-
-    def remove_leftovers(self) -> None:
-        """Remove what a process that was killed has left behind."""
-        for path in (self.run / FOLDER).glob(PART.format("*")):
-            shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]) -> None:
         """Copy the tensors and begin to write a checkpoint; all processes call this together.
@@ -107,7 +105,7 @@ class Checkpoints:
         if self.group is None:
             # Nothing is wrong with a single process.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        writer = _Writer(self.run / FOLDER / f"{step:07d}", json.dumps(progress), self.keep)
+        writer = _Writer(self.folder / f"{step:07d}", json.dumps(progress), self.keep)
         self._pending = dcp.async_save(
             dict(tensors), storage_writer=writer, process_group=self.group, no_dist=self.group is None
         )
@@ -117,7 +115,7 @@ class Checkpoints:
         """Wait until the checkpoint is whole.
 
         Raises:
-            StarflowError: it could not be written.
+            StarflowError: it could not be written; what was written of it is removed.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -125,14 +123,15 @@ class Checkpoints:
         try:
             pending.result()
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            raise StarflowError(f"cannot write a checkpoint into {self.run / FOLDER}: {_reason(error)}") from None
+            remove_leftovers(self.folder)
+            raise StarflowError(f"cannot write a checkpoint into {self.folder}: {_reason(error)}") from None
 
 
 class _Writer(dcp.FileSystemWriter):
     """Writer of a checkpoint that gets its name once every process has written its part."""
 
     def __init__(self, target: Path, progress: str, keep: int):
-        super().__init__(target.with_name(PART.format(target.name)))
+        super().__init__(hidden(target))
         self.target, self.progress, self.keep = target, progress, keep
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
@@ -143,9 +142,8 @@ class _Writer(dcp.FileSystemWriter):
         write_text(part / PROGRESS, json.dumps({**json.loads(self.progress), "files": files}))
         os.rename(part, self.target)
         for old in whole(self.target.parents[1])[: -self.keep]:
-            hidden = old.with_name(PART.format(old.name))
-            os.rename(old, hidden)
-            shutil.rmtree(hidden)
+            os.rename(old, hidden(old))
+            shutil.rmtree(hidden(old))
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -289,4 +287,4 @@ def _reason(error: BaseException) -> str:
     """Return the first line of an error, or of the first one that torch has collected from the processes."""
     failures = getattr(error, "failures", None)
     first = next(iter(failures.values()))[0] if failures else error
-    return (str(first) or type(first).__name__).splitlines()[0]
+    return (getattr(first, "strerror", None) or str(first) or type(first).__name__).splitlines()[0]

@@ -23,7 +23,8 @@ from ..models.checkpoint import remove_checkpoint, write_checkpoint
 from ..models.config import FlowConfig
 from ..models.flow import Flow
 from ..sampling.sample import sample
-from .checkpoints import check_files, last_checkpoint, load_tensors, read_progress, read_shapes
+from ..settings import read_section
+from .checkpoints import PROGRESS, check_files, last_checkpoint, load_tensors, read_progress, read_shapes
 from .config import LoopConfig, RunConfig
 from .defaults import standard_defaults
 from .loop import Loop
@@ -318,7 +319,8 @@ def export(run: Path, out: Path) -> int:
     if "model" not in progress["config"]:
         raise CheckpointError(f"{run} trains no flow: its folder holds the weights of the last checkpoint")
     check_files(path, progress)
-    config, shapes = FlowRunConfig.from_dict(progress["config"]), read_shapes(path)
+    config = read_section(str(path / PROGRESS), FlowRunConfig.from_dict, progress["config"])
+    shapes = read_shapes(path)
     averages = {name: shape for name, shape in shapes.items() if name.startswith(AVERAGE)}
     prefix = AVERAGE if averages else ""
     trained, tokenizer = trained_modules(config, "cpu")

@@ -23,8 +23,9 @@ from ..data.batches import ShuffledBatches
 from ..data.datasets import DataConfig, data_state, load
 from ..data.reading import Broken, training_batches
 from ..errors import CheckpointError, ConfigError, DataError, StarflowError
-from ..io.files import check_writable, located, write_text
+from ..io.files import check_writable, located, remove_leftovers, write_text
 from ..seeds import generator
+from ..settings import read_section
 from .checkpoints import (
     PROGRESS,
     Checkpoints,
@@ -132,7 +133,7 @@ class Loop:
         path = last_checkpoint(folder)
         progress = read_progress(path)
         step, guards = progress["step"], progress["guards"]
-        config = cls.CONFIG.from_dict(progress["config"])
+        config = read_section(str(path / PROGRESS), cls.CONFIG.from_dict, progress["config"])
         check_path(config.data)
         trainer = cls(config, folder, device, loggers)
         if len(guards) != len(trainer.guards):
@@ -195,14 +196,15 @@ class Loop:
             raise LostProcessError("another process of this run has ended, see its message") from error
         finally:
             bar.close()
+            self.lock.release()
             for logger in self.loggers:
                 logger.close()
-            self.lock.release()
 
     def _begin(self) -> None:
         """Take the lock on the run, and remove what a process that was killed has left behind."""
         self.lock.acquire()
-        self.checkpoints.remove_leftovers()
+        for folder in (self.folder, self.folder / SAMPLES, self.checkpoints.folder):
+            remove_leftovers(folder)
 
     def _take_steps(self, bar: tqdm, held: list[int]) -> None:
         """Train to the last step, or until a signal is held in any process."""

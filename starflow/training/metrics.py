@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..io.digests import digest
+from ..io.files import writing
 
 try:
     import resource
@@ -126,19 +128,35 @@ class Logger(Protocol):
 
 
 class _TensorBoard:
+    """Logger to files for TensorBoard, which a thread writes. Its errors are raised by the next call."""
+
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError(NEEDED.format("tensorboard")) from None
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.folder = folder / "tensorboard"
+        self.others = threading.excepthook
+        threading.excepthook = self._keep
+        with writing(self.folder):
+            self.writer = SummaryWriter(str(self.folder))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+        with writing(self.folder):
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        try:
+            with writing(self.folder):
+                self.writer.close()
+        finally:
+            threading.excepthook = self.others
+
+    def _keep(self, error: threading.ExceptHookArgs) -> None:
+        """Print an error of a thread, but not that the disk is full or the like."""
+        if not issubclass(error.exc_type, OSError):
+            self.others(error)
 
 
 class _Wandb:

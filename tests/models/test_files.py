@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from starflow import Flow, StarflowError
 from starflow.cli import main
@@ -63,6 +66,33 @@ def test_weights_and_settings_follow_links(tmp_path):
     Flow.from_pretrained("digits").save_pretrained(tmp_path / "model")
     assert all((tmp_path / "model" / name).is_symlink() for name in ("model.safetensors", "config.json"))
     assert (tmp_path / "disk" / "model.safetensors").is_file()
+
+
+def test_a_failed_write_in_a_folder_names_the_file_as_the_user_knows_it(tmp_path):
+    with (
+        pytest.raises(StarflowError, match=f"^cannot write {tmp_path / 'out' / 'file' / 'inner'}: "),
+        write_folder(tmp_path / "out") as folder,
+    ):
+        (folder / "file").touch()
+        write_text(folder / "file" / "inner", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (SafetensorError("Error while serializing"), "Error while serializing"),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device")]), "[Errno 28] No space left on device"),
+    ],
+)
+def test_a_refusal_by_any_library_is_one_clear_error(error, reason, tmp_path):
+    with (
+        pytest.raises(StarflowError, match=f"^cannot write {tmp_path / 'out'}: {re.escape(reason)}$"),
+        write_folder(tmp_path / "out"),
+    ):
+        raise error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_link_to_a_folder_is_kept_when_the_folder_is_replaced(tmp_path):

@@ -18,6 +18,7 @@ from support import components
 from starflow import Flow
 from starflow.cli import main
 from starflow.inversion.request import TOLERANCE
+from starflow.io.files import temporary_name
 from starflow.pipelines import FlowModel, TarFlowPipeline
 
 
@@ -139,7 +140,7 @@ def test_a_killed_run_continues(folder, tmp_path, capsys):
     # What a kill at the worst moments leaves: a line cut short, an image without its line, a temporary file.
     text = (out / "samples.jsonl").read_text()
     (out / "samples.jsonl").write_text(text[:-10])
-    (out / ".000009-0000.png.x.part").write_text("half")
+    (out / temporary_name("000009-0000.png")).write_text("half")
     assert main([*arguments, "--out", str(out)]) == 0
     assert f"{40 - len(before)} images ({len(before)} were there)" in capsys.readouterr().out
     after = files(out)

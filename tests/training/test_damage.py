@@ -9,8 +9,9 @@ import pytest
 from support import kills
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
-from starflow import CheckpointError
+from starflow import CheckpointError, ConfigError, StarflowError
 from starflow.io.digests import digest
+from starflow.io.files import temporary_name, write_text
 from starflow.training.checkpoints import ENTRIES, latest
 from starflow.training.flow import FlowRunConfig, FlowTrainer, export
 
@@ -86,6 +87,16 @@ def test_a_file_without_a_digest_is_damaged(name, run):
     check_refused(run, rf"{name} is damaged: run\.json holds no digest of it")
 
 
+def test_settings_of_another_command_are_refused_with_their_file(run, tmp_path):
+    path = latest(run) / "run.json"
+    progress = json.loads(path.read_text())
+    del progress["config"]["training"]
+    path.write_text(json.dumps(progress))
+    for read in (lambda: FlowTrainer.resume(run), lambda: export(run, tmp_path / "out")):
+        with pytest.raises(ConfigError, match=r"run\.json: settings need exactly the sections model, data, training"):
+            read()
+
+
 @pytest.mark.parametrize("text", ["[]", "5", "null", "{", "[" * 100000])
 def test_progress_that_is_no_mapping_is_damaged(text, run, tmp_path):
     (latest(run) / "run.json").write_text(text)
@@ -127,3 +138,27 @@ def test_a_damaged_checkpoint_without_another_one_needs_a_new_run(run):
     (latest(run) / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged: .*; begin a new run$"):
         FlowTrainer.resume(run)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(trained, tmp_path, monkeypatch):
+    def fail(path, text):
+        if path.parent.name.startswith(".0000004"):
+            raise OSError(28, "No space left on device")
+        write_text(path, text)
+
+    monkeypatch.setattr("starflow.training.checkpoints.write_text", fail)
+    config = FlowTrainer.resume(trained).config
+    with pytest.raises(StarflowError, match=r"cannot write a checkpoint into \S+: No space left on device$"):
+        FlowTrainer(config, tmp_path).run(quiet=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000002"]
+    assert FlowTrainer.resume(tmp_path).step == 2
+
+
+def test_a_run_removes_what_a_killed_process_left_and_no_other_file(run):
+    left = [run / temporary_name("metrics.jsonl"), run / "samples" / temporary_name("0000004.png")]
+    other = run / ".mine.part"
+    (run / "samples").mkdir()
+    for path in (*left, other):
+        path.touch()
+    FlowTrainer.resume(run).run(quiet=True)
+    assert other.exists() and not any(path.exists() for path in left)

@@ -11,7 +11,7 @@ from support import kills, workers
 
 from starflow import StarflowError
 from starflow.cli import main
-from starflow.training.checkpoints import PART, latest, whole
+from starflow.training.checkpoints import hidden, latest, whole
 from starflow.training.flow import FlowRunConfig, FlowTrainer
 
 TOLERANCE = 1e-5
@@ -113,7 +113,7 @@ def test_processes_remove_the_weights_of_an_earlier_step(tmp_path, capsys):
 
 def test_what_a_killed_process_left_is_no_checkpoint_and_goes_away(tmp_path):
     config = FlowRunConfig.from_dict(kills.settings(steps=2))
-    left = tmp_path / "checkpoints" / PART.format("0000009")
+    left = hidden(tmp_path / "checkpoints" / "0000009")
     left.mkdir(parents=True)
     (left / ".metadata").write_bytes(b"half")
     assert latest(tmp_path) is None

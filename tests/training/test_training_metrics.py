@@ -1,6 +1,7 @@
 """Metrics of training: the terms of the loss by block, speed and memory, and where they are logged."""
 
 import json
+import subprocess
 import sys
 import types
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 from support.commands import fails
 
-from starflow import Flow
+from starflow import Flow, StarflowError
 from starflow.cli import main
 from starflow.models.config import FlowConfig
 from starflow.training.flow import FlowRunConfig, FlowTrainer
-from starflow.training.metrics import BlockTerms, Meter
+from starflow.training.metrics import LOGGERS, BlockTerms, Meter
 from starflow.training.work import step_flops
 
 MODEL = {
@@ -135,3 +136,36 @@ def test_a_missing_package_is_named_in_one_line(tmp_path, settings, monkeypatch,
     monkeypatch.setitem(sys.modules, "wandb", None)
     error = fails(capsys, "train", "--config", settings, "--out", str(tmp_path / "run"), "--wandb")
     assert error.endswith("--wandb needs the package wandb: pip install 'starflow-kernels[logging]'")
+
+
+def test_a_full_disk_under_tensorboard_is_one_clear_error(tmp_path):
+    """A limit on the size of files stands for it. The thread that writes the file says nothing of its own."""
+    pytest.importorskip("tensorboard")
+    code = (
+        "import resource, sys, torch._dynamo; from pathlib import Path\n"
+        "from starflow.errors import StarflowError; from starflow.training.metrics import LOGGERS\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))\n"
+        "logger = LOGGERS['tensorboard'](Path(sys.argv[1]), {})\n"
+        "try:\n"
+        "    logger.log({f'name {i}': 1.0 for i in range(100)}, 1)\n"
+        "    logger.close()\n"
+        "except StarflowError as error:\n"
+        "    print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert found.stdout == f"cannot write {tmp_path / 'tensorboard'}: File too large\n" and found.stderr == ""
+
+
+def test_a_logger_that_fails_leaves_no_lock(tmp_path, monkeypatch):
+    class Full:
+        def log(self, metrics, step):
+            pass
+
+        def close(self):
+            raise StarflowError("cannot write the curves")
+
+    monkeypatch.setitem(LOGGERS, "full", lambda folder, settings: Full())
+    trainer = FlowTrainer(run_config(steps=1), tmp_path, loggers=["full"])
+    with pytest.raises(StarflowError, match="cannot write the curves"):
+        trainer.run(quiet=True)
+    assert not (tmp_path / ".lock").exists() and FlowTrainer.resume(tmp_path).step == 1
