@@ -6,6 +6,8 @@ import torch
 from starflow_kernels import AffineSpec, attention_flow
 from starflow_kernels.attention_flow.reference import attention_flow as plain_attention_flow
 
+from .outputs import outputs
+
 SPEC = AffineSpec("softplus", 4.0)
 OPTIONS = ("none", 0, 1.0, SPEC.scale, SPEC.soft_clip, True, False, "sum")
 eager = lambda x, q, k, v, w, b: plain_attention_flow(x, q, k, v, w, b, None, None, *OPTIONS)[:2]  # noqa: E731
@@ -25,19 +27,11 @@ def bench_attention_flow(name, shape, gradient, timed):
     tensors = [torch.randn(s) for s in ((B, T, D), *[(B, T, H, d)] * 3, (2 * D, H * d), (2 * D,))]
     tensors[4] *= 0.3 * (H * d) ** -0.5
 
-    def outputs(function, tensors):
-        if not gradient:
-            with torch.no_grad():
-                return function(*tensors)
-        tensors = [t.requires_grad_() for t in tensors]
-        z, logdet = function(*tensors)
-        return torch.autograd.grad((z, logdet), tensors, (torch.ones_like(z), torch.ones_like(logdet)))
-
     passes = 3 if gradient else 1
     timed(
-        lambda: outputs(RUNS[name], tensors),
-        outputs(eager, [t.double() for t in tensors]),
-        outputs(eager, [t.clone() for t in tensors]),
+        lambda: outputs(RUNS[name], tensors, gradient),
+        outputs(eager, [t.double() for t in tensors], gradient),
+        outputs(eager, [t.clone() for t in tensors], gradient),
         bytes=4 * passes * (sum(t.numel() for t in tensors) + tensors[0].numel()),
         flops=passes * B * T * H * d * (2 * T + 4 * D),
         own=name == "ours",

@@ -6,12 +6,14 @@ import torch.nn.functional as F
 
 from starflow_kernels import bias_gelu
 
+from .outputs import outputs
+
 
 def eager(x, bias):
-    return (F.gelu(x + bias),)
+    return F.gelu(x + bias)
 
 
-RUNS = {"ours": lambda x, bias: (bias_gelu(x, bias),), "eager": eager, "compiled": torch.compile(eager)}
+RUNS = {"ours": bias_gelu, "eager": eager, "compiled": torch.compile(eager)}
 
 
 @pytest.mark.parametrize("shape", [(8, 16, 64), (16, 256, 512), (2, 1024, 3072)], ids=str)
@@ -21,18 +23,10 @@ def bench_bias_gelu(name, shape, gradient, timed):
     torch.manual_seed(0)
     tensors = [torch.randn(s) for s in (shape, shape[2:])]
 
-    def outputs(function, tensors):
-        if not gradient:
-            with torch.no_grad():
-                return function(*tensors)
-        tensors = [t.requires_grad_() for t in tensors]
-        found = function(*tensors)
-        return torch.autograd.grad(found, tensors, [torch.ones_like(t) for t in found])
-
     timed(
-        lambda: outputs(RUNS[name], tensors),
-        outputs(eager, [t.double() for t in tensors]),
-        outputs(eager, [t.clone() for t in tensors]),
+        lambda: outputs(RUNS[name], tensors, gradient),
+        outputs(eager, [t.double() for t in tensors], gradient),
+        outputs(eager, [t.clone() for t in tensors], gradient),
         bytes=4 * tensors[0].numel() * (5 if gradient else 2),
         own=name == "ours",
     )

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from starflow_kernels import backends, causal_attention
 from starflow_kernels._core.numerics import apply_rotary
 
+from .outputs import outputs
+
 
 def separate(q, k, v, cos, sin):
     """Rotate, then run torch's fused attention."""
@@ -34,20 +36,18 @@ def bench_causal_attention(name, shape, gradient, timed):
     B, T, H, d = shape
     tensors, angle = [torch.randn(shape) for _ in range(3)], torch.randn(T, d // 2)
 
-    def outputs(function, tensors):
-        cos, sin = (t.to(tensors[0].dtype) for t in (angle.cos(), angle.sin()))
-        if not gradient:
-            with torch.no_grad():
-                return (function(*tensors, cos, sin),)
-        tensors = [t.requires_grad_() for t in tensors]
-        out = function(*tensors, cos, sin)
-        return torch.autograd.grad(out, tensors, torch.ones_like(out))
+    def rotated(function):
+        def run(*tensors):
+            cos, sin = (t.to(tensors[0].dtype) for t in (angle.cos(), angle.sin()))
+            return function(*tensors, cos, sin)
 
-    exact = outputs(separate, [t.double() for t in tensors])
-    plain = outputs(separate, [t.clone() for t in tensors])
+        return run
+
+    exact = outputs(rotated(separate), [t.double() for t in tensors], gradient)
+    plain = outputs(rotated(separate), [t.clone() for t in tensors], gradient)
     flops = 2 * B * H * T * T * d * (3.5 if gradient else 1)
     timed(
-        lambda: outputs(RUNS[name], tensors),
+        lambda: outputs(rotated(RUNS[name]), tensors, gradient),
         exact,
         plain,
         bytes=4 * 4 * tensors[0].numel(),

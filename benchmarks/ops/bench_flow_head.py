@@ -6,6 +6,8 @@ import torch
 from starflow_kernels import AffineSpec, flow_head
 from starflow_kernels.flow_head.reference import flow_head as plain_flow_head
 
+from .outputs import outputs
+
 SPEC = AffineSpec("softplus", 4.0)
 OPTIONS = (SPEC.scale, SPEC.soft_clip, True, False, "sum")
 eager = lambda x, h, w, b, n: plain_flow_head(x, h, w, b, n, *OPTIONS)  # noqa: E731
@@ -27,20 +29,12 @@ def bench_flow_head(name, shape, gradient, timed):
     tensors = [torch.randn(s) for s in ((B, T, D), (B, T, C), (2 * D, C), (2 * D,), (C,))]
     tensors[2] *= 0.3 * C**-0.5
 
-    def outputs(function, tensors):
-        if not gradient:
-            with torch.no_grad():
-                return function(*tensors)
-        tensors = [t.requires_grad_() for t in tensors]
-        z, logdet = function(*tensors)
-        return torch.autograd.grad((z, logdet), tensors, (torch.ones_like(z), torch.ones_like(logdet)))
-
-    exact = outputs(eager, [t.double() for t in tensors])
-    plain = outputs(eager, [t.clone() for t in tensors])
+    exact = outputs(eager, [t.double() for t in tensors], gradient)
+    plain = outputs(eager, [t.clone() for t in tensors], gradient)
     passes = 3 if gradient else 1
     elements = passes * sum(t.numel() for t in tensors) + tensors[0].numel()
     timed(
-        lambda: outputs(RUNS[name], tensors),
+        lambda: outputs(RUNS[name], tensors, gradient),
         exact,
         plain,
         bytes=4 * elements,

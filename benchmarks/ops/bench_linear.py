@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from starflow_kernels import backends, linear
 
+from .outputs import outputs
+
 RUNS = {
     "eager": F.linear,
     **{name: lambda x, w, b, backend=name: linear(x, w, b, backend=backend) for name in backends()["linear"]},
@@ -20,19 +22,11 @@ def bench_linear(name, shape, gradient, timed):
     B, T, inner, outer = shape
     tensors = [torch.randn(B, T, inner), torch.randn(outer, inner) * inner**-0.5, torch.randn(outer)]
 
-    def outputs(function, tensors):
-        if not gradient:
-            with torch.no_grad():
-                return (function(*tensors),)
-        tensors = [t.requires_grad_() for t in tensors]
-        y = function(*tensors)
-        return torch.autograd.grad(y, tensors, torch.ones_like(y))
-
     passes = 3 if gradient else 1
     timed(
-        lambda: outputs(RUNS[name], tensors),
-        outputs(F.linear, [t.double() for t in tensors]),
-        outputs(F.linear, [t.clone() for t in tensors]),
+        lambda: outputs(RUNS[name], tensors, gradient),
+        outputs(F.linear, [t.double() for t in tensors], gradient),
+        outputs(F.linear, [t.clone() for t in tensors], gradient),
         bytes=4 * passes * (sum(t.numel() for t in tensors) + B * T * outer),
         flops=passes * 2 * B * T * inner * outer,
         own=name != "eager",

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from starflow_kernels import residual_norm
 
+from .outputs import outputs
+
 
 def eager(x, update, weight, bias):
     return x + update, F.layer_norm(x + update, x.shape[2:], weight, bias)
@@ -21,18 +23,10 @@ def bench_residual_norm(name, shape, gradient, timed):
     torch.manual_seed(0)
     tensors = [torch.randn(s) for s in (shape, shape, shape[2:], shape[2:])]
 
-    def outputs(function, tensors):
-        if not gradient:
-            with torch.no_grad():
-                return function(*tensors)
-        tensors = [t.requires_grad_() for t in tensors]
-        found = function(*tensors)
-        return torch.autograd.grad(found, tensors, [torch.ones_like(t) for t in found])
-
     timed(
-        lambda: outputs(RUNS[name], tensors),
-        outputs(eager, [t.double() for t in tensors]),
-        outputs(eager, [t.clone() for t in tensors]),
+        lambda: outputs(RUNS[name], tensors, gradient),
+        outputs(eager, [t.double() for t in tensors], gradient),
+        outputs(eager, [t.clone() for t in tensors], gradient),
         bytes=4 * tensors[0].numel() * (8 if gradient else 4),
         own=name == "ours",
     )
