@@ -25,7 +25,9 @@ def test_a_signal_to_all_processes_of_a_run_with_workers_writes_a_checkpoint(num
         "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *arguments, "--out", str(run)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # torch warns of two workers on a machine with one core.
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore:This DataLoader"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     deadline = time.monotonic() + 120
     while latest(run) is None and time.monotonic() < deadline:
         time.sleep(0.02)
