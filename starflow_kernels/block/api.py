@@ -398,12 +398,11 @@ def _equation(
     backend = backend if backend == "reference" else None
 
     def density(x: torch.Tensor, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        context = dict(zip(("cond", "prefix", "cos", "sin"), inputs), order=order, lengths=lengths)
+        context: dict[str, Any] = dict(zip(("cond", "prefix", "cos", "sin"), inputs), order=order, lengths=lengths)
+        context["cond_in_order"] = cond_in_order
         named = dict(zip(spec.weight_shapes, inputs[4:]))
         with disable_autocast():
-            return block_forward(  # type: ignore[misc]
-                x, named, spec, logdet="none", backend=backend, cond_in_order=cond_in_order, **context
-            )
+            return block_forward(x, named, spec, logdet="none", backend=backend, **context)  # type: ignore[arg-type]
 
     def solve(g: torch.Tensor, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         cond, prefix, cos, sin, *weights = inputs
