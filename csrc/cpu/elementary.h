@@ -121,9 +121,11 @@ INLINE Vec gelu_gradient(Vec x) {
     return fma(x * splat(0.398942280f), exp(splat(-0.5f) * x * x), splat(0.5f) + half_erf(x));
 }
 
-// Returns GELU in the tanh approximation, with argument sqrt(2 / pi) (x + 0.044715 x^3).
+INLINE Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+
 INLINE Vec silu(Vec x) { return x / (splat(1.0f) + exp(-x)); }
 
+// Returns GELU in the tanh approximation, with argument sqrt(2 / pi) (x + 0.044715 x^3).
 INLINE Vec gelu_tanh(Vec x) {
     Vec inner = splat(0.797884561f) * fma(x * x * x, splat(0.044715f), x);
     return splat(0.5f) * x * (splat(1.0f) + tanh(inner));

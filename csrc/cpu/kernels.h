@@ -9,11 +9,12 @@
 
 namespace starflow {
 
-// Packed weight, (out, in), and padded bias, null for none.
+// Packed weight, (out, in), and padded bias, null for none. following: the layer that is multiplied next, or null.
 struct Linear {
     const void* weight;
     const float* bias;
     int in, out;
+    const Linear* following;
 };
 
 struct NormWeights {
@@ -178,6 +179,8 @@ struct LinearCall {
     float* grad_weight;  // (N, K)
     float* grad_bias;    // (N,) or null
     bool add;            // whether to add to the gradients
+    int64_t stride;      // of the rows of y in the product
+    bool sigmoid;        // whether the product ends in a sigmoid
 };
 
 // Rows that the kernels of a layer take at a time.

@@ -1,4 +1,5 @@
 // The products of a linear layer and of its gradient, for many rows.
+#include "elementary.h"
 #include "lanes.h"
 #include "product.h"
 
@@ -75,7 +76,7 @@ void pack(const LinearCall& call, int64_t first_tile, int64_t last_tile) {
 
 void linear(const LinearCall& call, int64_t first_row, int64_t last_row, float* scratch) {
     int64_t N = call.N, M = last_row - first_row, tiles = (N + 15) / 16;
-    // Prefetches the outputs that are written next.
+    // Prefetches the outputs that are written next, where these are adjacent.
     Stream next(call.y + last_row * N, M * N, M, tiles, call.K);
     product(
         call.x + first_row * call.K, call.K, M, call.packed, call.K, 0, tiles, scratch,
@@ -83,9 +84,10 @@ void linear(const LinearCall& call, int64_t first_row, int64_t last_row, float* 
             int64_t n = tile * LANES;
             int count = int(N - n);
             Vec bias = call.bias ? load(call.bias + n, count) : splat(0.0f);
-            store(call.y + (first_row + m) * N + n, v + bias, count);
+            v = v + bias;
+            store(call.y + (first_row + m) * call.stride + n, call.sigmoid ? sigmoid(v) : v, count);
         },
-        &next);
+        call.stride == N ? &next : nullptr);
 }
 
 // Computes the rows first .. last - 1 of grad_weight (N, K), and those values of grad_bias.

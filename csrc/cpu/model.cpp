@@ -51,6 +51,14 @@ Model::Model(const Spec& spec, const float* packed, int64_t floats, const std::v
     block.proj_out = linear(spec.params_dim(), C);
     block.layers = layers_.data();
     weights.finish();
+    // The last layer is followed by the first one of the next token.
+    std::vector<Linear*> order;
+    for (Layer& layer : layers_) {
+        auto& [gate, up, down] = layer.transition;
+        for (Linear* each : {&layer.qkv, &layer.proj, &layer.gate, &layer.up, &layer.down, &gate, &up, &down})
+            if (each->weight) order.push_back(each);
+    }
+    for (size_t i = 0; i < order.size(); ++i) order[i]->following = order[(i + 1) % order.size()];
 }
 
 TransposedModel::TransposedModel(const Spec& spec, const float* packed, int64_t floats,

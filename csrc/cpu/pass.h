@@ -37,6 +37,11 @@ struct Pass {
         auto with_bias = [&](int64_t m, int64_t tile, Vec v) __attribute__((always_inline)) {
             done(m, tile * LANES, v + load(linear.bias + tile * LANES));
         };
+        Following following{};
+        if (const Linear* next = linear.following) {
+            int64_t stride = int64_t(next->in) * LANES, own = team.begin(padded(next->out) / LANES);
+            following = {static_cast<const float*>(next->weight) + own * stride, stride};
+        }
 #if defined(__AVX512F__)
         if (spec.rounded) {
             int64_t pairs = (linear.in + 1) / 2;
@@ -50,7 +55,8 @@ struct Pass {
             grouped_product(x, ldx, M, static_cast<const Bf16*>(linear.weight), linear.in, tiles, first, last,
                             ws.scratch, with_bias);
         else
-            product(x, ldx, M, static_cast<const float*>(linear.weight), linear.in, first, last, ws.scratch, with_bias);
+            product(x, ldx, M, static_cast<const float*>(linear.weight), linear.in, first, last, ws.scratch, with_bias,
+                    nullptr, linear.following ? &following : nullptr);
     }
 
     template <class Done>

@@ -44,12 +44,19 @@ struct Ahead {
     const char* at;
     int64_t step, stride;
 
-    // Products of few rows read soon what they fetch, which is in an outer cache in part: into the inner one.
-    template <int ROWS, int TILES>
+    // LOCALITY: 3 for the inner cache, which is faster for float32 weights although it does not hold them all, and for
+    // products of few rows, which soon read what they fetch; 2 for an outer one.
+    template <int LOCALITY, int TILES>
     INLINE void fetch(int64_t k) const {
         UNROLL
-        for (int t = 0; t < TILES; ++t) __builtin_prefetch(at + k * step + t * stride, 0, ROWS >= 4 ? 2 : 3);
+        for (int t = 0; t < TILES; ++t) __builtin_prefetch(at + k * step + t * stride, 0, LOCALITY);
     }
+};
+
+// Weights that the caller multiplies with next; stride: distance of two tiles.
+struct Following {
+    const float* at;
+    int64_t stride;
 };
 
 // Prefetches memory that the caller reads next, `bytes` per tile, when the weights are in cache already.
@@ -72,7 +79,7 @@ INLINE void multiply(const float* x, int64_t ldx, const float* w, int64_t stride
                      Vec (&sum)[ROWS][TILES]) {
     for (int64_t k = 0; k < K; ++k) {
         // With few rows there is no time for it between loads, and the hardware prefetcher does better.
-        if constexpr (ROWS >= 4) ahead.fetch<ROWS, TILES>(k);
+        if constexpr (ROWS >= 4) ahead.fetch<3, TILES>(k);
         Vec b[TILES];
         UNROLL
         for (int t = 0; t < TILES; ++t) b[t] = load(w + t * stride + k * LANES);
@@ -108,7 +115,7 @@ INLINE void multiply(const float* x, int64_t ldx, const Bf16* w, int64_t stride,
     auto odd = [](Int pair) __attribute__((always_inline)) { return pair & splat(int32_t(0xffff0000)); };
     int64_t k = 0;
     for (; k + 1 < K; k += 2) {
-        ahead.fetch<ROWS, TILES>(k);
+        ahead.fetch<ROWS >= 4 ? 2 : 3, TILES>(k);
         half(k, even), half(k + 1, odd);
     }
     if (k < K) half(k, even);
@@ -130,7 +137,7 @@ template <int ROWS, int TILES>
 INLINE void multiply(const float* x, int64_t ldx, const Bf16Pair* w, int64_t stride, int64_t K, Ahead ahead,
                      Vec (&sum)[ROWS][TILES]) {
     for (int64_t k = 0; k < K; ++k) {
-        ahead.fetch<ROWS, TILES>(k);
+        ahead.fetch<ROWS >= 4 ? 2 : 3, TILES>(k);
         Vec b[TILES];
         UNROLL
         for (int t = 0; t < TILES; ++t)
@@ -197,14 +204,19 @@ constexpr TileFunction<W> TILES_OF[6][4] = {TILE_ROW(W, 1), TILE_ROW(W, 2), TILE
 // Computes y (M, 16 tiles) = x (M, K) times `tiles` tiles of packed weights.
 template <class W>
 void product_tiles(const float* x, int64_t ldx, int64_t M, const W* w, int64_t stride, int64_t K, int tiles, float* y,
-                   int64_t ldy, Stream* stream = nullptr) {
+                   int64_t ldy, Stream* stream = nullptr, const Following* following = nullptr) {
     int64_t tile = GROUPED<W> ? TILE<W> : stride, term = GROUPED<W> ? stride : LANES;
     for (int64_t k = 0; k < K || k == 0; k += K_BLOCK) {
         int64_t width = K - k < K_BLOCK ? K - k : K_BLOCK;
         int64_t passes = (M + MAX_ROWS - 1) / MAX_ROWS, line = term * sizeof(W);
         // The next weights are the same columns further down, or other columns. Each pass over rows fetches a part.
-        const W* next = w + (k + width < K || GROUPED<W> ? (k + width) * term : tiles * tile);
+        // Columns with few terms fit into the caches whole, so that unequal blocks of terms are fetched evenly.
+        bool whole = !GROUPED<W> && K <= 2 * K_BLOCK, last = k + width >= K;
+        const W* next = w + (whole ? tiles * tile + k * term : last && !GROUPED<W> ? tiles * tile : (k + width) * term);
         int64_t apart = tile * int64_t(sizeof(W)) / (GROUPED<W> ? passes : 1);
+        if constexpr (!GROUPED<W>)
+            if (following && (whole || last))
+                next = following->at + (whole ? k * term : 0), apart = following->stride * int64_t(sizeof(W));
         for (int64_t pass = 0; pass < passes; ++pass) {
             int64_t m = M * pass / passes;
             int rows = int(M * (pass + 1) / passes - m);
@@ -231,12 +243,13 @@ void product_tiles(const float* x, int64_t ldx, int64_t M, const W* w, int64_t s
 // scratch: M rows of GROUP * LANES floats.
 template <class Done>
 INLINE void product(const float* x, int64_t ldx, int64_t M, const float* w, int64_t K, int64_t first, int64_t last,
-                    float* scratch, Done done, Stream* stream = nullptr) {
+                    float* scratch, Done done, Stream* stream = nullptr, const Following* following = nullptr) {
     int64_t stride = K * LANES;
     constexpr int64_t width = GROUP * LANES;
     for (int64_t tile = first; tile < last; tile += GROUP) {
         int count = int(last - tile < GROUP ? last - tile : GROUP);
-        product_tiles(x, ldx, M, w + tile * stride, stride, K, count, scratch, width, stream);
+        product_tiles(x, ldx, M, w + tile * stride, stride, K, count, scratch, width, stream,
+                      tile + GROUP < last ? nullptr : following);
         for (int64_t m = 0; m < M; ++m)
             for (int t = 0; t < count; ++t) done(m, tile + t, load(scratch + m * width + t * LANES));
     }

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from starflow_kernels import BlockSpec, linear
+from starflow_kernels._core import compiled
+from starflow_kernels._core.implicit import needs_gradient
+from starflow_kernels._core.registration import are_plain
 from starflow_kernels._core.token_order import own_order, take
 from starflow_kernels._core.torch_private import is_intercepted
+from starflow_kernels.linear import native
 
 from .conditions import integers
 
@@ -51,7 +56,7 @@ class AdaptiveCondition(nn.Module):
         nn.init.constant_(self.gate.bias, GATE)
 
     def forward(self, features: torch.Tensor, order: torch.Tensor | None, lengths: torch.Tensor | None) -> torch.Tensor:
-        """Return the condition (B, T, cond_dim) of a block.
+        """Return the condition (B, T, cond_dim) of a block in its own order.
 
         Args:
             features: (B, T, F) features, zero beyond the lengths.
@@ -60,36 +65,64 @@ class AdaptiveCondition(nn.Module):
         """
         B, T, _ = features.shape
         index, _ = own_order(order, lengths, B, T, features.device, self.flip and order is None)
-        slot = None if index is None else index.argsort(1)
-        features = features.to(self.weight.dtype)
+        features = take(features.to(self.weight.dtype), index)
         if self.lookahead:
-            following = F.pad(take(features, index)[:, 1:], (0, 0, 0, 1))
-            features = torch.cat([features, take(following, slot)], -1)
+            features = torch.cat([features, F.pad(features[:, 1:], (0, 0, 0, 1))], -1)
         x = self.project(features)
-        if self.positions is None:
-            added = torch.zeros_like(x)
-        else:
-            added = (self.positions if slot is None else self.positions[slot]).expand_as(x)
-        scales, shifts, gates = self._modulations(x)
+        added = torch.zeros_like(x) if self.positions is None else self.positions.expand_as(x)
+        cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if cpu and self._writes(x):
+            return self._written(x, added)
+        scales, shifts, gates = self._modulations(x, cpu)
         return torch.cat([added, *(scale.sigmoid() for scale in scales), *shifts, gates.sigmoid()], -1)
 
-    def _modulations(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    def _branches(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Iterate over inputs, weight and bias of the scales and shifts of each branch, for x (B, T, C)."""
+        normed = F.layer_norm(x, x.shape[-1:])
+        for scale, shift, weight, bias in zip(self.norm_weight, self.norm_bias, self.weight, self.bias):
+            yield torch.addcmul(shift, normed, scale), weight, bias
+
+    def _writes(self, x: torch.Tensor) -> bool:
+        """Return whether products of states on the CPU may be written without an op that torch knows of."""
+        weights = self.weight, self.bias, self.gate.weight, self.gate.bias
+        if is_intercepted() or needs_gradient(x, self.norm_weight, self.norm_bias, *weights):
+            return False
+        return are_plain([x, *weights]) and not (compiled.native_unavailable() or native.refuse(x, *weights[:2]))
+
+    def _written(self, x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        """Return the condition, whose parts the products write without copies.
+
+        Args:
+            x: (B, T, C) hidden states.
+            added: (B, T, C) values that are added to the embedded tokens.
+        """
+        C, branches = x.shape[-1], len(self.weight)
+        condition = compiled.empty(*x.shape[:2], (1 + 3 * branches) * C)
+        first, scales, shifts, gates = condition.split([C, *(3 * [branches * C])], -1)
+        first.copy_(added)
+        parts = zip(self._branches(x), scales.split(C, -1), shifts.split(C, -1))
+        for (inputs, weight, bias), scale, shift in parts:
+            native.linear_into(scale, inputs, weight[:C], bias[:C], sigmoid=True)
+            native.linear_into(shift, inputs, weight[C:], bias[C:])
+        native.linear_into(gates, x, self.gate.weight, self.gate.bias, sigmoid=True)
+        return condition
+
+    def _modulations(self, x: torch.Tensor, cpu: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """Return the scales of all branches before the sigmoid, their shifts, and their gates before the sigmoid.
 
         Scales and shifts are in one piece or in several.
 
         Args:
             x: (B, T, C) hidden states.
+            cpu: whether to use the op `linear`, which is faster there than torch's product of a batch. On a GPU one
+                call is faster than many.
         """
         B, T, C = x.shape
-        normed = F.layer_norm(x, (C,))
-        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            # On a CPU the op is faster than torch's product of a batch, and on a GPU one call is faster than many.
-            branches = zip(self.norm_weight, self.norm_bias, self.weight, self.bias)
-            outputs = [linear(normed * scale + shift, weight, bias) for scale, shift, weight, bias in branches]
+        if cpu:
+            outputs = [linear(inputs, weight, bias) for inputs, weight, bias in self._branches(x)]
             gates = linear(x, self.gate.weight, self.gate.bias)
             return [output[..., :C] for output in outputs], [output[..., C:] for output in outputs], gates
-        normed = normed.view(B * T, C) * self.norm_weight[:, None] + self.norm_bias[:, None]
+        normed = F.layer_norm(x, (C,)).view(B * T, C) * self.norm_weight[:, None] + self.norm_bias[:, None]
         scale, shift = (
             torch.baddbmm(self.bias[:, None, part], normed, self.weight[:, part].mT).transpose(0, 1).flatten(1)
             for part in (slice(C), slice(C, 2 * C))

@@ -244,4 +244,5 @@ class FlowBlock(nn.Module):
         cond = None if classes is None or embed is None else classes.to(embed.dtype) @ embed
         if self.adaptive is not None:
             cond = self.adaptive(classes, options.get("order"), options.get("lengths"))
-        return {"cond": cond, "prefix": text, "cos": rotary[0], "sin": rotary[1]}
+        context = {"cond": cond, "prefix": text, "cos": rotary[0], "sin": rotary[1]}
+        return context if self.adaptive is None else {**context, "cond_in_order": True}

@@ -14,6 +14,7 @@ from torch import nn
 
 from starflow_kernels import stack_inverse
 from starflow_kernels._core.checks import NonFiniteError, all_finite
+from starflow_kernels._core.compiled import reused_memory
 from starflow_kernels._core.torch_private import is_intercepted
 from starflow_kernels.adapters.distributions import FlowDistribution, InvertibleFlow, distribution
 from starflow_kernels.solver import Inverse, Solver
@@ -189,30 +190,34 @@ class BlockStack(nn.Module):
         if len(solvers) != count:
             raise ValueError(f"solvers: {len(solvers)} of them for {count} blocks")
         given = [(context, {**own, **options, "solver": solver}) for (context, own), solver in zip(arguments, solvers)]
-        if not (progress or after_block or is_intercepted() or any(map(FlowBlock.inverts_by_itself, self.blocks))):
+        # One call takes no orders, and would need the conditions of all blocks at once.
+        moves = any(own.get(name) is not None for _, own in given for name in ("order", "lengths"))
+        by_itself = moves or is_intercepted() or any(map(FlowBlock.inverts_by_itself, self.blocks))
+        if not (progress or after_block or by_itself):
             calls = [block.inverse_arguments(*context, own) for block, (context, own) in zip(self.blocks, given)]
             # Block by block, an error names the block.
             with contextlib.suppress(NonFiniteError):
                 solved = stack_inverse(tokens, calls, backend=backend)
                 return solved[0].x, solved
         solved = []
-        for i in reversed(range(count)):
-            context, own = given[i]
-            if progress:
-                before = (count - 1 - i) * each
-                own["progress"] = lambda done, _, before=before: progress(before + done, count * each)
-            try:
-                result = self.blocks[i].inverse(tokens, *context, **own, backend=backend)
-            except NonFiniteError as error:
-                if i + 1 < count:
-                    self._check_finite(i + 1, tokens)
-                raise InverseError(f"block {i}: {error}") from error
-            tokens = result.x
-            solved.insert(0, result)
-            if progress:
-                progress((count - i) * each, count * each)
-            if after_block:
-                tokens = after_block(i, tokens)
+        with contextlib.nullcontext() if is_intercepted() else reused_memory():
+            for i in reversed(range(count)):
+                context, own = given[i]
+                if progress:
+                    before = (count - 1 - i) * each
+                    own["progress"] = lambda done, _, before=before: progress(before + done, count * each)
+                try:
+                    result = self.blocks[i].inverse(tokens, *context, **own, backend=backend)
+                except NonFiniteError as error:
+                    if i + 1 < count:
+                        self._check_finite(i + 1, tokens)
+                    raise InverseError(f"block {i}: {error}") from error
+                tokens = result.x
+                solved.insert(0, result)
+                if progress:
+                    progress((count - i) * each, count * each)
+                if after_block:
+                    tokens = after_block(i, tokens)
         self._check_finite(0, tokens)
         return tokens, solved
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import math
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 
@@ -70,12 +76,59 @@ def cuda_unavailable() -> str | None:
     return None
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return an uninitialized CPU tensor for a kernel; a large one uses huge pages."""
+class _Memory:
+    """Memory of large tensors that are gone, for the next ones."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] | None = []
+
+    def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialized tensor (count,)."""
+        free, size = self._free or [], count * dtype.itemsize
+        found = min((i for i in range(len(free)) if len(free[i]) >= size), key=lambda i: len(free[i]), default=None)
+        memory = _large(size, dtype=torch.uint8) if found is None else free.pop(found)
+        # The tensor keeps this object, with which its memory becomes free.
+        owner = (ctypes.c_byte * size).from_address(memory.data_ptr())
+        weakref.finalize(owner, self._keep, memory).atexit = False
+        return torch.frombuffer(owner, dtype=dtype)
+
+    def _keep(self, memory: torch.Tensor) -> None:
+        if self._free is not None:
+            self._free.append(memory)
+
+    def end(self) -> None:
+        """Free the memory, from now on as soon as its tensor is gone."""
+        self._free = None
+
+
+_memory: ContextVar[_Memory | None] = ContextVar("memory", default=None)
+
+
+@contextlib.contextmanager
+def reused_memory() -> Iterator[None]:
+    """Let `empty` reuse the memory of its large tensors that are gone, since new pages take long to get."""
+    memory = _Memory()
+    token = _memory.set(memory)
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+        memory.end()
+
+
+def _large(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
-    if tensor.numel() >= HUGE_PAGES_FROM:
-        torch.ops.starflow_native.use_huge_pages(tensor)
+    torch.ops.starflow_native.use_huge_pages(tensor)
     return tensor
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return an uninitialized CPU tensor for a kernel; a large one uses huge pages, or `reused_memory`."""
+    if (count := math.prod(shape)) < HUGE_PAGES_FROM:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    if memory := _memory.get():
+        return memory.take(count, dtype).view(shape)
+    return _large(*shape, dtype=dtype)
 
 
 def refuse_tensors(dtypes: tuple[torch.dtype, ...], **tensors: torch.Tensor | None) -> str | None:

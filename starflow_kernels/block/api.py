@@ -107,6 +107,7 @@ def block_forward(
     sin: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    cond_in_order: bool = False,
     logdet: Logdet = "sum",
     dropout: float = 0.0,
     backend: str | None = None,
@@ -134,6 +135,7 @@ def block_forward(
             position table moves along.
         lengths: integers (B,). Only the first tokens of a sample, that many, belong to it. The others pass unchanged,
             add nothing to the log-determinant and come last in the block's own order, also with spec.flip.
+        cond_in_order: whether a condition per token is in the block's own order already, which saves a copy.
         logdet: "sum", "mean" or "none", as in `affine_flow`.
         dropout: probability of zeroing an element of the residual branches; it acts only if a gradient is needed.
         backend: name of a backend; None takes the first that can run.
@@ -163,7 +165,7 @@ def block_forward(
     if run_layer is not None and not callable(run_layer):
         raise TypeError(f"run_layer: expected a function, got {type(run_layer).__name__}")
     tensors = check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0], layers=run_layer is None)
-    layout = arrange(x, tensors, spec, cond, order, lengths)
+    layout = arrange(x, tensors, spec, cond, order, lengths, cond_in_order=cond_in_order)
     x_own, options = layout.enter(x), (layout.cond, prefix, layout.angles(cos), layout.angles(sin))
     per_value = "none" if layout.moves else logdet
     needed = needs_gradient(x, *layout.weights, layout.cond, prefix)
@@ -192,6 +194,7 @@ def block_params(
     sin: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    cond_in_order: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Compute the raw parameters of all tokens of data in one parallel pass of a block's network.
@@ -209,6 +212,7 @@ def block_params(
         sin: as in `block_forward`.
         order: as in `block_forward`.
         lengths: as in `block_forward`.
+        cond_in_order: as in `block_forward`.
         backend: name of a backend; None takes the first that can run.
 
     Returns:
@@ -229,7 +233,7 @@ def block_params(
     check_kinds(weights, spec)
     check_tensor("x", x, ("B", "T", spec.token_dim))
     tensors = check_block(x, weights, spec, cond, prefix, cos, sin, rows=x.shape[0])
-    layout = arrange(x, tensors, spec, cond, order, lengths)
+    layout = arrange(x, tensors, spec, cond, order, lengths, cond_in_order=cond_in_order)
     context = layout.cond, prefix, layout.angles(cos), layout.angles(sin)
     params = call("block_params", layout.enter(x), layout.weights, *context, layout.spec.to_json(), backend=backend)
     return layout.leave(params, params.new_zeros(*x.shape[:2], params.shape[-1])) if layout.moves else params
@@ -246,6 +250,7 @@ def block_inverse(
     sin: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    cond_in_order: bool = False,
     guidance: float | torch.Tensor | None = None,
     rule: GuidanceRule = "tarflow",
     temperature: float = 1.0,
@@ -273,6 +278,7 @@ def block_inverse(
         sin: as in `block_forward`.
         order: as in `block_forward`.
         lengths: as in `block_forward`. There are as many steps as the longest sample has tokens.
+        cond_in_order: as in `block_forward`.
         guidance: weight, a number or a tensor that broadcasts to (B, T), with token t in the block's own order; None
             for no guidance.
         rule: "tarflow", "starflow" or "itarflow", as in `affine_flow_inverse`.
@@ -331,7 +337,7 @@ def block_inverse(
         z = z.detach()
     # An error inside of a graph's torch.no_grad() would leave gradients disabled.
     with contextlib.nullcontext() if traced else torch.no_grad():
-        layout = arrange(z, tensors, spec, cond, order, lengths, branches)
+        layout = arrange(z, tensors, spec, cond, order, lengths, branches, cond_in_order)
         noise, known = layout.begin(layout.enter(z), data, known)
         if guidance is not None and layout.slots < T:
             guidance = guidance[:, : layout.slots]
@@ -358,12 +364,13 @@ def block_inverse(
         seconds = 0.0 if traced else time.perf_counter() - start
         if layout.moves:
             x, log_sigma = layout.leave(x, z), layout.leave(log_sigma, torch.zeros_like(z, dtype=log_sigma.dtype))
-    report = functools.partial(solve_report, layout, known, seconds, B, *counters)
+    # The report must not keep the condition, which may be large.
+    report = functools.partial(solve_report, layout._replace(cond=None), known, seconds, B, *counters)
     if not (plain and needs_gradient(z, data, *inputs)):
         return Inverse(x, functools.partial(sum_log_sigma, log_sigma), report)
     given = layout.given(known)
     inputs = cond, prefix, cos, sin, *tensors
-    equation = _equation(spec, order, lengths, known, given, backend)
+    equation = _equation(spec, order, lengths, cond_in_order, known, given, backend)
     x = with_gradient(x, equation, z, data, inputs)
     unchanged = Unchanged((x, *inputs))
 
@@ -380,6 +387,7 @@ def _equation(
     spec: BlockSpec,
     order: torch.Tensor | None,
     lengths: torch.Tensor | None,
+    cond_in_order: bool,
     known: torch.Tensor | None,
     given: torch.Tensor | None,
     backend: str | None,
@@ -390,14 +398,15 @@ def _equation(
     backend = backend if backend == "reference" else None
 
     def density(x: torch.Tensor, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        context = dict(zip(("cond", "prefix", "cos", "sin"), inputs), order=order, lengths=lengths)
+        context: dict[str, Any] = dict(zip(("cond", "prefix", "cos", "sin"), inputs), order=order, lengths=lengths)
+        context["cond_in_order"] = cond_in_order
         named = dict(zip(spec.weight_shapes, inputs[4:]))
         with disable_autocast():
             return block_forward(x, named, spec, logdet="none", backend=backend, **context)  # type: ignore[arg-type]
 
     def solve(g: torch.Tensor, x: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
         cond, prefix, cos, sin, *weights = inputs
-        layout = arrange(x, weights, spec, cond, order, lengths)  # type: ignore[arg-type]
+        layout = arrange(x, weights, spec, cond, order, lengths, 1, cond_in_order)  # type: ignore[arg-type]
         context = layout.weights, layout.cond, prefix, layout.angles(cos), layout.angles(sin), layout.spec.to_json()
         u = dispatch.run("block_inverse_backward", backend, layout.enter(x), layout.enter(g), *context, known)
         return layout.leave(u, g) if layout.moves else u

@@ -128,6 +128,7 @@ def arrange(
     order: torch.Tensor | None,
     lengths: torch.Tensor | None,
     branches: int = 1,
+    cond_in_order: bool = False,
 ) -> Layout:
     """Return the layout of a call.
 
@@ -139,6 +140,7 @@ def arrange(
         order: as in `block_forward`.
         lengths: as in `block_forward`.
         branches: 2 under guidance.
+        cond_in_order: as in `block_forward`.
 
     Raises:
         TypeError: order or lengths of the wrong kind or dtype.
@@ -146,7 +148,7 @@ def arrange(
     """
     B, T, _ = tokens.shape
     if order is None and lengths is None:
-        flipped = cond is not None and cond.ndim == 3 and spec.flip
+        flipped = cond is not None and cond.ndim == 3 and spec.flip and not cond_in_order
         return Layout(spec, weights, cond.flip(1) if flipped else cond, T, T)
     if order is not None and spec.flip:
         raise ValueError("order: given, but the block has an order of its own, flip=True")
@@ -157,7 +159,8 @@ def arrange(
         if B and not is_intercepted():
             slots = max(1, int(counts.max()))
     if cond is not None and cond.ndim == 3:
-        cond = take(cond, None if index is None else index.repeat(branches, 1))[:, :slots]
+        moves = index is not None and not cond_in_order
+        cond = take(cond, index.repeat(branches, 1) if moves else None)[:, :slots]
         if inside is not None:
             cond = cond.masked_fill(~inside[:, :slots, None].repeat(branches, 1, 1), 0)
     if spec.positions:

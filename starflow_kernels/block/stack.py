@@ -25,7 +25,7 @@ from .reports import solve_report
 Block = tuple[Mapping[str, torch.Tensor], BlockSpec, Mapping[str, Any]]
 CONTEXT = ("cond", "prefix", "cos", "sin", "guidance")
 # Options of `block_inverse` that one call for all blocks takes.
-OPTIONS = frozenset((*CONTEXT, "rule", "temperature", "solver", "quantize"))
+OPTIONS = frozenset((*CONTEXT, "cond_in_order", "rule", "temperature", "solver", "quantize"))
 SEQUENTIAL = Solver()
 
 
@@ -110,12 +110,13 @@ def _call(
     if not OPTIONS.issuperset(given) or (isinstance(solver, Solver) and solver.method != "sequential"):
         return None
     cond, prefix, cos, sin = (given.pop(name, None) for name in CONTEXT[:4])
+    in_order = given.pop("cond_in_order", False)
     guidance, rows = check_inverse(z, spec, **given)
     check_context(z, spec, cond, prefix, cos, sin, rows)
     inputs = [z, *(t for t in (cond, prefix, cos, sin, guidance) if t is not None)]
     if not are_plain(inputs) or needs_gradient(*weights, *inputs):
         return None
-    cond = arrange(z, weights, spec, cond, None, None).cond
+    cond = arrange(z, weights, spec, cond, None, None, cond_in_order=in_order).cond
     rest = given.get("rule", "tarflow"), given.get("temperature", 1.0), given.get("quantize", "none")
     return native_stack.BlockCall(weights, state, (cond, prefix, cos, sin, guidance), spec, *rest)
 

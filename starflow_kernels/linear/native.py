@@ -21,11 +21,26 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """See reference.linear."""
     y = empty(*x.shape[:-1], weight.shape[0])
+    linear_into(y, x, weight, bias)
+    return y
+
+
+def linear_into(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sigmoid: bool = False
+) -> None:
+    """Write a linear layer, without gradients.
+
+    Args:
+        out: (B, T, out) contiguous, or some channels of a tensor that is; float32.
+        x: as in `linear`, and so the next arguments.
+        weight: weight.
+        bias: bias.
+        sigmoid: whether to write the sigmoid of the result.
+    """
     bias = None if bias is None else bias.contiguous()
     across = weight.T.is_contiguous() and not weight.is_contiguous()
     weight = weight.T if across else weight.contiguous()
-    torch.ops.starflow_native.linear(_rows(x), weight, across, bias, y.flatten(0, 1))
-    return y
+    torch.ops.starflow_native.linear(_rows(x), weight, across, bias, sigmoid, out.view(-1, out.shape[-1]))
 
 
 def linear_backward(grads, outputs, x, weight, bias) -> list[torch.Tensor]:

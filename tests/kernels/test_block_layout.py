@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -202,6 +203,44 @@ def test_a_permuted_block_has_the_bits_of_the_block_on_permuted_data(rows):
         assert torch.equal(
             block_inverse(actual, w, spec, **given).x[b, own], block_inverse(z, permuted, spec, backend="native").x[0]
         )
+
+
+@pytest.mark.parametrize("flip, order, lengths", [(True, None, None), (False, ORDER, None), (False, ORDER, LENGTHS)])
+@pytest.mark.parametrize("name", ["starflow-grouped", "adaptive"])
+def test_a_condition_in_the_own_order_has_the_bits_of_one_in_that_of_the_data(name, flip, order, lengths):
+    x, w, spec, context = block(BLOCKS[name], B=3, flip=flip)
+    context["cond"] = torch.randn(3, T, spec.cond_dim, dtype=F64)
+    given = {**context, "order": order, "lengths": lengths}
+    tokens = torch.arange(T - 1, -1, -1) if order is None else order
+    if lengths is not None:
+        inside = tokens < lengths[:, None]
+        tokens = tokens.expand(3, T).gather(1, (~inside).long().argsort(dim=1, stable=True))
+    rows = torch.arange(3)[:, None]
+    moved = {**given, "cond": context["cond"][rows, tokens], "cond_in_order": True}
+    assert all(map(torch.equal, block_forward(x, w, spec, **given), block_forward(x, w, spec, **moved)))
+    assert torch.equal(block_params(x, w, spec, **given), block_params(x, w, spec, **moved))
+    for solver in (Solver(), JACOBI):
+        found = block_inverse(x, w, spec, **given, solver=solver)
+        assert torch.equal(found.x, block_inverse(x, w, spec, **moved, solver=solver).x)
+
+
+def test_a_condition_in_the_own_order_has_its_gradient_in_it():
+    x, w, spec, context = block(BLOCKS["adaptive"], B=3, flip=False)
+    cond = torch.randn(3, T, spec.cond_dim, dtype=F64, requires_grad=True)
+    gradients = []
+    for given in ({"cond": cond[:, ORDER], "cond_in_order": True}, {"cond": cond}):
+        found = block_inverse(x, w, spec, **{**context, **given}, order=ORDER)
+        gradients.append(torch.autograd.grad(found.x.square().sum() + found.logdet.sum(), cond)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_result_does_not_keep_its_condition():
+    x, w, spec, context = block(BLOCKS["adaptive"], B=3)
+    context["cond"] = torch.randn(3, T, spec.cond_dim, dtype=F64)
+    kept = weakref.ref(context["cond"])
+    found = block_inverse(x, w, spec, **context)
+    del context
+    assert kept() is None and found.report.method == "sequential"
 
 
 def test_the_reverse_order_is_flip():

@@ -9,6 +9,7 @@ from support.bindings import Recorded
 from support.contract import assert_same_row, assert_within_contract, compiled, strided, with_gradients
 
 from starflow_kernels import linear
+from starflow_kernels.linear import native
 
 F64 = torch.float64
 SIZES = [(1, 1, 1, 1), (3, 2, 8, 24), (1, 63, 80, 17), (2, 111, 33, 64), (2, 1024, 771, 64), (1, 65, 1537, 130)]
@@ -98,6 +99,27 @@ def test_writes_all_of_its_outputs(poisoned_memory, backend):
     single = inputs(dtype=torch.float32)
     found = with_gradients(lambda *t: (linear(*t, backend=backend),), single, [torch.ones(2, 5, 3)])
     assert all(t.isfinite().all() for t in found)
+
+
+@needs_native
+@pytest.mark.parametrize("first, last", [(0, 70), (7, 77), (30, 100)])
+def test_an_output_among_other_channels_has_the_bits_of_one_alone(first, last):
+    x, weight, bias = inputs(3, 20, 300, 70, dtype=torch.float32)
+    out = torch.full((3, 20, 100), 7.0)
+    native.linear_into(out[..., first:last], x, weight, bias)
+    expected = linear(x, weight, bias, backend="native")
+    assert torch.equal(out[..., first:last], expected)
+    assert (out[..., :first] == 7).all() and (out[..., last:] == 7).all()
+    native.linear_into(out[..., first:last], x, weight, bias, sigmoid=True)
+    torch.testing.assert_close(out[..., first:last], expected.sigmoid(), rtol=1e-6, atol=1e-7)
+    assert (out[..., :first] == 7).all() and (out[..., last:] == 7).all()
+
+
+@needs_native
+def test_outputs_do_not_overlap():
+    x, weight, bias = inputs(dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="rows of a result overlap"):
+        native.linear_into(torch.zeros(3).expand(2, 5, 3), x, weight, bias)
 
 
 @needs_native

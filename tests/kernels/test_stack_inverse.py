@@ -90,6 +90,16 @@ def test_one_call_has_the_bits_of_single_calls(options, dtype, B, T, threads, wh
 
 
 @needs_native
+def test_a_condition_in_the_own_order_has_the_bits_of_one_in_that_of_the_data(whole):
+    z, blocks = stack(3)
+    weights, spec, options = blocks[1]
+    moved = (weights, spec, {**options, "cond": options["cond"].flip(1), "cond_in_order": True})
+    found = stack_inverse(z, [blocks[0], moved, blocks[2]])
+    assert len(whole) == 1 and spec.flip
+    assert_same(found, one_by_one(z, blocks))
+
+
+@needs_native
 def test_noise_need_not_be_contiguous(whole):
     z, blocks = stack(3)
     found = stack_inverse(z.transpose(0, 1).contiguous().transpose(0, 1), blocks)

@@ -53,6 +53,18 @@ def test_float32_is_close_to_float64():
     torch.testing.assert_close(back.x.double(), x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("learned_positions", [True, False])
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_conditions_that_are_written_in_place_are_those_with_gradients(learned_positions, lengths):
+    flow = read_prose(prose.weights(learned_positions=learned_positions), prose.HEAD).float()
+    adaptive = flow.blocks[1].adaptive
+    features, order = torch.randn(3, prose.T, prose.C), torch.stack([torch.randperm(prose.T) for _ in range(3)])
+    with_gradients = adaptive(features, order, lengths)
+    assert with_gradients.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(adaptive(features, order, lengths), with_gradients, rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_autocast_is_close_to_float32():
     flow = read_prose(prose.weights(), prose.HEAD).float()
     x, atoms, orders = molecules()
