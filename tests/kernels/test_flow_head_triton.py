@@ -15,7 +15,13 @@ every_spec = pytest.mark.parametrize("spec", SPECS, ids=[f"{s.scale}{'-clip' if 
 every_backend = pytest.mark.parametrize("backend", ["triton", "composed"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 # bias, norm, shift, flip
-PARTS = [(True, True, False, False), (False, True, True, False), (True, False, True, True), (False, True, False, True)]
+PARTS = [
+    (True, True, False, False),
+    (False, True, True, False),
+    (True, False, True, True),
+    (True, True, False, True),
+    (True, False, True, False),
+]
 
 
 def inputs(spec, B, T, D, C, bias=True, norm=True, dtype=torch.float32) -> dict[str, torch.Tensor]:
