@@ -79,7 +79,9 @@ def fails(program: Path, removed: int, case: str) -> bool:
     # A busy machine must not pass for a kernel without an end.
     limit = 1200 if removed < 0 else 120
     try:
-        return subprocess.run([program, str(removed), *case.split()], capture_output=True, timeout=limit).returncode != 0
+        return (
+            subprocess.run([program, str(removed), *case.split()], capture_output=True, timeout=limit).returncode != 0
+        )
     except subprocess.TimeoutExpired:
         return True
 
