@@ -19,6 +19,7 @@ PARTS = [
     (True, True, False, False),
     (False, True, True, False),
     (True, False, True, True),
+    (False, True, False, True),
     (True, True, False, True),
     (True, False, True, False),
 ]
